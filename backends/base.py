@@ -7,7 +7,7 @@ before the first byte of an answer may be replaced once, unseen.)
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -71,12 +71,13 @@ class Reply:
     chunks: AsyncIterator[bytes] | None = None
     usage: Usage | None = None
     failure: BackendError | None = None
+    closer: Callable[[], Awaitable[None]] | None = None
+    """Frees what a streaming reply holds, whether or not `chunks` was ever begun."""
 
     async def aclose(self) -> None:
         """Let go of what the reply holds. A reply with a whole body holds nothing."""
-        close = getattr(self.chunks, "aclose", None)
-        if close is not None:
-            await close()
+        if self.closer is not None:
+            await self.closer()
 
 
 class Backend(Protocol):
