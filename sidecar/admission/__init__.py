@@ -1,0 +1,31 @@
+"""Who goes next, and when: the product's heart. Pure asyncio and arithmetic; the clock is the event loop's."""
+
+from .admission import Admission
+from .errors import (
+    AccountClosed,
+    DeadlineUnreachable,
+    Draining,
+    NotAdmitted,
+    QueueFull,
+    Superseded,
+)
+from .lane import Lane, Permit
+from .ticket import CAUSES, Cause, Part, Priority, Stopwatch, Ticket
+
+__all__ = [
+    "CAUSES",
+    "AccountClosed",
+    "Admission",
+    "Cause",
+    "DeadlineUnreachable",
+    "Draining",
+    "Lane",
+    "NotAdmitted",
+    "Part",
+    "Permit",
+    "Priority",
+    "QueueFull",
+    "Stopwatch",
+    "Superseded",
+    "Ticket",
+]

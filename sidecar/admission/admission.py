@@ -1,0 +1,140 @@
+"""The door: `async with admission.permit(ticket) as permit:`."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from math import inf
+from types import TracebackType
+
+from .errors import Draining, QueueFull, Superseded
+from .lane import Lane, Permit
+from .ticket import Priority, Ticket
+
+#: Models that keep limits of their own. The least recently used idle one goes when there are more.
+MOST_LANES = 64
+
+
+class Admission:
+    """Who goes next, and when, for one backend. Every model has a `Lane`; the bounds on what waits are for all of them.
+
+    Must be made and used in one event loop; it takes the time from that loop and nowhere else.
+    """
+
+    def __init__(
+        self,
+        *,
+        queue_size: int = 2000,
+        queue_bytes: int = 256 * 1024 * 1024,
+        requests_per_second: float = inf,
+        tokens_per_second: float = inf,
+        concurrency: int | None = None,
+        paced: bool = True,
+    ) -> None:
+        self.loop = asyncio.get_running_loop()
+        self._queue_size = queue_size
+        self._queue_bytes = queue_bytes
+        self._requests_per_second = requests_per_second
+        self._tokens_per_second = tokens_per_second
+        self._concurrency = concurrency
+        self._paced = paced
+        self.lanes: OrderedDict[str, Lane] = OrderedDict()
+        self.draining = False
+
+    def permit(self, ticket: Ticket) -> PermitContext:
+        """Wait the ticket's turn and hold a permit for the length of the block.
+
+        Raises `QueueFull`, `DeadlineUnreachable`, `Superseded`, `Draining` or `AccountClosed` on entering.
+        """
+        return PermitContext(self, ticket)
+
+    def lane(self, model: str) -> Lane:
+        """The model's own queue and limits, made when first asked for."""
+        lane = self.lanes.get(model)
+        if lane is None:
+            if len(self.lanes) >= MOST_LANES:
+                self._forget_one()
+            lane = self.lanes[model] = Lane(
+                self.loop,
+                requests_per_second=self._requests_per_second,
+                tokens_per_second=self._tokens_per_second,
+                concurrency=self._concurrency,
+                paced=self._paced,
+            )
+        return lane
+
+    def waiting(self, priority: Priority | None = None) -> int:
+        """Tickets in all queues, or in those of one class."""
+        return sum(len(lane.queue) if priority is None else lane.queue.length(priority) for lane in self.lanes.values())
+
+    def waiting_bytes(self) -> int:
+        """Bytes of request bodies in all queues."""
+        return sum(lane.queue.bytes for lane in self.lanes.values())
+
+    def in_flight(self) -> int:
+        """Attempts that hold a permit."""
+        return sum(lane.permits.in_flight for lane in self.lanes.values())
+
+    def enter(self, ticket: Ticket) -> Permit | asyncio.Future[Permit]:
+        """What `permit` does on entering, without the wait."""
+        lane = self.lane(ticket.model)
+        if not ticket.returned:
+            if self.draining:
+                raise Draining("the sidecar is shutting down and takes no new work", retry_after=1.0)
+            if ticket.latest and (old := lane.queue.superseded_by(ticket)) is not None:
+                lane.refuse(old, Superseded(f"a newer request of key {ticket.key!r} took its place"))
+            self._check_bounds(lane, ticket)
+        return lane.enter(ticket)
+
+    def _check_bounds(self, lane: Lane, ticket: Ticket) -> None:
+        waiting = self.waiting()
+        if waiting >= self._queue_size:
+            raise QueueFull(
+                f"{waiting} requests are waiting, as many as SIDECAR_QUEUE_SIZE allows",
+                retry_after=lane.predicted_wait(self.loop.time(), ticket),
+            )
+        if waiting and self.waiting_bytes() + ticket.size_bytes > self._queue_bytes:
+            raise QueueFull(
+                f"{self.waiting_bytes()} bytes are waiting and {ticket.size_bytes} more do not fit "
+                f"into SIDECAR_QUEUE_BYTES = {self._queue_bytes}",
+                retry_after=lane.predicted_wait(self.loop.time(), ticket),
+            )
+
+    def _forget_one(self) -> None:
+        idle = [m for m, lane in self.lanes.items() if not len(lane.queue) and not lane.permits.in_flight]
+        if idle:
+            del self.lanes[min(idle, key=lambda model: self.lanes[model].last_used)]
+
+
+class PermitContext:
+    """The wait for a permit, and its return however the block ends."""
+
+    __slots__ = ("_admission", "_permit", "_ticket")
+
+    def __init__(self, admission: Admission, ticket: Ticket) -> None:
+        self._admission = admission
+        self._ticket = ticket
+        self._permit: Permit | None = None
+
+    async def __aenter__(self) -> Permit:
+        ticket = self._ticket
+        entry = self._admission.enter(ticket)
+        if isinstance(entry, Permit):
+            self._permit = entry
+            return entry
+        try:
+            self._permit = await entry
+        except asyncio.CancelledError:
+            # The permit may have come in the same turn of the loop as the cancellation: then it goes straight back.
+            if entry.done() and not entry.cancelled() and entry.exception() is None:
+                entry.result().release(self._admission.loop.time())
+            else:
+                self._admission.lane(ticket.model).leave(ticket)
+            raise
+        return self._permit
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._permit is not None:
+            self._permit.release(self._admission.loop.time())

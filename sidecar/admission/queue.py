@@ -1,0 +1,218 @@
+"""
+The fair queue: whose turn it is. Knows nothing of limits, time or futures; `Lane` asks it for the next ticket.
+
+Three levels, each flat in the number of keys and tickets: priority classes share by weight, the keys within a class
+share by deficit round robin (Shreedhar & Varghese, 1995) over cost, and within a key order is earliest deadline first
+while the backlog can be served in time, newest first when it cannot.
+
+The round robin is the *surplus* variant: a key is served while its deficit is positive and may overdraw it by one
+ticket, so a quantum need not be as large as the largest ticket, and one camera's huge frame never makes the quantum of
+all the others coarse. A key's deficit stays within (-largest cost, quantum].
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from heapq import heapify, heappop, heappush
+
+from .ticket import Priority, Ticket
+
+#: Share of each priority class while all are waiting.
+WEIGHTS: dict[Priority, int] = {Priority.HIGH: 8, Priority.NORMAL: 3, Priority.LOW: 1}
+
+
+class _KeyQueue:
+    """One key's tickets within one class."""
+
+    __slots__ = ("_by_deadline", "_waiting", "deficit", "key", "latest", "returned")
+
+    def __init__(self, key: str) -> None:
+        self.key = key
+        self.latest: Ticket | None = None  # the one that a newer frame would supersede
+        self.deficit = 0.0
+        self.returned: deque[Ticket] = deque()
+        self._waiting: OrderedDict[int, Ticket] = OrderedDict()  # in order of arrival
+        self._by_deadline: list[tuple[float, int]] = []  # a heap; entries whose ticket has left are skipped
+
+    def __len__(self) -> int:
+        return len(self.returned) + len(self._waiting)
+
+    def add(self, number: int, ticket: Ticket) -> None:
+        if ticket.latest:
+            self.latest = ticket
+        if ticket.returned:
+            self.returned.append(ticket)
+            return
+        self._waiting[number] = ticket
+        heappush(self._by_deadline, (ticket.deadline, number))
+
+    def head(self, newest_first: bool) -> Ticket:
+        if self.returned:
+            return self.returned[0]
+        if newest_first:
+            return self._waiting[next(reversed(self._waiting))]
+        while self._by_deadline[0][1] not in self._waiting:
+            heappop(self._by_deadline)
+        return self._waiting[self._by_deadline[0][1]]
+
+    def remove(self, number: int, ticket: Ticket) -> None:
+        if self.latest is ticket:
+            self.latest = None
+        if ticket.returned:
+            self.returned.remove(ticket)
+            return
+        del self._waiting[number]
+        if len(self._by_deadline) > 2 * len(self._waiting) + 16:
+            self._by_deadline = [entry for entry in self._by_deadline if entry[1] in self._waiting]
+            heapify(self._by_deadline)
+
+    def ahead_of(self, deadline: float) -> int:
+        """How many would be served before a newcomer with this deadline (earliest deadline first)."""
+        if self._waiting and deadline >= next(reversed(self._waiting.values())).deadline:
+            return len(self)  # the common case: everybody has the same budget
+        return len(self.returned) + sum(1 for ticket in self._waiting.values() if ticket.deadline <= deadline)
+
+
+class _Class:
+    """One priority class: a ring of the keys that have something waiting.
+
+    A key that runs empty away from the ring's head stays in the ring until its turn comes: taking it out of the middle
+    would cost a walk over all keys.
+    """
+
+    __slots__ = ("active", "credit", "keys", "length", "ring")
+
+    def __init__(self) -> None:
+        self.keys: dict[str, _KeyQueue] = {}
+        self.ring: deque[_KeyQueue] = deque()
+        self.length = 0  # tickets
+        self.active = 0  # keys that are not empty
+        self.credit = 0.0
+
+
+class FairQueue:
+    """Whose turn it is among waiting tickets. Calls are amortised O(1) in keys, O(log n) in the tickets of one key."""
+
+    __slots__ = ("_classes", "_next_number", "_numbers", "_quantum", "bytes", "newest_first")
+
+    def __init__(self) -> None:
+        self._classes = {priority: _Class() for priority in Priority}
+        self._numbers: dict[Ticket, int] = {}
+        self._next_number = 0
+        self._quantum = 1.0
+        self.bytes = 0
+        self.newest_first = False
+        """The order within a key: set while the backlog cannot be served in time."""
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __contains__(self, ticket: Ticket) -> bool:
+        return ticket in self._numbers
+
+    def length(self, priority: Priority) -> int:
+        """Tickets waiting in one class."""
+        return self._classes[priority].length
+
+    def lengths_by_key(self, most: int) -> list[tuple[str, int]]:
+        """The keys with the longest queues, longest first. Walks all keys: for people, not for the hot path."""
+        totals: dict[str, int] = {}
+        for group in self._classes.values():
+            for key, queue in group.keys.items():
+                totals[key] = totals.get(key, 0) + len(queue)
+        return sorted(totals.items(), key=lambda item: -item[1])[:most]
+
+    def add(self, ticket: Ticket) -> None:
+        """Queue a ticket; one that was `returned` goes to the head of its key."""
+        group = self._classes[ticket.priority]
+        queue = group.keys.get(ticket.key)
+        if queue is None:
+            queue = group.keys[ticket.key] = _KeyQueue(ticket.key)
+            group.ring.append(queue)
+        if not queue:
+            group.active += 1
+        self._next_number += 1
+        self._numbers[ticket] = self._next_number
+        queue.add(self._next_number, ticket)
+        group.length += 1
+        self.bytes += ticket.size_bytes
+
+    def superseded_by(self, ticket: Ticket) -> Ticket | None:
+        """The queued ticket of the same key that `ticket` (with `latest`) takes the place of."""
+        for group in self._classes.values():
+            queue = group.keys.get(ticket.key)
+            if queue is not None and queue.latest is not None:
+                return queue.latest
+        return None
+
+    def remove(self, ticket: Ticket) -> None:
+        """Take a ticket out, wherever it stands. Charges nothing."""
+        group = self._classes[ticket.priority]
+        queue = group.keys[ticket.key]
+        queue.remove(self._numbers.pop(ticket), ticket)
+        group.length -= 1
+        self.bytes -= ticket.size_bytes
+        if not queue:
+            group.active -= 1
+        if not group.length:
+            group.ring.clear()
+            group.keys.clear()
+            group.credit = 0.0
+
+    def head(self) -> Ticket | None:
+        """The ticket whose turn it is; None if none waits. Asking again without a change gives the same one."""
+        if not self._numbers:
+            return None
+        group = self._choose()
+        ring = group.ring
+        while True:
+            queue = ring[0]
+            if not queue:
+                del group.keys[queue.key]
+                ring.popleft()
+            elif queue.deficit > 0:
+                return queue.head(self.newest_first)
+            else:
+                queue.deficit += self._quantum
+                if queue.deficit <= 0:  # still paying for a large one
+                    ring.rotate(-1)
+
+    def take(self, ticket: Ticket) -> None:
+        """Take out the ticket that `head` gave and charge its key and class for it."""
+        cost = max(ticket.tokens, 1.0)
+        # The typical cost: what a key is topped up by in each round.
+        self._quantum += 0.05 * (cost - self._quantum)
+        group = self._classes[ticket.priority]
+        queue = group.ring[0]
+        queue.deficit -= cost
+        group.credit -= cost
+        if queue.deficit <= 0:
+            group.ring.rotate(-1)
+        self.remove(ticket)
+
+    def ahead_of(self, priority: Priority, key: str, deadline: float) -> int:
+        """
+        Tickets that will be served before a newcomer: what a predicted wait is made of.
+
+        Within the class, round robin serves every key once a round, so a newcomer behind `own` tickets of its key waits
+        for min(all, keys x own) others; other classes take their share by weight meanwhile.
+        """
+        group = self._classes[priority]
+        queue = group.keys.get(key)
+        own = queue.ahead_of(deadline) if queue is not None else 0
+        others = group.active - bool(queue)
+        ahead = min(group.length, own + others * (own + 1))
+        for other, waiting in self._classes.items():
+            if other != priority and waiting.length:
+                ahead += min(waiting.length, -(-(ahead + 1) * WEIGHTS[other] // WEIGHTS[priority]))
+        return ahead
+
+    def _choose(self) -> _Class:
+        """The class whose turn it is: the first with credit left; when none has, all that wait are topped up."""
+        while True:
+            for group in self._classes.values():
+                if group.length and group.credit > 0:
+                    return group
+            for priority, group in self._classes.items():
+                if group.length:
+                    group.credit += WEIGHTS[priority] * self._quantum

@@ -1,0 +1,120 @@
+"""A request from arrival to answer: who sent it, until when it is of use, what it costs, where its time went."""
+
+from __future__ import annotations
+
+from asyncio import Future, TimerHandle
+from enum import IntEnum
+from typing import TYPE_CHECKING, Literal, get_args
+
+if TYPE_CHECKING:
+    from .lane import Permit
+
+#: What can hold a queued request back. `turn`: nothing but the instant it takes to be chosen.
+Cause = Literal["turn", "request_rate", "token_rate", "growth", "concurrency", "hold"]
+CAUSES: tuple[Cause, ...] = get_args(Cause)
+
+#: The parts of a request's wall time, in the order in which they happen.
+Part = Literal["queue", "lock", "first_byte", "body", "write"]
+
+
+class Priority(IntEnum):
+    """Classes above the keys. They share 8 : 3 : 1, so nothing starves."""
+
+    HIGH = 0
+    NORMAL = 1
+    LOW = 2
+
+
+class Stopwatch:
+    """One watch, always running, always on exactly one part: so the parts sum to the wall time by construction."""
+
+    __slots__ = ("_part", "_since", "seconds", "started")
+
+    def __init__(self, now: float) -> None:
+        self.started = now
+        self.seconds: dict[Part, float] = {"queue": 0.0, "lock": 0.0, "first_byte": 0.0, "body": 0.0, "write": 0.0}
+        self._part: Part = "queue"
+        self._since = now
+
+    def switch(self, part: Part, now: float) -> None:
+        """From `now` on, time goes to `part`."""
+        self.seconds[self._part] += now - self._since
+        self._part = part
+        self._since = now
+
+    def stop(self, now: float) -> float:
+        """Close the running part; returns the wall time so far in seconds."""
+        self.switch(self._part, now)
+        return now - self.started
+
+    @property
+    def upstream_seconds(self) -> float:
+        """From the backend starting work to the last byte of its answer."""
+        return self.seconds["first_byte"] + self.seconds["body"]
+
+
+class Ticket:
+    """One request. Made by the API, queued by admission, carried through by dispatch."""
+
+    __slots__ = (
+        "_causes_at_entry",
+        "attempts",
+        "cause_seconds",
+        "deadline",
+        "expiry",
+        "key",
+        "latest",
+        "model",
+        "permit",
+        "priority",
+        "returned",
+        "size_bytes",
+        "stopwatch",
+        "tokens",
+    )
+
+    def __init__(
+        self,
+        *,
+        now: float,
+        deadline: float,
+        key: str = "",
+        priority: Priority = Priority.NORMAL,
+        model: str = "",
+        tokens: float = 0.0,
+        size_bytes: int = 0,
+        latest: bool = False,
+    ) -> None:
+        self.key = key
+        """The fair-queue key: the camera."""
+        self.priority = priority
+        self.model = model
+        self.deadline = deadline
+        """On the loop's clock: after this the answer is of no more use."""
+        self.tokens = tokens
+        """LLM tokens this request is expected to cost."""
+        self.size_bytes = size_bytes
+        self.latest = latest
+        """A newer request of the same key takes this one's place while it is still queued."""
+        self.stopwatch = Stopwatch(now)
+        self.attempts = 0
+        self.returned = False
+        """It was refused upstream and goes back to the head of its key's queue."""
+        self.cause_seconds: dict[Cause, float] | None = None
+        """Time in the queue by what held it. None: it never waited."""
+        self.permit: Future[Permit] | None = None
+        """Brings the permit while the ticket is queued."""
+        self.expiry: TimerHandle | None = None
+        self._causes_at_entry: tuple[float, ...] = ()
+
+    def enter_queue(self, held_seconds: list[float]) -> None:
+        """Remember the queue's own account of causes (seconds each, in the order of `CAUSES`) as it is on arrival."""
+        self._causes_at_entry = tuple(held_seconds)
+
+    def leave_queue(self, held_seconds: list[float]) -> None:
+        """Add what the account has grown by since `enter_queue`."""
+        spent = self.cause_seconds
+        if spent is None:
+            spent = self.cause_seconds = dict.fromkeys(CAUSES, 0.0)
+        for cause, before, after in zip(CAUSES, self._causes_at_entry, held_seconds, strict=True):
+            spent[cause] += after - before
