@@ -142,7 +142,9 @@ def _read(body: bytes) -> _Error:
         return _Error(text=_shortened(payload) if isinstance(payload, str) else "")
     inner = payload.get("error")
     fields = inner if isinstance(inner, dict) else payload
-    text = next((v for k in ("message", "details", "detail", "error") if isinstance(v := fields.get(k), str) and v), "")
+    text = next(
+        (v for k in ("message", "msg", "details", "detail", "error") if isinstance(v := fields.get(k), str) and v), ""
+    )
     code, kind = fields.get("code"), fields.get("type")
     number = (
         int(code) if isinstance(code, int) or (isinstance(code, str) and code.isdecimal() and len(code) == 3) else 0

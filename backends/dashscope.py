@@ -1,0 +1,385 @@
+"""The upstream over HTTP: DashScope, or any server that speaks OpenAI's API."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+from typing import TypeVar
+
+import aiohttp
+from multidict import CIMultiDict
+from yarl import URL
+
+from backends.base import (
+    BackendError,
+    Rejected,
+    Reply,
+    Request,
+    ServerFailed,
+    Timings,
+    Unreachable,
+)
+from backends.connections import ATTEMPT, Attempt, Body, Connector, environment_proxy
+from backends.headers import end_to_end
+from backends.refusals import classify
+from backends.replies import StreamWatch, is_error, parsed, usage_of
+
+_T = TypeVar("_T")
+
+_log = logging.getLogger(__name__)
+
+_CONNECT_SECONDS = 5.0
+_ERROR_BODY_SECONDS = 5.0
+_ERROR_BODY_LIMIT = 1024 * 1024
+_BODY_LIMIT = 64 * 1024 * 1024
+#: Bytes of comments and pings that may come before a stream's first content.
+_PREFACE_LIMIT = 1024 * 1024
+_COMPATIBLE_PATH, _NATIVE_PATH = "/compatible-mode/v1", "/api/v1"
+#: DashScope's bounds for `X-DashScope-Wait-Timeout`, in seconds.
+_WAIT_MIN, _WAIT_MAX = 3, 120
+
+
+class DashScopeBackend:
+    """Forwards each request's bytes to the provider, and its answer's bytes back.
+
+    `key` is asked before every attempt, so that a rotated key is used at once. Without `native_url` DashScope's own
+    API is looked for beside the compatible one; where there is none (`has_native` is False), requests in the native
+    dialect are rejected.
+    """
+
+    def __init__(
+        self,
+        *,
+        base_url: str,
+        native_url: str | None = None,
+        key: Callable[[], str | None] = lambda: None,
+        name: str = "dashscope",
+    ) -> None:
+        """Take where to send and what to send with. Raises ValueError for a URL that is none."""
+        self.name = name
+        self._key = key
+        self._base = _checked(base_url)
+        if native_url is None and self._base.endswith(_COMPATIBLE_PATH):
+            native_url = self._base.removesuffix(_COMPATIBLE_PATH) + _NATIVE_PATH
+        self._native = None if native_url is None else _checked(native_url)
+        self._host = URL(self._base).host or ""
+        self._session: aiohttp.ClientSession | None = None
+
+    @property
+    def has_native(self) -> bool:
+        """Whether requests in the native dialect can be sent as they are."""
+        return self._native is not None
+
+    async def start(self) -> None:
+        """Open the connection pool. The provider itself is not asked: it may come later than we do."""
+        try:
+            proxy = environment_proxy(URL(self._base))
+        except ValueError as error:
+            raise BackendError(str(error)) from error
+        self._session = aiohttp.ClientSession(
+            connector=Connector(),
+            cookie_jar=aiohttp.DummyCookieJar(),
+            proxy=proxy,
+            # No limit on the whole: the caller of `send` cancels at the deadline.
+            timeout=aiohttp.ClientTimeout(total=None, connect=_CONNECT_SECONDS),
+        )
+
+    async def close(self) -> None:
+        """Close the pool."""
+        if self._session is not None:
+            await self._session.close()
+            self._session = None
+
+    async def send(self, request: Request, timings: Timings) -> Reply:
+        """Make one attempt, see `Backend.send`."""
+        base = self._base
+        headers = CIMultiDict(request.headers)
+        if request.dialect == "native":
+            if self._native is None:
+                raise Rejected(f"{self._base} has no native DashScope API beside it", status=404)
+            base = self._native
+            if request.stream:
+                headers["X-DashScope-SSE"] = "enable"
+        if self._native is not None and request.deadline is not None:
+            self._ask_to_wait(headers, request.deadline)
+        headers.setdefault("Content-Type", "application/json")
+        return await self._exchange(
+            base + request.path, headers, request.body, timings, lambda response: self._reply(response, request)
+        )
+
+    async def models(self) -> bytes:
+        """Ask the provider for its list of models, see `Backend.models`."""
+        return await self._exchange(self._base + "/models", CIMultiDict(), None, Timings(), _json_body)
+
+    def _ask_to_wait(self, headers: CIMultiDict[str], deadline: float) -> None:
+        """Let DashScope queue a request that it would refuse for growth, as long as the deadline allows."""
+        left = int(deadline - asyncio.get_running_loop().time())
+        if left >= _WAIT_MIN:
+            headers.setdefault("X-DashScope-Wait-Timeout", str(min(left, _WAIT_MAX)))
+
+    async def _exchange(
+        self,
+        url: str,
+        headers: CIMultiDict[str],
+        body: bytes | None,
+        timings: Timings,
+        read: Callable[[aiohttp.ClientResponse], Awaitable[_T]],
+    ) -> _T:
+        """POST a body, or GET without one, and read a 2xx answer with `read`.
+
+        Whatever goes wrong closes the connection and is told in our words. Only what `read` returns may go on using
+        the response.
+        """
+        response = await self._open(url, headers, body, timings)
+        try:
+            if response.status // 100 == 2:
+                return await read(response)
+            refusal = await self._refusal(response)
+        except BaseException as error:
+            _drop(response)
+            if isinstance(error, aiohttp.ClientError):
+                raise self._explained(error) from error
+            raise
+        _drop(response)
+        raise refusal
+
+    async def _open(
+        self, url: str, headers: CIMultiDict[str], body: bytes | None, timings: Timings
+    ) -> aiohttp.ClientResponse:
+        """Send a request and wait for the headers of its response.
+
+        A pooled connection that breaks before that has died unnoticed while it idled: the request goes out once more,
+        on a new one. Cancelled, the connection is closed at once, not after what is still in its send buffer.
+        """
+        if self._session is None:
+            raise RuntimeError("send() before start()")
+        headers["Accept-Encoding"] = "identity"
+        headers.setdefault("User-Agent", "vlm-sidecar")
+        if key := self._key():
+            headers["Authorization"] = f"Bearer {key}"
+        attempt = Attempt(timings)
+        token = ATTEMPT.set(attempt)
+        try:
+            while True:
+                try:
+                    response = await self._session.request(
+                        "GET" if body is None else "POST",
+                        URL(url, encoded=True),
+                        headers=headers,
+                        data=None if body is None else Body(body),
+                        allow_redirects=False,
+                    )
+                    timings.first_byte = asyncio.get_running_loop().time()
+                    return response
+                except (aiohttp.ClientOSError, aiohttp.ServerDisconnectedError):
+                    if not attempt.reused or attempt.transport is None:
+                        raise
+                    attempt.new_only = True
+        except BaseException as error:
+            if attempt.transport is not None:
+                attempt.transport.abort()
+            if isinstance(error, aiohttp.ClientError):
+                raise self._explained(error) from error
+            raise
+        finally:
+            ATTEMPT.reset(token)
+
+    async def _refusal(self, response: aiohttp.ClientResponse) -> BackendError:
+        """Read an answer that is no 2xx and say what it means."""
+        if response.status < 400:
+            return ServerFailed(
+                f"the provider answered {response.status}, a redirect: it is not followed, the key would go with it. "
+                "Check the base URL"
+            )
+        body = b""
+        try:
+            async with asyncio.timeout(_ERROR_BODY_SECONDS):
+                body = await _read(response, _ERROR_BODY_LIMIT)
+        except (aiohttp.ClientError, TimeoutError, ServerFailed) as error:
+            _log.info("the body of an answer %d could not be read: %s", response.status, type(error).__name__)
+        if key := self._key():  # a provider that quotes the key back must not show it to the caller
+            body = body.replace(key.encode(), b"***")
+        return classify(response.status, response.headers, body)
+
+    async def _reply(self, response: aiohttp.ClientResponse, request: Request) -> Reply:
+        if request.stream and response.content_type == "text/event-stream":
+            return await self._stream(response)
+        return await self._whole(response, request)
+
+    async def _whole(self, response: aiohttp.ClientResponse, request: Request) -> Reply:
+        body = await _read(response, _BODY_LIMIT)
+        headers = end_to_end(response.headers)
+        is_chat = request.dialect == "native" or request.path == "/chat/completions"
+        payload = parsed(body) if is_chat or response.content_type == "application/json" else None
+        if is_chat and not isinstance(payload, dict):
+            raise _not_json(response)
+        if is_error(payload):
+            raise classify(0, response.headers, body)
+        return Reply(status=response.status, headers=headers, body=body, usage=usage_of(payload))
+
+    async def _stream(self, response: aiohttp.ClientResponse) -> Reply:
+        """Read up to the first content, so that a refusal in its place is raised like any other."""
+        watch = StreamWatch()
+        preface: deque[bytes] = deque()
+        size = 0
+        while not watch.has_content and watch.failure is None:
+            piece = await response.content.readany()
+            if not piece:
+                watch.end()
+                break
+            watch.feed(piece)
+            preface.append(piece)
+            size += len(piece)
+            if size > _PREFACE_LIMIT:
+                raise ServerFailed(f"the provider's stream held no content in its first {size} bytes")
+        if not watch.has_content:
+            raise watch.failure or ServerFailed("the provider's stream ended before any content")
+        reply = Reply(status=response.status, headers=end_to_end(response.headers))
+        chunks = _Chunks(reply, response, watch, preface, self._explained)
+        reply.chunks, reply.closer = chunks, chunks.aclose
+        return reply
+
+    def _explained(self, error: aiohttp.ClientError) -> BackendError:
+        """Say in our words what broke. aiohttp's own messages name URLs and quote headers."""
+        reason = getattr(error, "os_error", None) or error
+        match error:
+            case aiohttp.ClientConnectorDNSError():
+                return Unreachable(f"the name {self._host} cannot be resolved: {_strerror(reason)}")
+            case aiohttp.ClientConnectorCertificateError():
+                return Unreachable(f"the certificate of {self._host} is not to be trusted: {error.certificate_error}")
+            case aiohttp.ClientProxyConnectionError() | aiohttp.ClientHttpProxyError():
+                return Unreachable(f"the proxy on the way to {self._host} does not let us through: {_strerror(reason)}")
+            case aiohttp.ClientConnectorError():
+                return Unreachable(f"no connection to {self._host}: {_strerror(reason)}")
+            case aiohttp.ConnectionTimeoutError():
+                return Unreachable(f"no connection to {self._host} within {_CONNECT_SECONDS:g} s")
+            case aiohttp.ClientPayloadError():
+                return Unreachable(f"the connection to {self._host} broke before the answer was whole")
+            case aiohttp.ClientResponseError():
+                return ServerFailed(f"{self._host} answered what is not HTTP")
+            case _:
+                return Unreachable(f"the connection to {self._host} broke before the answer: {_strerror(reason)}")
+
+
+class _Chunks:
+    """A stream's bytes as they came. Nothing is read ahead of the consumer but what the socket's buffers hold."""
+
+    def __init__(
+        self,
+        reply: Reply,
+        response: aiohttp.ClientResponse,
+        watch: StreamWatch,
+        preface: deque[bytes],
+        explained: Callable[[aiohttp.ClientError], BackendError],
+    ) -> None:
+        self._reply = reply
+        self._response = response
+        self._watch = watch
+        self._preface = preface
+        self._explained = explained
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        return self
+
+    async def __anext__(self) -> bytes:
+        if self._preface:
+            return self._preface.popleft()
+        try:
+            piece = await self._response.content.readany()
+        except aiohttp.ClientError as error:
+            self._settle()
+            raise self._explained(error) from error
+        if piece:
+            self._watch.feed(piece)
+            return piece
+        self._watch.end()
+        self._settle()
+        raise StopAsyncIteration
+
+    async def aclose(self) -> None:
+        self._settle()
+        _drop(self._response)
+
+    def _settle(self) -> None:
+        self._reply.usage = self._watch.usage
+        self._reply.failure = self._watch.failure
+
+
+class KeyFile:
+    """A key in a file that is read again when it changes: a Kubernetes Secret is rotated by swapping a link.
+
+    The file is looked at once a second at most. While it is missing or empty the last key stays in use.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Read the key. Raises OSError if the file cannot be read, ValueError if it is empty."""
+        self._path = path
+        self._state = _state(path)
+        self._looked = time.monotonic()
+        self._key = path.read_text().strip()
+        if not self._key:
+            raise ValueError(f"{path} is empty: it should hold the API key")
+
+    def __call__(self) -> str:
+        """The key in force now."""
+        now = time.monotonic()
+        if now - self._looked >= 1:
+            self._looked = now
+            try:
+                state = _state(self._path)
+                if state != self._state:
+                    self._key = self._path.read_text().strip() or self._key
+                    self._state = state
+            except OSError as error:
+                _log.warning("the key file %s cannot be read (%s): using the last key", self._path, error.strerror)
+        return self._key
+
+
+def _state(path: Path) -> tuple[int, int, int]:
+    found = path.stat()
+    return found.st_ino, found.st_mtime_ns, found.st_size
+
+
+def _checked(url: str) -> str:
+    parsed_url = URL(url)
+    if parsed_url.scheme not in ("http", "https") or not parsed_url.host:
+        raise ValueError(f"{url!r} is no http:// or https:// URL")
+    return url.rstrip("/")
+
+
+async def _json_body(response: aiohttp.ClientResponse) -> bytes:
+    body = await _read(response, _BODY_LIMIT)
+    if not isinstance(parsed(body), dict):
+        raise _not_json(response)
+    return body
+
+
+async def _read(response: aiohttp.ClientResponse, limit: int) -> bytes:
+    """Read a body to its end. Raises ServerFailed if it is longer than `limit` bytes."""
+    pieces = []
+    size = 0
+    while piece := await response.content.readany():
+        size += len(piece)
+        if size > limit:
+            raise ServerFailed(f"the provider's answer is longer than {limit} bytes")
+        pieces.append(piece)
+    return b"".join(pieces)
+
+
+def _drop(response: aiohttp.ClientResponse) -> None:
+    """Close the connection at once if the response still has it; one that was read to its end is back in the pool."""
+    if response.connection is not None and response.connection.transport is not None:
+        response.connection.transport.abort()
+    response.close()
+
+
+def _not_json(response: aiohttp.ClientResponse) -> ServerFailed:
+    return ServerFailed(f"the provider answered {response.status} with {response.content_type}, which is not JSON")
+
+
+def _strerror(error: BaseException) -> str:
+    return (isinstance(error, OSError) and error.strerror) or type(error).__name__
