@@ -175,8 +175,8 @@ class DashScopeBackend:
                     )
                     timings.first_byte = asyncio.get_running_loop().time()
                     return response
-                except (aiohttp.ClientOSError, aiohttp.ServerDisconnectedError):
-                    if not attempt.reused or attempt.transport is None:
+                except (aiohttp.ClientOSError, aiohttp.ServerDisconnectedError) as error:
+                    if attempt.transport is None or not attempt.reused or _had_begun(error):
                         raise
                     attempt.new_only = True
         except BaseException as error:
@@ -375,6 +375,14 @@ def _drop(response: aiohttp.ClientResponse) -> None:
     if response.connection is not None and response.connection.transport is not None:
         response.connection.transport.abort()
     response.close()
+
+
+def _had_begun(error: aiohttp.ClientOSError | aiohttp.ServerDisconnectedError) -> bool:
+    """Whether an answer had begun when the connection was closed: aiohttp then keeps what it had parsed of it.
+
+    After a reset it does not say, but a server that has begun to answer has no reason to send one.
+    """
+    return isinstance(error, aiohttp.ServerDisconnectedError) and not isinstance(error.message, str)
 
 
 def _not_json(response: aiohttp.ClientResponse) -> ServerFailed:

@@ -58,7 +58,7 @@ class StreamWatch:
         self.has_content = False
         """An event with data has passed that was no error."""
         self.failure: BackendError | None = None
-        """The first error event, classified."""
+        """The first error event, classified. Nothing after it is looked at: it ends the stream."""
         self._tail = b""
         self._last_usage = b""
 
@@ -87,6 +87,8 @@ class StreamWatch:
         return usage_of(parsed(self._last_usage)) if self._last_usage else None
 
     def _look_at(self, event: bytes) -> None:
+        if self.failure is not None:
+            return
         name, status, lines = b"", 0, []
         for line in event.splitlines():
             if line.startswith(b"data:"):
@@ -97,7 +99,7 @@ class StreamWatch:
                 status = int(match[1])
         data = b"\n".join(lines)
         if name == b"error" or status >= 400 or (b'"error"' in data and is_error(parsed(data))):
-            self.failure = self.failure or classify(status, {}, data)
+            self.failure = classify(status, {}, data)
         elif data and data != b"[DONE]":
             self.has_content = True
             if b'"usage"' in data and not _NO_USAGE.search(data):

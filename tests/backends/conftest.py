@@ -1,0 +1,16 @@
+"""Which event loops the tests of this folder run on."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+
+import pytest
+import uvloop
+
+
+def pytest_asyncio_loop_factories(item: pytest.Item) -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]]:
+    """Faults on both loops: production has uvloop, and closing, resetting and cancelling are not alike on the two."""
+    if item.path.name == "test_dashscope_faults.py":
+        return {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
+    return {"asyncio": asyncio.new_event_loop}
