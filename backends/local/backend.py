@@ -1,0 +1,206 @@
+"""The local backend: what the event loop sees of a model in this process."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import orjson
+
+from backends.base import BackendError, Reply, Request, Timings, Unreachable
+from backends.local.answers import OpenAIAnswer
+from backends.local.engine import Engine
+from backends.local.prompts import invalid, parse
+from backends.local.rows import Done, Event, Piece, Row, Started
+
+if TYPE_CHECKING:
+    from backends.local.model import VisionModel
+
+_log = logging.getLogger("backends.local")
+
+#: A dead engine is started again at once, but not twice within this many seconds: a fault that returns would have the
+#: machine load the model all day.
+RESTART_INTERVAL_SECONDS = 60
+#: How often a model that takes long to load says so in the log.
+_PROGRESS_SECONDS = 10
+
+
+class LocalBackend:
+    """Serves a transformers vision-language model from a thread of this process."""
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        name: str = "local",
+        device: str = "auto",
+        max_batch: int = 8,
+        batch_wait_seconds: float = 0.005,
+        queued: Callable[[], int] = lambda: 0,
+    ) -> None:
+        """`model` is a folder, or an id that transformers finds in its hub.
+
+        `queued` tells how many requests are on their way here; it is called from another thread. While it is 0 the
+        engine does not wait for a batch to fill.
+        """
+        self.name = name
+        self.slots = max_batch * 2
+        """Requests that may be in flight here: one batch at work, one ready to follow."""
+        self.on_batch: Callable[[int], None] = lambda _: None
+        """Called on the loop with the size of each batch as it starts."""
+        self.model_id = Path(model).name if Path(model).exists() else model
+        """What answers and `/v1/models` call the model: no path of this machine."""
+        self._load = partial(_load, model, device)
+        self._max_batch = max_batch
+        self._batch_wait_seconds = batch_wait_seconds
+        self._queued = queued
+        self._rows: set[Row] = set()
+        self._engine: Engine | None = None
+        self._supervisor: asyncio.Task[None] | None = None
+        self._unready: str | None = "the model is not loaded"
+
+    def ready_reason(self) -> str | None:
+        """Why no request can be served now, in one line; None if they can."""
+        return self._unready
+
+    async def start(self) -> None:
+        """Load the model and have it answer one small image. Raises `BackendError` with a message for a person."""
+        failed = await self._launch()
+        if failed is not None:
+            raise BackendError(failed)
+        self._supervisor = asyncio.create_task(self._supervise(), name="local-engine-supervisor")
+
+    async def close(self) -> None:
+        """Stop the engine thread. A model that is still being loaded is not waited for."""
+        self._unready = "closed"
+        if self._supervisor is not None:
+            self._supervisor.cancel()
+            await asyncio.wait([self._supervisor])
+        for row in self._rows:
+            row.gone = True
+        if self._engine is not None:
+            self._engine.stop()
+            if self._engine.ready.done():
+                await self._engine.exited
+
+    async def models(self) -> bytes:
+        """List the one model."""
+        entry = {"id": self.model_id, "object": "model", "created": 0, "owned_by": "local"}
+        return orjson.dumps({"object": "list", "data": [entry]})
+
+    async def send(self, request: Request, timings: Timings) -> Reply:
+        """Answer one chat completion. When it is cancelled its row ends at the next decode step."""
+        loop = asyncio.get_running_loop()
+        if request.dialect != "openai" or request.path != "/chat/completions":
+            raise invalid("the local backend answers OpenAI's /chat/completions only", "path")
+        prompt = parse(request.body)
+        engine = self._engine
+        if engine is None or self._unready is not None:
+            raise Unreachable(f"the local model cannot answer: {self._unready}", status=503, code="engine_down")
+        # The engine thread has no loop: `time.monotonic` is the clock it shares with any loop.
+        left = None if request.deadline is None else request.deadline - loop.time()
+        row = Row(prompt, deadline=None if left is None else time.monotonic() + left)
+        answer = OpenAIAnswer(self.model_id, include_usage=prompt.include_usage)
+        self._rows.add(row)
+        streaming = False
+        try:
+            engine.put(row)
+            event = await self._event(row)
+            if isinstance(event, Started):
+                timings.work_started = loop.time()
+                event = await self._event(row)
+            timings.first_byte = loop.time()
+            if isinstance(event, Done) and not prompt.stream:
+                body = answer.whole(event.text, event.finish_reason, event.usage)
+                return Reply(200, {"Content-Type": "application/json"}, body, usage=event.usage)
+            reply = Reply(200, {"Content-Type": answer.content_type}, closer=partial(self._let_go, row))
+            reply.chunks = self._chunks(row, reply, answer, event)
+            streaming = True
+            return reply
+        finally:
+            if not streaming:
+                await self._let_go(row)
+
+    async def _event(self, row: Row) -> Event:
+        event = await row.events.get()
+        if isinstance(event, BackendError):
+            raise event
+        return event
+
+    async def _let_go(self, row: Row) -> None:
+        row.gone = True
+        self._rows.discard(row)
+
+    async def _chunks(self, row: Row, reply: Reply, answer: OpenAIAnswer, event: Event) -> AsyncIterator[bytes]:
+        opening = answer.first()
+        while isinstance(event, Piece):
+            yield opening + answer.piece(event.text)
+            opening = b""
+            event = await row.events.get()
+        if isinstance(event, Done):
+            reply.usage = event.usage
+            piece = answer.piece(event.text) if event.text else b""
+            yield opening + piece + answer.last(event.finish_reason, event.usage)
+        elif isinstance(event, BackendError):
+            reply.failure = event
+            yield answer.failed(event)
+
+    async def _launch(self) -> str | None:
+        """Start an engine and wait until it is ready: None, or what went wrong."""
+        self._unready = "the model is being loaded"
+        engine = self._engine = Engine(
+            self._load,
+            max_batch=self._max_batch,
+            batch_wait_seconds=self._batch_wait_seconds,
+            queued=self._queued,
+            on_batch=self.on_batch,
+        )
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        outcomes: list[asyncio.Future[Any]] = [engine.ready, engine.exited]
+        try:
+            while not any(outcome.done() for outcome in outcomes):
+                await asyncio.wait(outcomes, timeout=_PROGRESS_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+                _log.info("loading the model: %.0f s", loop.time() - began)
+        except asyncio.CancelledError:
+            engine.stop()
+            raise
+        if engine.exited.done():
+            return engine.exited.result()
+        self._unready = None
+        return None
+
+    async def _supervise(self) -> None:
+        """Start the engine again whenever it dies, at most once a minute."""
+        loop = asyncio.get_running_loop()
+        next_start = loop.time()
+        cause: str | None = None
+        while True:
+            if cause is None and self._engine is not None:
+                await asyncio.wait([self._engine.exited])  # not the future itself: cancelling this would cancel it
+                cause = self._engine.exited.result()
+            wait = max(0.0, next_start - loop.time())
+            self._unready = f"{cause}; it is started again in {wait:.0f} s"
+            _log.error("%s", self._unready)
+            for row in self._rows:
+                row.events.put_nowait(Unreachable(f"{cause}", status=503, code="engine_down"))
+            await asyncio.sleep(wait)
+            next_start = loop.time() + RESTART_INTERVAL_SECONDS
+            cause = await self._launch()
+
+
+def _load(model: str, device: str, say: Callable[[str], None]) -> VisionModel:
+    """Load the model, in the engine thread. torch is imported here: it takes seconds, and the loop goes on."""
+    try:
+        from backends.local.model import load  # noqa: PLC0415
+    except ImportError as error:
+        raise BackendError(
+            f"the local backend needs torch, transformers and pillow ({error.name} is missing):"
+            " pip install 'vlm-sidecar[local]'"
+        ) from error
+    return load(model, device, say)

@@ -1,0 +1,321 @@
+"""The engine thread: it alone owns the model, and takes rows from its mailbox in batches.
+
+    event loop ── mailbox ──▶ collect → prepare → encode → generate ──▶ call_soon_threadsafe: events of rows
+
+No lock is fought over: the mailbox is the lock, and the wait for it ends with a row's `Started`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import queue
+import secrets
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from backends.base import BackendError, Rejected, ServerFailed, Usage
+from backends.local.prompts import Prompt, data_url_bytes, invalid
+from backends.local.rows import Done, Draw, Event, Piece, Row, Started
+from backends.local.text import AnswerText
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from backends.local.model import Batch, VisionModel
+
+_log = logging.getLogger("backends.local")
+
+
+@dataclass(slots=True, eq=False)
+class _Work:
+    """A row in the engine's hands."""
+
+    row: Row
+    rendered: str
+    images: list[Image]
+    answer: AnswerText
+    seed: int
+    held: list[str]
+    """Text of a row that does not stream, until it is done."""
+    over: bool = False
+    """Done, failed, or given up: nothing more is said about it."""
+    steps: int = 0
+    """Of the present attempt. An attempt after a failed one first repeats the tokens that the answer has already."""
+
+
+class Engine:
+    """Loads a model in a thread of its own and serves rows with it until it is stopped, or dies."""
+
+    def __init__(
+        self,
+        load: Callable[[Callable[[str], None]], VisionModel],
+        *,
+        max_batch: int,
+        batch_wait_seconds: float,
+        queued: Callable[[], int],
+        on_batch: Callable[[int], None],
+    ) -> None:
+        """Start the thread. Must be called on the event loop, where all events and `on_batch` arrive.
+
+        `queued` is called from the engine thread.
+        """
+        self._loop = asyncio.get_running_loop()
+        self.ready: asyncio.Future[None] = self._loop.create_future()
+        """Done once the model is loaded and has answered its first image."""
+        self.exited: asyncio.Future[str | None] = self._loop.create_future()
+        """Done when the thread has ended, with what ended it, in one line; None if it was told to stop."""
+        self.max_batch = max_batch
+        """Becomes smaller when memory runs out, and stays so."""
+        self._load = load
+        self._batch_wait_seconds = batch_wait_seconds
+        self._queued = queued
+        self._on_batch = on_batch
+        self._mailbox: queue.SimpleQueue[Row | None] = queue.SimpleQueue()
+        self._waiting: deque[Row] = deque()
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name="local-engine", daemon=True)
+        self._thread.start()
+
+    def put(self, row: Row) -> None:
+        """Hand a row to the thread."""
+        self._mailbox.put(row)
+
+    def stop(self) -> None:
+        """Ask the thread to end, at the next decode step at the latest. `exited` tells when it has."""
+        self._stopping = True
+        self._mailbox.put(None)
+
+    # --- all that follows runs in the thread ---
+
+    def _call(self, function: Callable[[], object]) -> None:
+        # A loop that is closed has nobody left to tell: `close` does not wait for a model that is still loading.
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(function)
+
+    def _post(self, *events: tuple[Row, Event]) -> None:
+        """Tell rows what happened: one wake-up of the loop for all of them."""
+        if events:
+            self._call(partial(_deliver, events))
+
+    def _run(self) -> None:
+        ended_by: str | None = None
+        try:
+            self._model = self._load(_log.info)
+            self._warm_up()
+            self._call(partial(self.ready.set_result, None))
+            while works := self._collect():
+                self._serve(works, again=False)
+        except BackendError as error:
+            ended_by = error.message
+        except BaseException as error:  # noqa: BLE001 - not lost: the owner of the engine is told
+            ended_by = f"the engine died: {_kind_and_place(error)}"
+        self._call(partial(self.exited.set_result, ended_by))
+
+    def _warm_up(self) -> None:
+        """Answer one small image, so that the first caller does not wait for lazy initialisation."""
+        began = time.monotonic()
+        part = [{"type": "image"}, {"type": "text", "text": "Describe the image."}]
+        prompt = Prompt(messages=[{"role": "user", "content": part}], images=(), max_tokens=2)
+        try:
+            work = self._work(Row(prompt), [(self._model.sample_image(), "image")])
+            failed = self._attempt([work])
+        except Exception as error:  # noqa: BLE001 - told with its cause below
+            failed = error
+        if failed is not None:
+            raise BackendError(f"the model was loaded but cannot answer: {type(failed).__name__}: {failed}") from failed
+        _log.info("ready: the first answer took %.1f s", time.monotonic() - began)
+
+    def _collect(self) -> list[_Work]:
+        """Wait for the next batch: the oldest row and those that may share with it. Empty when told to stop.
+
+        A batch is closed when it is full, when only rows that cannot share wait, or when nothing waits: then it is
+        given `batch_wait_seconds` if more is queued upstream. Rows that arrive while images are decoded join.
+        """
+        works: list[_Work] = []
+        until = 0.0
+        while not self._stopping and len(works) < self.max_batch:
+            while not self._mailbox.empty():
+                self._take(self._mailbox.get())
+            row = self._next(works)
+            if row is not None:
+                self._post((row, Started()))
+                work = self._prepare(row)
+                if work is not None:
+                    works.append(work)
+                    until = until or time.monotonic() + self._batch_wait_seconds
+            elif not works:
+                self._take(self._mailbox.get())
+            else:
+                left = until - time.monotonic()
+                if self._waiting or left <= 0 or not self._queued():
+                    break
+                try:
+                    self._take(self._mailbox.get(timeout=left))
+                except queue.Empty:
+                    break
+        return [] if self._stopping else works
+
+    def _take(self, row: Row | None) -> None:
+        if row is not None:
+            self._waiting.append(row)
+
+    def _next(self, works: list[_Work]) -> Row | None:
+        """Take the oldest waiting row that is still wanted and may share a batch with `works`."""
+        while self._waiting and self._is_given_up(self._waiting[0]):
+            self._waiting.popleft()
+        for row in self._waiting:
+            # Processors pad for unequal numbers of images, each family in a way of its own: not batched.
+            if not works or len(row.prompt.images) == len(works[0].images):
+                self._waiting.remove(row)
+                return row
+        return None
+
+    def _is_given_up(self, row: Row) -> bool:
+        if row.gone:
+            return True
+        if row.deadline is None or time.monotonic() < row.deadline:
+            return False
+        self._post((row, ServerFailed("the deadline passed", status=504, code="deadline_exceeded")))
+        return True
+
+    def _prepare(self, row: Row) -> _Work | None:
+        """Decode a row's images and render its prompt; a row with a fault of its own is told, and None returned."""
+        try:
+            files = [
+                (row.fetched.get(image.field) or data_url_bytes(image), image.field) for image in row.prompt.images
+            ]
+            return self._work(row, files)
+        except Rejected as error:
+            self._post((row, error))
+        except Exception as error:  # noqa: BLE001 - not lost: the row's caller gets it
+            self._post((row, self._blame(error)))
+        return None
+
+    def _work(self, row: Row, files: list[tuple[bytes, str]]) -> _Work:
+        prompt = row.prompt
+        rendered, images = self._model.prepare(prompt, files)
+        answer = AnswerText(
+            self._model.decode, end_tokens=self._model.end_tokens, stop=prompt.stop, max_tokens=prompt.max_tokens
+        )
+        seed = secrets.randbits(63) if prompt.seed is None else prompt.seed
+        return _Work(row, rendered, images, answer, seed, held=[])
+
+    def _serve(self, works: list[_Work], *, again: bool) -> None:
+        """Answer every row, whatever some of them do to the batch.
+
+        Out of memory: once more in halves, which are the largest batch from now on. Any other error: halves, until
+        the row that causes it is alone; its caller is told. `again`: this is a half after memory ran out.
+        """
+        for work in works:
+            work.over = self._is_given_up(work.row)
+        works = [work for work in works if not work.over]
+        if not works:
+            return
+        self._call(partial(self._on_batch, len(works)))
+        error = self._attempt(works)
+        works = [work for work in works if not work.over]
+        if error is None or not works:
+            return
+        if self._model.is_fatal(error):
+            raise error
+        if self._model.is_out_of_memory(error):
+            del error  # its frames hold the tensors that are to be freed
+            self._model.free()
+            self.max_batch = max(1, min(self.max_batch, len(works) // 2))
+            _log.warning("out of memory with a batch of %d: from now on at most %d", len(works), self.max_batch)
+            if again:
+                message = "the model ran out of memory, also with a smaller batch"
+                for work in works:
+                    self._post((work.row, ServerFailed(message, status=503, code="out_of_memory")))
+                return
+            again = True
+        elif len(works) == 1:
+            self._post((works[0].row, self._blame(error)))
+            return
+        half = (len(works) + 1) // 2
+        for part in (works[:half], works[half:]):
+            self._serve(part, again=again)
+
+    def _blame(self, error: BaseException) -> BackendError:
+        """The error for one row. Only the kind is told: a message of the model's code may quote the prompt."""
+        if isinstance(error, BackendError):
+            return error
+        _log.error("the model failed on one request: %s", _kind_and_place(error))
+        kind = type(error).__name__
+        return ServerFailed(f"the model failed on this request ({kind})", status=500, code="local_model_failed")
+
+    def _attempt(self, works: list[_Work]) -> Exception | None:
+        """Run one batch to its end, or to an error, which is returned and not raised so that its frames can go."""
+        try:
+            batch = self._model.encode([work.rendered for work in works], [work.images for work in works])
+            room = [self._model.context_tokens - tokens for tokens in batch.prompt_tokens]
+            if min(room) < 1:
+                return self._without_too_long(works, room)
+            draws = [
+                Draw(work.row.prompt.temperature, work.row.prompt.top_p, work.seed, tuple(work.answer.tokens))
+                for work in works
+            ]
+            for work, tokens in zip(works, room, strict=True):
+                work.steps = 0
+                work.answer.max_tokens = min(work.row.prompt.max_tokens, tokens)
+            steps = max(work.answer.max_tokens for work in works)
+            self._model.generate(batch, draws, steps, partial(self._step, works, batch))
+        except Exception as error:  # noqa: BLE001 - the caller decides what it means
+            return error
+        return None
+
+    def _without_too_long(self, works: list[_Work], room: list[int]) -> Exception | None:
+        """Refuse the prompts that leave no room for an answer, and attempt the rest."""
+        for work, tokens in zip(works, room, strict=True):
+            if tokens < 1:
+                work.over = True
+                limit = self._model.context_tokens
+                self._post((work.row, invalid(f"{limit - tokens} LLM tokens, the model takes {limit}", "messages")))
+        rest = [work for work in works if not work.over]
+        return self._attempt(rest) if rest else None
+
+    def _step(self, works: list[_Work], batch: Batch, tokens: list[int]) -> list[bool]:
+        """Look at the newest token of every row; say which rows are finished."""
+        events: list[tuple[Row, Event]] = []
+        for work, token, prompt_tokens in zip(works, tokens, batch.prompt_tokens, strict=True):
+            if work.over:
+                continue
+            if self._stopping or self._is_given_up(work.row):
+                work.over = True
+                continue
+            work.steps += 1
+            if work.steps > len(work.answer.tokens):
+                self._advance(work, token, prompt_tokens, events)
+        self._post(*events)
+        return [work.over for work in works]
+
+    def _advance(self, work: _Work, token: int, prompt_tokens: int, events: list[tuple[Row, Event]]) -> None:
+        text = work.answer.push(token)
+        if work.answer.finish_reason is not None:
+            work.over = True
+            usage = Usage(prompt_tokens, len(work.answer.tokens))
+            events.append((work.row, Done("".join([*work.held, text]), work.answer.finish_reason, usage)))
+        elif text and work.row.prompt.stream:
+            events.append((work.row, Piece(text)))
+        elif text:
+            work.held.append(text)
+
+
+def _deliver(events: Sequence[tuple[Row, Event]]) -> None:
+    for row, event in events:
+        row.events.put_nowait(event)
+
+
+def _kind_and_place(error: BaseException) -> str:
+    """Say what an unforeseen error was and where; not its message, which may quote a prompt."""
+    last = traceback.extract_tb(error.__traceback__, limit=-1)
+    place = f" at {Path(last[0].filename).name}:{last[0].lineno}" if last else ""
+    return f"{type(error).__name__}{place}"
