@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
+import re
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
-from pathlib import Path
 from typing import TypeVar
 
 import aiohttp
@@ -38,6 +37,7 @@ _ERROR_BODY_LIMIT = 1024 * 1024
 _BODY_LIMIT = 64 * 1024 * 1024
 #: Bytes of comments and pings that may come before a stream's first content.
 _PREFACE_LIMIT = 1024 * 1024
+_PATH = re.compile(r"/[\x21-\x7e]*")
 _COMPATIBLE_PATH, _NATIVE_PATH = "/compatible-mode/v1", "/api/v1"
 #: DashScope's bounds for `X-DashScope-Wait-Timeout`, in seconds.
 _WAIT_MIN, _WAIT_MAX = 3, 120
@@ -96,6 +96,8 @@ class DashScopeBackend:
 
     async def send(self, request: Request, timings: Timings) -> Reply:
         """Make one attempt, see `Backend.send`."""
+        if not _PATH.fullmatch(request.path):  # a line break in it would begin a request of the caller's own
+            raise Rejected("the path holds characters that no URL has", status=400)
         base = self._base
         headers = CIMultiDict(request.headers)
         if request.dialect == "native":
@@ -307,41 +309,6 @@ class _Chunks:
     def _settle(self) -> None:
         self._reply.usage = self._watch.usage
         self._reply.failure = self._watch.failure
-
-
-class KeyFile:
-    """A key in a file that is read again when it changes: a Kubernetes Secret is rotated by swapping a link.
-
-    The file is looked at once a second at most. While it is missing or empty the last key stays in use.
-    """
-
-    def __init__(self, path: Path) -> None:
-        """Read the key. Raises OSError if the file cannot be read, ValueError if it is empty."""
-        self._path = path
-        self._state = _state(path)
-        self._looked = time.monotonic()
-        self._key = path.read_text().strip()
-        if not self._key:
-            raise ValueError(f"{path} is empty: it should hold the API key")
-
-    def __call__(self) -> str:
-        """The key in force now."""
-        now = time.monotonic()
-        if now - self._looked >= 1:
-            self._looked = now
-            try:
-                state = _state(self._path)
-                if state != self._state:
-                    self._key = self._path.read_text().strip() or self._key
-                    self._state = state
-            except OSError as error:
-                _log.warning("the key file %s cannot be read (%s): using the last key", self._path, error.strerror)
-        return self._key
-
-
-def _state(path: Path) -> tuple[int, int, int]:
-    found = path.stat()
-    return found.st_ino, found.st_mtime_ns, found.st_size
 
 
 def _checked(url: str) -> str:

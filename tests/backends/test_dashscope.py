@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import socket
+import sys
 import tracemalloc
 
 import pytest
 from scripted_upstream import BOUND, CHAT_ANSWER, Link, Seen, Upstream
 
 from backends.base import BackendError, BillingRefused, Rejected, Request, Throttled, Timings, Usage
-from backends.dashscope import DashScopeBackend, KeyFile
+from backends.dashscope import DashScopeBackend
 
 NATIVE_PATH = "/services/aigc/multimodal-generation/generation"
 
@@ -300,6 +302,48 @@ async def test_a_ten_megabyte_frame_passes_without_a_second_copy_of_it():
     assert peak - before < len(frame) / 2
 
 
+@pytest.mark.parametrize("path", ["", "/a b", "/a HTTP/1.1\r\nX: y", "/\u00e9", "/\udcff"])
+async def test_a_path_that_could_smuggle_a_request_is_not_sent(backend, upstream, path):
+    with pytest.raises(Rejected, match="path"):
+        await backend.send(Request(dialect="openai", path=path, body=b"{}", model="m"), Timings())
+    assert upstream.seen == []
+
+
+async def test_an_idle_connection_is_closed_by_us_before_a_load_balancer_does(upstream, monkeypatch):
+    monkeypatch.setattr("backends.connections.IDLE_SECONDS", 0.05)
+    gone = asyncio.Event()
+
+    async def script(link: Link, _: Seen) -> None:
+        await link.answer(CHAT_ANSWER)
+        await link.gone()
+        gone.set()
+
+    upstream.script = script
+    backend = DashScopeBackend(base_url=f"{upstream.origin}/v1")
+    await backend.start()
+    await backend.send(chat(), Timings())
+    async with asyncio.timeout(BOUND):
+        await gone.wait()
+    await backend.close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the options have other names elsewhere")
+async def test_connections_are_probed_while_an_answer_is_awaited(upstream, backend, monkeypatch):
+    made = []
+
+    class Recorded(socket.socket):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            made.append(self)
+
+    monkeypatch.setattr("backends.connections.socket.socket", Recorded)
+    await backend.send(chat(), Timings())
+    client = made[0]
+    assert client.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+    options = (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT)
+    assert [client.getsockopt(socket.IPPROTO_TCP, option) for option in options] == [60, 30, 3]
+
+
 @pytest.mark.parametrize("url", ["dashscope.aliyuncs.com", "ftp://host/v1", "http://", ""])
 def test_a_base_url_that_is_none_is_refused_by_name(url):
     with pytest.raises(ValueError, match=r"is no http:// or https:// URL"):
@@ -332,64 +376,6 @@ async def test_a_proxy_that_cannot_be_spoken_to_stops_the_start_by_name(monkeypa
     backend = DashScopeBackend(base_url="https://provider.example/v1")
     with pytest.raises(BackendError, match="HTTPS_PROXY"):
         await backend.start()
-
-
-@pytest.fixture
-def clock(monkeypatch):
-    """Time as `KeyFile` sees it."""
-    now = [1000.0]
-    monkeypatch.setattr("backends.dashscope.time.monotonic", lambda: now[0])
-    return now
-
-
-def test_a_rotated_secret_is_used_within_a_second(tmp_path, clock):
-    for name, value in (("old", "sk-1\n"), ("new", "sk-2\n")):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "key").write_text(value)
-    (tmp_path / "..data").symlink_to("old")
-    (tmp_path / "key").symlink_to("..data/key")
-    key = KeyFile(tmp_path / "key")
-    assert key() == "sk-1"
-    (tmp_path / "..data_tmp").symlink_to("new")
-    (tmp_path / "..data_tmp").replace(tmp_path / "..data")
-    clock[0] += 1.0
-    assert key() == "sk-2"
-
-
-def test_the_key_file_is_looked_at_once_a_second_at_most(tmp_path, clock):
-    path = tmp_path / "key"
-    path.write_text("sk-1")
-    key = KeyFile(path)
-    path.write_text("sk-2-longer")
-    clock[0] += 0.9
-    assert key() == "sk-1"
-    clock[0] += 0.2
-    assert key() == "sk-2-longer"
-
-
-def test_while_the_key_file_is_empty_or_missing_the_last_key_stays_in_use(tmp_path, clock, caplog):
-    path = tmp_path / "key"
-    path.write_text("sk-1")
-    key = KeyFile(path)
-    path.write_text("")
-    clock[0] += 1
-    assert key() == "sk-1"
-    path.unlink()
-    clock[0] += 1
-    assert key() == "sk-1"
-    assert str(path) in caplog.text
-    assert "sk-1" not in caplog.text
-    path.write_text("sk-3")
-    clock[0] += 1
-    assert key() == "sk-3"
-
-
-def test_a_key_file_that_holds_no_key_is_refused_at_the_start(tmp_path):
-    (tmp_path / "key").write_text("\n")
-    with pytest.raises(ValueError, match="is empty"):
-        KeyFile(tmp_path / "key")
-    with pytest.raises(OSError, match="missing"):
-        KeyFile(tmp_path / "missing")
 
 
 async def test_a_new_key_is_sent_with_the_next_request(upstream):
