@@ -5,18 +5,19 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import orjson
 
-from backends.base import BackendError, Reply, Request, Timings, Unreachable
+from backends.base import BackendError, Rejected, Reply, Request, Timings, Unreachable
 from backends.local.answers import OpenAIAnswer
 from backends.local.engine import Engine
-from backends.local.prompts import invalid, parse
+from backends.local.prompts import parse
 from backends.local.rows import Done, Event, Piece, Row, Started
+from backends.local.sources import ImageSources
 
 if TYPE_CHECKING:
     from backends.local.model import VisionModel
@@ -42,23 +43,26 @@ class LocalBackend:
         max_batch: int = 8,
         batch_wait_seconds: float = 0.005,
         queued: Callable[[], int] = lambda: 0,
+        image_urls: Sequence[str] = (),
     ) -> None:
         """`model` is a folder, or an id that transformers finds in its hub.
 
         `queued` tells how many requests are on their way here; it is called from another thread. While it is 0 the
-        engine does not wait for a batch to fill.
+        engine does not wait for a batch to fill. Images come as data URLs, and from below `image_urls`, if there are
+        any: `ValueError` if one of them is neither http(s) nor file.
         """
         self.name = name
         self.slots = max_batch * 2
         """Requests that may be in flight here: one batch at work, one ready to follow."""
         self.on_batch: Callable[[int], None] = lambda _: None
-        """Called on the loop with the size of each batch as it starts."""
+        """Called on the loop with the size of each batch as it starts. To be set before `start`."""
         self.model_id = Path(model).name if Path(model).exists() else model
         """What answers and `/v1/models` call the model: no path of this machine."""
         self._load = partial(_load, model, device)
         self._max_batch = max_batch
         self._batch_wait_seconds = batch_wait_seconds
         self._queued = queued
+        self._sources = ImageSources(image_urls)
         self._rows: set[Row] = set()
         self._engine: Engine | None = None
         self._supervisor: asyncio.Task[None] | None = None
@@ -81,8 +85,10 @@ class LocalBackend:
         if self._supervisor is not None:
             self._supervisor.cancel()
             await asyncio.wait([self._supervisor])
+        await self._sources.close()
         for row in self._rows:
             row.gone = True
+            row.events.put_nowait(Unreachable("the local backend is closed", status=503, code="engine_down"))
         if self._engine is not None:
             self._engine.stop()
             if self._engine.ready.done():
@@ -97,14 +103,15 @@ class LocalBackend:
         """Answer one chat completion. When it is cancelled its row ends at the next decode step."""
         loop = asyncio.get_running_loop()
         if request.dialect != "openai" or request.path != "/chat/completions":
-            raise invalid("the local backend answers OpenAI's /chat/completions only", "path")
+            raise Rejected(f"the local model answers /chat/completions, not {request.path}", status=404)
         prompt = parse(request.body)
+        fetched = await self._sources.fetch(prompt.images)
         engine = self._engine
         if engine is None or self._unready is not None:
             raise Unreachable(f"the local model cannot answer: {self._unready}", status=503, code="engine_down")
         # The engine thread has no loop: `time.monotonic` is the clock it shares with any loop.
         left = None if request.deadline is None else request.deadline - loop.time()
-        row = Row(prompt, deadline=None if left is None else time.monotonic() + left)
+        row = Row(prompt, fetched, deadline=None if left is None else time.monotonic() + left)
         answer = OpenAIAnswer(self.model_id, include_usage=prompt.include_usage)
         self._rows.add(row)
         streaming = False
@@ -165,8 +172,11 @@ class LocalBackend:
         outcomes: list[asyncio.Future[Any]] = [engine.ready, engine.exited]
         try:
             while not any(outcome.done() for outcome in outcomes):
-                await asyncio.wait(outcomes, timeout=_PROGRESS_SECONDS, return_when=asyncio.FIRST_COMPLETED)
-                _log.info("loading the model: %.0f s", loop.time() - began)
+                _, missing = await asyncio.wait(
+                    outcomes, timeout=_PROGRESS_SECONDS, return_when=asyncio.FIRST_COMPLETED
+                )
+                if len(missing) == len(outcomes):
+                    _log.info("still loading the model, %.0f s so far", loop.time() - began)
         except asyncio.CancelledError:
             engine.stop()
             raise

@@ -24,12 +24,13 @@ def decode(images: list[tuple[bytes, str]]) -> list[PIL.Image.Image]:
     for data, field in images:
         try:
             picture = PIL.Image.open(BytesIO(data), formats=_FORMATS)  # reads the header only
-        except (OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError):
+            pixels += picture.width * picture.height
+        except PIL.Image.DecompressionBombError:  # PIL's own bound, higher than ours
+            pixels = MAX_PIXELS + 1
+        except (OSError, ValueError, SyntaxError):
             raise invalid(f"is not an image this backend knows ({', '.join(_FORMATS)})", field) from None
-        pixels += picture.width * picture.height
         if pixels > MAX_PIXELS:
-            size = f"{picture.width} x {picture.height}"
-            raise invalid(f"too large: {size}; the images of a request may have {MAX_PIXELS} pixels", field)
+            raise invalid(f"too large: the images of a request may have {MAX_PIXELS} pixels together", field)
         opened.append((picture, field))
     decoded = []
     for picture, field in opened:

@@ -1,0 +1,100 @@
+"""Where the images of a request may come from: data URLs always, anything else only if the operator named it.
+
+A sidecar that fetched what a caller names would be a hole into the pod's network and files.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from pathlib import Path
+from urllib.request import url2pathname
+
+import aiohttp
+from yarl import URL
+
+from backends.base import Rejected
+from backends.local.prompts import ImageUrl, invalid
+
+#: The largest image that is fetched, in bytes: the default limit of a request's body.
+_MAX_BYTES = 14 * 1024 * 1024
+#: Seconds a fetch may take: a camera's snapshot takes a fraction of one.
+_TIMEOUT = aiohttp.ClientTimeout(total=10)
+
+
+class ImageSources:
+    """Fetches images whose URL lies below one of `allowed`: `https://host/folder/`, `file:///folder/`."""
+
+    def __init__(self, allowed: Sequence[str]) -> None:
+        """Raise `ValueError` for a URL of another scheme, or without a host or folder."""
+        self._allowed = [URL(url) for url in allowed]
+        for url in self._allowed:
+            if url.scheme not in {"http", "https", "file"} or (url.scheme != "file" and not url.host):
+                raise ValueError(f"images may be allowed from http://, https:// or file:/// URLs, not {url}")
+        self._session: aiohttp.ClientSession | None = None
+
+    async def fetch(self, images: Sequence[ImageUrl]) -> dict[str, bytes]:
+        """Fetch all that are no data URL; bytes by the field that names them. Raises `Rejected` with the field."""
+        return {image.field: await self._one(image) for image in images if not image.url.startswith("data:")}
+
+    async def close(self) -> None:
+        """Close the connections."""
+        if self._session is not None:
+            await self._session.close()
+
+    async def _one(self, image: ImageUrl) -> bytes:
+        try:
+            url = URL(image.url)
+        except ValueError:
+            raise invalid("is not a URL", image.field) from None
+        if url.scheme == "file":
+            folders = [url2pathname(base.path) for base in self._allowed if base.scheme == "file"]
+            return await asyncio.to_thread(_read, url2pathname(url.path), folders, image.field)
+        if any(_is_below(url, base) for base in self._allowed):
+            return await self._download(url, image.field)
+        raise _not_allowed(image.field)
+
+    async def _download(self, url: URL, field: str) -> bytes:
+        if self._session is None:
+            self._session = aiohttp.ClientSession(timeout=_TIMEOUT, cookie_jar=aiohttp.DummyCookieJar())
+        try:
+            # A redirect could lead anywhere: it is an answer like any other that is no image.
+            async with self._session.get(url, allow_redirects=False) as response:
+                if response.status != 200:
+                    raise invalid(f"could not be fetched: status {response.status}", field)
+                data = await response.content.read(_MAX_BYTES + 1)
+                while len(data) <= _MAX_BYTES and (more := await response.content.read(_MAX_BYTES)):
+                    data += more
+        except (aiohttp.ClientError, TimeoutError) as error:
+            raise invalid(f"could not be fetched ({type(error).__name__})", field) from error
+        return _bounded(data, field)
+
+
+def _is_below(url: URL, base: URL) -> bool:
+    """Whether `url` is `base` or under it. `yarl` has resolved `..`, which no longer appears unless it was encoded."""
+    if url.scheme != base.scheme or url.host != base.host or url.port != base.port or url.user is not None:
+        return False
+    return ".." not in url.parts and (url.path == base.path or url.path.startswith(base.path.rstrip("/") + "/"))
+
+
+def _read(name: str, folders: list[str], field: str) -> bytes:
+    path = Path(name).resolve()  # links and `..` end here
+    if not any(path.is_relative_to(Path(folder).resolve()) for folder in folders):
+        raise _not_allowed(field)
+    try:
+        if not path.is_file():  # a pipe or a device would never end
+            raise invalid("there is no such file", field)
+        with path.open("rb") as file:
+            return _bounded(file.read(_MAX_BYTES + 1), field)
+    except OSError as error:
+        raise invalid(f"could not be read ({type(error).__name__})", field) from error
+
+
+def _not_allowed(field: str) -> Rejected:
+    return invalid("images are taken as data URLs (data:image/jpeg;base64,…); this source is not allowed", field)
+
+
+def _bounded(data: bytes, field: str) -> bytes:
+    if len(data) > _MAX_BYTES:
+        raise invalid(f"is larger than {_MAX_BYTES} bytes", field)
+    return data

@@ -1,0 +1,171 @@
+"""Streams and their ends: pieces out of a batch, hang-ups, deadlines, stop sequences."""
+
+from __future__ import annotations
+
+import asyncio
+
+from local_calls import BOUND, ask, chat, events, read_events, until, various
+
+from backends.base import Timings
+
+
+async def test_a_stream_says_what_a_whole_answer_says(serve, family):
+    backend = await serve(family)
+    for request, streamed in zip(various(3, max_tokens=40), various(3, max_tokens=40, stream=True), strict=True):
+        whole = await ask(backend, request)
+        pieces = await ask(backend, streamed)
+        assert pieces.text == whole.text
+        assert pieces.usage == whole.usage
+        assert pieces.finish_reason == whole.finish_reason
+        assert len(pieces.pieces) > 3
+
+
+async def test_the_events_are_in_openais_shape_and_bring_the_usage_if_asked(serve):
+    backend = await serve()
+    raw = {}
+    for include in (False, True):
+        reply = await backend.send(chat(stream=True, stream_options={"include_usage": include}), Timings())
+        raw[include] = b"".join([chunk async for chunk in reply.chunks])
+        await reply.aclose()
+        assert reply.headers["Content-Type"] == "text/event-stream"
+        assert raw[include].endswith(b"data: [DONE]\n\n")
+    plain, asked = events(raw[False]), events(raw[True])
+    assert plain[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+    assert plain[-1]["choices"][0]["finish_reason"] == "length"
+    assert all("usage" not in event for event in plain)
+    assert all(event["usage"] is None for event in asked[:-1])
+    assert asked[-1]["choices"] == []
+    assert asked[-1]["usage"]["completion_tokens"] == 12
+    assert {event["object"] for event in asked} == {"chat.completion.chunk"}
+
+
+async def test_a_streams_first_byte_comes_before_its_batch_ends(serve, tap):
+    backend = await serve()
+    await tap.hold()
+    timings = Timings()
+    sending = asyncio.create_task(backend.send(chat(stream=True, max_tokens=200), timings))
+    await until(lambda: tap.running)
+    tap.let(8)
+    reply = await asyncio.wait_for(sending, BOUND)
+    first = await asyncio.wait_for(anext(reply.chunks), BOUND)
+    assert tap.running
+    assert tap.steps <= 8
+    assert read_events(first)[0]
+    assert timings.work_started <= timings.first_byte
+    tap.let(10**6)
+    await reply.aclose()
+
+
+async def test_a_caller_that_hangs_up_frees_its_row_within_two_steps_and_its_neighbour_goes_on(serve, tap):
+    backend = await serve()
+    alone = await ask(backend, chat("Who stays?", max_tokens=30))
+    await tap.hold()
+    first = asyncio.create_task(ask(backend, chat(max_tokens=1)))
+    await until(lambda: tap.running)
+    leaver = asyncio.create_task(ask(backend, chat("Who leaves?", max_tokens=10**6)))
+    stayer = asyncio.create_task(ask(backend, chat("Who stays?", max_tokens=30)))
+    await until(lambda: len(backend._rows) == 3)
+    tap.let(1 + 5)
+    await first
+    await until(lambda: tap.steps == 6)
+    leaver.cancel()
+    await asyncio.wait([leaver])
+    tap.let(25)  # what the neighbour still needs: with it the batch must end
+    assert (await stayer).text == alone.text
+    await until(lambda: not tap.running)
+
+
+async def test_an_abandoned_batch_ends_within_two_steps(serve, tap):
+    backend = await serve()
+    await tap.hold()
+    first = asyncio.create_task(ask(backend, chat(max_tokens=1)))
+    await until(lambda: tap.running)
+    sending = [asyncio.create_task(backend.send(chat(stream=True, max_tokens=10**6), Timings())) for _ in range(3)]
+    await until(lambda: len(backend._rows) == 4)
+    while not all(task.done() for task in sending):
+        tap.let(1)
+        await asyncio.sleep(0.01)
+    await first
+    assert backend.batches == [1, 3]
+    for task in sending:
+        await task.result().aclose()
+    tap.steps = 0
+    tap.let(10**6)
+    await until(lambda: not tap.running)
+    assert tap.steps <= 2
+    assert not backend._rows
+
+
+async def test_a_row_whose_deadline_passes_ends_within_two_steps(serve, tap):
+    backend = await serve()
+    loop = asyncio.get_running_loop()
+    await tap.hold()
+    deadline = loop.time() + 0.3
+    # Nobody cancels this `send`: the backend itself keeps to the deadline.
+    reply = asyncio.create_task(ask(backend, chat(stream=True, max_tokens=10**6, deadline=deadline)))
+    await until(lambda: tap.running)
+    tap.let(3)
+    await until(lambda: tap.steps == 3 and loop.time() > deadline)
+    tap.let(2)
+    await until(lambda: not tap.running)
+    assert tap.steps <= 5
+    (outcome,) = await asyncio.gather(reply, return_exceptions=True)
+    failure = getattr(outcome, "failure", outcome)
+    assert (failure.status, failure.code) == (504, "deadline_exceeded")
+
+
+async def test_rows_that_nobody_waits_for_are_never_begun(serve, tap):
+    backend = await serve(max_batch=1)
+    await tap.hold()
+    first = asyncio.create_task(ask(backend, chat(max_tokens=2)))
+    await until(lambda: tap.running)
+    waiting = [asyncio.create_task(ask(backend, chat())) for _ in range(3)]
+    late = asyncio.create_task(ask(backend, chat(deadline=0.0)))
+    await until(lambda: len(backend._rows) == 5)
+    for task in waiting:
+        task.cancel()
+    await asyncio.wait(waiting)
+    tap.let(10**6)
+    await first
+    await asyncio.wait([late])
+    assert late.exception().status == 504
+    await ask(backend, chat())
+    assert backend.batches == [1, 1]
+
+
+async def test_an_answer_ends_before_a_stop_sequence_whole_or_streamed(serve):
+    backend = await serve()
+    full = (await ask(backend, chat(max_tokens=40))).text
+    stop = full[20:23]
+    expected = full[: full.find(stop)]
+    for stream in (False, True):
+        answer = await ask(backend, chat(max_tokens=40, stop=["never said", stop], stream=stream))
+        assert answer.text == expected
+        assert answer.finish_reason == "stop"
+        assert answer.usage.output_tokens < 40
+
+
+async def test_an_answer_ends_at_the_models_end_token(serve):
+    backend = await serve()
+    model = backend._engine._model
+    seen = []
+    decode = model.decode
+    model.decode = lambda tokens: seen.append(list(tokens)) or decode(tokens)
+    await ask(backend, chat(max_tokens=6))
+    tokens = seen[-1]
+    model.end_tokens = frozenset({tokens[3]})
+    answer = await ask(backend, chat(max_tokens=6))
+    assert answer.finish_reason == "stop"
+    assert answer.usage.output_tokens == tokens.index(tokens[3]) + 1
+
+
+async def test_send_may_be_cancelled_at_any_await_and_leaves_nothing_behind(serve):
+    backend = await serve()
+    for turns in range(30):
+        task = asyncio.create_task(backend.send(chat(max_tokens=3), Timings()))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.wait([task])
+        assert not backend._rows
+    assert (await ask(backend, chat())).text
