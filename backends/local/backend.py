@@ -18,6 +18,7 @@ from backends.local.engine import Engine
 from backends.local.prompts import parse
 from backends.local.rows import Done, Event, Piece, Row, Started
 from backends.local.sources import ImageSources
+from backends.native import send_native
 
 if TYPE_CHECKING:
     from backends.local.model import VisionModel
@@ -101,8 +102,10 @@ class LocalBackend:
 
     async def send(self, request: Request, timings: Timings) -> Reply:
         """Answer one chat completion. When it is cancelled its row ends at the next decode step."""
+        if request.dialect == "native":
+            return await send_native(self.send, request, timings)
         loop = asyncio.get_running_loop()
-        if request.dialect != "openai" or request.path != "/chat/completions":
+        if request.path != "/chat/completions":
             raise Rejected(f"the local model answers /chat/completions, not {request.path}", status=404)
         prompt = parse(request.body)
         fetched = await self._sources.fetch(prompt.images)

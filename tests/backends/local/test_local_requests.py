@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from local_calls import ask, chat
+from local_calls import ask, chat, data_url, picture
 
 from backends.base import Rejected, Request, Timings
 from backends.local.prompts import DEFAULT_MAX_TOKENS, parse
@@ -132,3 +132,18 @@ async def test_the_whole_answer_is_in_openais_shape(serve):
     assert answer["choices"][0]["message"]["role"] == "assistant"
     assert answer["usage"]["total_tokens"] == reply.usage.input_tokens + reply.usage.output_tokens
     assert json.loads(await backend.models())["data"][0]["id"] == "idefics3"
+
+
+async def test_native_requests_are_answered_in_their_own_words(serve):
+    backend = await serve()
+    text = {"text": "Describe the street."}
+    content = [{"image": data_url(picture())}, text]
+    asked = {"input": {"messages": [{"role": "user", "content": content}]}, "parameters": {"max_tokens": 12}}
+    path = "/services/aigc/multimodal-generation/generation"
+    reply = await backend.send(Request("native", path, json.dumps(asked).encode(), "any"), Timings())
+    (choice,) = json.loads(reply.body)["output"]["choices"]
+    assert choice["message"]["content"] == [{"text": (await ask(backend, chat())).text}]
+    assert json.loads(reply.body)["usage"]["output_tokens"] == 12
+    asked["input"]["messages"][0]["content"] = [text, {"image": "file:///etc/passwd"}]
+    with pytest.raises(Rejected, match=r"^input\.messages\[0\]\.content\[1\]\.image: "):
+        await backend.send(Request("native", path, json.dumps(asked).encode(), "any"), Timings())
