@@ -34,6 +34,7 @@ async def send_native(
         reply = await send(translated, timings)
     except BackendError as error:
         error.message = _native_field(error.message)
+        error.args = (error.message,)
         error.body = _error(error, request_id)
         raise
     if reply.chunks is None:
