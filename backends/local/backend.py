@@ -75,7 +75,7 @@ class LocalBackend:
 
     async def start(self) -> None:
         """Load the model and have it answer one small image. Raises `BackendError` with a message for a person."""
-        failed = await self._launch()
+        failed = await self._launch("the model is being loaded")
         if failed is not None:
             raise BackendError(failed)
         self._supervisor = asyncio.create_task(self._supervise(), name="local-engine-supervisor")
@@ -160,9 +160,9 @@ class LocalBackend:
             reply.failure = event
             yield answer.failed(event)
 
-    async def _launch(self) -> str | None:
-        """Start an engine and wait until it is ready: None, or what went wrong."""
-        self._unready = "the model is being loaded"
+    async def _launch(self, unready: str) -> str | None:
+        """Start an engine and wait until it is ready, `unready` meanwhile: None, or what went wrong."""
+        self._unready = unready
         engine = self._engine = Engine(
             self._load,
             max_batch=self._max_batch,
@@ -204,7 +204,7 @@ class LocalBackend:
                 row.events.put_nowait(Unreachable(f"{cause}", status=503, code="engine_down"))
             await asyncio.sleep(wait)
             next_start = loop.time() + RESTART_INTERVAL_SECONDS
-            cause = await self._launch()
+            cause = await self._launch(f"{cause}; the model is being loaded again")
 
 
 def _load(model: str, device: str, say: Callable[[str], None]) -> VisionModel:

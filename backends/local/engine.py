@@ -112,7 +112,7 @@ class Engine:
             self._warm_up()
             self._call(partial(self.ready.set_result, None))
             while works := self._collect():
-                self._serve(works, again=False)
+                self._serve(works)
         except BackendError as error:
             ended_by = error.message
         except BaseException as error:  # noqa: BLE001 - not lost: the owner of the engine is told
@@ -169,11 +169,11 @@ class Engine:
 
     def _next(self, works: list[_Work]) -> Row | None:
         """Take the oldest waiting row that is still wanted and may share a batch with `works`."""
-        while self._waiting and self._is_given_up(self._waiting[0]):
-            self._waiting.popleft()
-        for row in self._waiting:
+        for row in list(self._waiting):
+            if self._is_given_up(row):
+                self._waiting.remove(row)
             # Processors pad for unequal numbers of images, each family in a way of its own: not batched.
-            if not works or len(row.prompt.images) == len(works[0].images):
+            elif not works or len(row.prompt.images) == len(works[0].images):
                 self._waiting.remove(row)
                 return row
         return None
@@ -208,41 +208,38 @@ class Engine:
         seed = secrets.randbits(63) if prompt.seed is None else prompt.seed
         return _Work(row, rendered, images, answer, seed, held=[])
 
-    def _serve(self, works: list[_Work], *, again: bool) -> None:
-        """Answer every row, whatever some of them do to the batch.
+    def _serve(self, works: list[_Work], *, again: bool = False) -> bool:
+        """Answer every row, whatever some of them do to the batch; whether one was too large for the memory alone.
 
-        Out of memory: once more in halves, which are the largest batch from now on. Any other error: halves, until
-        the row that causes it is alone; its caller is told. `again`: this is a half after memory ran out.
+        A batch that fails is served again in halves, until the row that breaks it is alone and its caller is told.
+        When memory ran out and halves were enough, they are the largest batch from now on; a row too large by itself
+        says nothing about that. `again`: these rows have failed before.
         """
         for work in works:
             work.over = self._is_given_up(work.row)
         works = [work for work in works if not work.over]
         if not works:
-            return
-        self._call(partial(self._on_batch, len(works)))
+            return False
+        size = len(works)
+        self._call(partial(self._on_batch, size))
         error = self._attempt(works)
         works = [work for work in works if not work.over]
         if error is None or not works:
-            return
+            return False
         if self._model.is_fatal(error):
             raise error
-        if self._model.is_out_of_memory(error):
-            del error  # its frames hold the tensors that are to be freed
-            self._model.free()
-            self.max_batch = max(1, min(self.max_batch, len(works) // 2))
-            _log.warning("out of memory with a batch of %d: from now on at most %d", len(works), self.max_batch)
-            if again:
-                message = "the model ran out of memory, also with a smaller batch"
-                for work in works:
-                    self._post((work.row, ServerFailed(message, status=503, code="out_of_memory")))
-                return
-            again = True
-        elif len(works) == 1:
+        if out_of_memory := self._model.is_out_of_memory(error):
+            error = ServerFailed("the model ran out of memory", status=503, code="out_of_memory")
+            self._model.free()  # what the frames of the first error held is let go by now
+        if len(works) == 1 and (again or not out_of_memory):
             self._post((works[0].row, self._blame(error)))
-            return
+            return out_of_memory
         half = (len(works) + 1) // 2
-        for part in (works[:half], works[half:]):
-            self._serve(part, again=again)
+        too_large = [self._serve(part, again=True) for part in (works[:half], works[half:])]
+        if out_of_memory and size > 1 and not any(too_large):
+            self.max_batch = min(self.max_batch, (size + 1) // 2)
+            _log.warning("out of memory with a batch of %d: from now on at most %d", size, self.max_batch)
+        return any(too_large)
 
     def _blame(self, error: BaseException) -> BackendError:
         """The error for one row. Only the kind is told: a message of the model's code may quote the prompt."""

@@ -27,8 +27,8 @@ from backends.local.pictures import decode
 from backends.local.prompts import Prompt, invalid
 from backends.local.rows import Draw
 
-#: Texts by which torch reports that memory is short without an exception type for it: its CPU allocator.
-_NO_MEMORY_TEXTS = ("can't allocate memory", "not enough memory")
+#: Texts by which torch reports short memory where it has no type for it: its CPU allocator, MPS, some CUDA libraries.
+_NO_MEMORY_TEXTS = ("can't allocate memory", "not enough memory", "out of memory")
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,8 +146,9 @@ class VisionModel:
             for row, draw in enumerate(draws):
                 if draw.temperature > 0:
                     scaled = _nucleus(scores[row] / draw.temperature, draw.top_p)
-                    noise = torch.empty_like(scaled).exponential_(generator=generators[row]).log().neg()
-                    scores[row] = scaled + noise
+                    # -log of an exponential variable is a Gumbel one; the bound keeps a zero from becoming infinite.
+                    noise = torch.empty_like(scaled).exponential_(generator=generators[row]).clamp_(min=1e-30)
+                    scores[row] = scaled - noise.log_()
                 if at < len(draw.forced):
                     scores[row] = -math.inf
                     scores[row, draw.forced[at]] = 0
@@ -199,7 +200,7 @@ def load(name: str, device: str, say: Callable[[str], None]) -> VisionModel:
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(max(1, cpu_cores() - 1))  # one core stays with the event loop
     device, dtype = _place(device)
-    weights = _check_files(name)
+    name, weights = _check_files(name)
     say(f"loading {name} on {device} as {str(dtype).removeprefix('torch.')}{weights}")
     began = time.monotonic()
     try:
@@ -249,13 +250,13 @@ def _place(device: str) -> tuple[str, Any]:
     return device, torch.float16 if kind == "mps" else torch.float32
 
 
-def _check_files(name: str) -> str:
-    """What the weights of a folder weigh, for the log. Raises `BackendError` if a folder is meant and cannot be."""
+def _check_files(name: str) -> tuple[str, str]:
+    """What to load, and for the log from where. Raises `BackendError` if a folder is meant and it cannot be loaded."""
     folder = Path(name).expanduser()
     if not folder.exists():
         if name.startswith((".", "/", "~")) or name.count("/") > 1:
             raise BackendError(f"there is no model folder {name}")
-        return " (from the model hub or its cache)"
+        return name, " (from the model hub or its cache)"
     if not (folder / "config.json").is_file():
         raise BackendError(f"{name} is not a model folder: it has no config.json")
     try:
@@ -263,7 +264,7 @@ def _check_files(name: str) -> str:
     except ValueError as error:
         raise BackendError(f"{name} is damaged: config.json is not JSON ({error})") from error
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    return f" ({size / 1e6:.1f} MB of weights)"
+    return str(folder), f" ({size / 1e6:.1f} MB of weights)"
 
 
 def cpu_cores() -> int:

@@ -18,6 +18,8 @@ def out_of_memory(allocator: str) -> BaseException:
 
     if allocator == "cuda":
         return torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+    if allocator == "mps":
+        return RuntimeError("MPS backend out of memory (MPS allocated: 8.00 GB)")
     if allocator == "cpu":
         return RuntimeError("[enforce fail at alloc_cpu.cpp:116] DefaultCPUAllocator: can't allocate memory")
     return MemoryError()
@@ -36,7 +38,7 @@ async def gather_behind(backend, tap, requests):
     return await asyncio.gather(*rest, return_exceptions=True)
 
 
-@pytest.mark.parametrize("allocator", ["cuda", "cpu", "python"])
+@pytest.mark.parametrize("allocator", ["cuda", "mps", "cpu", "python"])
 async def test_out_of_memory_halves_the_batch_and_everybody_is_served(serve, tap, allocator):
     backend = await serve()
     requests = various(8)
@@ -83,6 +85,26 @@ async def test_memory_that_stays_out_is_told_and_the_engine_lives(serve, tap):
     tap.fault = lambda *_: None
     assert (await ask(backend, chat())).text
     assert backend.batches == [1, 1, 1]  # it was tried twice
+
+
+async def test_a_row_too_large_by_itself_fails_alone_and_shrinks_no_batch(serve, tap):
+    backend = await serve(max_batch=4)
+    tap.fault = lambda seeds, _: out_of_memory("cuda") if 2 in seeds else None
+    outcomes = await gather_behind(backend, tap, [chat(seed=seed) for seed in range(4)])
+    assert [getattr(outcome, "code", None) for outcome in outcomes] == [None, None, "out_of_memory", None]
+    assert backend.batches == [4, 2, 2, 1, 1]
+    await gather_behind(backend, tap, [chat(seed=seed) for seed in (4, 5, 6, 7)])
+    assert backend.batches == [4]
+
+
+async def test_rows_that_had_ended_when_memory_ran_out_count_for_the_size_that_was_too_large(serve, tap):
+    backend = await serve()
+    tap.fault = lambda seeds, step: out_of_memory("cuda") if len(seeds) == 8 and step == 6 else None
+    outcomes = await gather_behind(backend, tap, [chat(max_tokens=tokens) for tokens in (3, 3, 3, 3, 3, 3, 9, 9)])
+    assert [outcome.usage.output_tokens for outcome in outcomes] == [3] * 6 + [9, 9]
+    assert backend.batches == [8, 1, 1]
+    await gather_behind(backend, tap, [chat() for _ in range(8)])
+    assert backend.batches == [4, 4]
 
 
 async def test_a_poisoned_row_fails_alone_and_the_others_are_served(serve, tap):

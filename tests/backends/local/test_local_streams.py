@@ -122,6 +122,7 @@ async def test_rows_that_nobody_waits_for_are_never_begun(serve, tap):
     waiting = [asyncio.create_task(ask(backend, chat())) for _ in range(3)]
     late = asyncio.create_task(ask(backend, chat(deadline=0.0)))
     await until(lambda: len(backend._rows) == 5)
+    assert backend.batches == [1]
     for task in waiting:
         task.cancel()
     await asyncio.wait(waiting)
