@@ -1,0 +1,20 @@
+"""The embedded provider with hidden quotas: in this process as a backend, or over HTTP as a server."""
+
+from backends.simulated.backend import SimulatedBackend
+from backends.simulated.profile import Profile, add_arguments, changed, profile_from
+from backends.simulated.provider import Counts, Provider
+from backends.simulated.quota import Quota
+from backends.simulated.server import PROVIDER, serve
+
+__all__ = [
+    "PROVIDER",
+    "Counts",
+    "Profile",
+    "Provider",
+    "Quota",
+    "SimulatedBackend",
+    "add_arguments",
+    "changed",
+    "profile_from",
+    "serve",
+]

@@ -1,0 +1,89 @@
+"""The simulated provider as a backend in this process: same contract, same errors, no sockets."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+
+import orjson
+
+from backends.base import Reply, Request, Timings, Unreachable, Usage
+from backends.refusals import classify
+from backends.simulated.profile import Profile
+from backends.simulated.provider import MODELS, Call, Frame, Provider
+
+
+class SimulatedBackend:
+    """A backend around a provider: its own, or one that several backends share as tenants of one account."""
+
+    name = "simulated"
+
+    def __init__(self, provider: Profile | Provider | None = None) -> None:
+        self.provider = provider if isinstance(provider, Provider) else Provider(provider or Profile())
+
+    async def start(self) -> None:
+        """Let the profile's times begin."""
+        self.provider.begin()
+
+    async def send(self, request: Request, timings: Timings) -> Reply:
+        """Make one attempt: see `Backend.send`. Cancelling it gives the provider's permit back at once."""
+        loop = asyncio.get_running_loop()
+        timings.work_started = loop.time()
+        call = self.provider.call(request)
+        try:
+            response = await call.respond()
+            timings.first_byte = loop.time()
+            if response.status != 200:
+                raise classify(response.status, response.headers, response.body)  # noqa: TRY301
+            if response.breaks:
+                raise ConnectionResetError("the simulated provider reset the connection in the middle of its answer")  # noqa: TRY301
+            if not response.stream:
+                call.leave()
+                return Reply(200, response.headers, response.body, usage=response.usage)
+            first = await call.frame()
+            if first is not None and first.error is not None:
+                raise classify(first.error[0], {}, first.error[1])  # noqa: TRY301
+        except OSError as error:
+            call.leave()
+            raise Unreachable(str(error)) from error
+        except BaseException:
+            call.leave()
+            raise
+        reply = Reply(200, response.headers)
+        chunks = reply.chunks = _chunks(reply, call, first, response.usage)
+
+        async def close() -> None:
+            await chunks.aclose()
+            call.leave()
+
+        reply.closer = close
+        return reply
+
+    async def models(self) -> bytes:
+        """Give the list of models in OpenAI's shape."""
+        return models_body()
+
+    async def close(self) -> None:
+        """Hold nothing."""
+
+
+async def _chunks(reply: Reply, call: Call, first: Frame | None, usage: Usage | None) -> AsyncGenerator[bytes]:
+    frame = first
+    try:
+        while frame is not None:
+            if frame.error is not None:
+                reply.failure = classify(frame.error[0], {}, frame.error[1])
+            yield frame.data
+            frame = await call.frame()
+    except ConnectionResetError as error:
+        raise Unreachable(str(error)) from error
+    finally:
+        call.leave()
+    if reply.failure is None:
+        reply.usage = usage
+
+
+def models_body() -> bytes:
+    """Give the body of `GET /v1/models`."""
+    models = [{"id": model, "object": "model", "created": 0, "owned_by": "simulated"} for model in MODELS]
+    return orjson.dumps({"object": "list", "data": models})

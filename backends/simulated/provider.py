@@ -1,0 +1,313 @@
+"""A simulated provider: takes a request, judges it, takes its time, answers. Knows the loop's clock, but no sockets."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from math import ceil, inf
+from random import Random
+from typing import Literal
+
+from backends.base import Request, Usage
+from backends.simulated.profile import Profile
+from backends.simulated.quota import Quota, Refusal
+from backends.simulated.wire import FAULTS, Answer, Fault, Prompt, describe, error_frame, read_prompt
+
+#: Models that `GET /v1/models` lists. Any other name is served too.
+MODELS = ("qwen-vl-plus", "qwen-vl-max", "qwen3-vl-plus", "qwen3-vl-flash")
+
+#: How a call ended that was not refused for a limit.
+Outcome = Literal["answered", "cancelled", "invalid", "moderation", "error", "reset"]
+
+
+@dataclass(slots=True)
+class Counts:
+    """What has come to a provider since it began."""
+
+    calls: int = 0
+    accepted: int = 0
+    """Let through by the quota, whatever became of them."""
+    refused: Counter[str] = field(default_factory=Counter)
+    """By limit; `outage` and `billing` too."""
+    ended: Counter[str] = field(default_factory=Counter)
+    """By outcome: answered, cancelled, invalid, moderation, error, reset."""
+    in_flight: int = 0
+    max_in_flight: int = 0
+    disconnects: int = 0
+    """Callers that hung up before their answer was whole. Only where there are connections."""
+
+    def as_dict(self) -> dict[str, object]:
+        """Give it as JSON knows it."""
+        return asdict(self) | {"refused": dict(self.refused), "ended": dict(self.ended)}
+
+
+@dataclass(frozen=True, slots=True)
+class Response:
+    """What comes back at first: a whole `body`, or the beginning of a stream, whose frames `Call.frame` gives."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes = b""
+    usage: Usage | None = None
+    """What the answer tells of it; for a stream, what it will have told by its end."""
+    stream: bool = False
+    breaks: bool = False
+    """The connection breaks before the body is whole."""
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """One server-sent event of a stream. `error` is (status, body) where the event is an error."""
+
+    data: bytes
+    error: tuple[int, bytes] | None = None
+
+
+class Provider:
+    """One provider account: a quota for each model, and the counts of all that came.
+
+    `history` bounds how many (time, fate) pairs it remembers, fate being `accepted` or the refusing limit.
+    """
+
+    def __init__(self, profile: Profile, *, history: int = 0) -> None:
+        self.counts = Counts()
+        self.history: deque[tuple[float, str]] = deque(maxlen=history)
+        self.random = Random(profile.seed)  # noqa: S311  chance that repeats is the point
+        self._profile = profile
+        self._began: float | None = None
+        self._quotas: dict[str, Quota] = {}
+
+    @property
+    def profile(self) -> Profile:
+        """What was put in force last, without the changes that it schedules."""
+        return self._profile
+
+    def begin(self) -> float:
+        """Let the profile's times count from now on, unless they do; gives when they began. The first call does it."""
+        if self._began is None:
+            self._began = asyncio.get_running_loop().time()
+        return self._began
+
+    def quota(self, model: str) -> Quota:
+        """Give the quota of a model: what an oracle looks at."""
+        quota = self._quotas.get(model)
+        if quota is None:
+            random = Random(f"{self._profile.seed} {model}")  # noqa: S311
+            quota = self._quotas[model] = Quota(self._profile, self.begin(), random)
+        return quota
+
+    def change(self, profile: Profile) -> None:
+        """Put another profile in force; its times count from now. What was used up of a quota stays used up."""
+        self._began = asyncio.get_running_loop().time()
+        self._profile = profile
+        for quota in self._quotas.values():
+            quota.change(profile, self._began)
+
+    def call(self, request: Request) -> Call:
+        """Take a request. Follow with `respond`, and with `leave` in any case."""
+        self.begin()
+        return Call(self, request)
+
+
+class Call:
+    """One request at the provider, from its arrival until it leaves."""
+
+    def __init__(self, provider: Provider, request: Request) -> None:
+        self._provider = provider
+        self._request = request
+        self._loop = asyncio.get_running_loop()
+        self._request_id = _request_id(provider.random)
+        self._quota: Quota | None = None
+        self._outcome: Outcome = "cancelled"
+        self._frames: Iterator[tuple[int, Frame | None]] = iter(())
+        self._first_token_at = 0.0
+        self._profile = provider.profile
+        provider.counts.calls += 1
+
+    async def respond(self) -> Response:
+        """Judge the request and take the time that its answer takes, or that of a stream's first content.
+
+        Raises `ConnectionRefusedError` in an outage that has no status.
+        """
+        request, counts, random = self._request, self._provider.counts, self._provider.random
+        prompt = read_prompt(request.body, request.dialect, request.model)
+        if isinstance(prompt, Fault):
+            counts.ended["invalid"] += 1
+            return self._error(prompt)
+        quota = self._provider.quota(prompt.model)
+        quota.advance(self._loop.time())
+        output_tokens = prompt.output_tokens(quota.profile.answer_tokens)
+        refusal = await self._judge(quota, prompt.input_tokens + output_tokens)
+        profile = self._profile = quota.profile
+        streams = request.stream or prompt.stream
+        if refusal is not None:
+            return await self._refuse(refusal, quota, prompt.input_tokens + output_tokens, streams)
+
+        self._quota = quota
+        counts.accepted += 1
+        counts.in_flight += 1
+        counts.max_in_flight = max(counts.max_in_flight, counts.in_flight)
+        fate = self._draw_fate()
+        latency = _lognormal(random, profile.latency_seconds, profile.latency_sigma)
+        if fate == "moderation" and not (streams and profile.in_stream_errors):
+            await self._sleep_refusal()
+            self._outcome = fate
+            return self._error(FAULTS["moderation"])
+        answer = describe(
+            prompt,
+            request.dialect,
+            request.body,
+            output_tokens,
+            request_id=self._request_id,
+            seconds=self._loop.time() - self._provider.begin(),
+            extra=self._echo(prompt),
+        )
+        if streams and not (fate == "error" and not profile.in_stream_errors):
+            if profile.first_token_seconds >= 0:
+                latency = _lognormal(random, profile.first_token_seconds, profile.latency_sigma)
+            await asyncio.sleep(latency)
+            self._first_token_at = self._loop.time()
+            self._frames = self._stream(answer, fate)
+            told = prompt.include_usage or request.dialect == "native"
+            return self._begin_stream(answer.usage if told else None)
+        await asyncio.sleep(latency)
+        self._outcome = fate
+        if fate == "error":
+            return self._error(FAULTS["error"])
+        headers = {"Content-Type": "application/json", "X-Request-Id": self._request_id}
+        return Response(200, headers, answer.body(), answer.usage, breaks=fate == "reset")
+
+    async def frame(self) -> Frame | None:
+        """Give the stream's next frame when its time has come; None after the last.
+
+        Raises `ConnectionResetError` where the connection is to break.
+        """
+        for tokens, frame in self._frames:
+            due = self._first_token_at + tokens / self._profile.stream_tokens_per_second
+            if (wait := due - self._loop.time()) > 0:
+                await asyncio.sleep(wait)
+            if frame is None:
+                self._outcome = "reset"
+                raise ConnectionResetError("the simulated provider reset the connection in the middle of its answer")
+            return frame
+        return None
+
+    def leave(self) -> None:
+        """Give the permit back, once, and note the outcome: `cancelled` if the answer was not whole."""
+        if self._quota is not None:
+            self._quota.leave()
+            self._quota = None
+            self._provider.counts.in_flight -= 1
+            self._provider.counts.ended[self._outcome] += 1
+
+    async def _judge(self, quota: Quota, tokens: float) -> Refusal | None:
+        """Ask the quota. With `X-DashScope-Wait-Timeout` a refusal for growth waits for its turn here, so long."""
+        now = self._loop.time()
+        refusal = quota.arrive(now, tokens)
+        if refusal == "growth" and (wait := _wait_timeout(self._request.headers)) is not None:
+            until = now + wait
+            while refusal == "growth" and now < until:
+                await asyncio.sleep(max(0.001, min(quota.next_accept_at(now, tokens), until) - now))
+                now = self._loop.time()
+                if quota.would_accept(now, tokens):
+                    refusal = quota.arrive(now, tokens)
+        self._provider.history.append((now, refusal or "accepted"))
+        return refusal
+
+    async def _refuse(self, refusal: Refusal, quota: Quota, tokens: float, streams: bool) -> Response:
+        profile = self._profile
+        self._provider.counts.refused[refusal] += 1
+        if refusal == "outage" and profile.outage_status == 0:
+            raise ConnectionRefusedError("the simulated provider is out of service")
+        if refusal == "outage":
+            base = FAULTS["capacity"] if profile.outage_status == 503 else FAULTS["error"]
+            fault = replace(base, status=profile.outage_status)
+        else:
+            fault = FAULTS["unknown" if profile.vague_refusals and refusal != "billing" else refusal]
+        headers = {}
+        if fault.status == 429 and profile.retry_after:
+            headers["Retry-After"] = profile.retry_after
+            if profile.retry_after == "honest":
+                now = self._loop.time()
+                at = quota.next_accept_at(now, tokens)
+                headers = {"Retry-After": str(ceil(at - now))} if at < inf else {}
+        await self._sleep_refusal()
+        if streams and profile.in_stream_errors:
+            self._frames = iter([(0, self._error_frame(fault))])
+            return self._begin_stream(None)
+        return self._error(fault, headers)
+
+    def _draw_fate(self) -> Outcome:
+        profile = self._profile
+        shares = profile.error_share + profile.reset_share + profile.moderation_share
+        if shares > 0 and (chance := self._provider.random.random()) < shares:
+            if chance < profile.error_share:
+                return "error"
+            return "reset" if chance < profile.error_share + profile.reset_share else "moderation"
+        return "answered"
+
+    def _stream(self, answer: Answer, fate: Outcome) -> Iterator[tuple[int, Frame | None]]:
+        """Give the frames with the LLM tokens that are out by then; a bad fate strikes half-way, after some content."""
+        frames = list(answer.frames())
+        if fate == "answered":
+            for index, (tokens, data) in enumerate(frames):
+                if index == len(frames) - 1:
+                    self._outcome = fate
+                yield tokens, Frame(data)
+            return
+        half = max(2, len(frames) // 2)
+        yield from ((tokens, Frame(data)) for tokens, data in frames[:half])
+        if fate == "reset":
+            yield frames[half - 1][0], None
+            return
+        self._outcome = fate
+        yield frames[half - 1][0], self._error_frame(FAULTS[fate])
+
+    def _begin_stream(self, usage: Usage | None) -> Response:
+        kind = "text/event-stream;charset=UTF-8" if self._request.dialect == "native" else "text/event-stream"
+        return Response(200, {"Content-Type": kind, "X-Request-Id": self._request_id}, usage=usage, stream=True)
+
+    def _error(self, fault: Fault, headers: Mapping[str, str] | None = None) -> Response:
+        common = {"Content-Type": "application/json", "X-Request-Id": self._request_id}
+        body = fault.body(self._request.dialect, self._request_id)
+        return Response(fault.status, common | dict(headers or {}), body)
+
+    def _error_frame(self, fault: Fault) -> Frame:
+        dialect = self._request.dialect
+        return Frame(
+            error_frame(fault, dialect, self._request_id), (fault.status, fault.body(dialect, self._request_id))
+        )
+
+    async def _sleep_refusal(self) -> None:
+        spread = self._profile.refusal_latency_spread_seconds
+        offset = self._provider.random.uniform(-spread, spread) if spread else 0.0
+        await asyncio.sleep(max(0.0, self._profile.refusal_latency_seconds + offset))
+
+    def _echo(self, prompt: Prompt) -> dict[str, object]:
+        """Tell what was received, so that a test can see what came through whole. Never the key."""
+        headers = {name.lower(): value for name, value in self._request.headers.items()}
+        if not prompt.echo and "x-simulate-echo" not in headers:
+            return {}
+        if "authorization" in headers:
+            headers["authorization"] = "(hidden)"
+        body = self._request.body
+        return {"echo": {"sha256": hashlib.sha256(body).hexdigest(), "bytes": len(body), "headers": headers}}
+
+
+def _request_id(random: Random) -> str:
+    digits = f"{random.getrandbits(128):032x}"
+    return f"{digits[:8]}-{digits[8:12]}-{digits[12:16]}-{digits[16:20]}-{digits[20:]}"
+
+
+def _lognormal(random: Random, median: float, sigma: float) -> float:
+    return median * random.lognormvariate(0.0, sigma) if sigma > 0 else median
+
+
+def _wait_timeout(headers: Mapping[str, str]) -> float | None:
+    for name, value in headers.items():
+        if name.lower() == "x-dashscope-wait-timeout" and value.isdigit() and 3 <= int(value) <= 120:
+            return float(value)
+    return None

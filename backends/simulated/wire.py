@@ -1,0 +1,375 @@
+"""What a simulated provider says: answers, streams and errors in OpenAI's shape and in DashScope's own.
+
+Shapes, codes and messages as Model Studio's pages "OpenAI compatible - Vision", "error codes" and "rate limit" have
+them, and as the official SDK (`dashscope` on the package registry) reads them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal
+from zlib import crc32
+
+import orjson
+
+from backends.base import Dialect, Usage
+from backends.images import data_url_size, image_tokens
+
+#: Characters of text to one LLM token, roughly, in English.
+CHARS_PER_TOKEN = 3.5
+#: What an image that is only named by a URL is taken to measure.
+_REMOTE_SIZE = (1280, 720)
+#: `created` in OpenAI's shape counts from here: answers depend on nothing but the seed and the loop's clock.
+_CREATED = 1_767_225_600
+
+_SENTENCES = (
+    "A wide view of a loading yard, with two people in high-visibility vests beside a parked truck.",
+    "The scene is well lit and the ground is dry.",
+    "One person walks towards the camera and carries a box.",
+    "Nobody is near the gate, which stands half open.",
+    "A white van waits at the barrier, its lights on.",
+    "Three bicycles lean against the fence on the left.",
+    "Nothing in the picture points to danger.",
+    "In the background a forklift moves between stacked pallets.",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """An error that the provider states: its HTTP status, and its code in DashScope's own and in OpenAI's shape."""
+
+    status: int
+    native_code: str
+    openai_code: str
+    message: str
+    openai_type: str = ""
+    """OpenAI's `type`, where it is not the code."""
+
+    def body(self, dialect: Dialect, request_id: str) -> bytes:
+        """Give the JSON of the error."""
+        if dialect == "native":
+            return orjson.dumps({"code": self.native_code, "message": self.message, "request_id": request_id})
+        error = {
+            "message": self.message,
+            "type": self.openai_type or self.openai_code,
+            "param": None,
+            "code": self.openai_code,
+        }
+        return orjson.dumps({"error": error, "id": f"chatcmpl-{request_id}", "request_id": request_id})
+
+
+#: Every error that a simulated provider has, by what it is about.
+FAULTS = {
+    "request_rate": Fault(
+        429, "Throttling.RateQuota", "limit_requests", "Requests rate limit exceeded, please try again later."
+    ),
+    "token_rate": Fault(
+        429,
+        "Throttling.AllocationQuota",
+        "insufficient_quota",
+        "Allocated quota exceeded, please increase your quota limit.",
+    ),
+    "growth": Fault(
+        429,
+        "Throttling.BurstRate",
+        "limit_burst_rate",
+        "Request rate increased too quickly. To ensure system stability, please adjust your client logic to scale "
+        "requests more smoothly over time.",
+    ),
+    "concurrency": Fault(
+        429, "Throttling", "Throttling", "Too many concurrent requests, please reduce the number of requests in flight."
+    ),
+    "unknown": Fault(429, "Throttling", "Throttling", "Requests throttling triggered."),
+    "capacity": Fault(
+        503,
+        "ModelServingError",
+        "ModelServingError",
+        "Too many requests. Your requests are being throttled due to system capacity limits. Please try again later.",
+    ),
+    "billing": Fault(
+        400, "Arrearage", "Arrearage", "Access denied, please make sure your account is in good standing."
+    ),
+    "error": Fault(
+        500,
+        "InternalError",
+        "internal_error",
+        "An internal error has occured, please try again later or contact service support.",
+    ),
+    "moderation": Fault(
+        400, "DataInspectionFailed", "data_inspection_failed", "Input data may contain inappropriate content."
+    ),
+    "key": Fault(401, "InvalidApiKey", "invalid_api_key", "Incorrect API key provided.", "invalid_request_error"),
+    "json": Fault(
+        400,
+        "InvalidParameter",
+        "invalid_parameter_error",
+        "The request body is not a JSON object.",
+        "invalid_request_error",
+    ),
+    "model": Fault(
+        400, "InvalidParameter", "invalid_parameter_error", "You must provide a model.", "invalid_request_error"
+    ),
+    "messages": Fault(
+        400,
+        "InvalidParameter",
+        "invalid_parameter_error",
+        "Required parameter(messages) missing or invalid.",
+        "invalid_request_error",
+    ),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """What the provider reads from a request's body."""
+
+    model: str
+    text_tokens: int
+    image_tokens: int
+    max_tokens: int | None
+    stream: bool
+    """The body asks for a stream: OpenAI's way. DashScope's own API asks with a header."""
+    include_usage: bool
+    """The caller wants usage at the end of an OpenAI stream."""
+    incremental: bool
+    """Frames of a native stream hold what is new, not all there is so far."""
+    fixed_output_tokens: int | None
+    """From `simulate.output_tokens` in the body."""
+    echo: bool
+    """From `simulate.echo` in the body: the answer tells what the provider was sent."""
+
+    @property
+    def input_tokens(self) -> int:
+        """What counts as input."""
+        return self.text_tokens + self.image_tokens
+
+    def output_tokens(self, usual: int) -> int:
+        """What the answer will come to, where an answer is usually so long."""
+        wanted = self.fixed_output_tokens or usual
+        return wanted if self.max_tokens is None else min(wanted, self.max_tokens)
+
+
+def _table(value: object) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def read_prompt(body: bytes, dialect: Dialect, model: str) -> Prompt | Fault:
+    """Understand a body, or say what is wrong with it as the provider would. `model` is for one that names none.
+
+    `{"simulate": {"input_tokens": 1800, "output_tokens": 40, "echo": true}}` in a body overrides what is counted.
+    """
+    try:
+        data = orjson.loads(body)
+    except orjson.JSONDecodeError:
+        return FAULTS["json"]
+    if not isinstance(data, dict):
+        return FAULTS["json"]
+    model = data.get("model", model)
+    if not isinstance(model, str) or not model:
+        return FAULTS["model"]
+    native = dialect == "native"
+    asked = _table(data.get("parameters")) if native else data
+    messages = (_table(data.get("input")) if native else data).get("messages")
+    if not isinstance(messages, list) or not messages:
+        return FAULTS["messages"]
+    simulate = _table(data.get("simulate"))
+    if "input_tokens" in simulate:
+        text, images = simulate["input_tokens"], 0
+    else:
+        text, images = _count(messages, model, bool(asked.get("vl_high_resolution_images")))
+    max_tokens = asked.get("max_tokens", asked.get("max_completion_tokens"))
+    return Prompt(
+        model=model,
+        text_tokens=text,
+        image_tokens=images,
+        max_tokens=max(1, max_tokens) if isinstance(max_tokens, int) else None,
+        stream=bool(asked.get("stream")),
+        include_usage=bool(_table(asked.get("stream_options")).get("include_usage")),
+        incremental=bool(asked.get("incremental_output")),
+        fixed_output_tokens=simulate.get("output_tokens"),
+        echo=bool(simulate.get("echo")),
+    )
+
+
+def _count(messages: list[Any], model: str, high_resolution: bool) -> tuple[int, int]:
+    """Give the LLM tokens of all texts and of all images, in either dialect's messages."""
+    chars = images = 0
+    for message in messages:
+        content = message.get("content") if isinstance(message, dict) else None
+        parts: list[dict[str, Any]] = content if isinstance(content, list) else [{"text": content}]
+        for part in parts:
+            if isinstance(text := part.get("text"), str):
+                chars += len(text)
+            image = part.get("image") or part.get("image_url")
+            url = image.get("url") if isinstance(image, dict) else image
+            if isinstance(url, str):
+                width, height = data_url_size(url) or _REMOTE_SIZE
+                images += image_tokens(
+                    width,
+                    height,
+                    model,
+                    high_resolution=high_resolution,
+                    min_pixels=part.get("min_pixels"),
+                    max_pixels=part.get("max_pixels"),
+                )
+    return max(1, round(chars / CHARS_PER_TOKEN)), images
+
+
+@lru_cache(maxsize=256)
+def _description(first: int, tokens: int) -> str:
+    chars = int(tokens * CHARS_PER_TOKEN)
+    text = _SENTENCES[first]
+    while len(text) < chars:
+        first = (first + 1) % len(_SENTENCES)
+        text += " " + _SENTENCES[first]
+    return text[:chars].rstrip() or text[:1]
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One whole answer, to be sent at once or piece by piece."""
+
+    dialect: Dialect
+    prompt: Prompt
+    request_id: str
+    text: str
+    output_tokens: int
+    finish_reason: Literal["stop", "length"]
+    created: int
+    extra: dict[str, object]
+    """Added to the JSON: the echo."""
+
+    @property
+    def usage(self) -> Usage:
+        """What the answer cost."""
+        return Usage(self.prompt.input_tokens, self.output_tokens)
+
+    def body(self) -> bytes:
+        """Give the JSON of the whole answer."""
+        if self.dialect == "native":
+            return orjson.dumps(self._native(self.text, self.finish_reason, self.output_tokens))
+        choice = {
+            "index": 0,
+            "message": {"role": "assistant", "content": self.text},
+            "finish_reason": self.finish_reason,
+            "logprobs": None,
+        }
+        return orjson.dumps(
+            {
+                "id": f"chatcmpl-{self.request_id}",
+                "object": "chat.completion",
+                "created": self.created,
+                "model": self.prompt.model,
+                "system_fingerprint": None,
+                "choices": [choice],
+                "usage": self._openai_usage(),
+                **self.extra,
+            }
+        )
+
+    def frames(self) -> Iterator[tuple[int, bytes]]:
+        """Give the frames of the stream, each with the LLM tokens that are out once it is sent."""
+        return self._native_frames() if self.dialect == "native" else self._openai_frames()
+
+    def _pieces(self) -> Iterator[tuple[int, str]]:
+        """Cut the text into pieces of a few LLM tokens; give where each ends."""
+        step = int(4 * CHARS_PER_TOKEN)
+        for end in range(step, len(self.text) + step, step):
+            yield min(self.output_tokens, round(end / CHARS_PER_TOKEN)), self.text[end - step : end]
+
+    def _openai_frames(self) -> Iterator[tuple[int, bytes]]:
+        yield 0, self._chunk({"content": "", "role": "assistant"}, None)
+        for tokens, piece in self._pieces():
+            yield tokens, self._chunk({"content": piece}, None)
+        yield self.output_tokens, self._chunk({"content": ""}, self.finish_reason)
+        if self.prompt.include_usage:
+            yield self.output_tokens, self._chunk(None, None)
+        yield self.output_tokens, b"data: [DONE]\n\n"
+
+    def _chunk(self, delta: dict[str, str] | None, finish_reason: str | None) -> bytes:
+        choice = {"index": 0, "delta": delta, "finish_reason": finish_reason, "logprobs": None}
+        chunk = {
+            "id": f"chatcmpl-{self.request_id}",
+            "object": "chat.completion.chunk",
+            "created": self.created,
+            "model": self.prompt.model,
+            "system_fingerprint": None,
+            "choices": [] if delta is None else [choice],
+            "usage": self._openai_usage() if delta is None else None,
+            **self.extra,
+        }
+        return b"data: " + orjson.dumps(chunk) + b"\n\n"
+
+    def _openai_usage(self) -> dict[str, object]:
+        prompt = self.prompt
+        return {
+            "prompt_tokens": prompt.input_tokens,
+            "completion_tokens": self.output_tokens,
+            "total_tokens": prompt.input_tokens + self.output_tokens,
+            "prompt_tokens_details": {"text_tokens": prompt.text_tokens, "image_tokens": prompt.image_tokens},
+            "completion_tokens_details": {"text_tokens": self.output_tokens},
+        }
+
+    def _native_frames(self) -> Iterator[tuple[int, bytes]]:
+        number, so_far = 0, ""
+        for number, (tokens, piece) in enumerate(self._pieces(), start=1):
+            so_far += piece
+            text = piece if self.prompt.incremental else so_far
+            yield tokens, native_frame(number, 200, orjson.dumps(self._native(text, "null", tokens)))
+        last = self._native("" if self.prompt.incremental else so_far, self.finish_reason, self.output_tokens)
+        yield self.output_tokens, native_frame(number + 1, 200, orjson.dumps(last))
+
+    def _native(self, text: str, finish_reason: str, output_tokens: int) -> dict[str, object]:
+        prompt = self.prompt
+        content = [{"text": text}] if text else []
+        choice = {"finish_reason": finish_reason, "message": {"role": "assistant", "content": content}}
+        return {
+            "output": {"choices": [choice]},
+            "usage": {
+                "input_tokens": prompt.input_tokens,
+                "output_tokens": output_tokens,
+                "total_tokens": prompt.input_tokens + output_tokens,
+                "image_tokens": prompt.image_tokens,
+                "input_tokens_details": {"text_tokens": prompt.text_tokens, "image_tokens": prompt.image_tokens},
+                "output_tokens_details": {"text_tokens": output_tokens},
+            },
+            "request_id": self.request_id,
+            **self.extra,
+        }
+
+
+def describe(
+    prompt: Prompt,
+    dialect: Dialect,
+    body: bytes,
+    output_tokens: int,
+    *,
+    request_id: str,
+    seconds: float,
+    extra: dict[str, object],
+) -> Answer:
+    """Make up the answer to a prompt, so long: always the same words for the same body."""
+    return Answer(
+        dialect=dialect,
+        prompt=prompt,
+        request_id=request_id,
+        text=_description(crc32(body) % len(_SENTENCES), output_tokens),
+        output_tokens=output_tokens,
+        finish_reason="length" if output_tokens == prompt.max_tokens else "stop",
+        created=_CREATED + int(seconds),
+        extra=extra,
+    )
+
+
+def native_frame(number: int, status: int, data: bytes) -> bytes:
+    """Give one server-sent event as DashScope's own API writes them."""
+    event = b"result" if status == 200 else b"error"
+    return b"id:%d\nevent:%b\n:HTTP_STATUS/%d\ndata:%b\n\n" % (number, event, status, data)
+
+
+def error_frame(fault: Fault, dialect: Dialect, request_id: str) -> bytes:
+    """Give an error as it comes inside a stream that began with status 200."""
+    body = fault.body(dialect, request_id)
+    return native_frame(1, fault.status, body) if dialect == "native" else b"data: " + body + b"\n\n"
