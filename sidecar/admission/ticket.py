@@ -70,6 +70,7 @@ class Ticket:
         "returned",
         "size_bytes",
         "stopwatch",
+        "streaming",
         "tokens",
     )
 
@@ -100,6 +101,8 @@ class Ticket:
         self.attempts = 0
         self.returned = False
         """It was refused upstream and goes back to the head of its key's queue."""
+        self.streaming = False
+        """A part of the answer may have reached the caller: there is no other attempt after this."""
         self.cause_seconds: dict[Cause, float] | None = None
         """Time in the queue by what held it. None: it never waited."""
         self.permit: Future[Permit] | None = None
@@ -113,8 +116,11 @@ class Ticket:
 
     def leave_queue(self, held_seconds: list[float]) -> None:
         """Add what the account has grown by since `enter_queue`."""
-        spent = self.cause_seconds
-        if spent is None:
-            spent = self.cause_seconds = dict.fromkeys(CAUSES, 0.0)
         for cause, before, after in zip(CAUSES, self._causes_at_entry, held_seconds, strict=True):
-            spent[cause] += after - before
+            self.add_cause(cause, after - before)
+
+    def add_cause(self, cause: Cause, seconds: float) -> None:
+        """Book seconds of waiting to what held the request back."""
+        if self.cause_seconds is None:
+            self.cause_seconds = dict.fromkeys(CAUSES, 0.0)
+        self.cause_seconds[cause] += seconds

@@ -1,0 +1,220 @@
+"""One request of a caller: its headers understood, its body read, its answer written, its end recorded once."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import isfinite
+
+from aiohttp import web
+
+from backends.base import Reply, Request
+
+from ..admission import Priority, Ticket
+from ..dispatch import Dispatcher
+from ..telemetry import Outcome
+from .errors import Api, InvalidRequest, Problem, body_of, headers_of
+
+_PRIORITIES = {"high": Priority.HIGH, "normal": Priority.NORMAL, "low": Priority.LOW}
+#: The caller's headers that go upstream, beside every `X-DashScope-*`.
+_PASSED_ON = ("traceparent", "tracestate")
+_DASHSCOPE = "x-dashscope-"
+LONGEST_KEY = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What the settings say about callers. Seconds and bytes."""
+
+    deadline: float = 60.0
+    max_body_bytes: int = 14 * 1024 * 1024
+    key_header: str = "X-Camera-Id"
+    default_model: str = "qwen-vl-plus"
+
+
+class Call:
+    """One request from its headers to the last byte of its answer."""
+
+    def __init__(self, http: web.BaseRequest, api: Api, dispatcher: Dispatcher, limits: Limits) -> None:
+        self.http = http
+        self.api: Api = api
+        self.limits = limits
+        self.outcome: Outcome = "error"
+        self.ticket: Ticket | None = None
+        self.request_id = ""
+        self.response: web.StreamResponse | None = None
+        self._dispatcher = dispatcher
+        self._loop = asyncio.get_running_loop()
+        self._arrived = self._loop.time()
+
+    # -- in ------------------------------------------------------------------------------------------------------------
+
+    async def read(self) -> bytes:
+        """The whole body. Raises `InvalidRequest` (413) before reading one that is announced or grows too large."""
+        http, most = self.http, self.limits.max_body_bytes
+        announced = http.content_length
+        if announced is not None and announced > most:
+            raise _too_large(most, announced)
+        if "Expect" in http.headers:
+            await self._continue()
+        if announced is not None:
+            return await http.content.read()
+        pieces: list[bytes] = []
+        size = 0
+        async for piece in http.content.iter_any():
+            size += len(piece)
+            if size > most:
+                raise _too_large(most, None)
+            pieces.append(piece)
+        return b"".join(pieces)
+
+    async def _continue(self) -> None:
+        expect = self.http.headers["Expect"]
+        if expect.lower() != "100-continue":
+            raise InvalidRequest(f"Expect: {expect!r} is not understood; only 100-continue is", status=417)
+        await self.http.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        self.http.writer.output_size = 0  # nothing of the answer itself is out yet
+
+    def identify(self) -> None:
+        """Take over the caller's request id, or make one."""
+        given = self.http.headers.get("X-Request-Id")
+        self.request_id = os.urandom(16).hex()
+        if given is not None:
+            if not given or len(given) > 128 or not (given.isascii() and given.isprintable()):
+                raise InvalidRequest("X-Request-Id must be 1 to 128 printable ASCII characters", field="X-Request-Id")
+            self.request_id = given
+
+    def admit(self, *, model: str, tokens: float, size_bytes: int) -> Ticket:
+        """Make the ticket from the headers. Raises `InvalidRequest` that names the header."""
+        headers = self.http.headers
+        now = self._loop.time()
+        key = headers.get(self.limits.key_header, "")
+        if len(key) > LONGEST_KEY:
+            raise InvalidRequest(
+                f"{self.limits.key_header} is longer than {LONGEST_KEY} characters", field=self.limits.key_header
+            )
+        named = headers.get("X-Request-Priority", "normal")
+        priority = _PRIORITIES.get(named.lower())
+        if priority is None:
+            raise InvalidRequest(
+                f"X-Request-Priority must be high, normal or low, not {named[:40]!r}", field="X-Request-Priority"
+            )
+        policy = headers.get("X-Queue-Policy")
+        if policy is not None and policy.lower() != "latest":
+            raise InvalidRequest(f"X-Queue-Policy must be latest, not {policy[:40]!r}", field="X-Queue-Policy")
+        self.ticket = Ticket(
+            now=now,
+            deadline=self._arrived + self._budget(headers.get("X-Request-Timeout")),
+            key=key,
+            priority=priority,
+            model=model,
+            tokens=tokens,
+            size_bytes=size_bytes,
+            latest=policy is not None,
+        )
+        return self.ticket
+
+    def _budget(self, given: str | None) -> float:
+        if given is None:
+            return self.limits.deadline
+        try:
+            seconds = float(given)
+        except ValueError:
+            seconds = -1.0
+        if not isfinite(seconds) or seconds <= 0:
+            raise InvalidRequest(
+                f"X-Request-Timeout must be a number of seconds above 0, not {given[:40]!r}", field="X-Request-Timeout"
+            )
+        return min(seconds, self.limits.deadline)
+
+    def passed_on(self) -> dict[str, str]:
+        """The caller's headers that go to the provider."""
+        passed = {
+            name: value
+            for name, value in self.http.headers.items()
+            if name in _PASSED_ON or name.lower().startswith(_DASHSCOPE)
+        }
+        passed["X-Request-Id"] = self.request_id
+        return passed
+
+    # -- through -------------------------------------------------------------------------------------------------------
+
+    async def ask(self, request: Request, ticket: Ticket) -> Reply:
+        """Bring the answer. A streaming one has been written to the caller when this returns."""
+        return await self._dispatcher.run(ticket, request, self._stream)
+
+    async def models(self) -> bytes:
+        """The backend's list of models."""
+        return await self._dispatcher.backend.models()
+
+    # -- out -----------------------------------------------------------------------------------------------------------
+
+    async def respond(self, status: int, body: bytes, headers: Mapping[str, str]) -> web.StreamResponse:
+        """Write a whole answer."""
+        response = web.Response(status=status, body=body, headers={**headers, **self._own_headers()})
+        self.response = response
+        await response.prepare(self.http)
+        await response.write_eof()
+        return response
+
+    async def fail(self, problem: Problem) -> web.StreamResponse:
+        """Write an error; into the stream if one has begun."""
+        body = body_of(problem, self.api, self.request_id)
+        if self.ticket is not None:
+            self.ticket.stopwatch.switch("write", self._loop.time())
+        if self.response is None:
+            return await self.respond(problem.status, body, headers_of(problem))
+        await self.response.write(self._error_frame(problem, body))
+        await self.response.write_eof()
+        return self.response
+
+    def _error_frame(self, problem: Problem, body: bytes) -> bytes:
+        if self.api == "native":
+            return b"event:error\n:HTTP_STATUS/%d\ndata:%b\n\n" % (problem.status, body)
+        return b"data: %b\n\n" % body
+
+    async def _stream(self, reply: Reply) -> None:
+        """Write a streaming answer chunk by chunk. A caller who reads slowly slows the provider: nothing piles up."""
+        assert self.ticket is not None and reply.chunks is not None  # noqa: S101  `ask` was given both
+        switch, clock = self.ticket.stopwatch.switch, self._loop.time
+        response = web.StreamResponse(status=reply.status, headers={**reply.headers, **self._own_headers()})
+        self.response = response
+        await response.prepare(self.http)
+        async for chunk in reply.chunks:
+            switch("write", clock())
+            await response.write(chunk)
+            switch("body", clock())
+
+    def _own_headers(self) -> dict[str, str]:
+        headers = {"X-Request-Id": self.request_id, "X-Sidecar-Backend": self._dispatcher.backend.name}
+        trace = self.http.headers.get("traceparent")
+        if trace is not None:
+            headers["traceparent"] = trace
+        ticket = self.ticket
+        if ticket is not None:
+            headers["X-Sidecar-Attempts"] = str(ticket.attempts)
+            total = ticket.stopwatch.stop(self._loop.time())
+            seconds = ticket.stopwatch.seconds
+            headers["Server-Timing"] = (
+                f"queue;dur={seconds['queue'] * 1e3:.2f}, lock;dur={seconds['lock'] * 1e3:.2f}, "
+                f"upstream;dur={ticket.stopwatch.upstream_seconds * 1e3:.2f}, total;dur={total * 1e3:.2f}"
+            )
+        return headers
+
+    def finish(self) -> None:
+        """Record the end, whichever it was."""
+        if self.ticket is not None:
+            self._dispatcher.finish(self.ticket, self.api, self.outcome)
+        elif self.outcome == "invalid":
+            self._dispatcher.invalid(self.api)
+
+
+def _too_large(most: int, announced: int | None) -> InvalidRequest:
+    size = "the body" if announced is None else f"the body of {announced} bytes"
+    return InvalidRequest(
+        f"{size} is over the limit of {most} bytes; send a smaller image or raise SIDECAR_MAX_BODY_BYTES",
+        status=413,
+        code="payload_too_large",
+    )

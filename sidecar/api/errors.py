@@ -1,0 +1,119 @@
+"""Every error a caller can get: one table from what was raised to status, code and words, and one shape an API."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import ceil
+from typing import Any, Literal
+
+import orjson
+
+from backends.base import BackendError, BillingRefused, Rejected, Throttled
+
+from ..admission import AccountClosed, DeadlineUnreachable, Draining, NotAdmitted, QueueFull, Superseded
+from ..dispatch import DeadlineExceeded
+from ..telemetry import Outcome
+
+log = logging.getLogger("sidecar")
+
+Api = Literal["openai", "trio", "native"]
+
+
+class InvalidRequest(Exception):
+    """The caller's own fault, found before anything was queued. `field` names what to mend."""
+
+    def __init__(self, message: str, *, field: str | None = None, status: int = 400, code: str = "invalid_request"):
+        super().__init__(message)
+        self.message = message
+        self.field = field
+        self.status = status
+        self.code = code
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """An error as the contract lists it. `body` is the provider's own, to be passed on as it is."""
+
+    status: int
+    code: str
+    message: str
+    outcome: Outcome
+    field: str | None = None
+    retry_after: float | None = None
+    body: bytes = b""
+    moderated: bool = False
+
+
+_NOT_ADMITTED: dict[type[NotAdmitted], tuple[int, str, Outcome]] = {
+    QueueFull: (503, "queue_full", "shed"),
+    DeadlineUnreachable: (503, "deadline_unreachable", "shed"),
+    Draining: (503, "draining", "shed"),
+    Superseded: (409, "superseded", "superseded"),
+    AccountClosed: (502, "upstream_billing", "error"),
+}
+
+
+def problem_of(error: Exception) -> Problem:
+    """What the caller is told of an error. One that nobody thought of is logged with its trace and told as 500."""
+    match error:
+        case InvalidRequest():
+            return Problem(error.status, error.code, error.message, "invalid", field=error.field)
+        case NotAdmitted():
+            status, code, outcome = _NOT_ADMITTED[type(error)]
+            return Problem(status, code, error.message, outcome, retry_after=error.retry_after)
+        case DeadlineExceeded():
+            return Problem(504, "deadline_exceeded", str(error), "deadline")
+        case Rejected():
+            outcome = "moderated" if error.moderated else "rejected_upstream"
+            return Problem(
+                error.status,
+                error.code or "rejected_upstream",
+                error.message,
+                outcome,
+                body=error.body,
+                moderated=error.moderated,
+            )
+        case BillingRefused():
+            return Problem(502, "upstream_billing", f"the provider refuses the account: {error.message}", "error")
+        case Throttled():  # inside a stream that had begun: there is no other attempt
+            return Problem(502, "upstream_error", f"the provider cut the answer short: {error.message}", "error")
+        case BackendError():
+            return Problem(502, "upstream_error", error.message, "error")
+        case _:
+            log.error("a defect in the sidecar: %s", type(error).__name__, exc_info=error)
+            return Problem(500, "internal_error", "a defect in the sidecar; its log has the details", "error")
+
+
+def _openai(problem: Problem, request_id: str) -> Any:
+    kind = "invalid_request_error" if problem.status < 500 else "server_error"
+    error = {"message": problem.message, "type": kind, "code": problem.code, "param": problem.field}
+    return {"error": error, "request_id": request_id}
+
+
+def _native(problem: Problem, request_id: str) -> Any:
+    return {"code": problem.code, "message": problem.message, "request_id": request_id}
+
+
+def _trio(problem: Problem, request_id: str) -> Any:
+    del request_id
+    return {"detail": problem.message}
+
+
+_SHAPES: dict[Api, Callable[[Problem, str], Any]] = {"openai": _openai, "native": _native, "trio": _trio}
+
+
+def body_of(problem: Problem, api: Api, request_id: str) -> bytes:
+    """The error's body in the API's own shape; the provider's own body where there is one and the API shows it."""
+    if problem.body and api != "trio":
+        return problem.body
+    return orjson.dumps(_SHAPES[api](problem, request_id))
+
+
+def headers_of(problem: Problem) -> dict[str, str]:
+    """`Content-Type`, and `Retry-After` in whole seconds: never less than the wait, so that who obeys gets in."""
+    headers = {"Content-Type": "application/json"}
+    if problem.retry_after is not None:
+        headers["Retry-After"] = str(max(ceil(problem.retry_after), 1))
+    return headers

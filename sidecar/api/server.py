@@ -1,0 +1,144 @@
+"""The data listener: finds the endpoint, checks the bearer, and turns whatever happens into an answer.
+
+aiohttp's low-level server: no router and no middlewares on the way of a frame.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import logging
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import NoReturn
+
+from aiohttp import web
+
+from ..dispatch import Dispatcher
+from . import openai
+from .call import Call, Limits
+from .errors import Api, InvalidRequest, problem_of
+
+log = logging.getLogger("sidecar.access")
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """What answers one method on one path, and in which API's words errors are told."""
+
+    api: Api
+    handle: Callable[[Call], Awaitable[web.StreamResponse]]
+    open: bool = False
+    """Answers without a bearer: what probes and load balancers ask."""
+
+
+#: path → method → endpoint.
+ENDPOINTS: dict[str, dict[str, Endpoint]] = {}
+for _base in ("/v1", "/compatible-mode/v1"):
+    ENDPOINTS[f"{_base}/chat/completions"] = {"POST": Endpoint("openai", openai.chat_completions)}
+    ENDPOINTS[f"{_base}/models"] = {"GET": Endpoint("openai", openai.models)}
+
+
+class DataServer:
+    """Handles every request of the data listener; knows how many are under way, for the drain."""
+
+    def __init__(
+        self, dispatcher: Dispatcher, limits: Limits, *, api_key: str | None = None, access_log: bool = False
+    ) -> None:
+        self._dispatcher = dispatcher
+        self._limits = limits
+        self._api_key = api_key.encode() if api_key else None
+        self._access_log = access_log
+        self._under_way = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    async def idle(self) -> None:
+        """Wait until no request is under way."""
+        await self._idle.wait()
+
+    async def __call__(self, http: web.BaseRequest) -> web.StreamResponse:
+        """Answer one request."""
+        path = http.raw_path.partition("?")[0]
+        methods = ENDPOINTS.get(path)
+        endpoint = methods.get(http.method) if methods else None
+        call = Call(http, endpoint.api if endpoint else _api_of(path), self._dispatcher, self._limits)
+        self._under_way += 1
+        self._idle.clear()
+        try:
+            call.identify()
+            if endpoint is None:
+                _refuse_path(path, http.method, methods)
+            if self._api_key is not None and not endpoint.open:
+                self._check_bearer(http)
+            response = await endpoint.handle(call)
+            call.outcome = "ok" if response.status < 400 else call.outcome
+        except asyncio.CancelledError:
+            call.outcome = "cancelled"
+            raise
+        except Exception as error:  # noqa: BLE001  the one place where any error becomes an answer
+            try:
+                response = await self._answer(call, error)
+            except ConnectionError:
+                call.outcome = "cancelled"
+                raise
+        finally:
+            call.finish()
+            self._under_way -= 1
+            if not self._under_way:
+                self._idle.set()
+            if self._access_log:
+                _log_access(call, path)
+        return response
+
+    async def _answer(self, call: Call, error: Exception) -> web.StreamResponse:
+        if isinstance(error, ConnectionError) and (call.http.transport is None or call.http.transport.is_closing()):
+            raise error  # the caller hung up: there is nobody to answer
+        problem = problem_of(error)
+        call.outcome = problem.outcome
+        response = await call.fail(problem)
+        if problem.status in (413, 417):
+            response.force_close()  # the rest of the body is not wanted
+        return response
+
+    def _check_bearer(self, http: web.BaseRequest) -> None:
+        given = http.headers.get("Authorization", "")
+        scheme, _, token = given.partition(" ")
+        assert self._api_key is not None  # noqa: S101  the caller looked
+        if scheme.lower() != "bearer" or not hmac.compare_digest(token.strip().encode(), self._api_key):
+            raise InvalidRequest(
+                "the Authorization header must be Bearer and the key that SIDECAR_API_KEY holds",
+                status=401,
+                code="unauthorized",
+                field="Authorization",
+            )
+
+
+def _api_of(path: str) -> Api:
+    """In whose words an unknown path is refused."""
+    if path.startswith(("/api/inference", "/health")):
+        return "trio"
+    return "native" if path.startswith("/api/v1/") else "openai"
+
+
+def _refuse_path(path: str, method: str, methods: dict[str, Endpoint] | None) -> NoReturn:
+    if methods:
+        allowed = ", ".join(methods)
+        raise InvalidRequest(f"{path} takes {allowed}, not {method[:20]}", status=405, code="method_not_allowed")
+    raise InvalidRequest(f"there is nothing at {path[:200]}", status=404, code="not_found")
+
+
+def _log_access(call: Call, path: str) -> None:
+    ticket = call.ticket
+    waits = {part: round(spent, 4) for part, spent in ticket.stopwatch.seconds.items()} if ticket else {}
+    status = call.response.status if call.response is not None else 0
+    log.info(
+        "%s %s %d %s attempts=%d %s id=%s",
+        call.http.method,
+        path[:200],
+        status,
+        call.outcome,
+        ticket.attempts if ticket else 0,
+        waits,
+        call.request_id,
+    )

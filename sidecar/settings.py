@@ -1,0 +1,202 @@
+"""Every setting, once: type, default, names, help. Data only; what is built from it is in `app.py`."""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, ValidationError
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+from backends.registry import NAMES
+
+PREFIX = "SIDECAR_"
+
+#: Names of other programs that mean the same, weaker than ours: contract.md, "Settings".
+FOREIGN_NAMES: dict[str, str] = {
+    "TRIO_REMOTE_VLM_URL": "dashscope_url",
+    "TRIO_REMOTE_VLM_API_KEY": "dashscope_api_key",
+    "TRIO_REMOTE_VLM_MODEL": "dashscope_model",
+    "TRIO_API_KEY": "api_key",
+    "TRIO_MODEL": "local_model",
+    "DASHSCOPE_API_KEY": "dashscope_api_key",
+}
+
+SECRETS = frozenset({"dashscope_api_key", "api_key", "shared_url"})
+
+
+def _auto(value: Any) -> Any:
+    """`auto` is None: learn it."""
+    return None if isinstance(value, str) and value.strip().lower() == "auto" else value
+
+
+Learned = Annotated[float | None, BeforeValidator(_auto), Field(gt=0)]
+LearnedCount = Annotated[int | None, BeforeValidator(_auto), Field(ge=1)]
+Port = Annotated[int, Field(ge=0, le=65535)]
+Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class SettingsError(Exception):
+    """A setting that cannot be used, in one line that names it."""
+
+
+class Settings(BaseSettings):
+    """What the sidecar is told. Stronger first: command line, environment, file, default."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, extra="forbid", frozen=True, env_ignore_empty=True)
+
+    backend: str | None = Field(
+        None, description="dashscope, local or simulated. Default: dashscope when a URL or key is set, else simulated"
+    )
+    host: str = Field("127.0.0.1", description="address of the data listener, which callers use")
+    port: Port = Field(8100, description="port of the data listener (trio-core's); 0 takes a free one")
+    unix_socket: Path | None = Field(None, description="path of a unix socket that takes requests too")
+    admin_host: str = Field("0.0.0.0", description="address of the admin listener: probes and metrics")  # noqa: S104
+    admin_port: Port = Field(9464, description="port of the admin listener; 0 takes a free one")
+    dashscope_url: str = Field(
+        "https://dashscope.aliyuncs.com/compatible-mode/v1", description="base URL of any OpenAI-compatible server"
+    )
+    dashscope_native_url: str | None = Field(
+        None, description="base URL of DashScope's own API. Default: derived, …/compatible-mode/v1 becomes …/api/v1"
+    )
+    dashscope_api_key: str | None = Field(None, description="the provider's key")
+    dashscope_api_key_file: Path | None = Field(
+        None, description="file that holds the provider's key; read again when it changes"
+    )
+    dashscope_model: str = Field("qwen-vl-plus", description="model for requests that name none")
+    local_model: str | None = Field(None, description="folder or name of a transformers vision-language model")
+    local_device: str = Field("auto", description="device of the local model: auto, cpu, cuda, cuda:1, …")
+    local_max_batch: Annotated[int, Field(ge=1, le=256)] = Field(8, description="most requests in one local batch")
+    local_batch_wait: Annotated[float, Field(ge=0, le=10)] = Field(
+        0.005, description="seconds the local engine may wait for a batch to fill"
+    )
+    detector_model: Path | None = Field(None, description="ONNX file for /api/inference/detect")
+    max_concurrency: LearnedCount = Field(None, description="attempts in flight; auto learns it, a number pins it")
+    requests_per_minute: Learned = Field(None, description="ceiling of the request rate; auto learns it")
+    tokens_per_minute: Learned = Field(None, description="ceiling of the LLM token rate; auto learns it")
+    refusal_budget: Annotated[float, Field(gt=0, le=0.2)] = Field(
+        0.005, description="share of upstream calls that may be spent on probing the limit"
+    )
+    deadline: Seconds = Field(60.0, description="seconds a request may take; callers may ask for less")
+    drain_timeout: Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
+        25.0, description="seconds to finish what was accepted after SIGTERM"
+    )
+    queue_size: Annotated[int, Field(ge=1)] = Field(2000, description="most requests that wait")
+    queue_bytes: Annotated[int, Field(ge=1)] = Field(256 * 1024 * 1024, description="most bytes that wait")
+    max_body_bytes: Annotated[int, Field(ge=1)] = Field(14 * 1024 * 1024, description="largest request body in bytes")
+    key_header: Annotated[str, Field(pattern=r"^[A-Za-z0-9-]+$")] = Field(
+        "X-Camera-Id", description="header that holds the fair-queue key"
+    )
+    api_key: str | None = Field(None, description="bearer token that callers must send")
+    state_file: Path | None = Field(None, description="file where the learned limits survive a restart")
+    shared_url: str | None = Field(None, description="redis://…: many sidecars share one account's quota")
+    passthrough: bool = Field(False, description="other /v1 paths go to an HTTP upstream under the same admission")
+    access_log: bool = Field(False, description="one log line a request, with its waits")
+    log_format: Literal["json", "human"] | None = Field(
+        None, description="json or human. Default: human on a terminal, else json"
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe line to log")
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Only what `load` hands over: it has put the sources in order itself, to know where each value came from."""
+        del settings_cls, env_settings, dotenv_settings, file_secret_settings
+        return (init_settings,)
+
+    @property
+    def backend_name(self) -> str:
+        """The backend in force: the one named, or what the other settings mean."""
+        if self.backend is not None:
+            return self.backend
+        told = {"dashscope_url", "dashscope_api_key", "dashscope_api_key_file"} & self.model_fields_set
+        return "dashscope" if told else "simulated"
+
+
+def load(
+    options: Mapping[str, Any], environ: Mapping[str, str] = os.environ, file: Path | None = None
+) -> tuple[Settings, dict[str, str]]:
+    """Put the sources together; returns the settings and, by field, the name of where each one that was set came from.
+
+    Raises `SettingsError`.
+    """
+    values: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+
+    def take(field: str, value: Any, origin: str) -> None:
+        values[field] = value
+        origins[field] = origin
+
+    for field, value in (_read(file) if file is not None else {}).items():
+        take(field, value, f"{file}")
+    for name, field in FOREIGN_NAMES.items():
+        if environ.get(name):
+            take(field, environ[name], name)
+    for field in Settings.model_fields:
+        name = PREFIX + field.upper()
+        if environ.get(name):
+            take(field, environ[name], name)
+    for field, value in options.items():
+        take(field, value, option_name(field))
+    try:
+        settings = Settings(**values)
+    except ValidationError as error:
+        raise SettingsError(_one_line(error, origins)) from None
+    _check(settings, origins)
+    return settings, origins
+
+
+def option_name(field: str) -> str:
+    """The command line's name of a setting."""
+    return "--" + field.replace("_", "-")
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(file.read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"--config {file}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise SettingsError(f"--config {file}: is not TOML: {error}") from None
+
+
+def _one_line(error: ValidationError, origins: Mapping[str, str]) -> str:
+    first = error.errors(include_url=False)[0]
+    field = str(first["loc"][0]) if first["loc"] else ""
+    where = origins.get(field, PREFIX + field.upper())
+    if first["type"] == "extra_forbidden":
+        return f"{where}: {field} is no setting; the README lists them all"
+    shown = "" if field in SECRETS else f" (it is {str(first['input'])[:80]!r})"
+    return f"{_named(field, where)}: {first['msg']}{shown}"
+
+
+def _named(field: str, where: str) -> str:
+    name = PREFIX + field.upper()
+    return name if where == name else f"{name} (from {where})"
+
+
+def _check(settings: Settings, origins: Mapping[str, str]) -> None:
+    """What one field alone cannot tell."""
+
+    def fail(field: str, why: str) -> None:
+        raise SettingsError(f"{_named(field, origins.get(field, PREFIX + field.upper()))}: {why}")
+
+    names = [name.strip() for name in settings.backend_name.split(",")]
+    for name in names:
+        if name not in NAMES:
+            fail("backend", f"there is no backend {name!r}; choose from {', '.join(NAMES)}")
+    if not settings.dashscope_url.startswith(("http://", "https://")):
+        fail("dashscope_url", f"must begin with http:// or https:// (it is {settings.dashscope_url[:80]!r})")
+    if settings.dashscope_native_url and not settings.dashscope_native_url.startswith(("http://", "https://")):
+        fail("dashscope_native_url", "must begin with http:// or https://")
+    if "local" in names and not settings.local_model:
+        fail("local_model", "the local backend needs the folder of a model")

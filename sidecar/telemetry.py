@@ -1,0 +1,155 @@
+"""The metrics of the contract, written once a ticket is finished, from what its stopwatch says.
+
+Nothing here is asked for anything while a request is under way: metrics cannot slow or break the path. Everything
+belongs to a `Telemetry` object, so two sidecars can live in one process.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Hashable
+from typing import Literal, TypeVar
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from backends.base import Throttled, Usage
+
+from .admission import Ticket
+
+log = logging.getLogger("sidecar")
+
+Outcome = Literal[
+    "ok", "invalid", "rejected_upstream", "moderated", "shed", "superseded", "deadline", "cancelled", "error"
+]
+
+#: Seconds, from 1 ms to 120 s, about a factor of 2 apart.
+BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 1.5, 2.5, 5, 10, 15, 30, 45, 60, 90, 120)
+#: Model names that get a label of their own; later ones are `other`, so that a caller cannot grow the series.
+MOST_MODELS = 20
+
+_Key = TypeVar("_Key", bound=Hashable)
+_Child = TypeVar("_Child")
+
+
+class _Children(dict[_Key, _Child]):
+    """Label children made on first use and kept: prometheus-client's own look-up costs more than the observation."""
+
+    def __init__(self, make: Callable[[_Key], _Child]) -> None:
+        super().__init__()
+        self._make = make
+
+    def __missing__(self, key: _Key) -> _Child:
+        child = self[key] = self._make(key)
+        return child
+
+
+class Telemetry:
+    """Every metric that requests write. Gauges of what is (queues, limits) are read by `admin` when scraped."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.registry = registry
+
+        def counter(name: str, text: str, labels: tuple[str, ...]) -> _Children[tuple[str, ...], Counter]:
+            metric = Counter(name, text, labels, registry=registry)
+            return _Children(lambda values: metric.labels(*values))
+
+        def seconds(name: str, text: str, labels: tuple[str, ...]) -> _Children[tuple[str, ...], Histogram]:
+            metric = Histogram(name, text, labels, buckets=BUCKETS, registry=registry)
+            return _Children(lambda values: metric.labels(*values))
+
+        self._requests = counter("sidecar_requests", "Requests by how they ended.", ("api", "backend", "outcome"))
+        self._duration = seconds(
+            "sidecar_request_duration_seconds", "Arrival to last byte.", ("api", "backend", "outcome")
+        )
+        self._queue_wait = seconds(
+            "sidecar_queue_wait_seconds", "Arrival to admission, all requeues summed.", ("backend", "priority")
+        )
+        self._causes = counter(
+            "sidecar_queue_wait_cause_seconds", "Seconds in the queue by what held it.", ("backend", "cause")
+        )
+        self._lock_wait = seconds(
+            "sidecar_backend_lock_wait_seconds",
+            "Admission to the backend starting work: the GPU lock or batch, or the upstream connection pool.",
+            ("backend",),
+        )
+        self._first_byte = seconds(
+            "sidecar_backend_time_to_first_byte_seconds", "Backend starting work to its first byte.", ("backend",)
+        )
+        self._backend_duration = seconds(
+            "sidecar_backend_duration_seconds", "Backend starting work to its last byte.", ("backend",)
+        )
+        self._attempts = counter(
+            "sidecar_upstream_attempts", "Calls to the backend by what they were told.", ("backend", "result")
+        )
+        self._throttles = counter(
+            "sidecar_throttles", "Refusals by the provider by what they were about.", ("backend", "kind")
+        )
+        self._retries = counter("sidecar_retries", "Attempts after the first, by reason.", ("backend", "reason"))
+        self._tokens = counter(
+            "sidecar_tokens", "LLM tokens as the provider counted them.", ("backend", "model", "kind")
+        )
+        self._models: set[str] = set()
+        self._codes: set[str] = set()
+        self.batch_size = Histogram(
+            "sidecar_batch_size",
+            "Requests in one batch of the local backend.",
+            ("backend",),
+            buckets=(1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64),
+            registry=registry,
+        )
+        self.event_loop_lag = Histogram(
+            "sidecar_event_loop_lag_seconds",
+            "How late the event loop runs a timer.",
+            buckets=(0.0005, *BUCKETS[:12]),
+            registry=registry,
+        )
+        self.build_info = Gauge(
+            "sidecar_build_info", "1, with what is running in the labels.", ("version", "python"), registry=registry
+        )
+
+    def attempt(self, backend: str, result: str) -> None:
+        """One call to the backend ended."""
+        self._attempts[backend, result].inc()
+
+    def throttled(self, backend: str, kind: str, code: str) -> None:
+        """The provider refused a call because of a limit. An unknown code is logged once."""
+        self._throttles[backend, kind].inc()
+        if kind == "unknown" and code not in self._codes and len(self._codes) < MOST_MODELS:
+            self._codes.add(code)
+            log.warning("the provider refused with a code this version does not know: %.80r", code)
+
+    def retry(self, backend: str, why: Exception) -> None:
+        """A ticket goes back to the queue after an attempt that brought nothing."""
+        self._retries[backend, why.kind if isinstance(why, Throttled) else type(why).__name__].inc()
+
+    def tokens(self, backend: str, model: str, usage: Usage | None) -> None:
+        """The provider said what a call cost."""
+        if usage is None:
+            return
+        if model not in self._models:
+            if len(self._models) >= MOST_MODELS:
+                model = "other"
+            else:
+                self._models.add(model)
+        self._tokens[backend, model, "input"].inc(usage.input_tokens)
+        self._tokens[backend, model, "output"].inc(usage.output_tokens)
+
+    def finished(self, ticket: Ticket, api: str, backend: str, outcome: Outcome) -> None:
+        """A ticket has ended, whichever way, and its watch is stopped."""
+        seconds = ticket.stopwatch.seconds
+        self._requests[api, backend, outcome].inc()
+        self._duration[api, backend, outcome].observe(sum(seconds.values()))
+        self._queue_wait[backend, ticket.priority.name.lower()].observe(seconds["queue"])
+        if ticket.cause_seconds is not None:
+            for cause, spent in ticket.cause_seconds.items():
+                if spent > 0:
+                    self._causes[backend, cause].inc(spent)
+        if ticket.attempts:
+            self._lock_wait[(backend,)].observe(seconds["lock"])
+            if seconds["first_byte"] > 0:
+                self._first_byte[(backend,)].observe(seconds["first_byte"])
+                self._backend_duration[(backend,)].observe(ticket.stopwatch.upstream_seconds)
+
+    def invalid(self, api: str, backend: str) -> None:
+        """A request that never became a ticket: its own fault."""
+        self._requests[api, backend, "invalid"].inc()
