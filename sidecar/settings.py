@@ -33,8 +33,8 @@ def _auto(value: Any) -> Any:
     return None if isinstance(value, str) and value.strip().lower() == "auto" else value
 
 
-Learned = Annotated[float | None, BeforeValidator(_auto), Field(gt=0)]
-LearnedCount = Annotated[int | None, BeforeValidator(_auto), Field(ge=1)]
+Learned = Annotated[Annotated[float, Field(gt=0)] | None, BeforeValidator(_auto)]
+LearnedCount = Annotated[Annotated[int, Field(ge=1)] | None, BeforeValidator(_auto)]
 Port = Annotated[int, Field(ge=0, le=65535)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 

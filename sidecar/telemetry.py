@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable, Hashable
 from typing import Literal, TypeVar
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
 
 from backends.base import Throttled, Usage
 
@@ -48,6 +48,7 @@ class Telemetry:
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self.registry = registry
+        disable_created_metrics()  # a second series beside every counter and histogram that nobody queries
 
         def counter(name: str, text: str, labels: tuple[str, ...]) -> _Children[tuple[str, ...], Counter]:
             metric = Counter(name, text, labels, registry=registry)

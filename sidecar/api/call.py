@@ -13,7 +13,7 @@ from aiohttp import web
 from backends.base import Reply, Request
 
 from ..admission import Priority, Ticket
-from ..dispatch import Dispatcher
+from ..dispatch import DeadlineExceeded, Dispatcher
 from ..telemetry import Outcome
 from .errors import Api, InvalidRequest, Problem, body_of, headers_of
 
@@ -147,15 +147,18 @@ class Call:
 
     async def models(self) -> bytes:
         """The backend's list of models."""
-        return await self._dispatcher.backend.models()
+        try:
+            async with asyncio.timeout(self.limits.deadline):
+                return await self._dispatcher.backend.models()
+        except TimeoutError as error:
+            raise DeadlineExceeded(f"no list of models within {self.limits.deadline:g} s") from error
 
     # -- out -----------------------------------------------------------------------------------------------------------
 
     async def respond(self, status: int, body: bytes, headers: Mapping[str, str]) -> web.StreamResponse:
         """Write a whole answer."""
         response = web.Response(status=status, body=body, headers={**headers, **self._own_headers()})
-        self.response = response
-        await response.prepare(self.http)
+        await self._begin(response)
         await response.write_eof()
         return response
 
@@ -180,12 +183,17 @@ class Call:
         assert self.ticket is not None and reply.chunks is not None  # noqa: S101  `ask` was given both
         switch, clock = self.ticket.stopwatch.switch, self._loop.time
         response = web.StreamResponse(status=reply.status, headers={**reply.headers, **self._own_headers()})
-        self.response = response
-        await response.prepare(self.http)
+        await self._begin(response)
         async for chunk in reply.chunks:
             switch("write", clock())
             await response.write(chunk)
             switch("body", clock())
+
+    async def _begin(self, response: web.StreamResponse) -> None:
+        self.response = response
+        if self._dispatcher.admission.draining:
+            response.force_close()  # the caller's next request must not meet a socket that is just being closed
+        await response.prepare(self.http)
 
     def _own_headers(self) -> dict[str, str]:
         headers = {"X-Request-Id": self.request_id, "X-Sidecar-Backend": self._dispatcher.backend.name}

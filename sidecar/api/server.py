@@ -10,10 +10,11 @@ import hmac
 import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from aiohttp import web
 
+from ..admission import Draining
 from ..dispatch import Dispatcher
 from . import openai
 from .call import Call, Limits
@@ -49,9 +50,21 @@ class DataServer:
         self._limits = limits
         self._api_key = api_key.encode() if api_key else None
         self._access_log = access_log
-        self._under_way = 0
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._given_up = False
         self._idle = asyncio.Event()
         self._idle.set()
+
+    @property
+    def under_way(self) -> int:
+        """Requests that have no whole answer yet."""
+        return len(self._tasks)
+
+    def give_up(self) -> None:
+        """End every request under way, each with an answer: the time to drain is over."""
+        self._given_up = True
+        for task in self._tasks:
+            task.cancel()
 
     async def idle(self) -> None:
         """Wait until no request is under way."""
@@ -63,7 +76,9 @@ class DataServer:
         methods = ENDPOINTS.get(path)
         endpoint = methods.get(http.method) if methods else None
         call = Call(http, endpoint.api if endpoint else _api_of(path), self._dispatcher, self._limits)
-        self._under_way += 1
+        task = asyncio.current_task()
+        assert task is not None  # noqa: S101  aiohttp runs every handler in one
+        self._tasks.add(task)
         self._idle.clear()
         try:
             call.identify()
@@ -75,7 +90,10 @@ class DataServer:
             call.outcome = "ok" if response.status < 400 else call.outcome
         except asyncio.CancelledError:
             call.outcome = "cancelled"
-            raise
+            if not self._given_up or _is_gone(http):
+                raise
+            task.uncancel()
+            response = await self._answer(call, Draining("the sidecar is shutting down", retry_after=1.0))
         except Exception as error:  # noqa: BLE001  the one place where any error becomes an answer
             try:
                 response = await self._answer(call, error)
@@ -84,15 +102,15 @@ class DataServer:
                 raise
         finally:
             call.finish()
-            self._under_way -= 1
-            if not self._under_way:
+            self._tasks.discard(task)
+            if not self._tasks:
                 self._idle.set()
             if self._access_log:
                 _log_access(call, path)
         return response
 
     async def _answer(self, call: Call, error: Exception) -> web.StreamResponse:
-        if isinstance(error, ConnectionError) and (call.http.transport is None or call.http.transport.is_closing()):
+        if isinstance(error, ConnectionError) and _is_gone(call.http):
             raise error  # the caller hung up: there is nobody to answer
         problem = problem_of(error)
         call.outcome = problem.outcome
@@ -112,6 +130,11 @@ class DataServer:
                 code="unauthorized",
                 field="Authorization",
             )
+
+
+def _is_gone(http: web.BaseRequest) -> bool:
+    """The caller has hung up."""
+    return http.transport is None or http.transport.is_closing()
 
 
 def _api_of(path: str) -> Api:

@@ -1,0 +1,220 @@
+"""The one place where the parts are put together, started and stopped. Reads in the order in which it happens."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import platform
+import signal
+from collections.abc import Callable
+from typing import Any
+
+from prometheus_client import CollectorRegistry
+
+from backends.base import Backend, BackendError
+from backends.keyfile import KeyFile
+from backends.registry import backend_class
+
+from . import __version__
+from .admin import AdminServer
+from .admission import Admission
+from .api.call import Limits
+from .api.server import DataServer
+from .dispatch import Dispatcher
+from .gauges import AdmissionGauges
+from .health import Health
+from .listener import Listener
+from .settings import Settings
+from .status import status_of
+from .telemetry import Telemetry
+
+log = logging.getLogger("sidecar")
+
+_LAG_STEP_SECONDS = 0.25
+#: What answers to requests that the drain's time was too short for may take.
+_LAST_WORDS_SECONDS = 2.0
+
+
+class StartError(Exception):
+    """What keeps the sidecar from starting, in one line that names the setting."""
+
+
+class Sidecar:
+    """One running sidecar. To be made in the event loop that runs it."""
+
+    def __init__(self, settings: Settings) -> None:
+        """Put the parts together; nothing is opened yet. Raises `StartError`."""
+        self.settings = settings
+        self.data_port = self.admin_port = 0
+        """Where it listens, once started."""
+        self._loop = asyncio.get_running_loop()
+        self._began = self._loop.time()
+        self._told_to_drain = asyncio.Event()
+        registry = CollectorRegistry()
+        self._telemetry = Telemetry(registry)
+        self._telemetry.build_info.labels(__version__, platform.python_version()).set(1)
+        self.health = Health()
+        self.backend = _backend(settings, self._telemetry)
+        self.admission = _admission(settings, self.backend)
+        admissions = {self.backend.name: self.admission}
+        registry.register(AdmissionGauges(admissions))
+        self.data = DataServer(
+            Dispatcher(self.backend, self.admission, self._telemetry),
+            Limits(
+                deadline=settings.deadline,
+                max_body_bytes=settings.max_body_bytes,
+                key_header=settings.key_header,
+                default_model=settings.dashscope_model,
+            ),
+            api_key=settings.api_key,
+            access_log=settings.access_log,
+        )
+        self._data_listener = Listener(self.data)
+        admin = AdminServer(
+            registry,
+            self.health,
+            lambda: status_of(self.health, admissions, self._loop.time() - self._began),
+            self.drain,
+        )
+        self._admin_listener = Listener(admin)
+
+    async def run(self) -> None:
+        """Serve until told to drain, by a signal or by `drain`; then finish what was accepted. Raises `StartError`."""
+        try:
+            await self.start()
+            async with asyncio.TaskGroup() as tasks:
+                lag = tasks.create_task(self._watch_lag())
+                await self._told_to_drain.wait()
+                await self._finish()
+                lag.cancel()
+        finally:
+            await self.close()
+
+    async def start(self) -> None:
+        """Open the admin listener, then the backend, then the data listener, so that probes see each step."""
+        settings = self.settings
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._loop.add_signal_handler(number, self._on_signal)
+        self.admin_port = await _open(self._admin_listener, settings.admin_host, settings.admin_port, "admin_port")
+        try:
+            await self.backend.start()
+        except BackendError as error:
+            raise StartError(f"SIDECAR_BACKEND={self.backend.name} cannot start: {error.message}") from error
+        self.data_port = await _open(self._data_listener, settings.host, settings.port, "port")
+        if settings.unix_socket is not None:
+            try:
+                await self._data_listener.open_unix(settings.unix_socket)
+            except OSError as error:
+                raise StartError(f"SIDECAR_UNIX_SOCKET={settings.unix_socket}: {_reason(error)}") from error
+        self.health.started = True
+        gc.collect()
+        gc.freeze()  # what start-up made is never garbage: no collection need walk it again
+        if self.backend.name == "simulated":
+            log.warning("SIMULATED answers: no provider is configured. Set SIDECAR_DASHSCOPE_API_KEY to serve for real")
+        log.info(
+            "vlm-sidecar %s serves %s on %s:%d, probes and metrics on %s:%d",
+            __version__, self.backend.name, settings.host, self.data_port, settings.admin_host, self.admin_port,
+        )  # fmt: skip
+
+    def drain(self) -> None:
+        """Take nothing new from now on; `run` ends when what was accepted is done. Again is nothing."""
+        if not self._told_to_drain.is_set():
+            log.info("draining: %d requests are under way", self.data.under_way)
+            self.health.draining = True
+            self.admission.draining = True
+            self._told_to_drain.set()
+
+    def _on_signal(self) -> None:
+        if self._told_to_drain.is_set():
+            log.warning("told to stop a second time: giving up on %d requests", self.data.under_way)
+            self.data.give_up()
+        self.drain()
+
+    async def _finish(self) -> None:
+        """Wait for what was accepted; give an answer, if not the one hoped for, to what takes too long."""
+        try:
+            async with asyncio.timeout(self.settings.drain_timeout):
+                await self.data.idle()
+        except TimeoutError:
+            log.warning("SIDECAR_DRAIN_TIMEOUT is over with %d requests under way", self.data.under_way)
+            self.data.give_up()
+            async with asyncio.timeout(_LAST_WORDS_SECONDS):
+                await self.data.idle()
+
+    async def close(self) -> None:
+        """Let go of everything, in the reverse order of `start`."""
+        await self._data_listener.close()
+        await self.backend.close()
+        await self._admin_listener.close()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._loop.remove_signal_handler(number)
+
+    async def _watch_lag(self) -> None:
+        observe = self._telemetry.event_loop_lag.observe
+        while True:
+            due = self._loop.time() + _LAG_STEP_SECONDS
+            await asyncio.sleep(_LAG_STEP_SECONDS)
+            observe(max(self._loop.time() - due, 0.0))
+
+
+async def _open(listener: Listener, host: str, port: int, setting: str) -> int:
+    try:
+        return await listener.open(host, port)
+    except OSError as error:
+        raise StartError(f"SIDECAR_{setting.upper()}={port} on {host}: {_reason(error)}") from error
+
+
+def _reason(error: OSError) -> str:
+    """What the system says, without the addresses that asyncio puts into it."""
+    return error.strerror.rpartition(": ")[2] if error.strerror else str(error)
+
+
+def _backend(settings: Settings, telemetry: Telemetry) -> Backend:
+    name = settings.backend_name
+    made: Any
+    if name == "dashscope":
+        try:
+            made = backend_class(name)(
+                base_url=settings.dashscope_url, native_url=settings.dashscope_native_url, key=_key(settings)
+            )
+        except ValueError as error:
+            raise StartError(f"SIDECAR_DASHSCOPE_URL: {error}") from error
+    elif name == "local":
+        made = backend_class(name)(
+            settings.local_model,
+            device=settings.local_device,
+            max_batch=settings.local_max_batch,
+            batch_wait_seconds=settings.local_batch_wait,
+        )
+        made.on_batch = telemetry.batch_size.labels("local").observe
+    else:
+        made = backend_class(name)()
+    return made  # type: ignore[no-any-return]  # every class in the registry is one
+
+
+def _key(settings: Settings) -> Callable[[], str | None]:
+    """Where the provider's key comes from; the file is stronger, since who mounts one wants it rotated."""
+    if settings.dashscope_api_key_file is None:
+        return lambda: settings.dashscope_api_key
+    try:
+        return KeyFile(settings.dashscope_api_key_file)
+    except (OSError, ValueError) as error:
+        reason = f"{settings.dashscope_api_key_file}: {error.strerror}" if isinstance(error, OSError) else error
+        raise StartError(f"SIDECAR_DASHSCOPE_API_KEY_FILE: {reason}") from error
+
+
+def _admission(settings: Settings, backend: Backend) -> Admission:
+    slots = getattr(backend, "slots", None)
+    return Admission(
+        queue_size=settings.queue_size,
+        queue_bytes=settings.queue_bytes,
+        requests_per_second=_per_second(settings.requests_per_minute),
+        tokens_per_second=_per_second(settings.tokens_per_minute),
+        concurrency=settings.max_concurrency or slots,
+        paced=slots is None,
+    )
+
+
+def _per_second(per_minute: float | None) -> float:
+    return float("inf") if per_minute is None else per_minute / 60

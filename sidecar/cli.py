@@ -1,0 +1,116 @@
+"""The command line, and nothing else."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import sys
+import types
+import typing
+from pathlib import Path
+from typing import Any, NoReturn
+
+from . import __version__
+from .settings import FOREIGN_NAMES, PREFIX, Settings, SettingsError, load, option_name
+
+log = logging.getLogger("sidecar")
+
+
+def main(argv: list[str] | None = None) -> NoReturn:
+    """Run a command and exit: 0 well, 2 bad usage or settings (one line on stderr), 1 anything else."""
+    args = _parser().parse_args(argv)
+    try:
+        status = args.run(args)
+    except SettingsError as error:
+        print(f"vlm-sidecar: {error}", file=sys.stderr)
+        status = 2
+    except KeyboardInterrupt:
+        status = 130
+    sys.exit(status)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="vlm-sidecar",
+        description="A localhost proxy that learns how much a vision-model provider allows, and queues fairly for it.",
+    )
+    parser.add_argument("--version", action="version", version=f"vlm-sidecar {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    def command(name: str, run: Any, text: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        added.set_defaults(run=run)
+        return added
+
+    _add_settings(command("serve", _serve, "run the sidecar"))
+    drain = command("drain", _drain, "ask a running sidecar to finish what it has and stop; waits until it has")
+    drain.add_argument("--admin-port", type=int, default=9464, help="its admin port (default: 9464)")
+    drain.add_argument("--timeout", type=float, default=30.0, help="seconds to wait for it (default: 30)")
+    return parser
+
+
+def _add_settings(parser: argparse.ArgumentParser) -> None:
+    """One option for each setting. Values are checked with those from elsewhere, by `settings.load`."""
+    parser.add_argument("--config", type=Path, metavar="FILE", help="TOML file with settings, weaker than environment")
+    group = parser.add_argument_group(
+        "settings",
+        f"each also from the environment as {PREFIX}… and from the file; stronger first: option, environment, file",
+    )
+    for name, field in Settings.model_fields.items():
+        text = (field.description or "").replace("%", "%%")
+        kind = field.annotation
+        if kind is bool:
+            group.add_argument(
+                option_name(name),
+                dest=name,
+                action=argparse.BooleanOptionalAction,
+                default=argparse.SUPPRESS,
+                help=text,
+            )
+            continue
+        if field.default is not None:
+            text += f" (default: {field.default})"
+        group.add_argument(option_name(name), dest=name, metavar=_metavar(kind), default=argparse.SUPPRESS, help=text)
+
+
+def _metavar(kind: Any) -> str:
+    kinds = set(typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)) - {type(None)}
+    return {"int": "N", "float": "N", "Path": "FILE"}.get(getattr(kinds.pop(), "__name__", ""), "TEXT")
+
+
+def _given(args: argparse.Namespace) -> dict[str, Any]:
+    return {name: value for name, value in vars(args).items() if name in Settings.model_fields}
+
+
+def _serve(args: argparse.Namespace) -> int:
+    from . import logs  # noqa: PLC0415
+    from .app import Sidecar, StartError  # noqa: PLC0415  `--help` needs none of this
+
+    settings, origins = load(_given(args), file=args.config)
+    logs.set_up(settings.log_format, settings.log_level)
+    taken_over = sorted(set(origins.values()) & set(FOREIGN_NAMES))
+    if taken_over:
+        log.info("taken over from the environment: %s", ", ".join(taken_over))
+
+    async def serve() -> None:
+        await Sidecar(settings).run()
+
+    try:
+        with asyncio.Runner(loop_factory=_new_loop) as runner:
+            runner.run(serve())
+    except StartError as error:
+        raise SettingsError(str(error)) from error
+    return 0
+
+
+def _new_loop() -> asyncio.AbstractEventLoop:
+    import uvloop  # noqa: PLC0415
+
+    return uvloop.new_event_loop()
+
+
+def _drain(args: argparse.Namespace) -> int:
+    from .drain import drain  # noqa: PLC0415
+
+    return drain(args.admin_port, args.timeout)

@@ -1,0 +1,82 @@
+"""One HTTP listener on aiohttp's low-level server: no router, no middlewares, no traceback for who sends garbage."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import orjson
+from aiohttp import web
+
+Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
+
+#: A connection that was idle for so long is closed. Longer than any client's own limit (httpx 5 s, aiohttp 15 s), so
+#: that it is the client who closes, and never under a request that is on its way.
+KEEPALIVE_SECONDS = 75.0
+#: Bytes that a connection's reader holds before the sender has to wait: a frame's worth.
+READ_BUFFER_BYTES = 256 * 1024
+
+
+class _Protocol(web.RequestHandler):
+    """One connection. What is no HTTP gets one JSON answer and is closed."""
+
+    __slots__ = ()
+
+    def handle_error(
+        self,
+        request: web.BaseRequest,
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,
+    ) -> web.StreamResponse:
+        """Answer what the parser could not read. aiohttp would log it with its bytes, which may hold a key."""
+        if request.writer.output_size > 0:
+            raise ConnectionError("an answer has begun, there is no room for an error")
+        text = f"this is not a valid HTTP request ({type(exc).__name__})" if status < 500 else "internal error"
+        code = "invalid_request" if status < 500 else "internal_error"
+        kind = "invalid_request_error" if status < 500 else "server_error"
+        body = {"error": {"message": text, "type": kind, "code": code, "param": None}}
+        response = web.Response(status=status, body=orjson.dumps(body), content_type="application/json")
+        response.force_close()
+        return response
+
+
+class _Server(web.Server):
+    def __call__(self) -> web.RequestHandler:
+        return _Protocol(self, loop=self._loop, **self._kwargs)
+
+
+class Listener:
+    """Addresses that share one handler. The handler's task is cancelled when its caller hangs up."""
+
+    def __init__(self, handler: Handler) -> None:
+        server = _Server(
+            handler,
+            handler_cancellation=True,
+            access_log=None,
+            auto_decompress=False,
+            keepalive_timeout=KEEPALIVE_SECONDS,
+            read_bufsize=READ_BUFFER_BYTES,
+        )
+        self._runner = web.ServerRunner(server, shutdown_timeout=1.0)
+        self._socket_path: Path | None = None
+
+    async def open(self, host: str, port: int) -> int:
+        """Listen on a TCP address; returns the port. Raises `OSError`."""
+        if self._runner.server is None:
+            await self._runner.setup()
+        site = web.TCPSite(self._runner, host, port, backlog=1024)
+        await site.start()
+        return site.port
+
+    async def open_unix(self, path: Path) -> None:
+        """Listen on a unix socket too, in the place of a stale one. Raises `OSError`."""
+        await web.UnixSite(self._runner, path, backlog=1024).start()
+        self._socket_path = path
+
+    async def close(self) -> None:
+        """Stop listening and close every connection; requests under way have a second."""
+        await self._runner.cleanup()
+        if self._socket_path is not None:
+            await asyncio.to_thread(self._socket_path.unlink, missing_ok=True)
