@@ -48,7 +48,7 @@ class Telemetry:
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self.registry = registry
-        disable_created_metrics()  # a second series beside every counter and histogram that nobody queries
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series beside every counter and histogram that nobody queries
 
         def counter(name: str, text: str, labels: tuple[str, ...]) -> _Children[tuple[str, ...], Counter]:
             metric = Counter(name, text, labels, registry=registry)
