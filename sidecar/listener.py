@@ -14,6 +14,9 @@ Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 #: A connection that was idle for so long is closed. Longer than any client's own limit (httpx 5 s, aiohttp 15 s), so
 #: that it is the client who closes, and never under a request that is on its way.
 KEEPALIVE_SECONDS = 75.0
+#: Seconds for which the rest of a refused body is read and thrown away: a caller who is still sending sees a reset
+#: instead of the answer if the connection is closed under it.
+LINGER_SECONDS = 2.0
 #: Bytes that a connection's reader holds before the sender has to wait: a frame's worth.
 READ_BUFFER_BYTES = 256 * 1024
 
@@ -57,6 +60,7 @@ class Listener:
             access_log=None,
             auto_decompress=False,
             keepalive_timeout=KEEPALIVE_SECONDS,
+            lingering_time=LINGER_SECONDS,
             read_bufsize=READ_BUFFER_BYTES,
         )
         self._runner = web.ServerRunner(server, shutdown_timeout=1.0)

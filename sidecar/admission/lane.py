@@ -132,14 +132,18 @@ class Lane:
     def leave(self, ticket: Ticket) -> None:
         """The ticket's caller is gone, or a newer one took its place: it waits no more."""
         if ticket in self.queue:
+            now = self._loop.time()
+            self._account(now)  # before it is gone: an empty queue books nothing
             self.queue.remove(ticket)
-            self._left(ticket, self._loop.time())
-            self.admit(self._loop.time())
+            self._left(ticket, now)
+            self.admit(now)
 
     def refuse(self, ticket: Ticket, why: NotAdmitted) -> None:
         """Take a queued ticket out and tell its caller why."""
+        now = self._loop.time()
+        self._account(now)
         self.queue.remove(ticket)
-        self._left(ticket, self._loop.time())
+        self._left(ticket, now)
         if ticket.permit is not None and not ticket.permit.done():
             ticket.permit.set_exception(why)
 

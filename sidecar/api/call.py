@@ -191,8 +191,9 @@ class Call:
 
     async def _begin(self, response: web.StreamResponse) -> None:
         self.response = response
-        if self._dispatcher.admission.draining:
-            response.force_close()  # the caller's next request must not meet a socket that is just being closed
+        if self._dispatcher.admission.draining or not self.http.content.is_eof():
+            # The caller's next request must not meet a socket that is just being closed, nor the rest of this body.
+            response.force_close()
         await response.prepare(self.http)
 
     def _own_headers(self) -> dict[str, str]:

@@ -114,10 +114,7 @@ class DataServer:
             raise error  # the caller hung up: there is nobody to answer
         problem = problem_of(error)
         call.outcome = problem.outcome
-        response = await call.fail(problem)
-        if problem.status in (413, 417):
-            response.force_close()  # the rest of the body is not wanted
-        return response
+        return await call.fail(problem)
 
     def _check_bearer(self, http: web.BaseRequest) -> None:
         given = http.headers.get("Authorization", "")

@@ -1,0 +1,131 @@
+"""A sidecar on real sockets in the test's own loop, or as a process, and what tests ask of it."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from typing import Any
+
+import aiohttp
+
+from sidecar.app import Sidecar
+from sidecar.settings import load
+
+#: A 1 x 1 PNG.
+PNG = base64.b64decode(
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+)
+IMAGE_URL = "data:image/png;base64," + base64.b64encode(PNG).decode()
+BOUND = 20.0
+CHAT = "/v1/chat/completions"
+
+
+def chat(text: str = "What is going on?", **fields: Any) -> dict[str, Any]:
+    """The body of a chat completion about one frame."""
+    content = [{"type": "image_url", "image_url": {"url": IMAGE_URL}}, {"type": "text", "text": text}]
+    return {"model": "qwen-vl-plus", "messages": [{"role": "user", "content": content}], **fields}
+
+
+class Running:
+    """A started sidecar and a client of it."""
+
+    def __init__(self, sidecar: Sidecar, client: aiohttp.ClientSession) -> None:
+        self.sidecar = sidecar
+        self.client = client
+        self.url = f"http://127.0.0.1:{sidecar.data_port}"
+        self.admin_url = f"http://127.0.0.1:{sidecar.admin_port}"
+
+    def post(self, body: Any = None, path: str = CHAT, **options: Any) -> Any:
+        """Send a request with a JSON body; use with `async with`."""
+        return self.client.post(self.url + path, json=chat() if body is None else body, **options)
+
+    async def metrics(self) -> dict[str, float]:
+        """Every sample of `/metrics`, by name and labels as they stand there."""
+        async with self.client.get(f"{self.admin_url}/metrics") as response:
+            return samples(await response.text())
+
+    async def until(self, condition: Any) -> None:
+        """Wait, within a bound, until something is so."""
+        async with asyncio.timeout(BOUND):
+            while not condition():  # noqa: ASYNC110  there is nothing to wait on but the state itself
+                await asyncio.sleep(0.002)
+
+    def at_rest(self) -> bool:
+        """Nothing is queued, in flight or under way."""
+        admission = self.sidecar.admission
+        return not (admission.in_flight() or admission.waiting() or self.sidecar.data.under_way)
+
+
+def samples(text: str) -> dict[str, float]:
+    """Read Prometheus text."""
+    pairs = (line.rsplit(" ", 1) for line in text.splitlines() if line and not line.startswith("#"))
+    return {name: float(value) for name, value in pairs}
+
+
+@contextlib.asynccontextmanager
+async def running(**settings: Any) -> AsyncIterator[Running]:
+    """Start a sidecar with these settings on free ports; nothing of it is left afterwards."""
+    given = {"host": "127.0.0.1", "port": 0, "admin_host": "127.0.0.1", "admin_port": 0, **settings}
+    sidecar = Sidecar(load(given, environ={})[0])
+    try:
+        await sidecar.start()
+        connector = aiohttp.TCPConnector(limit=0)
+        async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(BOUND)) as client:
+            yield Running(sidecar, client)
+    finally:
+        await sidecar.close()
+
+
+class Process:
+    """`vlm-sidecar serve` as a process of its own."""
+
+    def __init__(self, *options: str, environ: dict[str, str] | None = None) -> None:
+        self._options = options
+        self._environ = {
+            name: value for name, value in os.environ.items() if not name.startswith(("SIDECAR_", "TRIO_", "DASHSCOPE"))
+        } | (environ or {})
+        self.log = ""
+
+    async def __aenter__(self) -> Process:
+        self.process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "sidecar", "serve", "--port", "0", "--admin-port", "0", "--log-format", "human",
+            *self._options, stderr=subprocess.PIPE, env=self._environ,
+        )  # fmt: skip
+        self._reader = asyncio.create_task(self._read())
+        self._ready = asyncio.Event()
+        async with asyncio.timeout(BOUND):
+            await self._ready.wait()
+        if self.process.returncode is None and (found := re.search(r" on \S+?:(\d+), .* on \S+?:(\d+)", self.log)):
+            self.port, self.admin_port = int(found[1]), int(found[2])
+            self.url, self.admin_url = f"http://127.0.0.1:{self.port}", f"http://127.0.0.1:{self.admin_port}"
+        return self
+
+    async def _read(self) -> None:
+        assert self.process.stderr is not None
+        while line := await self.process.stderr.readline():
+            self.log += line.decode()
+            if "probes and metrics on" in self.log:
+                self._ready.set()
+        await self.process.wait()
+        self._ready.set()
+
+    def signal(self, number: int) -> None:
+        self.process.send_signal(number)
+
+    async def ended(self) -> int:
+        """Wait for its end; gives the exit status."""
+        async with asyncio.timeout(BOUND):
+            await self._reader
+            return await self.process.wait()
+
+    async def __aexit__(self, *_: object) -> None:
+        if self.process.returncode is None:
+            self.signal(signal.SIGKILL)
+        await self.ended()
