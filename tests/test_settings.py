@@ -1,0 +1,68 @@
+"""Where settings come from, which one wins, and that the README lists every one as it is."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from sidecar.settings import FOREIGN_NAMES, Settings, SettingsError, load
+
+README = Path(__file__).parent.parent / "README.md"
+
+
+def test_option_beats_environment_beats_file_beats_default(tmp_path):
+    file = tmp_path / "sidecar.toml"
+    file.write_text("port = 1\nadmin_port = 1\ndeadline = 1.0\n")
+    environ = {"SIDECAR_PORT": "2", "SIDECAR_ADMIN_PORT": "2"}
+    settings, origins = load({"port": "3"}, environ, file)
+    assert (settings.port, settings.admin_port, settings.deadline, settings.queue_size) == (3, 2, 1.0, 2000)
+    assert origins == {"port": "--port", "admin_port": "SIDECAR_ADMIN_PORT", "deadline": str(file)}
+
+
+def test_names_of_other_programs_are_weaker_than_ours():
+    assert load({}, {"DASHSCOPE_API_KEY": "a", "SIDECAR_DASHSCOPE_API_KEY": "b"})[0].dashscope_api_key == "b"
+
+
+@pytest.mark.parametrize(
+    ("environ", "backend"),
+    [
+        ({}, "simulated"),
+        ({"DASHSCOPE_API_KEY": "k"}, "dashscope"),
+        ({"TRIO_REMOTE_VLM_URL": "http://x"}, "dashscope"),
+        ({"SIDECAR_DASHSCOPE_API_KEY_FILE": "f"}, "dashscope"),
+        ({"SIDECAR_DASHSCOPE_MODEL": "m"}, "simulated"),
+        ({"SIDECAR_BACKEND": "simulated", "DASHSCOPE_API_KEY": "k"}, "simulated"),
+    ],
+)
+def test_the_backend_that_the_other_settings_mean(environ, backend):
+    assert load({}, environ)[0].backend_name == backend
+
+
+def test_auto_is_learned_and_a_number_is_a_ceiling():
+    settings, _ = load({}, {"SIDECAR_MAX_CONCURRENCY": "auto", "SIDECAR_REQUESTS_PER_MINUTE": "90"})
+    assert (settings.max_concurrency, settings.requests_per_minute) == (None, 90.0)
+
+
+def test_an_empty_variable_is_as_good_as_none():
+    assert load({}, {"SIDECAR_PORT": "", "SIDECAR_BACKEND": ""})[0].port == 8100
+
+
+def test_an_error_names_setting_value_and_source():
+    with pytest.raises(SettingsError, match=r"SIDECAR_PORT \(from --port\): .*'x'"):
+        load({"port": "x"}, {})
+
+
+def test_the_readme_lists_every_setting_with_its_default():
+    rows = dict(re.findall(r"^\| `(SIDECAR_\w+)` \| (.*?) \|", README.read_text(), re.MULTILINE))
+    defaults = {f"SIDECAR_{name.upper()}": field.default for name, field in Settings.model_fields.items()}
+    assert rows.keys() == defaults.keys()
+    for name, default in defaults.items():
+        shown = rows[name].strip("`")
+        if default is None:
+            assert shown in ("", "auto", "derived", "by terminal", "by the other settings"), name
+        else:
+            assert shown == str(default), name
+    for name in FOREIGN_NAMES:
+        assert f"`{name}`" in README.read_text()

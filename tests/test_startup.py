@@ -1,0 +1,180 @@
+"""Starting and not starting: each mistake is one line on stderr that names the setting, and exit status 2."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import stat
+import subprocess
+import sys
+
+import aiohttp
+import pytest
+from running import CHAT, Process, chat
+
+CLEAN = {name: value for name, value in os.environ.items() if not name.startswith(("SIDECAR_", "TRIO_", "DASHSCOPE"))}
+
+
+def serve(*options, environ=None):
+    """Run `vlm-sidecar serve` that is expected to end by itself."""
+    return subprocess.run(
+        [sys.executable, "-m", "sidecar", *(options or ("serve",))],
+        env=CLEAN | (environ or {}), capture_output=True, text=True, timeout=20, check=False,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("environ", "setting"),
+    [
+        ({"SIDECAR_PORT": "http"}, "SIDECAR_PORT"),
+        ({"SIDECAR_PORT": "70000"}, "SIDECAR_PORT"),
+        ({"SIDECAR_DEADLINE": "-1"}, "SIDECAR_DEADLINE"),
+        ({"SIDECAR_BACKEND": "openai"}, "SIDECAR_BACKEND"),
+        ({"SIDECAR_BACKEND": "local"}, "SIDECAR_LOCAL_MODEL"),
+        ({"SIDECAR_DASHSCOPE_URL": "dashscope.aliyuncs.com"}, "SIDECAR_DASHSCOPE_URL"),
+        ({"TRIO_REMOTE_VLM_URL": "ftp://x"}, "TRIO_REMOTE_VLM_URL"),
+        ({"SIDECAR_DASHSCOPE_API_KEY_FILE": "/nowhere/key"}, "SIDECAR_DASHSCOPE_API_KEY_FILE"),
+        ({"SIDECAR_MAX_CONCURRENCY": "0"}, "SIDECAR_MAX_CONCURRENCY"),
+        ({"SIDECAR_REQUESTS_PER_MINUTE": "many"}, "SIDECAR_REQUESTS_PER_MINUTE"),
+        ({"SIDECAR_QUEUE_SIZE": "1.5"}, "SIDECAR_QUEUE_SIZE"),
+        ({"SIDECAR_LOG_LEVEL": "loud"}, "SIDECAR_LOG_LEVEL"),
+        ({"SIDECAR_UNIX_SOCKET": "/nowhere/sidecar.sock"}, "SIDECAR_UNIX_SOCKET"),
+    ],
+)
+def test_a_setting_that_cannot_be_used(environ, setting):
+    ended = serve(environ={"SIDECAR_PORT": "0", "SIDECAR_ADMIN_PORT": "0", "SIDECAR_LOG_LEVEL": "error", **environ})
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert setting in ended.stderr
+    assert ended.stderr.count("\n") == 1, ended.stderr
+
+
+def test_a_port_that_is_taken():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        ended = serve("serve", "--port", port, "--admin-port", "0", "--log-level", "error")
+    assert ended.returncode == 2
+    assert f"SIDECAR_PORT={port}" in ended.stderr
+    assert "already in use" in ended.stderr
+    assert ended.stderr.count("\n") == 1
+
+
+def test_a_secret_is_never_part_of_the_complaint(tmp_path):
+    file = tmp_path / "sidecar.toml"
+    file.write_text('dashscope_api_key = ["sk-secret"]\n')
+    ended = serve("serve", "--config", str(file))
+    assert ended.returncode == 2
+    assert "SIDECAR_DASHSCOPE_API_KEY" in ended.stderr
+    assert "sk-secret" not in ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "words"), [("port = ", "is not TOML"), ("prot = 1", "prot is no setting"), (None, "cannot be read")]
+)
+def test_a_file_that_cannot_be_used(tmp_path, text, words):
+    file = tmp_path / "sidecar.toml"
+    if text is not None:
+        file.write_text(text)
+    ended = serve("serve", "--config", str(file))
+    assert ended.returncode == 2
+    assert str(file) in ended.stderr
+    assert words in ended.stderr
+    assert ended.stderr.count("\n") == 1
+
+
+def test_bad_usage_and_help():
+    assert serve("server").returncode == 2
+    assert serve("serve", "--prot", "1").returncode == 2
+    for command in ("--help", "--version"):
+        assert serve(command).returncode == 0
+    text = serve("serve", "--help").stdout
+    assert "--dashscope-url" in text
+    assert "--config" in text
+
+
+async def test_with_nothing_configured_it_is_simulated_and_says_so_loudly():
+    async with Process() as process, aiohttp.ClientSession() as client:
+        assert "SIMULATED" in process.log
+        async with client.post(process.url + CHAT, json=chat()) as response:
+            assert (response.status, response.headers["X-Sidecar-Backend"]) == (200, "simulated")
+        async with client.get(f"{process.admin_url}/status") as response:
+            assert (await response.json())["simulated"] is True
+
+
+async def test_names_of_other_programs_are_taken_over_and_said(provider):
+    url, _ = await provider()
+    environ = {"TRIO_REMOTE_VLM_URL": url, "DASHSCOPE_API_KEY": "sk-from-elsewhere", "TRIO_API_KEY": "letmein"}
+    async with Process(environ=environ) as process, aiohttp.ClientSession() as client:
+        assert "DASHSCOPE_API_KEY, TRIO_API_KEY, TRIO_REMOTE_VLM_URL" in process.log
+        assert "sk-from-elsewhere" not in process.log
+        assert "letmein" not in process.log
+        async with client.post(process.url + CHAT, json=chat()) as response:
+            assert response.status == 401
+        headers = {"Authorization": "Bearer letmein"}
+        async with client.post(process.url + CHAT, json=chat(), headers=headers) as response:
+            assert (response.status, response.headers["X-Sidecar-Backend"]) == (200, "dashscope")
+
+
+async def test_a_unix_socket_serves_too_and_takes_a_stale_ones_place(tmp_path):
+    path = tmp_path / "sidecar.sock"
+    with socket.socket(socket.AF_UNIX) as stale:
+        stale.bind(str(path))
+    async with Process("--unix-socket", str(path)) as process:
+        assert stat.S_ISSOCK(path.stat().st_mode)
+        async with (
+            aiohttp.ClientSession(connector=aiohttp.UnixConnector(str(path))) as client,
+            client.post(f"http://localhost{CHAT}", json=chat()) as response,
+        ):
+            assert response.status == 200
+        process.signal(15)
+        assert await process.ended() == 0
+    assert not path.exists()
+
+
+async def test_a_rotated_key_file_is_used_without_a_restart(tmp_path, scripted):
+    upstream = await scripted()
+    file = tmp_path / "key"
+    file.write_text("sk-old\n")
+    async with (
+        Process("--dashscope-url", f"{upstream.origin}/v1", "--dashscope-api-key-file", str(file)) as process,
+        aiohttp.ClientSession() as client,
+    ):
+        seen = set()
+        for attempt in range(200):
+            if attempt == 1:
+                replacement = tmp_path / "new"
+                replacement.write_text("sk-new\n")
+                replacement.rename(file)
+            async with client.post(process.url + CHAT, json=chat()) as response:
+                assert response.status == 200
+            seen.add(upstream.seen[-1].headers["authorization"])
+            if "Bearer sk-new" in seen:
+                break
+            await _moment()
+        assert seen == {"Bearer sk-old", "Bearer sk-new"}
+
+
+async def _moment():
+    """Let some of the second pass in which the file is not looked at again."""
+    import asyncio  # noqa: PLC0415
+
+    await asyncio.sleep(0.05)
+
+
+def test_serve_imports_nothing_that_it_does_not_need():
+    script = """
+import asyncio, json, sys
+from sidecar.app import Sidecar
+from sidecar.settings import load
+async def main():
+    sidecar = Sidecar(load({"backend": "dashscope", "port": 0, "admin_port": 0, "admin_host": "127.0.0.1"}, {})[0])
+    await sidecar.start()
+    await sidecar.close()
+asyncio.run(main())
+heavy = {"torch", "transformers", "redis", "PIL", "numpy", "onnxruntime"}
+print(json.dumps(sorted(heavy & set(sys.modules))))
+"""
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=20, check=True)
+    assert json.loads(ended.stdout) == []
