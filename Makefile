@@ -3,6 +3,10 @@ PYTHON ?= python3
 UV := .uv/bin/uv
 RUN := .venv/bin/
 export UV_PYTHON_DOWNLOADS := never
+# The local backend's tests run a real model. torch comes by pip and not from the lock file: what uv resolves for Linux is
+# gigabytes of CUDA. TORCH_INDEX names the index to take it from, such as PyTorch's own of CPU builds; else pip's.
+TORCH := torch==2.13.0
+TORCH_INDEX ?=
 
 .PHONY: help
 help: ## list the targets
@@ -15,7 +19,14 @@ $(UV):
 	.uv/bin/pip install --quiet --disable-pip-version-check uv
 
 .venv/.ready: pyproject.toml uv.lock | $(UV)
-	$(UV) sync --quiet --locked --python $(PYTHON) --extra dev
+	$(UV) sync --quiet --locked --inexact --python $(PYTHON) --extra dev
+	@touch $@
+
+.venv/.torch: .venv/.ready Makefile
+	@echo "installing $(TORCH) into .venv for the tests of the in-process model: once, and a minute or more"
+	$(UV) sync --quiet --locked --inexact --python $(PYTHON) --extra dev --group local
+	@.uv/bin/pip --quiet --disable-pip-version-check --python .venv/bin/python install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH) || \
+		{ echo "no $(TORCH) for $$(.venv/bin/python -V): try make test TORCH_INDEX=URL or PYTHON=/path/to/python3.11; .venv/bin/pytest goes without, and says what it skips"; exit 1; }
 	@touch $@
 
 .PHONY: setup demo test run lint bench clean
@@ -24,7 +35,7 @@ setup: .venv/.ready ## set up .venv from the lock file
 demo: .venv/.ready ## show the main job end to end: no key, no GPU, no network service
 	@$(RUN)vlm-sidecar demo
 
-test: .venv/.ready ## set up and pass every test
+test: .venv/.torch ## set up and pass every test, those of the in-process model with a real torch among them
 	$(RUN)pytest
 
 run: .venv/.ready ## start the sidecar for real (settings from the environment)
