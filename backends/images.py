@@ -65,18 +65,21 @@ def _webp_size(data: bytes) -> tuple[int, int] | None:
 
 
 def data_url_size(url: str) -> tuple[int, int] | None:
-    """Give the size of the image in a `data:…;base64,…` URL, or None: decodes a prefix, the rest only if it must."""
+    """Give the size of the image in a `data:…;base64,…` URL, or None."""
     if not url.startswith("data:"):
         return None
     start = url.find(",", 0, 256) + 1
-    if start == 0:
-        return None
-    for chars in (_PREFIX_CHARS, (len(url) - start) // 4 * 4):
+    return None if start == 0 else base64_size(url, start)
+
+
+def base64_size(text: str | memoryview, start: int = 0) -> tuple[int, int] | None:
+    """Give the size of the image whose base64 begins at `start`, or None: decodes a prefix, all only if it must."""
+    for chars in (_PREFIX_CHARS, (len(text) - start) // 4 * 4):
         try:
-            size = image_size(binascii.a2b_base64(url[start : start + chars]))
+            size = image_size(binascii.a2b_base64(text[start : start + chars]))
         except ValueError:  # not base64, or not ASCII
             return None
-        if size is not None or len(url) - start <= _PREFIX_CHARS:
+        if size is not None or len(text) - start <= _PREFIX_CHARS:
             return size
     return None
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import ceil
 from typing import Any, Literal
-
-import orjson
 
 from backends.base import BackendError, BillingRefused, Rejected, Throttled
 
@@ -22,14 +21,26 @@ Api = Literal["openai", "trio", "native"]
 
 
 class InvalidRequest(Exception):
-    """The caller's own fault, found before anything was queued. `field` names what to mend."""
+    """The caller's own fault, found before anything was queued. `field` names what to mend.
 
-    def __init__(self, message: str, *, field: str | None = None, status: int = 400, code: str = "invalid_request"):
+    `detail` is what trio-core's callers get in the message's place: JSON of any kind.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        field: str | None = None,
+        status: int = 400,
+        code: str = "invalid_request",
+        detail: Any = None,
+    ) -> None:
         super().__init__(message)
         self.message = message
         self.field = field
         self.status = status
         self.code = code
+        self.detail = detail
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +54,8 @@ class Problem:
     field: str | None = None
     retry_after: float | None = None
     body: bytes = b""
-    moderated: bool = False
+    detail: Any = None
+    """What trio-core's callers get in the message's place."""
 
 
 _NOT_ADMITTED: dict[type[NotAdmitted], tuple[int, str, Outcome]] = {
@@ -55,25 +67,24 @@ _NOT_ADMITTED: dict[type[NotAdmitted], tuple[int, str, Outcome]] = {
 }
 
 
-def problem_of(error: Exception) -> Problem:
+def problem_of(error: Exception, api: Api) -> Problem:
     """What the caller is told of an error. One that nobody thought of is logged with its trace and told as 500."""
     match error:
         case InvalidRequest():
-            return Problem(error.status, error.code, error.message, "invalid", field=error.field)
+            return Problem(error.status, error.code, error.message, "invalid", field=error.field, detail=error.detail)
         case NotAdmitted():
             status, code, outcome = _NOT_ADMITTED[type(error)]
             return Problem(status, code, error.message, outcome, retry_after=error.retry_after)
         case DeadlineExceeded():
             return Problem(504, "deadline_exceeded", str(error), "deadline")
         case Rejected():
-            outcome = "moderated" if error.moderated else "rejected_upstream"
             return Problem(
-                error.status,
+                422 if api == "trio" else error.status,
                 error.code or "rejected_upstream",
                 error.message,
-                outcome,
+                "moderated" if error.moderated else "rejected_upstream",
                 body=error.body,
-                moderated=error.moderated,
+                detail=_client_error(error),
             )
         case BillingRefused():
             return Problem(502, "upstream_billing", f"the provider refuses the account: {error.message}", "error")
@@ -84,6 +95,20 @@ def problem_of(error: Exception) -> Problem:
         case _:
             log.error("a defect in the sidecar: %s", type(error).__name__, exc_info=error)
             return Problem(500, "internal_error", "a defect in the sidecar; its log has the details", "error")
+
+
+def _client_error(error: Rejected) -> dict[str, Any]:
+    """What trio-core makes of a provider's 4xx; the message is the one of the openai client that it has inside."""
+    try:
+        message = f"Error code: {error.status} - {json.loads(error.body)}"
+    except ValueError:
+        message = error.body.decode(errors="replace") or error.message
+    return {
+        "kind": "vlm_client_error",
+        "upstream_status": error.status,
+        "moderated": error.moderated,
+        "message": message[:300],
+    }
 
 
 def _openai(problem: Problem, request_id: str) -> Any:
@@ -98,7 +123,10 @@ def _native(problem: Problem, request_id: str) -> Any:
 
 def _trio(problem: Problem, request_id: str) -> Any:
     del request_id
-    return {"detail": problem.message}
+    detail = problem.message if problem.detail is None else problem.detail
+    if problem.status == 413:  # trio-core's own shape for this one, and that of all others beside it
+        return {"error": problem.code, "message": problem.message, "detail": detail}
+    return {"detail": detail}
 
 
 _SHAPES: dict[Api, Callable[[Problem, str], Any]] = {"openai": _openai, "native": _native, "trio": _trio}
@@ -108,7 +136,8 @@ def body_of(problem: Problem, api: Api, request_id: str) -> bytes:
     """The error's body in the API's own shape; the provider's own body where there is one and the API shows it."""
     if problem.body and api != "trio":
         return problem.body
-    return orjson.dumps(_SHAPES[api](problem, request_id))
+    # Not orjson: a 422 repeats what the caller sent, and that may be an integer of any length or half a character.
+    return json.dumps(_SHAPES[api](problem, request_id), separators=(",", ":")).encode()
 
 
 def headers_of(problem: Problem) -> dict[str, str]:

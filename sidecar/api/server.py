@@ -16,7 +16,7 @@ from aiohttp import web
 
 from ..admission import Draining
 from ..dispatch import Dispatcher
-from . import openai
+from . import openai, trio
 from .call import Call, Limits
 from .errors import Api, InvalidRequest, problem_of
 
@@ -38,6 +38,10 @@ ENDPOINTS: dict[str, dict[str, Endpoint]] = {}
 for _base in ("/v1", "/compatible-mode/v1"):
     ENDPOINTS[f"{_base}/chat/completions"] = {"POST": Endpoint("openai", openai.chat_completions)}
     ENDPOINTS[f"{_base}/models"] = {"GET": Endpoint("openai", openai.models)}
+ENDPOINTS["/api/inference/describe"] = {"POST": Endpoint("trio", trio.describe)}
+ENDPOINTS["/api/inference/crop-describe"] = {"POST": Endpoint("trio", trio.crop_describe)}
+ENDPOINTS["/api/inference/status"] = {"GET": Endpoint("trio", trio.status)}
+ENDPOINTS["/health"] = {"GET": Endpoint("trio", trio.health, open=True)}
 
 
 class DataServer:
@@ -112,7 +116,7 @@ class DataServer:
     async def _answer(self, call: Call, error: Exception) -> web.StreamResponse:
         if isinstance(error, ConnectionError) and _is_gone(call.http):
             raise error  # the caller hung up: there is nobody to answer
-        problem = problem_of(error)
+        problem = problem_of(error, call.api)
         call.outcome = problem.outcome
         return await call.fail(problem)
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
+from .errors import InvalidRequest
 from .trio_crops import CROP_PADDING, Box, Panel, choose_panels, padded
 
 if TYPE_CHECKING:
@@ -28,12 +29,8 @@ _BOX_LINE = 3
 _JPEG_QUALITY = 85
 
 
-class NotAnImageError(ValueError):
-    """Bytes that cannot be shown: no known format, broken, or too large."""
-
-
 def media_type(image_b64: memoryview) -> str:
-    """The format of an image in base64, told by its first bytes. Raises `NotAnImageError`."""
+    """The format of an image in base64, told by its first bytes. Raises `InvalidRequest`."""
     head = binascii.a2b_base64(bytes(image_b64[:16]))
     for start, name in (
         (b"\xff\xd8\xff", "image/jpeg"),
@@ -47,7 +44,12 @@ def media_type(image_b64: memoryview) -> str:
             return name
     if head.startswith(b"RIFF") and head[8:12] == b"WEBP":
         return "image/webp"
-    raise NotAnImageError("image_b64 is no JPEG, PNG, WebP, BMP, GIF or TIFF")
+    raise not_an_image("image_b64 is no JPEG, PNG, WebP, BMP, GIF or TIFF")
+
+
+def not_an_image(why: str) -> InvalidRequest:
+    """The refusal of what cannot be shown, in trio-core's words."""
+    return InvalidRequest(f"Invalid image data: {why}", field="image_b64")
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,20 +65,18 @@ def compose(image_b64: bytes | memoryview, crops: Sequence[dict[str, Any]], most
 
     None when no crop can be shown: the frame is then good as it is. Takes tens of milliseconds of computing: call it in
     a thread. The frame is turned upright first, as its EXIF orientation says, because boxes are given in that view.
-    Raises `NotAnImageError`.
+    Raises `InvalidRequest`.
     """
     from PIL import Image, ImageOps  # noqa: PLC0415  Pillow is of no use to whoever sends no crops
 
     try:
         with Image.open(BytesIO(base64.b64decode(image_b64))) as opened:
             if opened.width * opened.height > MOST_PIXELS:
-                raise NotAnImageError(
-                    f"image_b64 has {opened.width} x {opened.height} pixels; {MOST_PIXELS} can be shown"
-                )
+                raise not_an_image(f"image_b64 has {opened.width} x {opened.height} pixels; {MOST_PIXELS} can be shown")
             frame = ImageOps.exif_transpose(opened).convert("RGB")
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         # Pillow raises SyntaxError for a broken PNG.
-        raise NotAnImageError(f"image_b64 cannot be decoded: {error}") from error
+        raise not_an_image(f"image_b64 cannot be decoded: {error}") from error
     panels = choose_panels(crops, frame.width, frame.height, most)
     if not panels:
         return None
