@@ -45,6 +45,7 @@ class Call:
         self.ticket: Ticket | None = None
         self.request_id = ""
         self.response: web.StreamResponse | None = None
+        self._error_told = False
         self._dispatcher = dispatcher
         self._loop = asyncio.get_running_loop()
         self._arrived = self._loop.time()
@@ -169,7 +170,8 @@ class Call:
             self.ticket.stopwatch.switch("write", self._loop.time())
         if self.response is None:
             return await self.respond(problem.status, body, headers_of(problem))
-        await self.response.write(self._error_frame(problem, body))
+        if not self._error_told:
+            await self.response.write(self._error_frame(problem, body))
         await self.response.write_eof()
         return self.response
 
@@ -188,6 +190,7 @@ class Call:
             switch("write", clock())
             await response.write(chunk)
             switch("body", clock())
+        self._error_told = reply.failure is not None  # the provider's own frame has passed
 
     async def _begin(self, response: web.StreamResponse) -> None:
         self.response = response

@@ -1,0 +1,105 @@
+"""Streams that go wrong after their first byte: the caller is told once, in the stream, and nothing is sent twice."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from running import chat
+
+ERROR = b'data: {"error":{"message":"An internal error","code":"internal_error","type":"internal_error"}}\n\n'
+
+
+def event(text):
+    return b'data: {"choices":[{"index":0,"delta":{"content":"%b"}}]}\n\n' % text.encode()
+
+
+async def stream_of(sidecar):
+    async with sidecar.post(chat(stream=True)) as response:
+        assert response.status == 200
+        return await response.read()
+
+
+async def test_an_error_within_the_stream_is_passed_on_once_and_counted(serving, scripted):
+    async def script(link, _):
+        await link.start_stream()
+        await link.chunk(event("A gate."))
+        await link.chunk(ERROR)
+        await link.chunk(b"")
+
+    upstream = await scripted(script)
+    sidecar = await serving(dashscope_url=f"{upstream.origin}/v1")
+    assert await stream_of(sidecar) == event("A gate.") + ERROR
+    assert len(upstream.seen) == 1
+    await sidecar.until(sidecar.at_rest)
+    metrics = await sidecar.metrics()
+    assert metrics['sidecar_requests_total{api="openai",backend="dashscope",outcome="error"}'] == 1
+    assert metrics['sidecar_upstream_attempts_total{backend="dashscope",result="server_error"}'] == 1
+
+
+async def test_a_connection_that_breaks_within_the_stream_is_told_and_not_retried(serving, scripted):
+    async def script(link, _):
+        await link.start_stream()
+        await link.chunk(event("A gate."))
+        await asyncio.sleep(0.05)  # so that the first chunk is out before the reset overtakes it
+        link.reset()
+
+    upstream = await scripted(script)
+    sidecar = await serving(dashscope_url=f"{upstream.origin}/v1")
+    text = await stream_of(sidecar)
+    assert text.startswith(event("A gate."))
+    assert text.count(b'"code":"upstream_error"') == 1
+    assert b"[DONE]" not in text
+    assert len(upstream.seen) == 1
+    await sidecar.until(sidecar.at_rest)
+
+
+@pytest.mark.parametrize("code", ["limit_requests", "limit_burst_rate"])
+async def test_a_refusal_in_the_place_of_a_streams_first_content_is_waited_out(serving, scripted, code):
+    answers = 0
+
+    async def script(link, _):
+        nonlocal answers
+        answers += 1
+        await link.start_stream()
+        if answers == 1:
+            await link.chunk(
+                b'data: {"error":{"message":"Requests rate limit exceeded","code":"%b"}}\n\n' % code.encode()
+            )
+        else:
+            await link.chunk(event("A gate.") + b"data: [DONE]\n\n")
+        await link.chunk(b"")
+
+    upstream = await scripted(script)
+    sidecar = await serving(dashscope_url=f"{upstream.origin}/v1")
+    assert await stream_of(sidecar) == event("A gate.") + b"data: [DONE]\n\n"
+    assert len(upstream.seen) == 2
+
+
+async def test_a_slow_reader_slows_the_provider_and_memory_stays(serving, scripted):
+    """A 40 MB stream to a caller who stops reading: the provider can send no more than the sockets' buffers hold."""
+    sent = 0
+    piece = event("x" * 65_000)
+
+    async def script(link, _):
+        nonlocal sent
+        await link.start_stream()
+        while sent < 40_000_000:
+            await link.chunk(piece)
+            sent += len(piece)
+        await link.chunk(b"")
+
+    upstream = await scripted(script)
+    sidecar = await serving(dashscope_url=f"{upstream.origin}/v1")
+    async with sidecar.post(chat(stream=True)) as response:
+        await response.content.readany()
+        before = -1
+        while sent > before:  # until the provider's writes stand still
+            before = sent
+            await asyncio.sleep(0.3)
+        assert sent < 20_000_000
+        size = 0
+        while data := await response.content.readany():
+            size += len(data)
+        assert sent >= 40_000_000
+    await sidecar.until(sidecar.at_rest)
