@@ -34,6 +34,8 @@ class Request:
     deadline: float | None = None
     """On the loop's clock: when the answer is of no more use. The caller of `send` enforces it by cancelling; a
     backend may use it to tell its provider."""
+    method: str = "POST"
+    """Another one only with what passes through to an upstream over HTTP."""
 
 
 @dataclass(slots=True)

@@ -24,6 +24,7 @@ from backends.base import (
 )
 from backends.connections import ATTEMPT, Attempt, Body, Connector, environment_proxy
 from backends.headers import end_to_end
+from backends.native import send_native
 from backends.refusals import classify
 from backends.replies import StreamWatch, is_error, parsed, usage_of
 
@@ -47,8 +48,7 @@ class DashScopeBackend:
     """Forwards each request's bytes to the provider, and its answer's bytes back.
 
     `key` is asked before every attempt, so that a rotated key is used at once. Without `native_url` DashScope's own
-    API is looked for beside the compatible one; where there is none (`has_native` is False), requests in the native
-    dialect are rejected.
+    API is looked for beside the compatible one; where there is none, requests in the native dialect are translated.
     """
 
     def __init__(
@@ -68,11 +68,6 @@ class DashScopeBackend:
         self._native = None if native_url is None else _checked(native_url)
         self._host = URL(self._base).host or ""
         self._session: aiohttp.ClientSession | None = None
-
-    @property
-    def has_native(self) -> bool:
-        """Whether requests in the native dialect can be sent as they are."""
-        return self._native is not None
 
     async def start(self) -> None:
         """Open the connection pool. The provider itself is not asked: it may come later than we do."""
@@ -102,20 +97,26 @@ class DashScopeBackend:
         headers = CIMultiDict(request.headers)
         if request.dialect == "native":
             if self._native is None:
-                raise Rejected(f"{self._base} has no native DashScope API beside it", status=404)
+                return await send_native(self.send, request, timings)
             base = self._native
             if request.stream:
                 headers["X-DashScope-SSE"] = "enable"
         if self._native is not None and request.deadline is not None:
             self._ask_to_wait(headers, request.deadline)
-        headers.setdefault("Content-Type", "application/json")
+        if request.body:
+            headers.setdefault("Content-Type", "application/json")
         return await self._exchange(
-            base + request.path, headers, request.body, timings, lambda response: self._reply(response, request)
+            request.method,
+            base + request.path,
+            headers,
+            request.body,
+            timings,
+            read=lambda response: self._reply(response, request),
         )
 
     async def models(self) -> bytes:
         """Ask the provider for its list of models, see `Backend.models`."""
-        return await self._exchange(self._base + "/models", CIMultiDict(), None, Timings(), _json_body)
+        return await self._exchange("GET", self._base + "/models", CIMultiDict(), b"", Timings(), read=_json_body)
 
     def _ask_to_wait(self, headers: CIMultiDict[str], deadline: float) -> None:
         """Let DashScope queue a request that it would refuse for growth, as long as the deadline allows."""
@@ -125,18 +126,20 @@ class DashScopeBackend:
 
     async def _exchange(
         self,
+        method: str,
         url: str,
         headers: CIMultiDict[str],
-        body: bytes | None,
+        body: bytes,
         timings: Timings,
+        *,
         read: Callable[[aiohttp.ClientResponse], Awaitable[_T]],
     ) -> _T:
-        """POST a body, or GET without one, and read a 2xx answer with `read`.
+        """Send a request and read a 2xx answer with `read`.
 
         Whatever goes wrong closes the connection and is told in our words. Only what `read` returns may go on using
         the response.
         """
-        response = await self._open(url, headers, body, timings)
+        response = await self._open(method, url, headers, body, timings)
         try:
             if response.status // 100 == 2:
                 return await read(response)
@@ -150,7 +153,7 @@ class DashScopeBackend:
         raise refusal
 
     async def _open(
-        self, url: str, headers: CIMultiDict[str], body: bytes | None, timings: Timings
+        self, method: str, url: str, headers: CIMultiDict[str], body: bytes, timings: Timings
     ) -> aiohttp.ClientResponse:
         """Send a request and wait for the headers of its response.
 
@@ -169,10 +172,10 @@ class DashScopeBackend:
             while True:
                 try:
                     response = await self._session.request(
-                        "GET" if body is None else "POST",
+                        method,
                         URL(url, encoded=True),
                         headers=headers,
-                        data=None if body is None else Body(body),
+                        data=Body(body) if body else None,
                         allow_redirects=False,
                     )
                     timings.first_byte = asyncio.get_running_loop().time()

@@ -66,6 +66,7 @@ class Sidecar:
                 max_body_bytes=settings.max_body_bytes,
                 key_header=settings.key_header,
                 default_model=settings.dashscope_model,
+                passthrough=settings.passthrough and self.backend.name == "dashscope",
             ),
             api_key=settings.api_key,
             access_log=settings.access_log,

@@ -10,7 +10,7 @@ from math import isfinite
 
 from aiohttp import web
 
-from backends.base import Reply, Request
+from backends.base import Dialect, Reply, Request
 
 from ..admission import Priority, Ticket
 from ..dispatch import DeadlineExceeded, Dispatcher
@@ -32,6 +32,7 @@ class Limits:
     max_body_bytes: int = 14 * 1024 * 1024
     key_header: str = "X-Camera-Id"
     default_model: str = "qwen-vl-plus"
+    passthrough: bool = False
 
 
 class Call:
@@ -135,7 +136,7 @@ class Call:
         passed = {
             name: value
             for name, value in self.http.headers.items()
-            if name in _PASSED_ON or name.lower().startswith(_DASHSCOPE)
+            if name.lower() in _PASSED_ON or name.lower().startswith(_DASHSCOPE)
         }
         passed["X-Request-Id"] = self.request_id
         return passed
@@ -145,6 +146,38 @@ class Call:
     async def ask(self, request: Request, ticket: Ticket) -> Reply:
         """Bring the answer. A streaming one has been written to the caller when this returns."""
         return await self._dispatcher.run(ticket, request, self._stream)
+
+    async def forward(
+        self,
+        dialect: Dialect,
+        path: str,
+        body: bytes,
+        *,
+        model: str,
+        tokens: float,
+        stream: bool,
+        method: str = "POST",
+        headers: Mapping[str, str] | None = None,
+    ) -> web.StreamResponse:
+        """Send the caller's body on as it is, and the answer back as it is."""
+        ticket = self.admit(model=model, tokens=tokens, size_bytes=len(body))
+        request = Request(
+            dialect=dialect,
+            path=path,
+            body=body,
+            model=model,
+            stream=stream,
+            headers={**self.passed_on(), **(headers or {})},
+            deadline=ticket.deadline,
+            method=method,
+        )
+        del body  # the request holds the one copy
+        reply = await self.ask(request, ticket)
+        if reply.chunks is None:
+            return await self.respond(reply.status, reply.body, reply.headers)
+        assert self.response is not None  # noqa: S101  `ask` wrote it
+        await self.response.write_eof()
+        return self.response
 
     async def models(self) -> bytes:
         """The backend's list of models."""

@@ -8,12 +8,13 @@ from typing import Any
 import orjson
 from aiohttp import web
 
-from backends.base import Request
 from backends.images import data_url_size, image_tokens
 
 from .call import Call
 from .errors import InvalidRequest
 
+#: The paths that OpenAI's API lies under.
+BASES = ("/v1", "/compatible-mode/v1")
 #: Characters of text in one LLM token, for an estimate before sending: limiting.md's 3.5.
 CHARS_PER_TOKEN = 3.5
 #: An image whose size is not known from its header (a URL): a 1080p frame of qwen-vl by the patch rule.
@@ -29,24 +30,10 @@ async def chat_completions(call: Call) -> web.StreamResponse:
     model = asked.model
     if model is None:
         model = call.limits.default_model
-        body = _with_model(body, model)
-    ticket = call.admit(model=model, tokens=asked.tokens(model), size_bytes=len(body))
-    request = Request(
-        dialect="openai",
-        path="/chat/completions",
-        body=body,
-        model=model,
-        stream=asked.stream,
-        headers=call.passed_on(),
-        deadline=ticket.deadline,
+        body = with_model(body, model)
+    return await call.forward(
+        "openai", "/chat/completions", body, model=model, tokens=asked.tokens(model), stream=asked.stream
     )
-    del body  # the request holds the one copy
-    reply = await call.ask(request, ticket)
-    if reply.chunks is None:
-        return await call.respond(reply.status, reply.body, reply.headers)
-    assert call.response is not None  # noqa: S101  `ask` wrote it
-    await call.response.write_eof()
-    return call.response
 
 
 async def models(call: Call) -> web.StreamResponse:
@@ -79,17 +66,10 @@ class Asked:
 
 def understand(body: bytes) -> Asked:
     """Look at a body. Raises `InvalidRequest` that names the field. What is not looked at is the provider's."""
-    try:
-        data = orjson.loads(body)
-    except orjson.JSONDecodeError as error:
-        raise InvalidRequest(f"the body is not JSON: {error}") from None
-    if not isinstance(data, dict):
-        raise InvalidRequest(f"the body must be a JSON object, not {_kind(data)}")
-    model, stream = data.get("model"), data.get("stream")
-    if model is not None and not (isinstance(model, str) and 0 < len(model) <= 256):
-        raise InvalidRequest("model must be a string of 1 to 256 characters", field="model")
+    data = json_object(body)
+    model, stream = model_of(data), data.get("stream")
     if stream is not None and not isinstance(stream, bool):
-        raise InvalidRequest(f"stream must be true or false, not {_kind(stream)}", field="stream")
+        raise InvalidRequest(f"stream must be true or false, not {kind_of(stream)}", field="stream")
     for name in ("max_tokens", "max_completion_tokens"):
         limit = data.get(name)
         if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 1):
@@ -100,9 +80,28 @@ def understand(body: bytes) -> Asked:
     asked = Asked(model, bool(stream), high_resolution=data.get("vl_high_resolution_images") is True)
     for index, message in enumerate(messages):
         if not isinstance(message, dict):
-            raise InvalidRequest(f"a message must be an object, not {_kind(message)}", field=f"messages[{index}]")
+            raise InvalidRequest(f"a message must be an object, not {kind_of(message)}", field=f"messages[{index}]")
         _look_at(message.get("content"), f"messages[{index}].content", asked)
     return asked
+
+
+def json_object(body: bytes) -> dict[str, Any]:
+    """Parse a body that must be a JSON object. Raises `InvalidRequest`."""
+    try:
+        data = orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        raise InvalidRequest(f"the body is not JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise InvalidRequest(f"the body must be a JSON object, not {kind_of(data)}")
+    return data
+
+
+def model_of(data: dict[str, Any]) -> str | None:
+    """The model that a body names, if it names one. Raises `InvalidRequest`."""
+    model = data.get("model")
+    if model is None or (isinstance(model, str) and 0 < len(model) <= 256):
+        return model
+    raise InvalidRequest("model must be a string of 1 to 256 characters", field="model")
 
 
 def _look_at(content: Any, where: str, asked: Asked) -> None:
@@ -112,10 +111,10 @@ def _look_at(content: Any, where: str, asked: Asked) -> None:
     if content is None:  # an assistant's message that only calls tools
         return
     if not isinstance(content, list):
-        raise InvalidRequest(f"content must be a string or a list of parts, not {_kind(content)}", field=where)
+        raise InvalidRequest(f"content must be a string or a list of parts, not {kind_of(content)}", field=where)
     for index, part in enumerate(content):
         if not isinstance(part, dict):
-            raise InvalidRequest(f"a part must be an object, not {_kind(part)}", field=f"{where}[{index}]")
+            raise InvalidRequest(f"a part must be an object, not {kind_of(part)}", field=f"{where}[{index}]")
         if part.get("type") == "text":
             text = part.get("text")
             if not isinstance(text, str):
@@ -147,7 +146,7 @@ def image_of(url: Any, where: str) -> tuple[int, int] | None:
     return size
 
 
-def _with_model(body: bytes, model: str) -> bytes:
+def with_model(body: bytes, model: str) -> bytes:
     """The same bytes with a model named, first in the object; a `"model": null` further on is taken out of the way."""
     data = orjson.loads(body)
     if "model" in data:
@@ -156,7 +155,7 @@ def _with_model(body: bytes, model: str) -> bytes:
     return b'%b"model":%b,%b' % (body[:start], orjson.dumps(model), body[start:])
 
 
-def _kind(value: Any) -> str:
+def kind_of(value: Any) -> str:
     """What JSON calls a value's type."""
     names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
     return names.get(type(value), "a number")

@@ -16,9 +16,10 @@ from aiohttp import web
 
 from ..admission import Draining
 from ..dispatch import Dispatcher
-from . import openai, trio
+from . import native, openai, trio
 from .call import Call, Limits
 from .errors import Api, InvalidRequest, problem_of
+from .passthrough import passthrough
 
 log = logging.getLogger("sidecar.access")
 
@@ -35,13 +36,17 @@ class Endpoint:
 
 #: path → method → endpoint.
 ENDPOINTS: dict[str, dict[str, Endpoint]] = {}
-for _base in ("/v1", "/compatible-mode/v1"):
+for _base in openai.BASES:
     ENDPOINTS[f"{_base}/chat/completions"] = {"POST": Endpoint("openai", openai.chat_completions)}
     ENDPOINTS[f"{_base}/models"] = {"GET": Endpoint("openai", openai.models)}
+ENDPOINTS["/api/v1" + native.PATH] = {"POST": Endpoint("native", native.generation)}
 ENDPOINTS["/api/inference/describe"] = {"POST": Endpoint("trio", trio.describe)}
 ENDPOINTS["/api/inference/crop-describe"] = {"POST": Endpoint("trio", trio.crop_describe)}
 ENDPOINTS["/api/inference/status"] = {"GET": Endpoint("trio", trio.status)}
 ENDPOINTS["/health"] = {"GET": Endpoint("trio", trio.health, open=True)}
+
+
+_PASSTHROUGH = Endpoint("openai", passthrough)
 
 
 class DataServer:
@@ -78,7 +83,7 @@ class DataServer:
         """Answer one request."""
         path = http.raw_path.partition("?")[0]
         methods = ENDPOINTS.get(path)
-        endpoint = methods.get(http.method) if methods else None
+        endpoint = methods.get(http.method) if methods else self._elsewhere(path)
         call = Call(http, endpoint.api if endpoint else _api_of(path), self._dispatcher, self._limits)
         task = asyncio.current_task()
         assert task is not None  # noqa: S101  aiohttp runs every handler in one
@@ -112,6 +117,11 @@ class DataServer:
             if self._access_log:
                 _log_access(call, path)
         return response
+
+    def _elsewhere(self, path: str) -> Endpoint | None:
+        """What answers on a path that is none of ours."""
+        passes = self._limits.passthrough and path.startswith(tuple(f"{base}/" for base in openai.BASES))
+        return _PASSTHROUGH if passes else None
 
     async def _answer(self, call: Call, error: Exception) -> web.StreamResponse:
         if isinstance(error, ConnectionError) and _is_gone(call.http):

@@ -118,7 +118,6 @@ async def test_usage_that_makes_no_sense_is_none(backend, upstream, usage):
 
 
 async def test_native_requests_go_to_the_api_beside_the_compatible_one(backend, upstream):
-    assert backend.has_native
     await backend.send(native(), Timings())
     assert upstream.seen[0].path == "/api/v1" + NATIVE_PATH
     assert "x-dashscope-sse" not in upstream.seen[0].headers
@@ -132,14 +131,14 @@ async def test_a_native_url_of_its_own_wins_over_the_derived_one(upstream):
     assert upstream.seen[0].path == "/own" + NATIVE_PATH
 
 
-async def test_native_requests_are_rejected_where_the_server_has_no_native_api(upstream):
+async def test_native_requests_are_translated_where_the_server_has_no_native_api(upstream):
     backend = DashScopeBackend(base_url=f"{upstream.origin}/v1")
     await backend.start()
-    assert not backend.has_native
-    with pytest.raises(Rejected, match="no native DashScope API"):
-        await backend.send(native(), Timings())
+    body = b'{"input": {"messages": [{"role": "user", "content": [{"text": "hi"}]}]}}'
+    reply = await backend.send(native(body), Timings())
     await backend.close()
-    assert upstream.seen == []
+    assert upstream.seen[0].path == "/v1/chat/completions"
+    assert json.loads(reply.body)["output"]["choices"][0]["message"]["content"] == [{"text": "A gate."}]
 
 
 async def test_dashscope_is_told_how_long_it_may_queue_a_request_itself(backend, upstream):

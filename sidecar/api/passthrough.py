@@ -1,0 +1,51 @@
+"""What else an OpenAI-compatible upstream can do (embeddings, files, completions): passed on under the same admission.
+
+Only with `SIDECAR_PASSTHROUGH`, and only to an upstream over HTTP: everything here is done in the provider's account.
+"""
+
+from __future__ import annotations
+
+from urllib.parse import unquote
+
+import orjson
+from aiohttp import web
+
+from .call import Call
+from .errors import InvalidRequest
+from .openai import BASES, CHARS_PER_TOKEN
+
+_METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE")
+
+
+async def passthrough(call: Call) -> web.StreamResponse:
+    """Any method on any other path below `/v1` and `/compatible-mode/v1`."""
+    http = call.http
+    if http.method not in _METHODS:
+        raise InvalidRequest(f"{http.method[:20]} does not pass through", status=405, code="method_not_allowed")
+    base = next(base for base in BASES if http.raw_path.startswith(f"{base}/"))
+    path = http.raw_path[len(base) :]
+    if ".." in unquote(path.partition("?")[0]).replace("\\", "/").split("/"):
+        raise InvalidRequest("a path that leads out of the upstream's base does not pass through", status=404)
+    body = await call.read()
+    content_type = http.headers.get("Content-Type", "")
+    data = _json(body) if content_type.startswith("application/json") else {}
+    model = data.get("model")
+    return await call.forward(
+        "openai",
+        path,
+        body,
+        model=model if isinstance(model, str) else "",
+        tokens=len(body) / CHARS_PER_TOKEN if data else 0.0,
+        stream=data.get("stream") is True,
+        method=http.method,
+        headers={"Content-Type": content_type} if content_type else {},
+    )
+
+
+def _json(body: bytes) -> dict[str, object]:
+    """The body's object; what is none is the upstream's to refuse."""
+    try:
+        data = orjson.loads(body)
+    except orjson.JSONDecodeError:
+        return {}
+    return data if isinstance(data, dict) else {}

@@ -1,0 +1,126 @@
+"""DashScope's own API over real sockets: forwarded, translated, streamed, and refused inside a stream."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from running import IMAGE_URL
+
+GENERATION = "/api/v1/services/aigc/multimodal-generation/generation"
+SSE = {"X-DashScope-SSE": "enable"}
+
+
+def question(**fields):
+    content = [{"image": IMAGE_URL}, {"text": "What is going on?"}]
+    return {"model": "qwen-vl-plus", "input": {"messages": [{"role": "user", "content": content}]}, **fields}
+
+
+def events(text: str) -> list[tuple[str, int, dict]]:
+    """Name, status and data of each frame."""
+    found = []
+    for frame in text.split("\n\n"):
+        lines = frame.split("\n")
+        if frame.strip():
+            name = next(line[6:] for line in lines if line.startswith("event:"))
+            status = next(int(line.rpartition("/")[2]) for line in lines if line.startswith(":HTTP_STATUS/"))
+            found.append((name, status, json.loads(next(line[5:] for line in lines if line.startswith("data:")))))
+    return found
+
+
+async def ask(sidecar, body=None, **options):
+    async with sidecar.post(question() if body is None else body, path=GENERATION, **options) as response:
+        return response, await response.text()
+
+
+async def test_the_body_and_the_headers_reach_dashscopes_own_api_untouched(serving, scripted):
+    upstream = await scripted()
+    sidecar = await serving(dashscope_url=f"{upstream.origin}/compatible-mode/v1", dashscope_api_key="sk-provider")
+    body = b'{"model":"m", "input":{"messages":[{"role":"user","content":[{"text":"hi"}]}]},"new": 1.50}'
+    headers = {"X-DashScope-DataInspection": "{}", "X-DashScope-WorkSpace": "w", "Authorization": "Bearer caller"}
+    async with sidecar.client.post(sidecar.url + GENERATION, data=body, headers=headers) as response:
+        assert response.status == 200
+    (seen,) = upstream.seen
+    assert (seen.path, seen.body) == (GENERATION, body)
+    assert seen.headers["authorization"] == "Bearer sk-provider"
+    assert (seen.headers["x-dashscope-datainspection"], seen.headers["x-dashscope-workspace"]) == ("{}", "w")
+
+
+@pytest.mark.parametrize("backend", ["dashscope", "translated", "simulated"])
+async def test_whole_and_streamed_wherever_the_answer_comes_from(serving, provider, backend):
+    url, _ = await provider(answer_tokens=30)
+    if backend == "translated":
+        url = url.replace("/compatible-mode", "")  # nothing says that there is a native API beside it
+    sidecar = await serving(**({"backend": "simulated"} if backend == "simulated" else {"dashscope_url": url}))
+    response, text = await ask(sidecar)
+    answer = json.loads(text)
+    said = answer["output"]["choices"][0]["message"]["content"][0]["text"]
+    assert said
+    assert answer["usage"]["output_tokens"] > 0
+    assert "total;dur" in response.headers["Server-Timing"]
+
+    for incremental in (False, True):
+        parameters = {"incremental_output": incremental, "result_format": "message"}
+        response, text = await ask(sidecar, question(parameters=parameters), headers=SSE)
+        assert response.headers["Content-Type"].startswith("text/event-stream")
+        frames = events(text)
+        assert len(frames) > 2
+        assert {(name, status) for name, status, _ in frames} == {("result", 200)}
+        pieces = [data["output"]["choices"][0]["message"]["content"] for _, _, data in frames]
+        texts = [piece[0]["text"] if piece else "" for piece in pieces]
+        whole = "".join(texts) if incremental else texts[-1]
+        assert len(whole) > 20
+        assert frames[-1][2]["output"]["choices"][0]["finish_reason"] == "stop"
+
+
+async def test_a_refusal_in_place_of_a_streams_first_content_is_waited_out(serving, provider):
+    url, simulated = await provider(requests_per_second=5, burst_requests=1, in_stream_errors=True)
+    sidecar = await serving(dashscope_url=url)
+    for _ in range(3):
+        _, text = await ask(sidecar, headers=SSE)
+        assert {name for name, _, _ in events(text)} == {"result"}
+    assert simulated.counts.refused["request_rate"] > 0
+
+
+async def test_an_error_after_a_streams_first_content_reaches_the_caller_once(serving, scripted):
+    good = {"output": {"choices": [{"finish_reason": "null", "message": {"content": [{"text": "A"}]}}]}, "usage": {}}
+    bad = {"code": "InternalError", "message": "broken", "request_id": "r"}
+
+    async def script(link, seen):
+        await link.start_stream()
+        await link.chunk(b"id:1\nevent:result\n:HTTP_STATUS/200\ndata:" + json.dumps(good).encode() + b"\n\n")
+        await link.chunk(b"id:2\nevent:error\n:HTTP_STATUS/500\ndata:" + json.dumps(bad).encode() + b"\n\n")
+        await link.chunk(b"")
+
+    upstream = await scripted(script)
+    sidecar = await serving(dashscope_url=f"{upstream.origin}/compatible-mode/v1")
+    _, text = await ask(sidecar, headers=SSE)
+    assert [(name, status) for name, status, _ in events(text)] == [("result", 200), ("error", 500)]
+    assert events(text)[1][2] == bad
+    metrics = await sidecar.metrics()
+    assert metrics['sidecar_requests_total{api="native",backend="dashscope",outcome="error"}'] == 1
+
+
+async def test_the_providers_own_refusal_passes_through_unchanged(serving, provider):
+    url, _ = await provider(moderation_share=1.0)
+    sidecar = await serving(dashscope_url=url)
+    response, text = await ask(sidecar)
+    assert response.status == 400
+    assert json.loads(text)["code"] == "DataInspectionFailed"
+
+
+async def test_the_sidecars_own_refusals_have_the_native_shape_and_name_the_field(serving):
+    sidecar = await serving(backend="simulated")
+    for body, field in (
+        ({"model": "m"}, "input.messages"),
+        (question(model=5), "model"),
+        ({"input": {"messages": [{"content": ["x"]}]}}, "input.messages[0].content[0]"),
+        ({"input": {"messages": [{"content": 5}]}}, "input.messages[0].content"),
+        (question(parameters=[]), "parameters"),
+    ):
+        response, text = await ask(sidecar, body)
+        answer = json.loads(text)
+        assert (response.status, answer["code"], answer.keys()) == (
+            400, "invalid_request", {"code", "message", "request_id"}
+        ), body  # fmt: skip
+        assert field in answer["message"]
