@@ -55,7 +55,7 @@ class Sidecar:
         self._telemetry = Telemetry(registry)
         self._telemetry.build_info.labels(__version__, platform.python_version()).set(1)
         self.health = Health()
-        self.backend = _backend(settings, self._telemetry)
+        self.backend = make_backend(settings, self._telemetry)
         self.admission = _admission(settings, self.backend)
         admissions = {self.backend.name: self.admission}
         registry.register(AdmissionGauges(admissions))
@@ -171,7 +171,8 @@ def _reason(error: OSError) -> str:
     return error.strerror.rpartition(": ")[2] if error.strerror else str(error)
 
 
-def _backend(settings: Settings, telemetry: Telemetry) -> Backend:
+def make_backend(settings: Settings, telemetry: Telemetry) -> Backend:
+    """Make the backend that the settings name; it is not started. Raises `StartError` that names the setting."""
     name = settings.backend_name
     made: Any
     if name == "dashscope":

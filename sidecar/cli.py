@@ -44,6 +44,9 @@ def _parser() -> argparse.ArgumentParser:
         return added
 
     _add_settings(command("serve", _serve, "run the sidecar"))
+    check = command("check", _check, "print the settings in force, and try the backend step by step")
+    check.add_argument("--json", action="store_true", help="print one JSON object")
+    _add_settings(check)
     drain = command("drain", _drain, "ask a running sidecar to finish what it has and stop; waits until it has")
     drain.add_argument("--admin-port", type=int, default=9464, help="its admin port (default: 9464)")
     drain.add_argument("--timeout", type=float, default=30.0, help="seconds to wait for it (default: 30)")
@@ -108,6 +111,13 @@ def _new_loop() -> asyncio.AbstractEventLoop:
     import uvloop  # noqa: PLC0415
 
     return uvloop.new_event_loop()
+
+
+def _check(args: argparse.Namespace) -> int:
+    from .check import check  # noqa: PLC0415
+
+    settings, origins = load(_given(args), file=args.config)
+    return check(settings, origins, as_json=args.json)
 
 
 def _drain(args: argparse.Namespace) -> int:
