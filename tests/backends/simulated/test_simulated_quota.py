@@ -1,4 +1,4 @@
-"""The quotas are exact: judged against plain recounts, at times and rates whose arithmetic floats do without rounding."""
+"""The quotas are exact: judged against plain recounts, at times and rates that floats add up exactly."""
 
 from __future__ import annotations
 
