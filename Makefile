@@ -29,7 +29,7 @@ $(UV):
 		{ echo "no $(TORCH) for $$(.venv/bin/python -V): try make test TORCH_INDEX=URL or PYTHON=/path/to/python3.11; .venv/bin/pytest goes without, and says what it skips"; exit 1; }
 	@touch $@
 
-.PHONY: setup demo test run lint bench clean
+.PHONY: setup demo test run lint bench scenarios clean
 setup: .venv/.ready ## set up .venv from the lock file
 
 demo: .venv/.ready ## show the main job end to end: no key, no GPU, no network service
@@ -49,6 +49,9 @@ lint: .venv/.ready ## ruff, strict types, and the arrows of the architecture
 
 bench: .venv/.ready ## what the sidecar costs beside a bare aiohttp pass-through, as ratios
 	$(RUN)python bench/overhead.py
+
+scenarios: .venv/.ready ## how well the limits are learned, in virtual time, beside an oracle
+	$(RUN)python bench/scenarios.py
 
 clean: ## remove what the targets above made
 	rm -rf .uv .venv .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis dist

@@ -1,0 +1,71 @@
+"""How well the sidecar learns: every scenario of docs/limiting.md in virtual time, beside an oracle and two others.
+
+    make scenarios                                  # = python bench/scenarios.py
+    python bench/scenarios.py --only 1 4 15c --seeds 5 --systems sidecar,semaphore,cubic
+    python bench/scenarios.py --sweep 100           # seeded providers drawn by chance
+
+Prints each figure's median and worst over the seeds beside its target, and marks what misses.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from bench.sim.table import SYSTEMS, TABLE, Check, Scenario, play
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="*", default=[], metavar="N", help="scenarios by number")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--systems", default="sidecar", help="which, of: " + ", ".join(SYSTEMS))
+    parser.add_argument("--sweep", type=int, default=0, metavar="N", help="instead: so many providers drawn by chance")
+    options = parser.parse_args()
+    chosen = [
+        s for s in TABLE if not options.only or s.number in options.only or s.number.rstrip("abcde") in options.only
+    ]
+    misses = 0
+    for name in options.systems.split(","):
+        print(f"\n{name}")
+        for scenario in chosen:
+            misses += show(scenario, name, range(1, options.seeds + 1))
+    print(f"\n{misses} figures miss their target")
+
+
+def show(scenario: Scenario, name: str, seeds: range) -> int:
+    """Print one line for each figure; returns how many miss."""
+    begun = time.perf_counter()
+    figures: dict[str, list[Check]] = defaultdict(list)
+    for seed in seeds:
+        oracle = play(scenario, seed, SYSTEMS["oracle"])
+        result = play(scenario, seed, SYSTEMS[name])
+        for check in scenario.judge(result, oracle):
+            figures[check.name].append(check)
+    misses = 0
+    title = f"{scenario.number:>4} {scenario.name}"
+    for label, checks in figures.items():
+        first = checks[0]
+        values = [check.value for check in checks]
+        median = statistics.median(values)
+        worst = min(values) if first.at_least else max(values)
+        sign = "≥" if first.at_least else "≤"
+        holds = Check(label, median, first.target, first.at_least).holds
+        misses += not holds
+        print(
+            f"{title:<54} {label:<24} {median:9.3f} worst {worst:9.3f}   {sign} {first.target:g}"
+            + ("" if holds else "   <-- MISS")
+        )
+        title = ""
+    print(f"{'':54} ({time.perf_counter() - begun:.1f} s)", flush=True)
+    return misses
+
+
+if __name__ == "__main__":
+    main()

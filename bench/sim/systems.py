@@ -1,0 +1,217 @@
+"""What stands between the callers and the provider: the sidecar, and what it is compared with.
+
+Each has `ask`, which brings one answer or raises, and each makes its calls to the same simulated backend.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import inf
+from typing import Any, Protocol
+
+import orjson
+from prometheus_client import CollectorRegistry
+
+from backends.base import Request, Throttled, Timings
+from backends.simulated import Provider, SimulatedBackend
+from sidecar.admission import Admission, Lane, Ticket
+from sidecar.admission.limits import Limits
+from sidecar.admission.ticket import Cause
+from sidecar.dispatch import Dispatcher
+from sidecar.telemetry import Telemetry
+
+MODEL = "qwen-vl-plus"
+#: Until a request that was let through has been judged.
+_ARRIVAL_SECONDS = 1e-6
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """One request of a camera. `tokens` is what its input costs; the answer costs `answer_tokens` more."""
+
+    camera: str
+    deadline: float
+    tokens: int = 300
+    answer_tokens: int = 40
+
+    def request(self) -> Request:
+        counted = {"input_tokens": self.tokens, "output_tokens": self.answer_tokens}
+        body = {"model": MODEL, "messages": [{"role": "user", "content": ""}], "simulate": counted}
+        return Request("openai", "/chat/completions", orjson.dumps(body), MODEL, deadline=self.deadline)
+
+
+class System(Protocol):
+    """Anything that brings answers."""
+
+    async def ask(self, ask: Ask) -> None: ...
+
+
+class Sidecar:
+    """The real thing."""
+
+    def __init__(self, provider: Provider, **settings: Any) -> None:
+        self._loop = asyncio.get_running_loop()
+        self.admission = Admission(random=random.Random(provider.profile.seed), **settings)
+        self._dispatcher = Dispatcher(SimulatedBackend(provider), self.admission, Telemetry(CollectorRegistry()))
+
+    @property
+    def lane(self) -> Lane:
+        return self.admission.lane(MODEL)
+
+    async def ask(self, ask: Ask) -> None:
+        now = self._loop.time()
+        ticket = Ticket(now=now, deadline=ask.deadline, key=ask.camera, model=MODEL, tokens=float(ask.tokens))
+        await self._dispatcher.run(ticket, ask.request())
+
+
+class OracleLimits(Limits):
+    """The same queue and permits, with the provider's own state in the place of everything that is learned."""
+
+    def __init__(self, now: float, provider: Provider) -> None:
+        super().__init__(now, paced=False)
+        self._provider = provider
+        self._sent_at = -inf
+
+    def closed(self, now: float, ticket: Ticket) -> tuple[Cause | None, float]:
+        if now < self._sent_at + _ARRIVAL_SECONDS:  # the one before has not yet reached the quota
+            return "turn", self._sent_at + _ARRIVAL_SECONDS
+        quota = self._provider.quota(MODEL)
+        tokens = ticket.tokens
+        if quota.would_accept(now, tokens):
+            self._sent_at = now
+            return None, now
+        return "request_rate", min(quota.next_accept_at(now, tokens), now + 0.05)
+
+    def throughput(self, now: float, ticket: Ticket) -> float:
+        return max(self._provider.quota(MODEL).true_rate(now, ticket.tokens), 0.05)
+
+
+class Oracle(Sidecar):
+    """What could be had by who knows everything."""
+
+    def __init__(self, provider: Provider) -> None:
+        super().__init__(provider)
+        self.admission.lanes[MODEL] = Lane(self._loop, OracleLimits(self._loop.time(), provider))
+
+    async def ask(self, ask: Ask) -> None:
+        ticket = Ticket(
+            now=self._loop.time(),
+            deadline=ask.deadline,
+            key=ask.camera,
+            model=MODEL,
+            tokens=float(ask.tokens + ask.answer_tokens),
+        )
+        await self._dispatcher.run(ticket, ask.request())
+
+
+class Direct:
+    """One attempt at the provider; what the comparisons are made of."""
+
+    def __init__(self, provider: Provider) -> None:
+        self._backend = SimulatedBackend(provider)
+        self._loop = asyncio.get_running_loop()
+
+    async def attempt(self, ask: Ask) -> None:
+        async with asyncio.timeout_at(ask.deadline):
+            await self._backend.send(ask.request(), Timings())
+
+
+class Semaphore(Direct):
+    """A semaphore around the openai client: two retries, 0.5 s doubled up to 8 s, less up to a quarter by chance.
+
+    After openai-python, `_base_client.py`: `_calculate_retry_timeout`, which also obeys a Retry-After up to 60 s.
+    """
+
+    def __init__(self, provider: Provider, size: int = 16, retries: int = 2) -> None:
+        super().__init__(provider)
+        self._semaphore = asyncio.Semaphore(size)
+        self._retries = retries
+        self._random = random.Random(1)
+
+    async def ask(self, ask: Ask) -> None:
+        async with asyncio.timeout_at(ask.deadline), self._semaphore:
+            for retry in range(self._retries + 1):
+                try:
+                    await self.attempt(ask)
+                    break
+                except Throttled as refusal:
+                    if retry == self._retries:
+                        raise
+                    wait = min(0.5 * 2.0**retry, 8.0) * (1 - 0.25 * self._random.random())
+                    if refusal.retry_after is not None and 0 < refusal.retry_after <= 60:
+                        wait = refusal.retry_after
+                    await asyncio.sleep(wait)
+
+
+class Cubic(Direct):
+    """The client-side rate limiter of AWS SDKs' adaptive mode, with its three attempts.
+
+    After botocore, `retries/adaptive.py`, `throttling.py` (CUBIC: beta 0.7, scale 0.4) and `bucket.py`: nothing is
+    limited until the first refusal; measured rates are smoothed over half-second buckets; fill rate <= 2 x measured.
+    """
+
+    _BETA, _SCALE, _SMOOTH = 0.7, 0.4, 0.8
+
+    def __init__(self, provider: Provider) -> None:
+        super().__init__(provider)
+        self._enabled = False
+        self._rate = 0.5
+        self._capacity, self._level, self._filled_at = 1.0, 0.0, self._loop.time()
+        self._w_max, self._failed_at, self._k = 0.0, self._loop.time(), 0.0
+        self._measured, self._bucket, self._count = 0.0, self._half(), 0
+        self._random = random.Random(1)
+
+    async def ask(self, ask: Ask) -> None:
+        async with asyncio.timeout_at(ask.deadline):
+            for attempt in range(3):
+                await self._acquire()
+                try:
+                    await self.attempt(ask)
+                except Throttled:
+                    self._update(throttled=True)
+                    if attempt == 2:
+                        raise
+                    await asyncio.sleep(min(self._random.random() * 2.0**attempt, 20.0))
+                else:
+                    self._update(throttled=False)
+                    break
+
+    async def _acquire(self) -> None:
+        while self._enabled:
+            now = self._loop.time()
+            self._level = min(self._capacity, self._level + (now - self._filled_at) * self._rate)
+            self._filled_at = now
+            if self._level >= 1.0:
+                self._level -= 1.0
+                return
+            await asyncio.sleep((1.0 - self._level) / self._rate + 1e-6)
+
+    def _half(self) -> float:
+        return int(self._loop.time() * 2) / 2
+
+    def _update(self, *, throttled: bool) -> None:
+        now, half = self._loop.time(), self._half()
+        self._count += 1
+        if half > self._bucket:
+            rate = self._count / (half - self._bucket)
+            self._measured = rate * self._SMOOTH + self._measured * (1 - self._SMOOTH)
+            self._count, self._bucket = 0, half
+        if throttled:
+            used = min(self._measured, self._rate) if self._enabled else self._measured
+            self._w_max, self._failed_at = used, now
+            self._k = (self._w_max * (1 - self._BETA) / self._SCALE) ** (1 / 3)
+            rate = used * self._BETA
+            self._enabled = True
+        else:
+            self._k = (self._w_max * (1 - self._BETA) / self._SCALE) ** (1 / 3)
+            rate = self._SCALE * (now - self._failed_at - self._k) ** 3 + self._w_max
+        rate = min(rate, 2 * self._measured)
+        self._rate = max(rate, 0.5)
+        self._capacity = max(rate, 1.0)
+        self._level = min(self._level, self._capacity)
+
+
+Maker = Callable[[Provider], System]
