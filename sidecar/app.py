@@ -214,6 +214,7 @@ def _admission(settings: Settings, backend: Backend) -> Admission:
         requests_per_second=_per_second(settings.requests_per_minute),
         tokens_per_second=_per_second(settings.tokens_per_minute),
         concurrency=settings.max_concurrency or slots,
+        refusal_budget=settings.refusal_budget,
         paced=slots is None,
     )
 

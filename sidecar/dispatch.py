@@ -118,7 +118,8 @@ class Dispatcher:
                         await reply.aclose()
             if reply.failure is not None:
                 raise reply.failure
-            permit.accepted(loop.time())
+            usage = reply.usage
+            permit.accepted(loop.time(), (usage.input_tokens, usage.output_tokens) if usage is not None else None)
             self._answered = True
             self._retries = min(self._retries + RETRY_SHARE, RETRY_RESERVE)
             result = "ok"
@@ -130,7 +131,7 @@ class Dispatcher:
             ) from timeout
         except Throttled as refusal:
             result = "throttled"
-            permit.throttled(loop.time(), refusal.kind, refusal.message)
+            permit.throttled(loop.time(), refusal.kind, refusal.message, refusal.retry_after)
             self._telemetry.throttled(name, refusal.kind, refusal.code)
             raise
         except BillingRefused as refusal:
@@ -165,9 +166,8 @@ class Dispatcher:
         self._telemetry.invalid(api, self.backend.name)
 
     def _may_retry(self, ticket: Ticket, failed_attempts: int) -> bool:
-        hold = self.admission.lane(ticket.model).hold
-        if hold.kind is not None and self._answered:
-            return True  # an outage: it waits in the queue for the single probes to find the provider back
+        if self.admission.lane(ticket.model).limits.failing and self._answered:
+            return True  # an outage, or the beginning of one: single probes will find the provider back
         if failed_attempts >= MOST_FAILED_ATTEMPTS or self._retries < 1.0:
             return False
         self._retries -= 1.0

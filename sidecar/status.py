@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping
-from math import inf
 from typing import Any
 
 from . import __version__
@@ -38,22 +37,14 @@ def _backend(name: str, admission: Admission) -> dict[str, Any]:
             "bytes": admission.waiting_bytes(),
             "by_priority": {priority.name.lower(): admission.waiting(priority) for priority in Priority},
         },
-        "models": [_lane(model, lane) for model, lane in admission.lanes.items()],
+        "models": [_lane(model, lane, admission.loop.time()) for model, lane in admission.lanes.items()],
     }
 
 
-def _lane(model: str, lane: Lane) -> dict[str, Any]:
-    hold = lane.hold
+def _lane(model: str, lane: Lane, now: float) -> dict[str, Any]:
     return {
         "model": model,
         "bound_by": lane.cause,
-        "requests_per_second": {
-            "state": lane.requests.state.value,
-            "learned": None if lane.requests.limit == inf else round(lane.requests.limit, 3),
-            "changed_why": lane.requests.changed_why,
-        },
-        "concurrency": lane.permits.size,
-        "in_flight": lane.permits.in_flight,
-        "hold": None if hold.kind is None else {"kind": hold.kind.value, "reason": hold.reason},
+        **lane.limits.status(now),
         "longest_queues": [{"key": key, "requests": count} for key, count in lane.queue.lengths_by_key(_MOST_KEYS)],
     }

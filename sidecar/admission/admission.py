@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
+from functools import partial
 from math import inf
+from random import Random
 from types import TracebackType
 
 from .errors import Draining, QueueFull, Superseded
 from .lane import Lane, Permit
+from .limits import Limits
 from .ticket import Priority, Ticket
 
 #: Models that keep limits of their own. The least recently used idle one goes when there are more.
@@ -29,15 +32,22 @@ class Admission:
         requests_per_second: float = inf,
         tokens_per_second: float = inf,
         concurrency: int | None = None,
+        refusal_budget: float = 0.005,
         paced: bool = True,
+        random: Random | None = None,
     ) -> None:
         self.loop = asyncio.get_running_loop()
         self._queue_size = queue_size
         self._queue_bytes = queue_bytes
-        self._requests_per_second = requests_per_second
-        self._tokens_per_second = tokens_per_second
-        self._concurrency = concurrency
-        self._paced = paced
+        self._limits = partial(
+            Limits,
+            requests_per_second=requests_per_second,
+            tokens_per_second=tokens_per_second,
+            concurrency=concurrency,
+            refusal_budget=refusal_budget,
+            paced=paced,
+            random=random,
+        )
         self.lanes: OrderedDict[str, Lane] = OrderedDict()
         self.draining = False
 
@@ -54,13 +64,7 @@ class Admission:
         if lane is None:
             if len(self.lanes) >= MOST_LANES:
                 self._forget_one()
-            lane = self.lanes[model] = Lane(
-                self.loop,
-                requests_per_second=self._requests_per_second,
-                tokens_per_second=self._tokens_per_second,
-                concurrency=self._concurrency,
-                paced=self._paced,
-            )
+            lane = self.lanes[model] = Lane(self.loop, self._limits(self.loop.time()))
         return lane
 
     def waiting(self, priority: Priority | None = None) -> int:
@@ -73,7 +77,7 @@ class Admission:
 
     def in_flight(self) -> int:
         """Attempts that hold a permit."""
-        return sum(lane.permits.in_flight for lane in self.lanes.values())
+        return sum(lane.limits.permits.in_flight for lane in self.lanes.values())
 
     def enter(self, ticket: Ticket) -> Permit | asyncio.Future[Permit]:
         """What `permit` does on entering, without the wait."""
@@ -101,7 +105,7 @@ class Admission:
             )
 
     def _forget_one(self) -> None:
-        idle = [m for m, lane in self.lanes.items() if not len(lane.queue) and not lane.permits.in_flight]
+        idle = [m for m, lane in self.lanes.items() if not len(lane.queue) and not lane.limits.permits.in_flight]
         if idle:
             del self.lanes[min(idle, key=lambda model: self.lanes[model].last_used)]
 

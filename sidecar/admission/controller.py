@@ -1,125 +1,390 @@
-"""Learns one dimension's limit (requests or LLM tokens a second) from what attempts are told.
+"""Learns one dimension's limit (requests, or LLM tokens, a second) from which attempts were refused.
 
-A quota is a policer: nothing slows down before a refusal, so the only signal is which attempts were refused, by the
-time at which they were *sent*. The controller is pure: every call takes `now`, nothing waits, nothing is scheduled.
+A quota is a policer: nothing slows down before a refusal, so the only signal is *which* attempts were refused, by the
+time at which they were sent. The controller is pure: every call takes `now`, nothing waits, nothing is scheduled.
+
+    START ──refused──▶ ASSESS ──the limit is known well──▶ STEADY ⇄ PROBE
+                         ▲                                   │
+                         └──── refused again and again ──────┤
+                                                             └── so often that others must share it ──▶ SHARED
+
+One mechanism carries ASSESS, STEADY and PROBE. A refusal gives bounds on the limit (`policer.rate_between`), so an
+estimate and how uncertain it is. The pace then starts below the estimate by that uncertainty and rises, slowly and
+ever faster, until the next refusal: the *ramp*. The less is known, the steeper; what is known well is probed as often
+as the refusal budget pays for. A ramp that no refusal ends means that the limit has risen: the pace then grows by a
+share a second until one comes. The states only name where on which ramp the pace is.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from enum import StrEnum
-from math import inf
+from collections import deque
+from math import exp, inf
+from typing import Any
 
+from .bucket import TokenBucket
+from .policer import Sent, rate_between
+from .start import START_CREDIT, Start
+from .states import CUTS, State
 
-class State(StrEnum):
-    """What the controller is doing. Also the values of the `state` label of `sidecar_limit_state`."""
-
-    START = "start"
-    STEADY = "steady"
-
-
-#: Until anything is known, this many requests go out unpaced: what all cameras send at once.
-START_CREDIT = 16.0
-#: A silent provider is a willing one: refusals come back quickly, so another credit follows after this many seconds.
-CREDIT_STEP_SECONDS = 0.1
-#: ... up to this many without an answer.
-MOST_UNANSWERED = 64.0
-START_FLOOR = 2.0
-START_WINDOW_SECONDS = 1.5
-
-
-@dataclass(frozen=True, slots=True)
-class Sent:
-    """What the controller remembers of one attempt: when it was sent, and the amount sent up to and including it."""
-
-    at: float
-    total: float
-    amount: float
+#: Requests a second that any provider is taken to allow when a first refusal says nothing else.
+FLOOR = 2.0
+#: The ramp begins and ends at this share below and above the limit, at least and at most.
+SUREST, UNSUREST = 0.01, 0.3
+#: A ramp's length as a share of the calls that pay for one refusal, and where on it, in shares of its length, no
+#: refusal means that the limit has risen. Of a bucket that gives credit, a ramp first saves some and then spends it:
+#: the refusal comes at about 1.4. Without credit it comes as soon as the pace is over the limit, at 0.7.
+RAMP, RISEN = 0.65, 1.6
+RAMP_NO_CREDIT, RISEN_NO_CREDIT = 1.3, 1.15
+#: Growth a second of a risen limit, where refusals come back at once.
+RISE = 0.35
+#: ... and at most by this share from one request to the next: at half a request a second, a second is no time.
+RISE_PER_REQUEST = 0.08
+#: A ramp's length in seconds is held within these, since a limit may move: too slow for a small one is no use either.
+SHORTEST_RAMP_SECONDS, LONGEST_RAMP_SECONDS = 4.0, 100.0
+#: Where each refusal begins a blackout, this share of the quota may be lost to probing, and a ramp may take so long.
+LOST_SHARE, LONGEST_LOSING_SECONDS = 0.015, 600.0
+#: Sends remembered at most: beyond this many since a refusal, the rate is known better than it will stay true.
+MOST_REMEMBERED = 1000
+#: Seconds of the limit that a bucket is taken to hold at most.
+MOST_BURST_SECONDS = 6.0
+#: Debt of refusals that slows probing down at most, and what it is slowed down by for each.
+MOST_DEBT, SLOWER_BY = 2.0, 0.15
+#: Refusals below the learned limit within so many seconds mean that others use the account too, for so long.
+SHARED_AFTER, SHARED_WINDOW_SECONDS, SHARED_SECONDS = 5, 90.0, 240.0
+#: While shared: what a refusal leaves, and growth a second, the same for all, so that the larger shrinks towards equal
+#: shares (Chiu & Jain, 1989: it meets refusals in proportion to what it sends).
+SHARED_CUT, SHARED_GROWTH = 0.8, 0.012
 
 
 class RateController:
     """One dimension of one provider account and model. Rates and amounts are in its unit: requests, or LLM tokens."""
 
-    def __init__(self, now: float, *, ceiling: float = inf, typical: float = 1.0) -> None:
+    def __init__(
+        self, now: float, *, ceiling: float = inf, budget: float = 0.005, typical: float = 1.0, dormant: bool = False
+    ) -> None:
+        """`typical` is the amount of a usual request; `dormant`: nothing is paced before the first refusal."""
         self.state = State.START
         self.limit = inf
-        """The learned limit; infinite while nothing was ever refused."""
+        """The learned limit, a second; infinite while nothing was ever refused."""
+        self.burst = START_CREDIT * typical
+        """What the provider is taken to let through at once after a pause."""
         self.ceiling = ceiling
+        self.typical = typical
         self.changed_at = now
-        self.changed_why = "nothing learned yet"
-        self._typical = typical
-        self._total = 0.0
-        self._refused_total = 0.0
-        self._last_cut = -inf
-        self._mark_total = 0.0
-        self._mark_refused = 0.0
-        self._answered = 0.0
-        self._window_start = now
-        self._window_total = 0.0
-        self._rate_seen = 0.0
+        self.changed_why = "nothing was refused yet"
+        self.refusal_seconds = 0.05
+        """How long a refusal takes to come back, smoothed."""
+        self._budget = budget
+        self._start = Start(dormant=dormant)
+        self._bucket = TokenBucket(now, inf, START_CREDIT * typical)
+        self._sent: deque[Sent] = deque()  # since the last refusal
+        self._empty_at = now  # when the provider's bucket was last known to be empty: the last refusal's send time
+        self._cut_at = -inf
+        self._first_burst = False
+        self._unsure = UNSUREST
+        self._purse = 0.0  # refusals that the budget has paid for and that were not spent; a debt below 0
+        # the ramp
+        self._ramp = 0.0  # amount sent on it while the pace bound
+        self._rise = 1.0
         self._grown_at = now
-        self._first_sent: float | None = None
+        # refusals that come too early
+        self._early = 0
+        self._early_at: deque[float] = deque(maxlen=SHARED_AFTER)
+        self._barren = 0
+        self._episode_at = now
+        self._episode: list[Sent] = []
+        self._shared_until = -inf
+        self._before = inf  # the limit before the first of them
+        # blackouts
+        self._taken = 0.0
+        self._recovered_at = now
+        self._taken_then = 0.0
+        self._lost = 0.0
+
+    # -- the gate ------------------------------------------------------------------------------------------------------
 
     def pace(self, now: float) -> float:
         """What may be sent a second at this instant; infinite for unpaced."""
         if self.state is State.START:
-            return min(self._start_pace(now), self.ceiling)
-        since = now - self._last_cut
-        share = 0.93 if since < 5.0 else 0.985
-        return min(self.limit * share, self.ceiling)
+            return min(self._start.pace(now) * self.typical, self.ceiling)
+        return min(self._unbounded_pace(), self.ceiling)
 
-    def burst(self, now: float) -> float:
-        """How much may be sent at once on top of the pace."""
-        if self.state is State.START:
-            return START_CREDIT * self._typical
-        return max(self._typical, min(self.limit * 0.5, 4 * self._typical))
+    def wait(self, now: float, amount: float) -> float:
+        """Seconds until `amount` may be sent; 0 for now."""
+        self._fill(now)
+        return self._bucket.wait(now, amount)
 
     def sent(self, now: float, amount: float, bound: bool) -> Sent:
         """One attempt goes out. `bound`: it had to wait for this dimension, so more would have been sent."""
-        if self._first_sent is None:
-            self._first_sent = now
-        self._total += amount
-        if bound and self.state is State.STEADY and now - self._last_cut > 5.0:
-            # proportional growth, only while the rate itself is what holds requests back
-            self.limit *= 1.0 + 0.01 * min(now - self._grown_at, 1.0)
+        self._fill(now)
+        if bound:
+            self._grow(now, amount)
         self._grown_at = now
-        return Sent(now, self._total, amount)
+        self._bucket.take(now, amount)
+        self._start.sent(now)
+        self._taken += amount
+        self._purse = min(self._purse + self._budget, 1.0)
+        one = Sent(now, amount, bound)
+        self._sent.append(one)
+        if len(self._sent) > MOST_REMEMBERED:
+            self._forget()
+        return one
+
+    def _fill(self, now: float) -> None:
+        if self.state is State.START:
+            self._bucket.set(now, self.pace(now), min(START_CREDIT * self.typical, max(self.ceiling, self.typical)))
+        else:
+            self._bucket.set(now, self.pace(now), max(self.burst - self._cushion(), self.typical))
+
+    def _cushion(self) -> float:
+        """What is left in the provider's bucket, so that chance (other callers, uneven ways) does not empty it."""
+        return min(max(0.1 * self.burst, self.typical), 3.0 * self.typical)
+
+    @property
+    def _has_credit(self) -> bool:
+        return self.burst >= 2.0 * self.typical
+
+    # -- verdicts ------------------------------------------------------------------------------------------------------
 
     def accepted(self, now: float, sent: Sent) -> None:
         """The provider took it."""
-        self._answered += sent.amount
-        elapsed = now - self._window_start
-        self._window_total += sent.amount
-        if elapsed >= START_WINDOW_SECONDS:
-            self._rate_seen = self._window_total / elapsed
-            self._window_start, self._window_total = now, 0.0
+        self._start.answered(now, sent.amount)
 
-    def refused(self, now: float, sent: Sent) -> None:
-        """The provider refused it for this dimension. One burst of refusals, told by their send times, is one event."""
-        self._answered += sent.amount
-        if sent.at <= self._last_cut:
-            self._refused_total += sent.amount
+    def void(self, now: float, sent: Sent) -> None:
+        """It ended, and says nothing of this limit."""
+        self._start.answered(now, 0.0)
+
+    def settle(self, now: float, sent: Sent, amount: float) -> None:
+        """It took another amount than was reserved."""
+        self._bucket.take(now, amount - sent.amount)
+        self._taken += amount - sent.amount
+        sent.amount = amount
+
+    def refused(self, now: float, sent: Sent) -> bool:
+        """
+        The provider refused it for this dimension. One burst of refusals, told by their send times, is one event.
+
+        True if everything is refused, whatever the pace: a hold must find out when that ends.
+        """
+        self._start.answered(now, 0.0)
+        sent.refused = True
+        self._taken -= sent.amount
+        self.refusal_seconds += 0.3 * (now - sent.at - self.refusal_seconds)
+        if sent.at <= self._cut_at:
+            if self._first_burst:
+                self.burst = max(self.burst - sent.amount, self.typical)
+                self.limit = self._guess()
+            else:
+                self._purse = max(self._purse - 1.0, -MOST_DEBT)
+            return False
+        self._purse = max(self._purse - 1.0, -MOST_DEBT)
+        self._first_burst = self.state is State.START
+        if self._first_burst:
+            self._first_refusal(now, sent)
+        else:
+            self._refusal(now, sent)
+        self._cut_at = now
+        self._empty_at = sent.at
+        self._ramp, self._rise = 0.0, 1.0
+        while self._sent and self._sent[0].at <= sent.at:
+            self._sent.popleft()
+        self._fill(now)
+        level = -self._cushion() if self._has_credit else 0.0
+        if self._first_burst:
+            level -= (now - sent.at) * self.pace(now)  # as long again, to see what became of the rest of the burst
+        self._bucket.take(now, self._bucket.level(now) - level)
+        return self._barren >= 2
+
+    def _guess(self) -> float:
+        """The limit after the first refusal: a bucket mostly holds one to five seconds of its rate."""
+        return max(self.burst / 2.0, FLOOR * self.typical)
+
+    def _first_refusal(self, now: float, sent: Sent) -> None:
+        window = Start.WINDOW_SECONDS
+        taken = sum(one.amount for one in self._sent if one.at >= sent.at - window and not one.refused)
+        self.burst = max(taken, self.typical)
+        self.limit = self._guess()
+        if sent.at - self._start.began > window:
+            self.limit = max(0.8 * taken / window, FLOOR * self.typical)
+            self._first_burst = False
+        self._unsure = UNSUREST
+        self._to(now, State.ASSESS, "first refusal")
+
+    def _refusal(self, now: float, sent: Sent) -> None:
+        """The limit from what was taken since the refusal before."""
+        taken = [one for one in self._sent if not one.refused and one.at <= sent.at]
+        self._barren = 0 if taken else self._barren + 1
+        pace = self._unbounded_pace()
+        if self.state is State.SHARED:
+            if now < self._shared_until:
+                self.limit *= SHARED_CUT
+                self._changed(now, "refused while others share the account")
+                return
+            self._to(now, State.ASSESS, "the account seems to be ours alone again")
+        low, high = rate_between(self._empty_at, taken, sent.at, sent.amount, self.burst)
+        total = sum(one.amount for one in taken)
+        if sum(one.amount for one in taken if one.bound) < 0.8 * total:
+            high = inf  # seldom at the limit: how full the bucket was hangs on a burst that is known badly
+            if not sent.bound and self._has_credit:
+                self.burst = max(0.85 * self.burst, self.typical)
+                self.limit = max(self.limit, min(low, pace))
+                self._changed(now, "refused within a burst")
+                return
+        if self._ramp < 0.4 * self._length():
+            self._too_early(now, sent, taken)
             return
-        elapsed = sent.at - max(self._last_cut, self._first_sent or now)
-        taken = sent.total - self._mark_total - (self._refused_total - self._mark_refused) - sent.amount
-        self._refused_total += sent.amount
-        measured = taken / elapsed if elapsed > 0.2 else max(self._rate_seen, START_FLOOR * self._typical)
-        before = self.limit
-        self.limit = min(max(measured, 0.7 * before), before) if before != inf else measured
-        self.limit = max(self.limit, 0.02 * self._typical)
-        self.state = State.STEADY
-        self._last_cut = now
-        self._mark_total = self._total
-        self._mark_refused = self._refused_total
-        self.changed_at = now
-        self.changed_why = f"refused; {measured:.3g}/s were taken since the refusal before"
+        self._early = 0
+        self.burst = min(1.05 * self.burst, MOST_BURST_SECONDS * self.limit) if self._has_credit else self.burst
+        high = min(high, pace)
+        low = min(low, high)
+        width = (high - low) / (low + high)
+        if low <= self.limit <= high:
+            width = min(width, 0.6 * self._unsure)
+        else:
+            self.limit = (low + high) / 2
+        self._unsure = min(max(width, SUREST), UNSUREST)
+        self._to(now, State.ASSESS if self._unsure > 3 * SUREST else State.STEADY, f"refused at {pace:.3g}/s")
 
-    def _start_pace(self, now: float) -> float:
-        if self._first_sent is None:
-            return inf
-        steps = (now - self._first_sent) / CREDIT_STEP_SECONDS
-        unanswered = self._total - self._answered
-        allowed = min(START_CREDIT * 2.0 ** min(steps, 8.0), MOST_UNANSWERED) * self._typical
-        if unanswered < allowed:
-            return inf
-        return max(START_FLOOR * self._typical, 2.5 * self._rate_seen + 3 * self._typical)
+    def _too_early(self, now: float, sent: Sent, taken: list[Sent]) -> None:
+        """It came before the pace had reached the limit: chance, other users of the account, or a lower limit."""
+        self._early += 1
+        self._early_at.append(now)
+        if self._early == 1:
+            self._episode_at, self._episode = sent.at, []
+            self._before = self.limit
+        else:
+            self._episode += taken
+        if len(self._early_at) == SHARED_AFTER and self._early_at[0] > now - SHARED_WINDOW_SECONDS:
+            self._early_at.clear()
+            self._shared_until = now + SHARED_SECONDS
+            self._early = 0
+            self.limit *= SHARED_CUT
+            self._to(now, State.SHARED, "refused too often for one user of the account")
+        elif self._early <= len(CUTS):
+            self.limit *= CUTS[self._early - 1]
+            self._changed(now, "refused below the learned limit")
+        else:
+            _, high = rate_between(self._episode_at, self._episode, sent.at, sent.amount, inf)
+            self.limit = max(min(high, 0.9 * self.limit), 0.3 * self.limit)
+            self._unsure = 0.15
+            self._early = 1
+            self._early_at.clear()
+            self._episode_at, self._episode = sent.at, []
+            self._to(now, State.ASSESS, "refused again and again: the limit is lower")
+
+    # -- blackouts -----------------------------------------------------------------------------------------------------
+
+    def recovered(self, now: float, closed_at: float, probed_at: float, gap: float) -> None:
+        """
+        Everything was refused from `closed_at` on until the probe sent at `probed_at` was taken.
+
+        `gap` is what it took to wait after a refusal the time before, 0 if there was none. A blackout not much longer
+        is a penalty for the refusal, and the limit stands; a long one is the rest of a used-up window, and the limit is
+        what was taken since the window before, over all of the time.
+        """
+        since, taken = self._recovered_at, self._taken - self._taken_then
+        seconds = probed_at - closed_at
+        before = min(self._before, MOST_BURST_SECONDS * self.limit)
+        self._recovered_at, self._taken_then = probed_at, self._taken
+        self._barren = self._early = 0
+        self._sent.clear()
+        self._empty_at = probed_at
+        self._ramp, self._rise = 0.0, 1.0
+        if seconds * before < 3 * self.typical:
+            return  # no more than a pause between two requests at a small limit
+        self._early_at.clear()
+        whole = taken / max(probed_at - since, 1e-3)
+        if gap and seconds <= 1.5 * gap + 0.5:
+            active = taken / max(closed_at - since, 1e-3)
+            self.limit = max(min(before, active), whole)
+            self._lost = seconds * self.limit
+            self._to(now, State.STEADY, f"refused, and everything with it for {seconds:.1f} s")
+        else:
+            self._unsure = UNSUREST if since <= self._start.began else 2 * SUREST
+            self.limit = max(whole, 0.02 * self.typical)
+            self._lost = 0.0
+            self._to(now, State.ASSESS, f"everything was refused for {seconds:.1f} s")
+        self._fill(now)
+        self._bucket.take(now, self._bucket.level(now))
+
+    def restart(self, now: float, share: float) -> None:
+        """Go on after a pause, such as an outage, at that share of the limit, and rise from there."""
+        if self.state is State.START:
+            return
+        self._sent.clear()
+        self._empty_at = now
+        self._ramp, self._rise = RISEN * self._length(), share
+        self._fill(now)
+        self._bucket.take(now, self._bucket.level(now))
+
+    # -- the ramp ------------------------------------------------------------------------------------------------------
+
+    def _length(self) -> float:
+        """Amount to be sent on a ramp: what the refusal budget pays for, less of it the less is known."""
+        share, longest = (RAMP if self._has_credit else RAMP_NO_CREDIT), LONGEST_RAMP_SECONDS
+        length = (1.0 - SLOWER_BY * self._purse) * share * self.typical / self._budget
+        if self._lost:
+            length, longest = max(length, self._lost / LOST_SHARE), LONGEST_LOSING_SECONDS
+        length = min(max(length, SHORTEST_RAMP_SECONDS * self.limit), longest * self.limit)
+        return max(length * SUREST / self._unsure, 2 * self.typical)
+
+    def _along(self) -> float:
+        return self._ramp / self._length()
+
+    def _height(self) -> float:
+        """The pace as a share of the limit: from 1 - unsure at the ramp's foot to 1 + unsure at its length."""
+        if self.state is State.SHARED:
+            return 1.0
+        along = min(self._along(), RISEN)
+        return 1.0 - self._unsure + 2.0 * self._unsure * along * along
+
+    def _unbounded_pace(self) -> float:
+        return self.limit * self._height() * self._rise
+
+    def _grow(self, now: float, amount: float) -> None:
+        seconds = min(now - self._grown_at, 0.5)
+        if self.state is State.START:
+            self._start.grow(seconds)
+            return
+        if self.state is State.SHARED:
+            self.limit *= exp(SHARED_GROWTH * seconds)
+            return
+        self._ramp += amount
+        along = self._along()
+        if along >= (RISEN if self._has_credit else RISEN_NO_CREDIT):
+            growth = RISE / (1.0 + 2.0 * self.refusal_seconds) * seconds
+            self._rise *= exp(min(growth, RISE_PER_REQUEST * amount / self.typical))
+        if self.state is State.STEADY and along > 0.7:
+            self._to(now, State.PROBE, "the pace is above the limit, to see whether it has risen")
+
+    def _forget(self) -> None:
+        """Drop the older half; what the bucket held then is taken to be nothing."""
+        for _ in range(MOST_REMEMBERED // 2):
+            self._empty_at = self._sent.popleft().at
+
+    # -- for operators -------------------------------------------------------------------------------------------------
+
+    def use(self, now: float) -> float:
+        """The accepted rate as a share of the limit; 0 while no limit is known."""
+        return 0.0 if self.limit == inf else self._start.rate(now) / self.limit
+
+    def status(self, now: float) -> dict[str, Any]:
+        """What was learned, and when and why it last changed."""
+        pace = self.pace(now)
+        return {
+            "state": self.state.value,
+            "learned": None if self.limit == inf else round(self.limit, 3),
+            "pace": None if pace == inf else round(pace, 3),
+            "burst": None if self.limit == inf else round(self.burst, 1),
+            "uncertainty": None if self.limit == inf else round(self._unsure, 3),
+            "changed_seconds_ago": round(now - self.changed_at, 1),
+            "changed_why": self.changed_why,
+        }
+
+    def _to(self, now: float, state: State, why: str) -> None:
+        self.state = state
+        self._changed(now, why)
+
+    def _changed(self, now: float, why: str) -> None:
+        self.changed_at = now
+        self.changed_why = why

@@ -1,8 +1,9 @@
-"""Admission closed but for one probe at a time: while the provider is down, has no room, or refuses the account."""
+"""Admission closed but for one probe at a time: while the provider is down, has no room, or refuses everything."""
 
 from __future__ import annotations
 
 from enum import StrEnum
+from math import inf, isfinite
 
 
 class HoldKind(StrEnum):
@@ -10,18 +11,33 @@ class HoldKind(StrEnum):
 
     OUTAGE = "outage"
     CAPACITY = "capacity"
+    BLACKOUT = "blackout"
+    """Every call is refused for a limit: a used-up window, or a provider that punishes."""
     BILLING = "billing"
 
 
 #: Seconds to the first probe, the factor between probes, and the longest step. `limiting.md`, "hold".
 FIRST_STEP, GROWTH, LONGEST_STEP = 0.5, 1.5, 5.0
 BILLING_STEP = 30.0
+#: How long a Retry-After may put off the next probe: until the provider's word was found true, and after it was twice.
+LITTLE_TRUST, MUCH_TRUST = 5.0, 120.0
 
 
 class Hold:
     """Open while `kind` is None. While closed, `may_probe` says when the one probe may go."""
 
-    __slots__ = ("_step", "kind", "next_probe", "probing", "reason", "since")
+    __slots__ = (
+        "_asked",
+        "_confirmed",
+        "_last_refused",
+        "_step",
+        "gap",
+        "kind",
+        "next_probe",
+        "probing",
+        "reason",
+        "since",
+    )
 
     def __init__(self) -> None:
         self.kind: HoldKind | None = None
@@ -29,23 +45,51 @@ class Hold:
         self.since = 0.0
         self.next_probe = 0.0
         self.probing = False
+        self.gap = 0.0
+        """Seconds from the last refusal to the probe that was taken, in the blackout before: what it takes to wait."""
         self._step = FIRST_STEP
+        self._last_refused = 0.0
+        self._asked = 0.0  # the loop's time until which a Retry-After asked to wait
+        self._confirmed = 0
 
-    def close(self, now: float, kind: HoldKind, reason: str) -> None:
-        """Close, or stay closed after a probe that failed too."""
+    def close(
+        self, now: float, kind: HoldKind, reason: str, retry_after: float | None = None, jitter: float = 1.0
+    ) -> None:
+        """Close, or stay closed after a probe that failed too. `jitter` is what the step is multiplied by."""
         if self.kind is None:
             self.since = now
-            self._step = FIRST_STEP
+            self._asked = 0.0
+            self._step = max(FIRST_STEP, min(self.gap, LONGEST_STEP)) if kind is HoldKind.BLACKOUT else FIRST_STEP
         elif kind is self.kind:
             self._step = min(self._step * GROWTH, LONGEST_STEP)
         self.kind = kind
         self.reason = reason
-        self.next_probe = now + (BILLING_STEP if kind is HoldKind.BILLING else self._step)
+        self._last_refused = now
+        step = BILLING_STEP if kind is HoldKind.BILLING else self._step * jitter
+        if retry_after is not None and isfinite(retry_after) and retry_after > 0:
+            if not self._asked:
+                self._asked = now + retry_after
+            step = min(max(step, retry_after), max(self.trust, step))
+        self.next_probe = now + step
 
-    def open(self) -> None:
-        """The provider takes work again."""
+    @property
+    def trust(self) -> float:
+        """Seconds that a Retry-After is believed at most."""
+        return MUCH_TRUST if self._confirmed >= 2 else LITTLE_TRUST
+
+    def open(self, probed_at: float | None = None) -> None:
+        """The provider takes work again; `probed_at` is when the probe that it took was sent."""
+        if probed_at is not None and self.kind is HoldKind.BLACKOUT:
+            self.gap = probed_at - self._last_refused
+        if probed_at is not None and self._asked:
+            early = self._asked - probed_at
+            if early > 0.5 * (self._asked - self.since):
+                self._confirmed = 0  # it was taken long before the provider said
+            elif early <= 0 and self._last_refused < self._asked:
+                self._confirmed += 1
         self.kind = None
         self.reason = ""
+        self.next_probe = -inf
 
     def may_probe(self, now: float) -> bool:
         """While closed: the one probe may go now."""

@@ -1,6 +1,12 @@
-"""How many attempts may be in flight."""
+"""How many attempts may be in flight: derived from the pace, and learned where the provider limits it."""
 
 from __future__ import annotations
+
+from collections import deque
+from math import inf
+
+#: Refusals that must all have met more in flight than any accepted attempt did before concurrency is suspected.
+SUSPECT_AFTER = 4
 
 
 class Permits:
@@ -10,22 +16,78 @@ class Permits:
     Shrinking takes nothing back: attempts in flight finish, and none is admitted until they fit.
     """
 
-    __slots__ = ("in_flight", "size")
+    __slots__ = ("_bound", "_budget", "_cut_at", "_most_taken", "_suspects", "in_flight", "learned", "size", "step")
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, budget: float = 0.005) -> None:
         self.size = size
+        """What the pace needs and memory allows."""
+        self.learned = inf
+        """What the provider allows, once a refusal has shown it."""
         self.in_flight = 0
+        self.step = 0
+        """How many more than learned are let out at present, to see whether more is allowed."""
+        self._budget = budget
+        self._cut_at = -inf
+        self._bound = 0
+        self._suspects: deque[int] = deque(maxlen=SUSPECT_AFTER)
+        self._most_taken = 0
+
+    @property
+    def allowed(self) -> float:
+        """Attempts that may be in flight now."""
+        return min(self.size, self.learned + self.step)
 
     @property
     def free(self) -> bool:
         """One more attempt may start."""
-        return self.in_flight < self.size
+        return self.in_flight < self.allowed
 
-    def take(self) -> None:
-        """Count one attempt as in flight."""
+    def take(self) -> int:
+        """Count one attempt as in flight; returns how many there were beside it."""
         self.in_flight += 1
+        return self.in_flight - 1
 
     def give_back(self) -> None:
         """Count one attempt as ended."""
         assert self.in_flight > 0, "a permit was given back twice"  # noqa: S101  a defect of ours, never of a caller
         self.in_flight -= 1
+
+    def accepted(self, beside: int, bound: bool) -> None:
+        """An attempt that had so many beside it was taken. `bound`: it had to wait for a permit."""
+        self._most_taken = max(self._most_taken, beside)
+        if beside >= self.learned:  # more than was thought: the limit has risen, look further and faster
+            self.learned = beside + 1
+            self.step = max(2 * self.step, 1)
+        if bound and self.learned < inf:
+            self._bound += 1
+            if self._bound * self._budget >= 1.0:
+                self._bound = 0
+                self.step = max(self.step, 1)
+
+    def refused(self, now: float, sent_at: float, beside: int) -> None:
+        """The provider refused an attempt with so many beside it, for that reason. One burst is one event."""
+        if sent_at > self._cut_at:
+            self._cut_at = now
+            self.learned = max(beside, 1) if self.learned == inf else max(min(self.learned, beside), 1)
+        elif beside >= 1:
+            self.learned = min(self.learned, beside)
+        self.step = 0
+        self._bound = 0
+
+    def suspect(self, now: float, sent_at: float, beside: int) -> bool:
+        """
+        A refusal named another limit, or none. True if concurrency explains the latest ones better.
+
+        A rate refuses at any number in flight; a limit on concurrency only ever above every number that was taken.
+        """
+        if sent_at <= self._cut_at or self.learned < inf:
+            return False
+        self._cut_at = now
+        self._suspects.append(beside)
+        if len(self._suspects) < SUSPECT_AFTER:
+            return False
+        if min(self._suspects) <= self._most_taken or min(self._suspects) < 2:
+            self._most_taken = max(self._most_taken - 1, 0)  # what was once taken need not be so for ever
+            return False
+        self.learned = min(self._suspects)
+        return True

@@ -1,0 +1,91 @@
+"""The growth limit: a provider that refuses because traffic rose too quickly, whatever the rate itself.
+
+DashScope says "Request rate increased too quickly"; the rule behind it is not published. It is taken to be of the form
+
+    calls in the last second <= base + factor * (calls a second over some time before),
+
+which a burst after a pause breaks and a steady stream never does.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from math import inf
+
+#: The times before the last second, in seconds, that are looked at; the stricter one counts, since the provider's own
+#: is not known.
+MEMORIES = (8.0, 12.0)
+FACTOR = 2.5
+LEAST_BASE = 1.0
+#: What each further refusal takes off the factor.
+CUT = 0.85
+
+
+class GrowthGovernor:
+    """Paces what rises too quickly. Dormant, and free, until the first refusal for growth."""
+
+    __slots__ = ("_bound", "_budget", "_cut_at", "_first", "_log", "base", "factor")
+
+    def __init__(self, budget: float = 0.005) -> None:
+        self.base = inf
+        """Calls in one second that are allowed after a pause; infinite while no refusal was for growth."""
+        self.factor = FACTOR
+        self._budget = budget
+        self._log: list[float] = []  # send times of what was not refused
+        self._cut_at = -inf
+        self._first = False
+        self._bound = 0
+
+    @property
+    def active(self) -> bool:
+        """A refusal for growth has been seen."""
+        return self.base < inf
+
+    def wait(self, now: float) -> float:
+        """Seconds until one more may be sent; 0 for now."""
+        if not self.active:
+            return 0.0
+        last = bisect_right(self._log, now - 1.0)
+        over = len(self._log) - last + 1 - self.allowed(now)
+        if over <= 0:
+            return 0.0
+        # as many of the last second's must have grown older than that
+        index = min(last + max(int(over + 0.999) - 1, 0), len(self._log) - 1)
+        return max(self._log[index] + 1.0 - now, 1e-3) if index >= 0 else 0.1
+
+    def allowed(self, now: float) -> float:
+        """Calls that may be sent in the second before `now`."""
+        before = bisect_right(self._log, now - 1.0)
+        rates = [(before - bisect_left(self._log, now - 1.0 - memory)) / memory for memory in MEMORIES]
+        return max(self.base + self.factor * min(rates), 1.0)
+
+    def sent(self, now: float, bound: bool) -> None:
+        """One attempt goes out. `bound`: it had to wait for this."""
+        log = self._log
+        if len(log) > 64 and log[len(log) // 2] < now - 1.0 - MEMORIES[-1]:
+            del log[: bisect_left(log, now - 1.0 - MEMORIES[-1])]
+        log.append(now)
+        if bound:
+            self._bound += 1
+            if self._bound * self._budget >= 1.0:  # the budget pays for a refusal: perhaps more is allowed
+                self._bound = 0
+                self.factor = min(self.factor * 1.05, 2 * FACTOR)
+                self.base *= 1.05
+
+    def refused(self, now: float, sent_at: float) -> None:
+        """An attempt sent at that time was refused for growth. One burst, told by its send times, is one event."""
+        index = bisect_left(self._log, sent_at)
+        if index < len(self._log) and self._log[index] == sent_at:
+            del self._log[index]
+        if sent_at > self._cut_at:
+            self._first = not self.active
+            if self.active:
+                self.factor *= CUT
+                self.base = max(self.base * 0.97, LEAST_BASE)
+            self._cut_at = now
+            self._bound = 0
+        if self._first:
+            # A first burst after a pause shows the base itself: what was taken of it.
+            taken = bisect_right(self._log, sent_at) - bisect_left(self._log, sent_at - 1.0)
+            before = bisect_left(self._log, sent_at - 1.0) - bisect_left(self._log, sent_at - 1.0 - MEMORIES[0])
+            self.base = max(taken - self.factor * before / MEMORIES[0], LEAST_BASE)

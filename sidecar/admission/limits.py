@@ -1,0 +1,322 @@
+"""Everything that can hold a request of one account and model back, and everything learned about it."""
+
+from __future__ import annotations
+
+from collections import deque
+from math import ceil, inf
+from random import Random
+from typing import TYPE_CHECKING, Any
+
+from .controller import RateController
+from .growth import GrowthGovernor
+from .hold import Hold, HoldKind
+from .permits import Permits
+from .policer import Sent
+from .states import State
+
+if TYPE_CHECKING:
+    from .ticket import Cause, Ticket
+
+#: Consecutive failures (5xx, broken connections) that mean the provider is down, and of how many requests they must be:
+#: one request that breaks the provider each time is not an outage.
+OUTAGE_FAILURES, OUTAGE_TICKETS = 6, 2
+#: Requests that have failed in a row, none answered between, from which on failing is the provider's doing.
+FAILING_TICKETS = 3
+#: After an outage the pace begins at this share of the learned limit.
+OUTAGE_SHARE = 0.4
+#: A probe that was not refused within this many seconds, and thrice the usual time of a refusal, was taken.
+PATIENCE_SECONDS = 0.5
+#: LLM tokens of an answer until one was seen.
+USUAL_OUTPUT = 100.0
+MOST_CONCURRENCY = 1024
+
+
+class Attempt:
+    """What the limits remember of one attempt until its verdict."""
+
+    __slots__ = ("beside", "bound", "probe", "requests", "started", "ticket", "tokens", "told")
+
+    def __init__(self, ticket: Ticket, now: float, beside: int, bound: Cause | None, probe: bool) -> None:
+        self.ticket = ticket
+        self.started = now
+        self.beside = beside
+        """Attempts in flight when this one started."""
+        self.bound = bound
+        """The gate that held the queue just before."""
+        self.probe = probe
+        self.told = False
+        """It has had its verdict."""
+        self.requests: Sent | None = None
+        self.tokens: Sent | None = None
+
+
+class Limits:
+    """The gates in front of one account and model. Synchronous; every call takes `now`, nothing is scheduled."""
+
+    def __init__(
+        self,
+        now: float,
+        *,
+        requests_per_second: float = inf,
+        tokens_per_second: float = inf,
+        concurrency: int | None = None,
+        refusal_budget: float = 0.005,
+        paced: bool = True,
+        random: Random | None = None,
+    ) -> None:
+        """`paced` False: only permits and holds, for a backend that has no quota."""
+        self._paced = paced
+        self._pinned = concurrency is not None
+        self._random = (random or Random()).random  # noqa: S311  jitter, not a secret
+        self.permits = Permits(concurrency or MOST_CONCURRENCY, refusal_budget)
+        self.hold = Hold()
+        self.requests = RateController(
+            now, ceiling=requests_per_second if paced else inf, budget=refusal_budget, dormant=not paced
+        )
+        self.tokens = RateController(
+            now, ceiling=tokens_per_second if paced else inf, budget=refusal_budget, typical=1000.0, dormant=True
+        )
+        self.growth = GrowthGovernor(refusal_budget)
+        self.latency = 0.0
+        """Seconds that an answer takes, smoothed."""
+        self._latencies: deque[float] = deque(maxlen=64)
+        self._failures = 0
+        self._failed: set[Ticket] = set()
+        self._probe: Attempt | None = None
+        self._output = USUAL_OUTPUT
+        self._correction = 1.0
+
+    # -- the gates -----------------------------------------------------------------------------------------------------
+
+    def closed(self, now: float, ticket: Ticket) -> tuple[Cause | None, float]:
+        """The gate that keeps this ticket from starting now and when time alone opens it (inf: an event must)."""
+        hold = self.hold
+        if hold.kind is not None:
+            if hold.probing and self._patience(now) <= 0:
+                self._opened(now)
+            elif hold.may_probe(now):
+                return None, now
+            else:
+                return "hold", now + self._patience(now) if hold.probing else hold.next_probe
+        if not self.permits.free:
+            return "concurrency", inf
+        if not self._paced:
+            return None, now
+        wait = self.requests.wait(now, 1.0)
+        if wait > 0:
+            return "request_rate", now + wait
+        wait = self.growth.wait(now)
+        if wait > 0:
+            return "growth", now + wait
+        wait = self.tokens.wait(now, self.cost(ticket))
+        if wait > 0:
+            return "token_rate", now + wait
+        return None, now
+
+    def cost(self, ticket: Ticket) -> float:
+        """LLM tokens that the ticket will take: its input as far as it can be told, and an answer of usual length."""
+        return ticket.tokens * self._correction + self._output
+
+    def start(self, now: float, ticket: Ticket, bound: Cause | None) -> Attempt:
+        """One attempt goes out. `bound` is the gate that held the queue since the last one; None if none did."""
+        attempt = Attempt(ticket, now, self.permits.take(), bound, self.hold.kind is not None)
+        if attempt.probe:
+            self.hold.probing = True
+            self._probe = attempt
+        if self._paced:
+            attempt.requests = self.requests.sent(now, 1.0, bound == "request_rate")
+            self.growth.sent(now, bound == "growth")
+            cost = self.cost(ticket)
+            self.tokens.typical += 0.05 * (cost - self.tokens.typical)
+            attempt.tokens = self.tokens.sent(now, cost, bound == "token_rate")
+        return attempt
+
+    def held(self, now: float) -> float:
+        """Seconds for which nothing can start, as far as is known."""
+        return max(self.hold.next_probe - now, 0.0) if self.hold.kind is not None else 0.0
+
+    def throughput(self, now: float, ticket: Ticket) -> float:
+        """Attempts a second, each like this ticket, that can start at present; infinite while nothing is known."""
+        pace = inf
+        if self._paced:
+            pace = min(self.requests.pace(now), self.tokens.pace(now) / self.cost(ticket))
+        if self.latency > 0:
+            pace = min(pace, self.permits.allowed / self.latency)
+        return pace
+
+    @property
+    def failing(self) -> bool:
+        """The provider fails request after request: none of them is to blame."""
+        return self.hold.kind is not None or len(self._failed) >= FAILING_TICKETS
+
+    # -- verdicts ------------------------------------------------------------------------------------------------------
+
+    def accepted(self, attempt: Attempt, now: float, usage: tuple[int, int] | None = None) -> None:
+        """The provider took the attempt. `usage` are the LLM tokens that it counted, of input and output."""
+        attempt.told = True
+        self._failures = 0
+        self._failed.clear()
+        if attempt is self._probe:
+            self._opened(now)
+        self.permits.accepted(attempt.beside, attempt.bound == "concurrency")
+        if attempt.requests is not None:
+            self.requests.accepted(now, attempt.requests)
+        if attempt.tokens is not None:
+            self.tokens.accepted(now, attempt.tokens)
+            if usage is not None:
+                self._settle(attempt, now, *usage)
+        seconds = now - attempt.started
+        self.latency += (0.1 if self._latencies else 1.0) * (seconds - self.latency)
+        self._latencies.append(seconds)
+        if len(self._latencies) % 16 == 1:
+            self._size_permits(now)
+
+    def throttled(self, attempt: Attempt, now: float, kind: str, reason: str, retry_after: float | None = None) -> None:
+        """The provider refused the attempt because of a limit of this kind (`backends.base.ThrottleKind`)."""
+        attempt.told = True
+        self._failures = 0
+        self._failed.clear()
+        if kind == "capacity":
+            if attempt is self._probe or self.hold.kind is None:
+                self._close(now, HoldKind.CAPACITY, reason, retry_after)
+            self._void(attempt, now)
+            return
+        if attempt is self._probe:
+            if attempt.requests is not None:
+                attempt.requests.refused = True
+            self._void(attempt, now)
+            self._close(now, self.hold.kind or HoldKind.BLACKOUT, reason, retry_after)
+            return
+        if attempt.requests is None or attempt.tokens is None:
+            return
+        if self.hold.kind is not None:  # sent before everything was
+            self._void(attempt, now)
+            return
+        named = self._dimension(attempt, now, kind)
+        if named == "growth":
+            self.growth.refused(now, attempt.started)
+        elif named == "concurrency":
+            self.permits.refused(now, attempt.started, attempt.beside)
+        barren = False
+        for dimension, controller, sent in (
+            ("request_rate", self.requests, attempt.requests),
+            ("token_rate", self.tokens, attempt.tokens),
+        ):
+            if dimension == named:
+                barren = controller.refused(now, sent)
+            else:
+                controller.void(now, sent)
+        if barren:
+            self._close(now, HoldKind.BLACKOUT, reason, retry_after)
+
+    def failed(self, attempt: Attempt, now: float, reason: str) -> None:
+        """The provider failed, or could not be reached."""
+        attempt.told = True
+        self._failures += 1
+        self._failed.add(attempt.ticket)
+        self._void(attempt, now)
+        down = self._failures >= OUTAGE_FAILURES and len(self._failed) >= OUTAGE_TICKETS
+        if attempt is self._probe or (self.hold.kind is None and down):
+            self._close(now, HoldKind.OUTAGE, reason)
+
+    def account_refused(self, attempt: Attempt, now: float, reason: str) -> None:
+        """The provider refuses the account (billing)."""
+        attempt.told = True
+        self._void(attempt, now)
+        self._close(now, HoldKind.BILLING, reason)
+
+    def ended(self, attempt: Attempt, now: float) -> None:
+        """The attempt is over, whatever it said: its permit is free."""
+        self.permits.give_back()
+        if not attempt.told:
+            self._void(attempt, now)
+        if attempt is self._probe:  # without a verdict: its caller left
+            self._probe = None
+            self.hold.probing = False
+
+    # -- what follows --------------------------------------------------------------------------------------------------
+
+    def _dimension(self, attempt: Attempt, now: float, kind: str) -> str:
+        """What a refusal is booked to: what it names, unless something else explains it better."""
+        if kind in {"unknown", "request_rate"} and self.permits.suspect(now, attempt.started, attempt.beside):
+            return "concurrency"
+        if kind == "unknown":
+            # the dimension with the highest use of its own limit; requests while nothing is known
+            used = self.tokens.use(now)
+            return "token_rate" if used > 0 and used > self.requests.use(now) else "request_rate"
+        return kind
+
+    def _void(self, attempt: Attempt, now: float) -> None:
+        if attempt.requests is not None:
+            self.requests.void(now, attempt.requests)
+        if attempt.tokens is not None:
+            self.tokens.void(now, attempt.tokens)
+
+    def _settle(self, attempt: Attempt, now: float, input_tokens: int, output_tokens: int) -> None:
+        """Put what it cost in the place of what was reserved, and reserve better."""
+        if attempt.tokens is not None:
+            self.tokens.settle(now, attempt.tokens, float(input_tokens + output_tokens))
+        self._output += 0.1 * (output_tokens - self._output)
+        if attempt.ticket.tokens > 0:
+            ratio = min(max(input_tokens / attempt.ticket.tokens, 0.1), 10.0)
+            self._correction += 0.1 * (ratio - self._correction)
+
+    def _patience(self, now: float) -> float:
+        """Seconds until a probe of which nothing was heard counts as taken; infinite where silence means nothing."""
+        if self._probe is None or self.hold.kind is not HoldKind.BLACKOUT:
+            return inf
+        return self._probe.started + max(PATIENCE_SECONDS, 3 * self.requests.refusal_seconds) - now
+
+    def _close(self, now: float, kind: HoldKind, reason: str, retry_after: float | None = None) -> None:
+        self._probe = None
+        self.hold.probing = False
+        self.hold.close(now, kind, reason, retry_after, jitter=0.8 + 0.4 * self._random())
+
+    def _opened(self, now: float) -> None:
+        """A probe was taken: the provider takes work again."""
+        hold, probe = self.hold, self._probe
+        if probe is None:
+            return
+        if hold.kind is HoldKind.BLACKOUT:
+            for controller in (self.requests, self.tokens):
+                if controller.state is not State.START:
+                    controller.recovered(now, hold.since, probe.started, hold.gap)
+        elif hold.kind is HoldKind.OUTAGE:
+            self.requests.restart(now, OUTAGE_SHARE)
+        hold.open(probe.started)
+        self._probe = None
+        hold.probing = False
+
+    def _size_permits(self, now: float) -> None:
+        """Enough permits for the pace: 2 x pace x p90 latency (Little's law with room), at least 8."""
+        if self._pinned:
+            return
+        if self.requests.limit == inf:
+            self.permits.size = MOST_CONCURRENCY
+            return
+        p90 = sorted(self._latencies)[int(len(self._latencies) * 0.9)]
+        self.permits.size = min(max(ceil(2 * self.requests.pace(now) * p90), 8), MOST_CONCURRENCY)
+
+    # -- for operators and the state file ------------------------------------------------------------------------------
+
+    def status(self, now: float) -> dict[str, Any]:
+        """What was learned, and when and why it last changed, as plain data. Rates are a second."""
+        growth, permits, hold = self.growth, self.permits, self.hold
+        return {
+            "requests": self.requests.status(now),
+            "tokens": self.tokens.status(now),
+            "growth": {"base": growth.base, "factor": round(growth.factor, 3)} if growth.active else None,
+            "concurrency": {
+                "allowed": permits.allowed,
+                "learned": None if permits.learned == inf else permits.learned,
+                "in_flight": permits.in_flight,
+            },
+            "hold": None
+            if hold.kind is None
+            else {
+                "kind": hold.kind.value,
+                "reason": hold.reason,
+                "since_seconds": round(now - hold.since, 1),
+                "next_probe_seconds": round(max(hold.next_probe - now, 0.0), 1),
+            },
+        }

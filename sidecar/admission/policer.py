@@ -1,0 +1,78 @@
+"""What a refusal proves about a token bucket that nobody has seen.
+
+A provider's quota is modelled as a policer: a bucket that refills at `rate` and holds `burst`; a call that finds less
+than its amount in it is refused and takes nothing. So at the instant of a refusal the bucket is *known*: as good as
+empty. Every call that was taken since then is a lower bound on the rate, and the next refusal is an upper bound: two
+refusals with n calls between them, `seconds` apart, give the rate to within 1/n. That holds whatever the burst is, as
+long as the bucket did not run full in between; where it did, the burst decides what was lost, hence `burst` below.
+
+Linux' BBR estimates a policer's rate in the same way (`lt_bw` in net/ipv4/tcp_bbr.c), without the bounds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from math import inf
+
+
+class Sent:
+    """One attempt as a controller remembers it: when it was sent, how much it took, and whether it was refused."""
+
+    __slots__ = ("amount", "at", "bound", "refused")
+
+    def __init__(self, at: float, amount: float, bound: bool) -> None:
+        self.at = at
+        self.amount = amount
+        self.bound = bound
+        """It had to wait for this dimension: more would have been sent."""
+        self.refused = False
+
+
+def level_after(start: float, level: float, sent: Sequence[Sent], *, at: float, rate: float, burst: float) -> float:
+    """
+    What a bucket holds at `at` that held `level` at `start` and gave each of `sent` its amount.
+
+    level(t) = min(burst, level(t0) + rate * (t - t0)) - amount; negative where so much could not have been taken.
+    """
+    for one in sent:
+        level = min(burst, level + rate * (one.at - start)) - one.amount
+        start = one.at
+    return min(burst, level + rate * (at - start))
+
+
+def rate_between(start: float, taken: Sequence[Sent], at: float, amount: float, burst: float) -> tuple[float, float]:
+    """
+    The lowest and the highest rate at which a bucket, empty at `start`, takes all of `taken` and refuses `amount` at
+    `at`. `taken` are in order, after `start` and not after `at`. (0, inf) where that says nothing.
+    """
+    seconds = at - start
+    if seconds <= 0:
+        return 0.0, inf
+    total = sum(one.amount for one in taken)
+    most = (total + amount) / seconds
+    burst = max(burst, amount)
+    # The lowest at which no call found less than its amount, though it began with just less than `amount`.
+    lowest = _bisect(most, lambda rate: _takes(start, amount, taken, rate, burst))
+    # The highest that leaves less than `amount` at the end, though it began with nothing.
+    highest = _bisect(most, lambda rate: level_after(start, 0.0, taken, at=at, rate=rate, burst=burst) >= amount)
+    return lowest, max(highest, lowest)
+
+
+def _takes(start: float, level: float, sent: Sequence[Sent], rate: float, burst: float) -> bool:
+    for one in sent:
+        level = min(burst, level + rate * (one.at - start)) - one.amount
+        start = one.at
+        if level < -1e-9 * one.amount:
+            return False
+    return True
+
+
+def _bisect(guess: float, holds: Callable[[float], bool]) -> float:
+    """The rate from which on `holds`, to within a part in a thousand or so; 0 where it always does."""
+    low, high = 0.0, guess
+    while not holds(high) and high < 1000 * guess:
+        low, high = high, 2 * high
+    for _ in range(12):
+        middle = (low + high) / 2
+        low, high = (low, middle) if holds(middle) else (middle, high)
+    return low

@@ -1,0 +1,24 @@
+"""The states of a rate's controller, and what may follow what."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+
+class State(StrEnum):
+    """What the controller is doing. Also the values of the `state` label of `sidecar_limit_state`."""
+
+    START = "start"
+    """Nothing was ever refused."""
+    ASSESS = "assess"
+    """The limit is known roughly; the pace rises steeply to find it."""
+    STEADY = "steady"
+    """The limit is known well, and the pace is below it."""
+    PROBE = "probe"
+    """The pace is above the limit, to see whether it has risen."""
+    SHARED = "shared"
+    """Others use the account too: no limit of one's own can be learned, only a share be kept."""
+
+
+#: What a refusal that comes too early takes off, the first and the second time; the third time it is measured.
+CUTS = (0.985, 0.94)
