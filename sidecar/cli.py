@@ -19,7 +19,8 @@ log = logging.getLogger("sidecar")
 
 def main(argv: list[str] | None = None) -> NoReturn:
     """Run a command and exit: 0 well, 2 bad usage or settings (one line on stderr), 1 anything else."""
-    args = _parser().parse_args(argv)
+    given = sys.argv[1:] if argv is None else argv
+    args = _parser(given[:1]).parse_args(given)
     try:
         status = args.run(args)
     except SettingsError as error:
@@ -30,7 +31,8 @@ def main(argv: list[str] | None = None) -> NoReturn:
     sys.exit(status)
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(called: list[str]) -> argparse.ArgumentParser:
+    """The parser. What only some commands load is loaded for the command that is called."""
     parser = argparse.ArgumentParser(
         prog="vlm-sidecar",
         description="A localhost proxy that learns how much a vision-model provider allows, and queues fairly for it.",
@@ -47,6 +49,13 @@ def _parser() -> argparse.ArgumentParser:
     check = command("check", _check, "print the settings in force, and try the backend step by step")
     check.add_argument("--json", action="store_true", help="print one JSON object")
     _add_settings(check)
+    demo = command("demo", _demo, "show the main job end to end: the same cameras with and without a sidecar")
+    demo.add_argument("--speed", type=float, default=1.0, help="play it so many times as fast (default: 1)")
+    simulate = command("simulate", _simulate, "run the simulated provider alone, with hidden quotas, for tests")
+    if called == ["simulate"]:
+        from backends.simulated.command import add_options  # noqa: PLC0415
+
+        add_options(simulate)
     drain = command("drain", _drain, "ask a running sidecar to finish what it has and stop; waits until it has")
     drain.add_argument("--admin-port", type=int, default=9464, help="its admin port (default: 9464)")
     drain.add_argument("--timeout", type=float, default=30.0, help="seconds to wait for it (default: 30)")
@@ -118,6 +127,18 @@ def _check(args: argparse.Namespace) -> int:
 
     settings, origins = load(_given(args), file=args.config)
     return check(settings, origins, as_json=args.json)
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from .demo import show  # noqa: PLC0415
+
+    return show(args.speed)
+
+
+def _simulate(args: argparse.Namespace) -> int:
+    from backends.simulated.command import run  # noqa: PLC0415
+
+    return run(args)
 
 
 def _drain(args: argparse.Namespace) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from math import inf
+from math import inf, isfinite
 from typing import Any, TypeVar, cast
 
 T = TypeVar("T")
@@ -69,12 +69,21 @@ class Profile:
         """Refuse what makes no sense: raises `ValueError` that names the field."""
         for name in _NAMES:
             value = getattr(self, name)
-            if not isinstance(value, int | float):
+            if not isinstance(value, int | float) or name == "seed":
                 continue
             if name.endswith("_share") and not 0 <= value <= 1:
                 raise ValueError(f"{name} must be within 0 and 1, not {value}")
             if name.endswith(("_per_second", "_requests", "_tokens")) and not value > 0:
                 raise ValueError(f"{name} must be above 0, not {value}")
+            if name != "first_token_seconds" and not value >= 0:
+                raise ValueError(f"{name} must be at least 0, not {value}")
+            if name.endswith("_seconds") and not isfinite(value):
+                raise ValueError(f"{name} must be a number of seconds, not {value}")
+        if self.outage_status and not 400 <= self.outage_status <= 599:
+            raise ValueError(f"outage_status must be 0 or within 400 and 599, not {self.outage_status}")
+        for start, end in self.outages:
+            if not 0 <= start < end:
+                raise ValueError(f"outages must begin at 0 or later and end after that, not {start}-{end}")
         if self.others_share == 1:
             raise ValueError("others_share must be below 1: nothing would be left")
         for name in ("window_seconds", "sliding_seconds", "growth_memory_seconds"):
@@ -132,7 +141,7 @@ def _change(item: object) -> tuple[float, Mapping[str, object]]:
     return float(at), dict(values)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse._ActionsContainer) -> None:
     """Give a command one option for each field of a profile: `--latency 1.27`, `--outages 60-120`, …"""
     for item in fields(Profile):
         flag = item.metadata["flag"] or "--" + item.name.removesuffix("_seconds").replace("_", "-")

@@ -104,6 +104,7 @@ class Provider:
         self._began = asyncio.get_running_loop().time()
         self._profile = profile
         for quota in self._quotas.values():
+            quota.advance(self._began)
             quota.change(profile, self._began)
 
     def call(self, request: Request) -> Call:

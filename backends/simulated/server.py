@@ -129,8 +129,8 @@ def _reset(request: web.Request) -> None:
 
 def _check_key(request: web.Request, dialect: Dialect) -> web.Response | None:
     key = request.app[_KEY]
-    given = request.headers.get("Authorization", "")
-    if not key or hmac.compare_digest(given.encode(), f"Bearer {key}".encode()):
+    given = request.headers.get("Authorization", "").encode(errors="surrogateescape")  # as aiohttp decodes headers
+    if not key or hmac.compare_digest(given, f"Bearer {key}".encode()):
         return None
     body = FAULTS["key"].body(dialect, "00000000-0000-0000-0000-000000000000")
     return web.Response(status=FAULTS["key"].status, body=body, content_type="application/json")

@@ -155,6 +155,11 @@ def _table(value: object) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
+def _count_of(value: object) -> int | None:
+    """A whole number above 0, or None for what is none: a provider ignores what it cannot read."""
+    return value if isinstance(value, int) and value > 0 else None
+
+
 def read_prompt(body: bytes, dialect: Dialect, model: str) -> Prompt | Fault:
     """Understand a body, or say what is wrong with it as the provider would. `model` is for one that names none.
 
@@ -175,20 +180,19 @@ def read_prompt(body: bytes, dialect: Dialect, model: str) -> Prompt | Fault:
     if not isinstance(messages, list) or not messages:
         return FAULTS["messages"]
     simulate = _table(data.get("simulate"))
-    if "input_tokens" in simulate:
-        text, images = simulate["input_tokens"], 0
+    if (told := _count_of(simulate.get("input_tokens"))) is not None:
+        text, images = told, 0
     else:
         text, images = _count(messages, model, bool(asked.get("vl_high_resolution_images")))
-    max_tokens = asked.get("max_tokens", asked.get("max_completion_tokens"))
     return Prompt(
         model=model,
         text_tokens=text,
         image_tokens=images,
-        max_tokens=max(1, max_tokens) if isinstance(max_tokens, int) else None,
+        max_tokens=_count_of(asked.get("max_tokens", asked.get("max_completion_tokens"))),
         stream=bool(asked.get("stream")),
         include_usage=bool(_table(asked.get("stream_options")).get("include_usage")),
         incremental=bool(asked.get("incremental_output")),
-        fixed_output_tokens=simulate.get("output_tokens"),
+        fixed_output_tokens=_count_of(simulate.get("output_tokens")),
         echo=bool(simulate.get("echo")),
     )
 
@@ -198,8 +202,7 @@ def _count(messages: list[Any], model: str, high_resolution: bool) -> tuple[int,
     chars = images = 0
     for message in messages:
         content = message.get("content") if isinstance(message, dict) else None
-        parts: list[dict[str, Any]] = content if isinstance(content, list) else [{"text": content}]
-        for part in parts:
+        for part in map(_table, content if isinstance(content, list) else [{"text": content}]):
             if isinstance(text := part.get("text"), str):
                 chars += len(text)
             image = part.get("image") or part.get("image_url")
@@ -211,8 +214,8 @@ def _count(messages: list[Any], model: str, high_resolution: bool) -> tuple[int,
                     height,
                     model,
                     high_resolution=high_resolution,
-                    min_pixels=part.get("min_pixels"),
-                    max_pixels=part.get("max_pixels"),
+                    min_pixels=_count_of(part.get("min_pixels")),
+                    max_pixels=_count_of(part.get("max_pixels")),
                 )
     return max(1, round(chars / CHARS_PER_TOKEN)), images
 
