@@ -36,6 +36,7 @@ demo: .venv/.ready ## show the main job end to end: no key, no GPU, no network s
 	@$(RUN)vlm-sidecar demo
 
 test: .venv/.torch ## set up and pass every test, those of the in-process model with a real torch among them
+	@.ci/parts
 	$(RUN)pytest
 
 run: .venv/.ready ## start the sidecar for real (settings from the environment)
@@ -54,5 +55,5 @@ scenarios: .venv/.ready ## how well the limits are learned, in virtual time, bes
 	$(RUN)python bench/scenarios.py
 
 clean: ## remove what the targets above made
-	rm -rf .uv .venv .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis dist
+	rm -rf .uv .venv .parts .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,54 @@
+"""Every object that is rendered is what the API server of each Kubernetes version takes, unknown keys refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate
+import pytest
+from rendering import K8S, OVERLAYS, deployment, render
+
+NATIVE_SIDECARS_SINCE = 29
+VERSIONS = [int(version.split(".")[1]) for version in kubernetes_validate.utils.all_versions()]
+
+
+@pytest.mark.parametrize("minor", [minor for minor in VERSIONS if minor >= NATIVE_SIDECARS_SINCE])
+def test_every_overlay_fits_every_version_with_native_sidecars(minor: int) -> None:
+    for item in _distinct(OVERLAYS):
+        kubernetes_validate.validate(item, f"1.{minor}", strict=True)
+
+
+@pytest.mark.parametrize("minor", [minor for minor in VERSIONS if minor < NATIVE_SIDECARS_SINCE])
+def test_the_overlay_for_older_clusters_fits_them(minor: int) -> None:
+    for item in _distinct([K8S / "overlays" / "dashscope-before-1.29"]):
+        kubernetes_validate.validate(item, f"1.{minor}", strict=True)
+
+
+def _distinct(overlays: list[Path]) -> list[dict[str, Any]]:
+    objects: list[dict[str, Any]] = []
+    for overlay in overlays:
+        objects += [item for item in render(overlay) if item not in objects]
+    return objects
+
+
+def test_versions_known_to_the_schemas_are_those_that_are_promised() -> None:
+    assert NATIVE_SIDECARS_SINCE in VERSIONS and max(VERSIONS) >= 37
+
+
+def test_a_misspelt_key_is_refused() -> None:
+    """The strict schemas do find what the tests above look for."""
+    misspelt = deployment(render(K8S / "overlays" / "simulated"))
+    misspelt["spec"]["template"]["spec"]["initContainers"][0]["readinesProbe"] = {}
+    with pytest.raises(kubernetes_validate.ValidationError, match="readinesProbe"):
+        kubernetes_validate.validate(misspelt, "1.29", strict=True)
+
+
+@pytest.mark.parametrize("kind", ["PodMonitor", "PrometheusRule"])
+def test_monitoring_fits_the_operators_models(kind: str) -> None:
+    """The models pass over keys they do not know, so what they give back must be what they were given."""
+    from cloudcoil.models.prometheus_operator import v1  # noqa: PLC0415  three seconds to import
+
+    (item,) = (item for item in render(K8S / "monitoring") if item["kind"] == kind)
+    model = getattr(v1, kind).model_validate(item)
+    assert model.model_dump(mode="json", by_alias=True, exclude_unset=True) == item
