@@ -12,7 +12,7 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry
 
-from backends.base import Backend, BackendError
+from backends.base import BackendError
 from backends.keyfile import KeyFile
 from backends.registry import backend_class
 
@@ -21,7 +21,7 @@ from .admin import AdminServer
 from .admission import Admission
 from .api.call import Limits
 from .api.server import DataServer
-from .dispatch import Dispatcher
+from .dispatch import Dispatcher, Route
 from .gauges import AdmissionGauges
 from .health import Health
 from .listener import Listener
@@ -55,18 +55,18 @@ class Sidecar:
         self._telemetry = Telemetry(registry)
         self._telemetry.build_info.labels(__version__, platform.python_version()).set(1)
         self.health = Health()
-        self.backend = make_backend(settings, self._telemetry)
-        self.admission = _admission(settings, self.backend)
-        admissions = {self.backend.name: self.admission}
+        self.routes = [_route(settings, name, self._telemetry) for name in settings.backend_names]
+        self.health.backend_reason = self._no_backend_is_ready
+        admissions = {route.name: route.admission for route in self.routes}
         registry.register(AdmissionGauges(admissions))
         self.data = DataServer(
-            Dispatcher(self.backend, self.admission, self._telemetry),
+            Dispatcher(self.routes, self._telemetry),
             Limits(
                 deadline=settings.deadline,
                 max_body_bytes=settings.max_body_bytes,
                 key_header=settings.key_header,
-                default_model=settings.dashscope_model,
-                passthrough=settings.passthrough and self.backend.name == "dashscope",
+                default_model=getattr(self.routes[0].backend, "model_id", settings.dashscope_model),
+                passthrough=settings.passthrough and self.routes[0].name == "dashscope",
             ),
             api_key=settings.api_key,
             access_log=settings.access_log,
@@ -93,15 +93,16 @@ class Sidecar:
             await self.close()
 
     async def start(self) -> None:
-        """Open the admin listener, then the backend, then the data listener, so that probes see each step."""
+        """Open the admin listener, then the backends, then the data listener, so that probes see each step."""
         settings = self.settings
         for number in (signal.SIGTERM, signal.SIGINT):
             self._loop.add_signal_handler(number, self._on_signal)
         self.admin_port = await _open(self._admin_listener, settings.admin_host, settings.admin_port, "admin_port")
-        try:
-            await self.backend.start()
-        except BackendError as error:
-            raise StartError(f"SIDECAR_BACKEND={self.backend.name} cannot start: {error.message}") from error
+        for route in self.routes:
+            try:
+                await route.backend.start()
+            except BackendError as error:
+                raise StartError(f"SIDECAR_BACKEND={route.name} cannot start: {error.message}") from error
         self.data_port = await _open(self._data_listener, settings.host, settings.port, "port")
         if settings.unix_socket is not None:
             try:
@@ -111,11 +112,12 @@ class Sidecar:
         self.health.started = True
         gc.collect()
         gc.freeze()  # what start-up made is never garbage: no collection need walk it again
-        if self.backend.name == "simulated":
+        names = ",".join(route.name for route in self.routes)
+        if "simulated" in names:
             log.warning("SIMULATED answers: no provider is configured. Set SIDECAR_DASHSCOPE_API_KEY to serve for real")
         log.info(
             "vlm-sidecar %s serves %s on %s:%d, probes and metrics on %s:%d",
-            __version__, self.backend.name, settings.host, self.data_port, settings.admin_host, self.admin_port,
+            __version__, names, settings.host, self.data_port, settings.admin_host, self.admin_port,
         )  # fmt: skip
 
     def drain(self) -> None:
@@ -123,7 +125,8 @@ class Sidecar:
         if not self._told_to_drain.is_set():
             log.info("draining: %d requests are under way", self.data.under_way)
             self.health.draining = True
-            self.admission.draining = True
+            for route in self.routes:
+                route.admission.draining = True
             self._told_to_drain.set()
 
     def _on_signal(self) -> None:
@@ -146,10 +149,16 @@ class Sidecar:
     async def close(self) -> None:
         """Let go of everything, in the reverse order of `start`."""
         await self._data_listener.close()
-        await self.backend.close()
+        for route in reversed(self.routes):
+            await route.backend.close()
         await self._admin_listener.close()
         for number in (signal.SIGTERM, signal.SIGINT):
             self._loop.remove_signal_handler(number)
+
+    def _no_backend_is_ready(self) -> str | None:
+        """Why the first backend can serve nothing, when none can."""
+        reasons = [route.ready_reason() for route in self.routes]
+        return None if None in reasons else reasons[0]
 
     async def _watch_lag(self) -> None:
         observe = self._telemetry.event_loop_lag.observe
@@ -171,28 +180,50 @@ def _reason(error: OSError) -> str:
     return error.strerror.rpartition(": ")[2] if error.strerror else str(error)
 
 
-def make_backend(settings: Settings, telemetry: Telemetry) -> Backend:
-    """Make the backend that the settings name; it is not started. Raises `StartError` that names the setting."""
-    name = settings.backend_name
-    made: Any
+def _route(settings: Settings, name: str, telemetry: Telemetry) -> Route:
+    """A backend and the admission in front of it. What has slots of its own needs no pace, and no limit is learned."""
+    backend = make_backend(settings, name)
+    slots: int | None = getattr(backend, "slots", None)
+    pinned = settings.max_concurrency
+    admission = Admission(
+        queue_size=settings.queue_size,
+        queue_bytes=settings.queue_bytes,
+        requests_per_second=_per_second(settings.requests_per_minute),
+        tokens_per_second=_per_second(settings.tokens_per_minute),
+        concurrency=pinned if slots is None else min(slots, pinned or slots),
+        refusal_budget=settings.refusal_budget,
+        paced=slots is None,
+    )
+    if name != "local":
+        return Route(backend, admission)
+    queue = admission.lane("").queue
+    backend.queued = lambda: len(queue)  # from the engine's thread: one look at one number
+    backend.on_batch = telemetry.batch_size.labels(name).observe
+    return Route(backend, admission, backend.ready_reason)
+
+
+def make_backend(settings: Settings, name: str) -> Any:
+    """Make a backend as the settings say; it is not started. Raises `StartError` that names the setting."""
+    backend = backend_class(name)
     if name == "dashscope":
         try:
-            made = backend_class(name)(
+            return backend(
                 base_url=settings.dashscope_url, native_url=settings.dashscope_native_url, key=_key(settings)
             )
         except ValueError as error:
             raise StartError(f"SIDECAR_DASHSCOPE_URL: {error}") from error
-    elif name == "local":
-        made = backend_class(name)(
-            settings.local_model,
-            device=settings.local_device,
-            max_batch=settings.local_max_batch,
-            batch_wait_seconds=settings.local_batch_wait,
-        )
-        made.on_batch = telemetry.batch_size.labels("local").observe
-    else:
-        made = backend_class(name)()
-    return made  # type: ignore[no-any-return]  # every class in the registry is one
+    if name == "local":
+        try:
+            return backend(
+                settings.local_model,
+                device=settings.local_device,
+                max_batch=settings.local_max_batch,
+                batch_wait_seconds=settings.local_batch_wait,
+                image_urls=settings.local_image_urls.split(),
+            )
+        except ValueError as error:
+            raise StartError(f"SIDECAR_LOCAL_IMAGE_URLS: {error}") from error
+    return backend()
 
 
 def _key(settings: Settings) -> Callable[[], str | None]:
@@ -204,19 +235,6 @@ def _key(settings: Settings) -> Callable[[], str | None]:
     except (OSError, ValueError) as error:
         reason = f"{settings.dashscope_api_key_file}: {error.strerror}" if isinstance(error, OSError) else error
         raise StartError(f"SIDECAR_DASHSCOPE_API_KEY_FILE: {reason}") from error
-
-
-def _admission(settings: Settings, backend: Backend) -> Admission:
-    slots = getattr(backend, "slots", None)
-    return Admission(
-        queue_size=settings.queue_size,
-        queue_bytes=settings.queue_bytes,
-        requests_per_second=_per_second(settings.requests_per_minute),
-        tokens_per_second=_per_second(settings.tokens_per_minute),
-        concurrency=settings.max_concurrency or slots,
-        refusal_budget=settings.refusal_budget,
-        paced=slots is None,
-    )
 
 
 def _per_second(per_minute: float | None) -> float:

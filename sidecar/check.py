@@ -19,7 +19,6 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import asdict, dataclass
 
 import orjson
-from prometheus_client import CollectorRegistry
 from yarl import URL
 
 from backends.base import (
@@ -37,7 +36,6 @@ from backends.connections import environment_proxy
 
 from .app import StartError, make_backend
 from .settings import SECRETS, Settings
-from .telemetry import Telemetry
 
 #: Seconds for each step of the network, and for an answer (a cold model may load first).
 _CONNECT_SECONDS, _ANSWER_SECONDS = 5.0, 60.0
@@ -79,7 +77,7 @@ def check(settings: Settings, origins: dict[str, str], *, as_json: bool) -> int:
 def _shown(settings: Settings, origins: dict[str, str]) -> Iterator[tuple[str, str, str]]:
     """Name, masked value and origin of every setting."""
     for name in Settings.model_fields:
-        value = settings.backend_name if name == "backend" else getattr(settings, name)
+        value = ",".join(settings.backend_names) if name == "backend" else getattr(settings, name)
         if value is None:
             text = "auto" if name in ("max_concurrency", "requests_per_minute", "tokens_per_minute") else "-"
         elif name in SECRETS:
@@ -102,7 +100,7 @@ def _print(step: Step) -> None:
 async def _all(settings: Settings, tell: Callable[[Step], None]) -> list[Step]:
     """Try every backend that is named, each up to its first failure."""
     steps: list[Step] = []
-    for name in (name.strip() for name in settings.backend_name.split(",")):
+    for name in settings.backend_names:
         async for step in _try(name, settings):
             steps.append(step)
             tell(step)
@@ -114,7 +112,7 @@ async def _all(settings: Settings, tell: Callable[[Step], None]) -> list[Step]:
 async def _try(name: str, settings: Settings) -> AsyncIterator[Step]:
     watch = _Watch(name)
     try:
-        backend = make_backend(settings.model_copy(update={"backend": name}), Telemetry(CollectorRegistry()))
+        backend = make_backend(settings, name)
     except StartError as error:
         yield watch.step("settings", False, str(error))
         return

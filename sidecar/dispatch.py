@@ -1,14 +1,14 @@
 """Takes a ticket through: permit, attempt, verdict back to admission, and round again while that helps.
 
-The only loop around a backend. It decides what a failed attempt means for the request (again, or an error to the
-caller) and tells admission, in plain terms, what it means for the limits.
+The only loop around backends. It decides what a failed attempt means for the request (again, elsewhere, or an error to
+the caller) and tells admission, in plain terms, what it means for the limits.
 """
 
 from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 
 from backends.base import (
     Backend,
@@ -23,7 +23,7 @@ from backends.base import (
     Unreachable,
 )
 
-from .admission import Admission, DeadlineUnreachable, Permit, Ticket
+from .admission import Admission, DeadlineUnreachable, Draining, NotAdmitted, OnHold, Permit, Superseded, Ticket
 from .telemetry import Outcome, Telemetry
 
 #: Retries of failures (never of throttling) may be this share of successes, so that an ailing provider is not
@@ -39,16 +39,64 @@ class DeadlineExceeded(Exception):
     """The deadline passed with the work upstream."""
 
 
-class Dispatcher:
-    """The loop around one backend, behind its admission."""
+class Route:
+    """A backend behind its admission, and how it has fared."""
 
-    def __init__(self, backend: Backend, admission: Admission, telemetry: Telemetry) -> None:
+    def __init__(
+        self, backend: Backend, admission: Admission, ready_reason: Callable[[], str | None] = lambda: None
+    ) -> None:
+        """`ready_reason` tells why the backend can serve nothing at present; None while it can."""
         self.backend = backend
+        self.name = backend.name
         self.admission = admission
-        self._telemetry = telemetry
+        self.ready_reason = ready_reason
         self._retries = RETRY_RESERVE
         self._answered = False  # it has answered before: failures are an outage then, not a wrong address
+
+    def takes(self, ticket: Ticket, now: float) -> bool:
+        """Whether the ticket would be answered here before its deadline, as far as can be told."""
+        return self.ready_reason() is None and self.admission.lane(ticket.model).takes(now, ticket)
+
+    def answered(self) -> None:
+        """An attempt brought an answer, if only that the request is at fault."""
+        self._answered = True
+
+    def succeeded(self) -> None:
+        """An attempt brought a whole answer."""
+        self._answered = True
+        self._retries = min(self._retries + RETRY_SHARE, RETRY_RESERVE)
+
+    def may_retry(self, ticket: Ticket, failed_attempts: int) -> bool:
+        """Whether another attempt here may help, and is within the budget, which it then uses."""
+        if self.admission.lane(ticket.model).limits.failing and self._answered:
+            return True  # an outage, or the beginning of one: single probes will find the provider back
+        if failed_attempts >= MOST_FAILED_ATTEMPTS or self._retries < 1.0:
+            return False
+        self._retries -= 1.0
+        return True
+
+
+class Dispatcher:
+    """The loop around the backends. The first serves; a later one takes over while those before it cannot."""
+
+    def __init__(self, routes: Sequence[Route], telemetry: Telemetry) -> None:
+        self.routes = routes
+        self._telemetry = telemetry
         self._random = random.Random()  # noqa: S311  jitter, not a secret
+
+    @property
+    def draining(self) -> bool:
+        """Nothing new is taken."""
+        return self.routes[0].admission.draining
+
+    async def models(self) -> bytes:
+        """The list of models of the first backend that gives one. Raises what the last said."""
+        for route in self.routes[:-1]:
+            try:
+                return await route.backend.models()
+            except BackendError:
+                continue
+        return await self.routes[-1].backend.models()
 
     async def run(
         self,
@@ -66,17 +114,33 @@ class Dispatcher:
         watch = ticket.stopwatch
         failed_attempts = 0
         last_failure: BackendError | None = None
+        route = self.routes[0]
+        given_up: list[Route] = []  # have had their chance at this ticket
         while True:  # one round is one permit and one attempt
+            route = self._choose(ticket, given_up) or route
+            ticket.backend = route.name
             try:
-                async with self.admission.permit(ticket) as permit:
+                async with route.admission.permit(ticket) as permit:
                     watch.switch("lock", loop.time())
                     try:
-                        reply = await self._attempt(permit, request, on_stream)
+                        reply = await self._attempt(route, permit, request, on_stream)
                     except BaseException:
                         watch.switch("queue", loop.time())
                         raise
                     watch.switch("write", loop.time())
                     return reply
+            except NotAdmitted as refusal:
+                if isinstance(refusal, Draining | Superseded):
+                    raise
+                if not isinstance(refusal, OnHold):
+                    given_up.append(route)
+                    if self._choose(ticket, given_up) is None:
+                        failed = isinstance(last_failure, ServerFailed | Unreachable)
+                        if last_failure is not None and failed and isinstance(refusal, DeadlineUnreachable):
+                            raise last_failure from None
+                        raise
+                ticket.returned = True
+                continue
             except Throttled as refusal:
                 if ticket.streaming:
                     raise
@@ -84,28 +148,52 @@ class Dispatcher:
             except (ServerFailed, Unreachable) as failure:
                 last_failure = failure
                 failed_attempts += 1
-                if ticket.streaming or not self._may_retry(ticket, failed_attempts):
+                if ticket.streaming:
                     raise
-                await self._jitter(ticket, failed_attempts)
-            except DeadlineUnreachable:
-                if last_failure is not None and not isinstance(last_failure, Throttled):
-                    raise last_failure from None
-                raise
+                if route.may_retry(ticket, failed_attempts):
+                    await self._jitter(ticket, failed_attempts)
+                else:
+                    given_up.append(route)
+                    if self._choose(ticket, given_up) is None:
+                        raise
+                    failed_attempts = 0
+            except (BillingRefused, Rejected) as refusal:
+                if ticket.streaming or not _is_about_account(refusal):
+                    raise
+                last_failure = refusal
+                given_up.append(route)
+                if self._choose(ticket, given_up) is None:
+                    raise
             ticket.returned = True
-            self._telemetry.retry(self.backend.name, last_failure)
+            self._telemetry.retry(route.name, last_failure)
+
+    def _choose(self, ticket: Ticket, given_up: Sequence[Route]) -> Route | None:
+        """The first route that would answer the ticket in time; None if there is none."""
+        if len(self.routes) == 1:
+            return None
+        now = asyncio.get_running_loop().time()
+        return next((route for route in self.routes if route not in given_up and route.takes(ticket, now)), None)
+
+    def _let_others_move(self, route: Route, model: str) -> None:
+        """What waits behind a closed hold goes to another backend, if there is one."""
+        if len(self.routes) > 1:
+            lane = route.admission.lane(model)
+            hold = lane.limits.hold
+            if hold.kind is not None:
+                lane.refuse_all(OnHold(f"{route.name} is on hold: {hold.reason}"))
 
     async def _attempt(
-        self, permit: Permit, request: Request, on_stream: Callable[[Reply], Awaitable[None]] | None
+        self, route: Route, permit: Permit, request: Request, on_stream: Callable[[Reply], Awaitable[None]] | None
     ) -> Reply:
         """Make one attempt and tell admission and the metrics what it was told."""
         loop = asyncio.get_running_loop()
-        ticket, name = permit.ticket, self.backend.name
+        ticket, name = permit.ticket, route.name
         timings = Timings()
         result = "cancelled"
         try:
             async with asyncio.timeout_at(ticket.deadline):
                 try:
-                    reply = await self.backend.send(request, timings)
+                    reply = await route.backend.send(request, timings)
                 finally:
                     self._note(ticket, timings, loop.time())
                 if reply.chunks is not None:
@@ -120,8 +208,7 @@ class Dispatcher:
                 raise reply.failure
             usage = reply.usage
             permit.accepted(loop.time(), (usage.input_tokens, usage.output_tokens) if usage is not None else None)
-            self._answered = True
-            self._retries = min(self._retries + RETRY_SHARE, RETRY_RESERVE)
+            route.succeeded()
             result = "ok"
             self._telemetry.tokens(name, request.model, reply.usage)
         except TimeoutError as timeout:
@@ -139,10 +226,13 @@ class Dispatcher:
             permit.account_refused(loop.time(), refusal.message)
             self._telemetry.throttled(name, "billing", refusal.code)
             raise
-        except Rejected:
+        except Rejected as refusal:
             result = "client_error"
-            permit.accepted(loop.time())
-            self._answered = True
+            if _is_about_account(refusal) and len(self.routes) > 1:
+                permit.account_refused(loop.time(), refusal.message)
+            else:
+                permit.accepted(loop.time())
+                route.answered()
             raise
         except ServerFailed as failure:
             result = "server_error"
@@ -154,24 +244,17 @@ class Dispatcher:
             raise
         finally:
             self._telemetry.attempt(name, result)
+            self._let_others_move(route, ticket.model)
         return reply
 
     def finish(self, ticket: Ticket, api: str, outcome: Outcome) -> None:
         """The ticket's last byte is out, or it has failed: stop its watch and write its record, once."""
         ticket.stopwatch.stop(asyncio.get_running_loop().time())
-        self._telemetry.finished(ticket, api, self.backend.name, outcome)
+        self._telemetry.finished(ticket, api, ticket.backend or self.routes[0].name, outcome)
 
     def invalid(self, api: str) -> None:
         """A request that never became a ticket: its own fault."""
-        self._telemetry.invalid(api, self.backend.name)
-
-    def _may_retry(self, ticket: Ticket, failed_attempts: int) -> bool:
-        if self.admission.lane(ticket.model).limits.failing and self._answered:
-            return True  # an outage, or the beginning of one: single probes will find the provider back
-        if failed_attempts >= MOST_FAILED_ATTEMPTS or self._retries < 1.0:
-            return False
-        self._retries -= 1.0
-        return True
+        self._telemetry.invalid(api, self.routes[0].name)
 
     async def _jitter(self, ticket: Ticket, failed_attempts: int) -> None:
         """Wait a little without a permit, on the account of `hold`."""
@@ -190,3 +273,11 @@ class Dispatcher:
         if started is not None:
             ticket.stopwatch.switch("first_byte", started)
             ticket.stopwatch.switch("body", timings.first_byte or now)
+
+
+def _is_about_account(refusal: BillingRefused | Rejected) -> bool:
+    """The provider refuses whoever sends with this key: money, or a key that is missing or wrong.
+
+    A 401 is never about the caller's own bearer, which is not sent on.
+    """
+    return isinstance(refusal, BillingRefused) or refusal.status == 401

@@ -49,7 +49,9 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix=PREFIX, extra="forbid", frozen=True, env_ignore_empty=True)
 
     backend: str | None = Field(
-        None, description="dashscope, local or simulated. Default: dashscope when a URL or key is set, else simulated"
+        None,
+        description="dashscope, local or simulated, or several in order such as dashscope,local: later ones take over."
+        " Default: dashscope when a URL or key is set, else simulated",
     )
     host: str = Field("127.0.0.1", description="address of the data listener, which callers use")
     port: Port = Field(8100, description="port of the data listener (trio-core's); 0 takes a free one")
@@ -72,6 +74,11 @@ class Settings(BaseSettings):
     local_max_batch: Annotated[int, Field(ge=1, le=256)] = Field(8, description="most requests in one local batch")
     local_batch_wait: Annotated[float, Field(ge=0, le=10)] = Field(
         0.005, description="seconds the local engine may wait for a batch to fill"
+    )
+    local_image_urls: str = Field(
+        "",
+        description="where the local backend may take images from beside data URLs: URLs with spaces between them,"
+        " such as https://cameras.lan/ file:///frames/; what lies below one is allowed",
     )
     detector_model: Path | None = Field(None, description="ONNX file for /api/inference/detect")
     max_concurrency: LearnedCount = Field(None, description="attempts in flight; auto learns it, a number pins it")
@@ -114,12 +121,12 @@ class Settings(BaseSettings):
         return (init_settings,)
 
     @property
-    def backend_name(self) -> str:
-        """The backend in force: the one named, or what the other settings mean."""
+    def backend_names(self) -> list[str]:
+        """The backends in force, in order: those named, or what the other settings mean."""
         if self.backend is not None:
-            return self.backend
+            return [name.strip() for name in self.backend.split(",")]
         told = {"dashscope_url", "dashscope_api_key", "dashscope_api_key_file"} & self.model_fields_set
-        return "dashscope" if told else "simulated"
+        return ["dashscope" if told else "simulated"]
 
 
 def load(
@@ -190,7 +197,9 @@ def _check(settings: Settings, origins: Mapping[str, str]) -> None:
     def fail(field: str, why: str) -> None:
         raise SettingsError(f"{_named(field, origins.get(field, PREFIX + field.upper()))}: {why}")
 
-    names = [name.strip() for name in settings.backend_name.split(",")]
+    names = settings.backend_names
+    if len(set(names)) < len(names):
+        fail("backend", f"names a backend twice ({settings.backend!r})")
     for name in names:
         if name not in NAMES:
             fail("backend", f"there is no backend {name!r}; choose from {', '.join(NAMES)}")

@@ -37,7 +37,7 @@ def test_names_of_other_programs_are_weaker_than_ours():
     ],
 )
 def test_the_backend_that_the_other_settings_mean(environ, backend):
-    assert load({}, environ)[0].backend_name == backend
+    assert load({}, environ)[0].backend_names == [backend]
 
 
 def test_auto_is_learned_and_a_number_is_a_ceiling():

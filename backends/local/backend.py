@@ -43,26 +43,26 @@ class LocalBackend:
         device: str = "auto",
         max_batch: int = 8,
         batch_wait_seconds: float = 0.005,
-        queued: Callable[[], int] = lambda: 0,
         image_urls: Sequence[str] = (),
     ) -> None:
         """`model` is a folder, or an id that transformers finds in its hub.
 
-        `queued` tells how many requests are on their way here; it is called from another thread. While it is 0 the
-        engine does not wait for a batch to fill. Images come as data URLs, and from below `image_urls`, if there are
-        any: `ValueError` if one of them is neither http(s) nor file.
+        Images come as data URLs, and from below `image_urls`, if there are any: `ValueError` if one of them is neither
+        http(s) nor file.
         """
         self.name = name
         self.slots = max_batch * 2
         """Requests that may be in flight here: one batch at work, one ready to follow."""
         self.on_batch: Callable[[int], None] = lambda _: None
         """Called on the loop with the size of each batch as it starts. To be set before `start`."""
+        self.queued: Callable[[], int] = lambda: 0
+        """Tells how many requests wait to be sent here: while none does, the engine does not wait for a batch to fill.
+        Called from another thread. To be set before `start`."""
         self.model_id = Path(model).name if Path(model).exists() else model
         """What answers and `/v1/models` call the model: no path of this machine."""
         self._load = partial(_load, model, device)
         self._max_batch = max_batch
         self._batch_wait_seconds = batch_wait_seconds
-        self._queued = queued
         self._sources = ImageSources(image_urls)
         self._rows: set[Row] = set()
         self._engine: Engine | None = None
@@ -167,7 +167,7 @@ class LocalBackend:
             self._load,
             max_batch=self._max_batch,
             batch_wait_seconds=self._batch_wait_seconds,
-            queued=self._queued,
+            queued=self.queued,
             on_batch=self.on_batch,
         )
         loop = asyncio.get_running_loop()

@@ -6,6 +6,7 @@ from .errors import (
     DeadlineUnreachable,
     Draining,
     NotAdmitted,
+    OnHold,
     QueueFull,
     Superseded,
 )
@@ -21,6 +22,7 @@ __all__ = [
     "Draining",
     "Lane",
     "NotAdmitted",
+    "OnHold",
     "Part",
     "Permit",
     "Priority",

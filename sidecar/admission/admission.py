@@ -39,6 +39,7 @@ class Admission:
         self.loop = asyncio.get_running_loop()
         self._queue_size = queue_size
         self._queue_bytes = queue_bytes
+        self._paced = paced
         self._limits = partial(
             Limits,
             requests_per_second=requests_per_second,
@@ -59,7 +60,9 @@ class Admission:
         return PermitContext(self, ticket)
 
     def lane(self, model: str) -> Lane:
-        """The model's own queue and limits, made when first asked for."""
+        """The model's own queue and limits, made when first asked for. Unpaced there is one for whatever is named."""
+        if not self._paced:
+            model = ""
         lane = self.lanes.get(model)
         if lane is None:
             if len(self.lanes) >= MOST_LANES:

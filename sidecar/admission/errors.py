@@ -31,3 +31,7 @@ class Draining(NotAdmitted):
 
 class AccountClosed(NotAdmitted):
     """The provider refuses the account itself (billing): waiting does not help."""
+
+
+class OnHold(NotAdmitted):
+    """It waited behind a hold that closed, and another backend may have it. Never reaches a caller."""

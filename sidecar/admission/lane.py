@@ -127,6 +127,11 @@ class Lane:
         if ticket.permit is not None and not ticket.permit.done():
             ticket.permit.set_exception(why)
 
+    def refuse_all(self, why: NotAdmitted) -> None:
+        """Empty the queue and tell every caller why."""
+        while (ticket := self.queue.head()) is not None:
+            self.refuse(ticket, why)
+
     # -- the decision --------------------------------------------------------------------------------------------------
 
     def admit(self, now: float) -> None:
@@ -173,11 +178,17 @@ class Lane:
     def account_refused(self, attempt: Attempt, now: float, reason: str) -> None:
         """The provider refuses the account: everything that waits is told so."""
         self.limits.account_refused(attempt, now, reason)
-        wait = self.limits.hold.next_probe - now
-        while (ticket := self.queue.head()) is not None:
-            self.refuse(ticket, AccountClosed(reason, retry_after=wait))
+        self.refuse_all(AccountClosed(reason, retry_after=self.limits.hold.next_probe - now))
 
     # -- looking ahead -------------------------------------------------------------------------------------------------
+
+    def takes(self, now: float, ticket: Ticket) -> bool:
+        """Whether a newcomer like this one would be answered before its deadline, as far as can be told."""
+        free = self.limits.closed(now, ticket)[0] is None
+        if self.limits.hold.kind is not None:
+            return free
+        wait = 0.0 if free and not len(self.queue) else self.predicted_wait(now, ticket)
+        return now + wait + self.limits.latency <= ticket.deadline
 
     def predicted_wait(self, now: float, ticket: Ticket) -> float:
         """Seconds that a newcomer like this one would wait in the queue."""

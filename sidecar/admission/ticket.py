@@ -59,6 +59,7 @@ class Ticket:
     __slots__ = (
         "_causes_at_entry",
         "attempts",
+        "backend",
         "cause_seconds",
         "deadline",
         "expiry",
@@ -99,6 +100,8 @@ class Ticket:
         """A newer request of the same key takes this one's place while it is still queued."""
         self.stopwatch = Stopwatch(now)
         self.attempts = 0
+        self.backend = ""
+        """Where it was last sent."""
         self.returned = False
         """It was refused upstream and goes back to the head of its key's queue."""
         self.streaming = False

@@ -183,7 +183,7 @@ class Call:
         """The backend's list of models."""
         try:
             async with asyncio.timeout(self.limits.deadline):
-                return await self._dispatcher.backend.models()
+                return await self._dispatcher.models()
         except TimeoutError as error:
             raise DeadlineExceeded(f"no list of models within {self.limits.deadline:g} s") from error
 
@@ -227,13 +227,14 @@ class Call:
 
     async def _begin(self, response: web.StreamResponse) -> None:
         self.response = response
-        if self._dispatcher.admission.draining or not self.http.content.is_eof():
+        if self._dispatcher.draining or not self.http.content.is_eof():
             # The caller's next request must not meet a socket that is just being closed, nor the rest of this body.
             response.force_close()
         await response.prepare(self.http)
 
     def _own_headers(self) -> dict[str, str]:
-        headers = {"X-Request-Id": self.request_id, "X-Sidecar-Backend": self._dispatcher.backend.name}
+        backend = (self.ticket and self.ticket.backend) or self._dispatcher.routes[0].name
+        headers = {"X-Request-Id": self.request_id, "X-Sidecar-Backend": backend}
         trace = self.http.headers.get("traceparent")
         if trace is not None:
             headers["traceparent"] = trace

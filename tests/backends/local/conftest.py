@@ -72,9 +72,10 @@ async def serve(model_of):
     """Start backends: `await serve(max_batch=1)`; closed at the end, and no thread is left."""
     started: list[LocalBackend] = []
 
-    async def start(family: str = "idefics3", **options) -> LocalBackend:
+    async def start(family: str = "idefics3", queued=lambda: 0, **options) -> LocalBackend:
         backend = LocalBackend(str(model_of(family)), **options)
         started.append(backend)
+        backend.queued = queued
         backend.batches = []
         backend.on_batch = backend.batches.append
         await backend.start()
