@@ -18,6 +18,7 @@ from PIL import Image
 from running import BOUND, chat
 
 from backends.images import image_size
+from sidecar.demo import processes
 from sidecar.demo.cameras import Answered, Result
 from sidecar.demo.frames import HEIGHT, WIDTH, frame
 from sidecar.demo.table import Row, percentile, sentence, table
@@ -87,12 +88,22 @@ async def test_the_demo_runs_end_to_end_and_counts_every_frame():
     assert [int(row[1]) for row in free] == [10, 20, 20]
     assert {int(row[2]) for row in free} == {0}, "nothing is lost where there is no quota"
     assert {int(row[3]) for row in free} == {0}, "nothing is refused where there is no quota"
-    assert {int(row[1]) for row in limited} == {40}
+    assert {int(row[1]) for row in limited} == {30}
     one, sixteen, sidecar = (float(row[4]) for row in free)
     assert one > 5 * sidecar, "ten cameras behind a semaphore of 1 wait for each other"
     assert min(sixteen, sidecar) >= 0.127, "no answer is faster than the provider"
     assert int(limited[1][3]) > 0, "all cameras at once are more than the quota lets through"
     assert output.splitlines()[-1].startswith("semaphore of 1: ")
+
+
+async def test_a_process_that_does_not_start_is_told_in_its_own_words():
+    with pytest.raises(processes.DemoError, match=r"did not start: .*latency_seconds must be at least 0"):
+        async with processes.provider("--latency", "-1"):
+            pytest.fail("there is no such provider")
+    async with aiohttp.ClientSession() as client:
+        with pytest.raises(processes.DemoError, match=r"did not start: .*SIDECAR_DASHSCOPE_URL"):
+            async with processes.sidecar("nowhere", client):
+                pytest.fail("there is no such upstream")
 
 
 def children_of(pid: int) -> list[int]:

@@ -8,9 +8,12 @@ import os
 import socket
 import sys
 from asyncio.subprocess import PIPE, Process
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable
+from typing import TypeVar
 
 import aiohttp
+
+T = TypeVar("T")
 
 _START_SECONDS = 20.0
 _STOP_SECONDS = 5.0
@@ -25,11 +28,8 @@ async def provider(*options: str) -> AsyncIterator[str]:
     """Run `vlm-sidecar simulate`; gives its base URL, which ends in `/v1`. Raises `DemoError`."""
     async with _process("simulate", "--port", "0", *options) as process:
         assert process.stdout is not None  # noqa: S101  a pipe was asked for
-        async with asyncio.timeout(_START_SECONDS):
-            url = (await process.stdout.readline()).decode().strip()
-        if not url:
-            raise DemoError(f"the simulated provider did not start: {await _last_words(process)}")
-        yield url
+        url = await _started("the simulated provider", process, process.stdout.readline())
+        yield url.decode().strip()
 
 
 @contextlib.asynccontextmanager
@@ -38,14 +38,33 @@ async def sidecar(upstream: str, client: aiohttp.ClientSession) -> AsyncIterator
     port, admin_port = _free_port(), _free_port()
     listeners = ("--port", str(port), "--admin-host", "127.0.0.1", "--admin-port", str(admin_port))
     options = ("--backend", "dashscope", "--dashscope-url", upstream, "--log-level", "error")
-    async with _process("serve", *listeners, *options) as process, asyncio.timeout(None) as bound:
-        bound.reschedule(asyncio.get_running_loop().time() + _START_SECONDS)
-        while not await _answers(client, f"http://127.0.0.1:{admin_port}/readyz"):
-            if process.returncode is not None:
-                raise DemoError(f"the sidecar did not start: {await _last_words(process)}")
-            await asyncio.sleep(0.05)
-        bound.reschedule(None)
+    async with _process("serve", *listeners, *options) as process:
+        await _started("the sidecar", process, _ready(process, client, f"http://127.0.0.1:{admin_port}/readyz"))
         yield f"http://127.0.0.1:{port}/v1"
+
+
+async def _started(name: str, process: Process, sign: Awaitable[T]) -> T:
+    """Wait for a process's sign of life, which is falsy if it has ended instead. Raises `DemoError`."""
+    try:
+        async with asyncio.timeout(_START_SECONDS):
+            given = await sign
+    except TimeoutError:
+        raise DemoError(f"{name} did not start within {_START_SECONDS:g} s") from None
+    if not given:
+        _, errors = await process.communicate()
+        last = errors.decode(errors="replace").strip().rpartition("\n")[2]
+        raise DemoError(f"{name} did not start: {last or 'it did not say why'}")
+    return given
+
+
+async def _ready(process: Process, client: aiohttp.ClientSession, url: str) -> bool:
+    while process.returncode is None:
+        with contextlib.suppress(aiohttp.ClientConnectionError):  # not listening yet
+            async with client.get(url) as response:
+                if response.status == 200:
+                    return True
+        await asyncio.sleep(0.05)
+    return False
 
 
 @contextlib.asynccontextmanager
@@ -78,21 +97,8 @@ async def _stop(process: Process) -> None:
     await process.wait()
 
 
-async def _last_words(process: Process) -> str:
-    _, errors = await process.communicate()
-    return (errors.decode(errors="replace").strip().splitlines() or ["it said nothing"])[-1]
-
-
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
-
-
-async def _answers(client: aiohttp.ClientSession, url: str) -> bool:
-    try:
-        async with client.get(url) as response:
-            return response.status == 200
-    except aiohttp.ClientConnectionError:
-        return False

@@ -17,9 +17,9 @@ from .table import Row, sentence, table
 #: How long the provider takes: what cortex measured of its own (contract.md, "The story it serves").
 ANSWER_SECONDS = 1.27
 #: Act two. The cameras together come to 90 % of the quota, all at the same instant.
-QUOTA_PER_SECOND, BURST, LOAD, ROUNDS = 3.0, 3, 0.9, 4
+QUOTA_PER_SECOND, BURST, LOAD, ROUNDS = 3.0, 3, 0.9, 3
 #: How long a description is of use to whoever watches a camera.
-PATIENCE_SECONDS = 6.0
+PATIENCE_SECONDS = 8.0
 #: Act one: no frame is lost to waiting, so that the waits are seen whole.
 LONG_PATIENCE_SECONDS = 60.0
 
