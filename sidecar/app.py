@@ -13,6 +13,7 @@ from typing import Any
 from prometheus_client import CollectorRegistry
 
 from backends.base import BackendError
+from backends.detector import DetectorBackend
 from backends.keyfile import KeyFile
 from backends.registry import backend_class
 
@@ -31,6 +32,8 @@ from .telemetry import Telemetry
 
 log = logging.getLogger("sidecar")
 
+#: Frames that wait for the detector: more would wait for longer than a detection is worth.
+_DETECTOR_QUEUE = 64
 _LAG_STEP_SECONDS = 0.25
 #: What answers to requests that the drain's time was too short for may take.
 _LAST_WORDS_SECONDS = 2.0
@@ -56,8 +59,9 @@ class Sidecar:
         self._telemetry.build_info.labels(__version__, platform.python_version()).set(1)
         self.health = Health()
         self.routes = [_route(settings, name, self._telemetry) for name in settings.backend_names]
+        self.detectors = _detectors(settings)
         self.health.backend_reason = self._no_backend_is_ready
-        admissions = {route.name: route.admission for route in self.routes}
+        admissions = {route.name: route.admission for route in self._all_routes()}
         registry.register(AdmissionGauges(admissions))
         self.data = DataServer(
             Dispatcher(self.routes, self._telemetry),
@@ -68,6 +72,7 @@ class Sidecar:
                 default_model=getattr(self.routes[0].backend, "model_id", settings.dashscope_model),
                 passthrough=settings.passthrough and self.routes[0].name == "dashscope",
             ),
+            detector=Dispatcher(self.detectors, self._telemetry) if self.detectors else None,
             api_key=settings.api_key,
             access_log=settings.access_log,
         )
@@ -79,6 +84,9 @@ class Sidecar:
             self.drain,
         )
         self._admin_listener = Listener(admin)
+
+    def _all_routes(self) -> list[Route]:
+        return [*self.routes, *self.detectors]
 
     async def run(self) -> None:
         """Serve until told to drain, by a signal or by `drain`; then finish what was accepted. Raises `StartError`."""
@@ -98,11 +106,13 @@ class Sidecar:
         for number in (signal.SIGTERM, signal.SIGINT):
             self._loop.add_signal_handler(number, self._on_signal)
         self.admin_port = await _open(self._admin_listener, settings.admin_host, settings.admin_port, "admin_port")
-        for route in self.routes:
+        for route in self._all_routes():
             try:
                 await route.backend.start()
             except BackendError as error:
-                raise StartError(f"SIDECAR_BACKEND={route.name} cannot start: {error.message}") from error
+                is_detector = route in self.detectors
+                at = f"DETECTOR_MODEL={settings.detector_model}" if is_detector else f"BACKEND={route.name}"
+                raise StartError(f"SIDECAR_{at} cannot start: {error.message}") from error
         self.data_port = await _open(self._data_listener, settings.host, settings.port, "port")
         if settings.unix_socket is not None:
             try:
@@ -125,7 +135,7 @@ class Sidecar:
         if not self._told_to_drain.is_set():
             log.info("draining: %d requests are under way", self.data.under_way)
             self.health.draining = True
-            for route in self.routes:
+            for route in self._all_routes():
                 route.admission.draining = True
             self._told_to_drain.set()
 
@@ -149,7 +159,7 @@ class Sidecar:
     async def close(self) -> None:
         """Let go of everything, in the reverse order of `start`."""
         await self._data_listener.close()
-        for route in reversed(self.routes):
+        for route in reversed(self._all_routes()):
             await route.backend.close()
         await self._admin_listener.close()
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -178,6 +188,14 @@ async def _open(listener: Listener, host: str, port: int, setting: str) -> int:
 def _reason(error: OSError) -> str:
     """What the system says, without the addresses that asyncio puts into it."""
     return error.strerror.rpartition(": ")[2] if error.strerror else str(error)
+
+
+def _detectors(settings: Settings) -> list[Route]:
+    """The detector behind a queue of its own, if there is one."""
+    if settings.detector_model is None:
+        return []
+    detector = DetectorBackend(settings.detector_model)
+    return [Route(detector, Admission(queue_size=_DETECTOR_QUEUE, concurrency=detector.slots, paced=False))]
 
 
 def _route(settings: Settings, name: str, telemetry: Telemetry) -> Route:

@@ -22,7 +22,7 @@ def status_of(health: Health, admissions: Mapping[str, Admission], uptime_second
         "uptime_seconds": round(uptime_seconds, 1),
         "ready": health.unready_reason() is None,
         "reason": health.unready_reason(),
-        "backend": ",".join(admissions),
+        "backend": ",".join(name for name in admissions if name != "detector"),
         "simulated": "simulated" in admissions,
         "backends": [_backend(name, admission) for name, admission in admissions.items()],
     }

@@ -38,10 +38,18 @@ class Limits:
 class Call:
     """One request from its headers to the last byte of its answer."""
 
-    def __init__(self, http: web.BaseRequest, api: Api, dispatcher: Dispatcher, limits: Limits) -> None:
+    def __init__(
+        self,
+        http: web.BaseRequest,
+        api: Api,
+        dispatcher: Dispatcher,
+        limits: Limits,
+        detector: Dispatcher | None = None,
+    ) -> None:
         self.http = http
         self.api: Api = api
         self.limits = limits
+        self.detector = detector
         self.outcome: Outcome = "error"
         self.ticket: Ticket | None = None
         self.request_id = ""
@@ -178,6 +186,11 @@ class Call:
         assert self.response is not None  # noqa: S101  `ask` wrote it
         await self.response.write_eof()
         return self.response
+
+    async def detect(self, request: Request, ticket: Ticket, detector: Dispatcher) -> Reply:
+        """Bring the detector's answer: it has a queue of its own."""
+        self._dispatcher = detector
+        return await detector.run(ticket, request)
 
     async def models(self) -> bytes:
         """The backend's list of models."""

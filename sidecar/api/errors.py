@@ -98,16 +98,12 @@ def problem_of(error: Exception, api: Api) -> Problem:
 
 
 def _client_error(error: Rejected) -> dict[str, Any]:
-    """What trio-core makes of a provider's 4xx; the message is the one of the openai client that it has inside."""
-    try:
-        message = f"Error code: {error.status} - {json.loads(error.body)}"
-    except ValueError:
-        message = error.body.decode(errors="replace") or error.message
+    """What trio-core makes of a provider's 4xx; the message begins as the openai client's that it has inside."""
     return {
         "kind": "vlm_client_error",
         "upstream_status": error.status,
         "moderated": error.moderated,
-        "message": message[:300],
+        "message": f"Error code: {error.status} - {error.message}"[:300],
     }
 
 

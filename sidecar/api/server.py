@@ -42,6 +42,7 @@ for _base in openai.BASES:
 ENDPOINTS["/api/v1" + native.PATH] = {"POST": Endpoint("native", native.generation)}
 ENDPOINTS["/api/inference/describe"] = {"POST": Endpoint("trio", trio.describe)}
 ENDPOINTS["/api/inference/crop-describe"] = {"POST": Endpoint("trio", trio.crop_describe)}
+ENDPOINTS["/api/inference/detect"] = {"POST": Endpoint("trio", trio.detect)}
 ENDPOINTS["/api/inference/status"] = {"GET": Endpoint("trio", trio.status)}
 ENDPOINTS["/health"] = {"GET": Endpoint("trio", trio.health, open=True)}
 
@@ -53,9 +54,16 @@ class DataServer:
     """Handles every request of the data listener; knows how many are under way, for the drain."""
 
     def __init__(
-        self, dispatcher: Dispatcher, limits: Limits, *, api_key: str | None = None, access_log: bool = False
+        self,
+        dispatcher: Dispatcher,
+        limits: Limits,
+        *,
+        detector: Dispatcher | None = None,
+        api_key: str | None = None,
+        access_log: bool = False,
     ) -> None:
         self._dispatcher = dispatcher
+        self._detector = detector
         self._limits = limits
         self._api_key = api_key.encode() if api_key else None
         self._access_log = access_log
@@ -84,7 +92,7 @@ class DataServer:
         path = http.raw_path.partition("?")[0]
         methods = ENDPOINTS.get(path)
         endpoint = methods.get(http.method) if methods else self._elsewhere(path)
-        call = Call(http, endpoint.api if endpoint else _api_of(path), self._dispatcher, self._limits)
+        call = Call(http, endpoint.api if endpoint else _api_of(path), self._dispatcher, self._limits, self._detector)
         task = asyncio.current_task()
         assert task is not None  # noqa: S101  aiohttp runs every handler in one
         self._tasks.add(task)

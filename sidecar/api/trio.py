@@ -8,11 +8,12 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from collections import Counter
 from typing import Any, TypeVar
 
 from aiohttp import web
 
-from backends.base import Request
+from backends.base import Rejected, Request
 from backends.images import base64_size, image_tokens
 
 from ..admission import Ticket
@@ -21,7 +22,7 @@ from .errors import InvalidRequest
 from .openai import CHARS_PER_TOKEN, UNKNOWN_IMAGE_TOKENS
 from .trio_chat import answer_text, chat_body
 from .trio_crops import scene_prompt
-from .trio_image import compose, media_type
+from .trio_image import compose, media_type, not_an_image
 from .trio_schema import CropDescribeRequest, DescribeRequest, DetectRequest, read
 from .trio_text import crop_descriptions, describe_scene, strip_thinking
 
@@ -29,6 +30,8 @@ _Asked = TypeVar("_Asked", DescribeRequest, CropDescribeRequest, DetectRequest)
 
 #: Bodies above this are checked in a thread: one of 10 MB takes 10 ms, in which the loop would serve nobody.
 _THREAD_BYTES = 1 << 20
+#: What trio-core counts as one; a bicycle is none.
+_VEHICLES = ("car", "bus", "truck", "motorcycle")
 _LOADED = time.monotonic()
 
 
@@ -65,9 +68,40 @@ async def crop_describe(call: Call) -> web.StreamResponse:
     return await _respond(call, answer)
 
 
+async def detect(call: Call) -> web.StreamResponse:
+    """`POST /api/inference/detect`: what the operator's model finds in a frame."""
+    _, image = await _read(call, DetectRequest)
+    if call.detector is None:
+        raise InvalidRequest(
+            "no detector is configured: set SIDECAR_DETECTOR_MODEL to an ONNX file of YOLOv8, v10, v11 or RT-DETR, "
+            "and install vlm-sidecar[detect]",
+            status=503,
+        )
+    media_type(image)
+    body = bytes(image)
+    del image
+    ticket = call.admit(model="detector", tokens=0.0, size_bytes=len(body))
+    request = Request("openai", "/detect", body, "detector", deadline=ticket.deadline)
+    del body
+    try:
+        reply = await call.detect(request, ticket, call.detector)
+    except Rejected as error:
+        raise not_an_image(error.message) from error
+    found = json.loads(reply.body)
+    counts = Counter(detection["class"] for detection in found)
+    answer = {
+        "people_count": counts["person"],
+        "vehicle_count": sum(counts[kind] for kind in _VEHICLES),
+        "by_class": {kind: count for kind, count in counts.items() if count},
+        "crops_b64": found,
+        "elapsed_ms": _elapsed_ms(ticket),
+    }
+    return await _respond(call, answer)
+
+
 async def status(call: Call) -> web.StreamResponse:
     """`GET /api/inference/status`: what is loaded. The data listener opens once the backend has started."""
-    answer = {"vlm_loaded": True, "vlm_model": call.limits.default_model, "yolo_loaded": False}
+    answer = {"vlm_loaded": True, "vlm_model": call.limits.default_model, "yolo_loaded": call.detector is not None}
     return await _respond(call, answer)
 
 

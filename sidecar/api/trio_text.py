@@ -6,6 +6,7 @@ Pure functions over text. Their quirks are trio-core 1.1.5's, measured by `tests
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -104,9 +105,15 @@ def _find_json(text: str) -> tuple[JsonObject, bool]:
     if not 0 <= start < end:
         return {}, text.startswith("{")
     try:
-        return normalise_entities(json.loads(text[start : end + 1])), False
+        parsed = json.loads(text[start : end + 1], parse_float=_finite, parse_constant=lambda _: None)
+        return normalise_entities(parsed), False
     except (ValueError, RecursionError):
         return {}, True
+
+
+def _finite(number: str) -> float | None:
+    value = float(number)
+    return value if math.isfinite(value) else None
 
 
 def normalise_entities(entities: Mapping[str, Any]) -> JsonObject:

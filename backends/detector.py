@@ -1,0 +1,212 @@
+"""Finds people and vehicles in a frame with an ONNX model of the operator's, in this process.
+
+It is a `Backend` like any other, so that admission queues and bounds it and its waits are measured; it answers one
+path, with the detections as JSON. onnxruntime, numpy and Pillow come with the extra `detect`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+from concurrent.futures import ThreadPoolExecutor
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import orjson
+
+from backends.base import BackendError, Rejected, Reply, Request, Timings
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from PIL import Image
+
+    Floats = NDArray[np.float32]
+    Found = tuple[Floats, Floats, NDArray[np.int64]]
+    """Corners (N, 4) as x1, y1, x2, y2 in pixels; scores (N); COCO's class numbers (N)."""
+
+#: The classes of COCO's eighty that trio-core tells; the rest is left out.
+CLASSES = {0: "person", 1: "bicycle", 2: "car", 3: "motorcycle", 5: "bus", 7: "truck", 16: "dog", 17: "cat"}
+#: Detections less sure than this are left out; of two that overlap more than this, the surer one stays. trio-core's.
+LEAST_CONFIDENCE = 0.25
+MOST_OVERLAP = 0.5
+#: Besides the whole frame, this many tiles a side are looked at, each so much larger than its share: small and far
+#: objects are found then. trio-core's too.
+_TILES = 2
+_TILE_OVERLAP = 0.3
+_MOST_PIXELS = 50_000_000
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+#: The model's input, where its file leaves the size open.
+_DEFAULT_SIDE = 640
+
+
+class DetectorBackend:
+    """One model, one frame at a time; the next frame is decoded meanwhile. A request's body is an image in base64."""
+
+    name = "detector"
+    slots = 2
+
+    def __init__(self, model: Path) -> None:
+        self._path = model
+        self._lock = asyncio.Lock()
+        self._thread = ThreadPoolExecutor(1, "detector")
+        self._session: Any = None
+        self._input = ""
+        self._side = (_DEFAULT_SIDE, _DEFAULT_SIDE)
+        self._half = False
+
+    async def start(self) -> None:
+        """Load the model and run it once. Raises `BackendError` that says what is wrong with it or not installed."""
+        await asyncio.get_running_loop().run_in_executor(self._thread, self._load)
+
+    async def send(self, request: Request, timings: Timings) -> Reply:
+        """Detect: see `Backend.send`. Raises `Rejected` for what is no image."""
+        loop = asyncio.get_running_loop()
+        frame = await asyncio.to_thread(_decode, request.body)
+        async with self._lock:
+            timings.work_started = loop.time()
+            found = await loop.run_in_executor(self._thread, self._detect, frame)
+        timings.first_byte = loop.time()
+        return Reply(200, {"Content-Type": "application/json"}, orjson.dumps(found))
+
+    async def models(self) -> bytes:
+        """There is one."""
+        return orjson.dumps({"object": "list", "data": [{"id": self._path.stem, "object": "model"}]})
+
+    async def close(self) -> None:
+        """Let go of the model, after what is under way."""
+        await asyncio.to_thread(self._thread.shutdown)
+        self._session = None
+
+    def _load(self) -> None:
+        try:
+            import numpy as np  # noqa: PLC0415
+            import onnxruntime  # noqa: PLC0415
+        except ImportError as error:
+            raise BackendError(f"it needs the extra detect: pip install 'vlm-sidecar[detect]' ({error})") from error
+        try:
+            session = onnxruntime.InferenceSession(str(self._path), providers=["CPUExecutionProvider"])
+        except Exception as error:  # onnxruntime's own classes have no common base
+            raise BackendError(f"the file is no ONNX model that can be loaded: {error}") from error
+        inputs = session.get_inputs()
+        shape = inputs[0].shape
+        if len(inputs) != 1 or len(shape) != 4 or (isinstance(shape[1], int) and shape[1] != 3):
+            shapes = [each.shape for each in inputs]
+            raise BackendError(f"the model must take one image, 1 x 3 x height x width, not {shapes}")
+        height, width = (side if isinstance(side, int) else _DEFAULT_SIDE for side in shape[2:])
+        self._input, self._side, self._half = inputs[0].name, (width, height), inputs[0].type == "tensor(float16)"
+        self._session = session
+        self._run(np.zeros((1, 3, height, width), np.float32))
+
+    def _detect(self, frame: Image.Image) -> list[dict[str, Any]]:
+        """Look at the whole frame and at its tiles, and keep the surest of what overlaps."""
+        import numpy as np  # noqa: PLC0415
+
+        passes = [self._look(frame, box) for box in (*_tiles(frame.width, frame.height), (0, 0, *frame.size))]
+        boxes, scores, classes = (np.concatenate(parts) for parts in zip(*passes, strict=True))
+        return [
+            {
+                "class": CLASSES[int(classes[index])],
+                "bbox": [int(corner) for corner in boxes[index]],
+                "confidence": round(float(scores[index]), 3),
+            }
+            for index in _surest(boxes, scores)
+        ]
+
+    def _look(self, frame: Image.Image, box: tuple[int, int, int, int]) -> Found:
+        """Detect in one part of the frame; corners are the frame's own."""
+        import numpy as np  # noqa: PLC0415
+
+        part: Floats = np.asarray(frame.resize(self._side, box=box), np.float32) / np.float32(255)
+        boxes, scores, classes = self._run(part.transpose(2, 0, 1)[None])
+        kept = (scores >= LEAST_CONFIDENCE) & np.isin(classes, list(CLASSES))
+        left, top, right, bottom = box
+        scale = np.array([(right - left) / self._side[0], (bottom - top) / self._side[1]] * 2, np.float32)
+        return boxes[kept] * scale + np.array([left, top] * 2, np.float32), scores[kept], classes[kept]
+
+    def _run(self, image: Floats) -> Found:
+        """Run the model once; corners are in pixels of its input. Raises `BackendError` for an unknown layout."""
+        import numpy as np  # noqa: PLC0415
+
+        outputs = self._session.run(None, {self._input: image.astype(np.float16) if self._half else image})
+        return _read(outputs, np.array(self._side * 2, np.float32))
+
+
+def _read(outputs: list[Any], sides: Floats) -> Found:
+    """Tell the layout by the outputs' shapes, and read it. Raises `BackendError` for none that is known.
+
+    * YOLOv10, end to end: N x 6 of corners in pixels, score, class
+    * YOLOv8, v11: (4 + classes) x N of centre and size in pixels, and scores; N, the anchors, is the larger side
+    * RT-DETR: N x 4 of centre and size as shares of the frame, with N x classes of scores in the same output
+      (ultralytics), or of logits in one beside it (transformers)
+    """
+    import numpy as np  # noqa: PLC0415
+
+    arrays = [np.asarray(output, np.float32)[0] for output in outputs if np.ndim(output) == 3]
+    boxes = next((array for array in arrays if array.shape[1] == 4), None)
+    logits = next((array for array in arrays if array.shape[1] != 4), None)
+    if boxes is not None and logits is not None and len(boxes) == len(logits):
+        return _of_centres(boxes * sides, 1 / (1 + np.exp(-logits)))
+    if logits is not None and logits.shape[1] == 6:
+        return logits[:, :4], logits[:, 4], logits[:, 5].astype(np.int64)
+    if logits is not None and len(logits) > logits.shape[1] > 4:
+        return _of_centres(logits[:, :4] * sides, logits[:, 4:])
+    if logits is not None and logits.shape[1] > len(logits) > 4:
+        return _of_centres(logits[:4].T, logits[4:].T)
+    raise BackendError(
+        f"the model's outputs {[np.shape(output) for output in outputs]} are none of YOLOv8's, v10's, v11's, RT-DETR's"
+    )
+
+
+def _of_centres(boxes: Floats, scores: Floats) -> Found:
+    """From centre and size to corners, and from scores by class to the best."""
+    import numpy as np  # noqa: PLC0415
+
+    centre, half = boxes[:, :2], boxes[:, 2:] / 2
+    classes = scores.argmax(axis=1)
+    return np.concatenate((centre - half, centre + half), axis=1), scores.max(axis=1), classes
+
+
+def _surest(boxes: Floats, scores: Floats) -> list[int]:
+    """Which to keep, surest first: of two that share more than `MOST_OVERLAP` of their union, only the surer."""
+    import numpy as np  # noqa: PLC0415
+
+    areas = np.prod(boxes[:, 2:] - boxes[:, :2], axis=1)
+    order = scores.argsort()[::-1]
+    kept = []
+    while len(order):
+        first, rest = order[0], order[1:]
+        kept.append(int(first))
+        shared = np.minimum(boxes[first, 2:], boxes[rest, 2:]) - np.maximum(boxes[first, :2], boxes[rest, :2])
+        both = np.prod(np.maximum(shared, 0), axis=1)
+        order = rest[both / (areas[first] + areas[rest] - both + 1e-6) < MOST_OVERLAP]
+    return kept
+
+
+def _tiles(width: int, height: int) -> list[tuple[int, int, int, int]]:
+    """Overlapping parts of a frame."""
+    across, down = width // _TILES, height // _TILES
+    tiles = []
+    for row in range(_TILES):
+        for column in range(_TILES):
+            left = max(0, column * across - int(across * _TILE_OVERLAP / 2))
+            top = max(0, row * down - int(down * _TILE_OVERLAP / 2))
+            right = min(width, left + int(across * (1 + _TILE_OVERLAP)))
+            bottom = min(height, top + int(down * (1 + _TILE_OVERLAP)))
+            if right > left and bottom > top:
+                tiles.append((left, top, right, bottom))
+    return tiles
+
+
+def _decode(image_b64: bytes) -> Image.Image:
+    """The frame in RGB, upright. Raises `Rejected`."""
+    from PIL import Image, ImageOps  # noqa: PLC0415
+
+    try:
+        with Image.open(BytesIO(base64.b64decode(image_b64)), formats=_FORMATS) as opened:
+            if opened.width * opened.height > _MOST_PIXELS:
+                raise Rejected(f"the image has more than {_MOST_PIXELS} pixels", status=400)
+            return ImageOps.exif_transpose(opened).convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise Rejected(f"the image cannot be decoded ({type(error).__name__})", status=400) from error
