@@ -29,13 +29,26 @@ $(UV):
 		{ echo "no $(TORCH) for $$(.venv/bin/python -V): try make test TORCH_INDEX=URL or PYTHON=/path/to/python3.11; .venv/bin/pytest goes without, and says what it skips"; exit 1; }
 	@touch $@
 
-.PHONY: setup demo test run lint bench scenarios clean
+# The official clients and trio-core have environments of their own: never in the lock file.
+.venv-sdk/.ready: Makefile | $(UV)
+	@$(UV) venv --quiet --clear --python $(PYTHON) .venv-sdk
+	@$(UV) pip install --quiet --python .venv-sdk/bin/python dashscope==2.0.2
+	@touch $@
+
+.venv-trio/.ready: Makefile | $(UV)
+	@$(UV) venv --quiet --clear --python $(PYTHON) .venv-trio
+	@$(UV) pip install --quiet --python .venv-trio/bin/python --no-deps trio-core==1.1.5
+	@$(UV) pip install --quiet --python .venv-trio/bin/python \
+		fastapi numpy onnxruntime openai opencv-python-headless pillow pydantic-settings uvicorn
+	@touch $@
+
+.PHONY: setup demo test run lint parity bench scenarios clean
 setup: .venv/.ready ## set up .venv from the lock file
 
 demo: .venv/.ready ## show the main job end to end: no key, no GPU, no network service
 	@$(RUN)vlm-sidecar demo
 
-test: .venv/.torch ## set up and pass every test, those of the in-process model with a real torch among them
+test: .venv/.torch .venv-sdk/.ready ## set up and pass every test, those of the in-process model with a real torch among them
 	@.ci/parts
 	$(RUN)pytest
 
@@ -48,6 +61,9 @@ lint: .venv/.ready ## ruff, strict types, and the arrows of the architecture
 	$(RUN)mypy
 	$(RUN)lint-imports --no-cache
 
+parity: .venv/.ready .venv-trio/.ready ## ask trio-core 1.1.5 itself, record its answers, print what is different here
+	$(RUN)python tests/parity/record.py .venv-trio/bin/python
+
 bench: .venv/.ready ## what the sidecar costs beside a bare aiohttp pass-through, as ratios
 	$(RUN)python bench/overhead.py
 
@@ -55,5 +71,5 @@ scenarios: .venv/.ready ## how well the limits are learned, in virtual time, bes
 	$(RUN)python bench/scenarios.py
 
 clean: ## remove what the targets above made
-	rm -rf .uv .venv .parts .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis dist
+	rm -rf .uv .venv .venv-sdk .venv-trio .parts .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
