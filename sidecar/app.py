@@ -202,13 +202,12 @@ def _route(settings: Settings, name: str, telemetry: Telemetry) -> Route:
     """A backend and the admission in front of it. What has slots of its own needs no pace, and no limit is learned."""
     backend = make_backend(settings, name)
     slots: int | None = getattr(backend, "slots", None)
-    pinned = settings.max_concurrency
     admission = Admission(
         queue_size=settings.queue_size,
         queue_bytes=settings.queue_bytes,
         requests_per_second=_per_second(settings.requests_per_minute),
         tokens_per_second=_per_second(settings.tokens_per_minute),
-        concurrency=pinned if slots is None else min(slots, pinned or slots),
+        concurrency=settings.max_concurrency or slots,
         refusal_budget=settings.refusal_budget,
         paced=slots is None,
     )

@@ -1,0 +1,225 @@
+"""The in-process model behind a whole sidecar: its waits, its probes, its batches, and failing over to it."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import subprocess
+import sys
+
+import pytest
+from local_calls import BOUND, data_url, picture, read_events, until
+from running import chat
+from scripted_upstream import CHAT_ANSWER
+
+from backends.local import backend as backend_module
+from sidecar.app import Sidecar
+from sidecar.settings import load
+
+
+def frame(text: str = "Describe the street.", **fields):
+    body = chat(text, max_tokens=12, **fields)
+    body["messages"][0]["content"][0]["image_url"]["url"] = data_url(picture())
+    return body
+
+
+@pytest.fixture
+def local(serving, model_of):
+    """Start sidecars with a tiny model."""
+
+    async def start(**settings):
+        return await serving(**{"backend": "local", "local_model": str(model_of("idefics3")), **settings})
+
+    return start
+
+
+async def ask(sidecar, body=None, **options):
+    """The answer's body, and its parts of the wall time in seconds."""
+    loop = asyncio.get_running_loop()
+    began = loop.time()
+    async with sidecar.post(body or frame(), **options) as response:
+        answer = await response.json()
+        assert response.status == 200, answer
+    wall = loop.time() - began
+    timing = {
+        part: float(ms) / 1e3 for part, ms in re.findall(r"(\w+);dur=([\d.]+)", response.headers["Server-Timing"])
+    }
+    return answer, timing, wall
+
+
+async def probe(sidecar, path):
+    async with sidecar.client.get(sidecar.admin_url + path) as response:
+        return response.status, (await response.text()).strip()
+
+
+async def test_ten_at_once_with_batches_of_one_show_the_ladder_of_lock_waits(local, tap):
+    """What trio-core hid: each waits for the model while all before it are answered."""
+    sidecar = await local(local_max_batch=1, max_concurrency=10)
+    await tap.hold()
+    asking = [asyncio.create_task(ask(sidecar)) for _ in range(10)]
+    await until(lambda: len(sidecar.sidecar.routes[0].backend._rows) == 10)
+    tap.let(10**6)
+    timings = sorted((timing for _, timing, _ in await asyncio.gather(*asking)), key=lambda timing: timing["lock"])
+    ahead = 0.0  # the answers given since all ten were there: the first was held until then
+    for timing in timings[1:]:
+        assert timing["lock"] >= ahead - 0.005
+        ahead += timing["upstream"]
+        assert timing["queue"] + timing["lock"] + timing["upstream"] == pytest.approx(timing["total"], abs=0.002)
+    metrics = await sidecar.metrics()
+    assert metrics['sidecar_backend_lock_wait_seconds_count{backend="local"}'] == 10
+    waited = sum(timing["lock"] for timing in timings)
+    assert metrics['sidecar_backend_lock_wait_seconds_sum{backend="local"}'] == pytest.approx(waited, abs=0.005)
+    assert metrics['sidecar_batch_size_sum{backend="local"}'] == metrics['sidecar_batch_size_count{backend="local"}']
+
+
+async def test_what_finds_no_slot_waits_in_the_fair_queue_whatever_model_is_named(local, tap):
+    sidecar = await local(local_max_batch=2)
+    await tap.hold()
+    admission = sidecar.sidecar.routes[0].admission
+    asking = [asyncio.create_task(ask(sidecar, {**frame(), "model": f"model {at}"})) for at in range(9)]
+    await until(lambda: admission.waiting() == 5)
+    assert admission.in_flight() == 4
+    tap.let(10**6)
+    answers = await asyncio.gather(*asking)
+    assert {answer["model"] for answer, _, _ in answers} == {"idefics3"}
+    assert sum(timing["queue"] > 0.001 for _, timing, _ in answers) >= 5
+    assert sidecar.at_rest()
+
+
+async def test_concurrent_requests_share_batches(local, tap):
+    sidecar = await local()
+    await tap.hold()
+    first = asyncio.create_task(ask(sidecar))
+    await until(lambda: tap.running)
+    rest = [asyncio.create_task(ask(sidecar)) for _ in range(8)]
+    await until(lambda: sidecar.sidecar.routes[0].admission.in_flight() == 9)
+    await until(lambda: len(sidecar.sidecar.routes[0].backend._rows) == 9)
+    tap.let(10**6)
+    await asyncio.gather(first, *rest)
+    metrics = await sidecar.metrics()
+    assert metrics['sidecar_batch_size_bucket{backend="local",le="8.0"}'] - metrics[
+        'sidecar_batch_size_bucket{backend="local",le="6.0"}'
+    ] == pytest.approx(1)
+
+
+async def test_a_stream_reaches_its_caller_before_its_batch_ends(local, tap):
+    sidecar = await local()
+    await tap.hold()
+    asking = asyncio.create_task(sidecar.post({**frame(stream=True), "max_tokens": 200}).__aenter__())
+    await until(lambda: tap.running)
+    tap.let(8)
+    response = await asyncio.wait_for(asking, BOUND)
+    piece = await asyncio.wait_for(response.content.readuntil(b"\n\n"), BOUND)
+    assert piece.startswith(b"data: ")
+    assert tap.running
+    tap.let(10**6)
+    pieces, reason = read_events(piece + await response.read())
+    assert reason == "length"
+    assert len(pieces) > 3
+    response.release()
+
+
+async def test_a_caller_that_hangs_up_frees_its_row(local, tap):
+    sidecar = await local()
+    await tap.hold()
+    asking = asyncio.create_task(ask(sidecar, {**frame(), "max_tokens": 10**6}))
+    await until(lambda: tap.running)
+    tap.let(3)
+    await until(lambda: tap.steps == 3)
+    asking.cancel()
+    await asyncio.wait([asking])
+    await until(sidecar.at_rest)
+    tap.let(2)
+    await until(lambda: not tap.running)
+
+
+async def test_start_up_says_that_the_model_is_being_loaded(model_of, tap):
+    import aiohttp  # noqa: PLC0415
+
+    given = {"backend": "local", "local_model": str(model_of("idefics3")), "admin_host": "127.0.0.1"}
+    sidecar = Sidecar(load({**given, "port": 0, "admin_port": 0}, environ={})[0])
+    await tap.hold()
+    starting = asyncio.create_task(sidecar.start())
+    await until(lambda: tap.running)
+    async with aiohttp.ClientSession(f"http://127.0.0.1:{sidecar.admin_port}") as client:
+        for path in ("/startupz", "/readyz"):
+            async with client.get(path) as response:
+                assert (response.status, await response.text()) == (503, "the model is being loaded\n")
+        tap.let(10)
+        await starting
+        async with client.get("/startupz") as response:
+            assert response.status == 200
+    await sidecar.close()
+
+
+async def test_readiness_says_that_the_engine_is_started_again_and_follows_it(local, tap, monkeypatch):
+    monkeypatch.setattr(backend_module, "RESTART_INTERVAL_SECONDS", 0.01)
+    sidecar = await local()
+    assert (await probe(sidecar, "/readyz"))[0] == 200
+    tap.fault = lambda *_: SystemExit()
+    async with sidecar.post(frame()) as response:
+        assert response.status == 502
+        assert "SystemExit" in (await response.json())["error"]["message"]
+    status, reason = await probe(sidecar, "/readyz")
+    assert status == 503
+    assert "SystemExit" in reason
+    assert (await probe(sidecar, "/startupz"))[0] == 200
+    assert (await probe(sidecar, "/livez"))[0] == 200
+    tap.fault = lambda *_: None
+    async with asyncio.timeout(BOUND):
+        while (await probe(sidecar, "/readyz"))[0] != 200:  # noqa: ASYNC110  a probe is what is tested
+            await asyncio.sleep(0.01)
+    await ask(sidecar)
+
+
+async def test_the_model_takes_over_from_a_provider_that_is_gone_and_gives_back(local, scripted):
+    async def vanish(link, seen):
+        link.reset()
+
+    upstream = await scripted(vanish)
+    sidecar = await local(backend="dashscope,local", dashscope_url=upstream.origin + "/v1")
+    async with sidecar.post(frame()) as response:
+        assert (response.status, response.headers["X-Sidecar-Backend"]) == (200, "local")
+
+    async def answer(link, seen):
+        await link.answer(CHAT_ANSWER)
+
+    upstream.script = answer
+    async with asyncio.timeout(BOUND):
+        while True:
+            async with sidecar.post(frame()) as response:
+                assert response.status == 200
+                if response.headers["X-Sidecar-Backend"] == "dashscope":
+                    break
+    metrics = await sidecar.metrics()
+    assert metrics['sidecar_requests_total{api="openai",backend="local",outcome="ok"}'] >= 1
+
+
+async def test_a_dead_engine_beside_a_provider_does_not_unready_the_pod(local, scripted, tap):
+    upstream = await scripted()
+    sidecar = await local(backend="dashscope,local", dashscope_url=upstream.origin + "/v1")
+    sidecar.sidecar.routes[1].backend._unready = "the engine died"
+    assert (await probe(sidecar, "/readyz"))[0] == 200
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+async def test_images_from_elsewhere_are_taken_only_where_the_operator_says_so(local, tmp_path, allowed):
+    (tmp_path / "frame.jpg").write_bytes(picture())
+    sidecar = await local(**({"local_image_urls": f"https://cameras.invalid/ {tmp_path.as_uri()}/"} if allowed else {}))
+    body = frame()
+    body["messages"][0]["content"][0]["image_url"]["url"] = (tmp_path / "frame.jpg").as_uri()
+    async with sidecar.post(body) as response:
+        answer = await response.json()
+        assert response.status == (200 if allowed else 400), answer
+    if not allowed:
+        assert answer["error"]["param"] == "messages[0].content[0].image_url.url"
+
+
+def test_a_model_that_cannot_be_loaded_ends_the_command_with_one_line(model_of, tmp_path):
+    model_of("idefics3")
+    command = [sys.executable, "-m", "sidecar", "serve", "--backend", "local", "--local-model", f"{tmp_path}/none"]
+    ports = ["--port", "0", "--admin-port", "0", "--log-level", "error"]
+    done = subprocess.run([*command, *ports], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    assert done.stderr.strip().endswith(f"SIDECAR_BACKEND=local cannot start: there is no model folder {tmp_path}/none")
+    assert len(done.stderr.strip().splitlines()) == 1
