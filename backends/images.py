@@ -5,8 +5,9 @@ from __future__ import annotations
 import binascii
 from math import ceil, floor, sqrt
 
-#: Base64 characters of a data URL that are looked at first: the size is nearly always in the first few KB.
-_PREFIX_CHARS = 8192
+#: Base64 characters of a data URL that are looked at first: most sizes are in the first few hundred bytes, nearly all
+#: of the others (behind EXIF data) in the first few KB.
+_PREFIX_CHARS = (1024, 8192)
 
 #: JPEG markers that open a frame and so hold its size: SOF0..SOF15 without DHT (C4), JPG (C8) and DAC (CC).
 _JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
@@ -74,12 +75,12 @@ def data_url_size(url: str) -> tuple[int, int] | None:
 
 def base64_size(text: str | memoryview, start: int = 0) -> tuple[int, int] | None:
     """Give the size of the image whose base64 begins at `start`, or None: decodes a prefix, all only if it must."""
-    for chars in (_PREFIX_CHARS, (len(text) - start) // 4 * 4):
+    for chars in (*_PREFIX_CHARS, (len(text) - start) // 4 * 4):
         try:
             size = image_size(binascii.a2b_base64(text[start : start + chars]))
         except ValueError:  # not base64, or not ASCII
             return None
-        if size is not None or len(text) - start <= _PREFIX_CHARS:
+        if size is not None or len(text) - start <= chars:
             return size
     return None
 
