@@ -22,6 +22,7 @@ from math import exp, inf
 from typing import Any
 
 from .bucket import TokenBucket
+from .history import History
 from .policer import Sent, rate_between
 from .start import START_CREDIT, Start
 from .states import CUTS, State
@@ -39,10 +40,16 @@ RAMP_NO_CREDIT, RISEN_NO_CREDIT = 1.3, 1.15
 RISE = 0.35
 #: ... and at most by this share from one request to the next: at half a request a second, a second is no time.
 RISE_PER_REQUEST = 0.08
+#: ... and so much slower where a window was used up before: it takes all until it takes nothing.
+WINDOW_CAUTION = 8.0
 #: A ramp's length in seconds is held within these, since a limit may move: too slow for a small one is no use either.
 SHORTEST_RAMP_SECONDS, LONGEST_RAMP_SECONDS = 4.0, 100.0
 #: Where each refusal begins a blackout, this share of the quota may be lost to probing, and a ramp may take so long.
-LOST_SHARE, LONGEST_LOSING_SECONDS = 0.015, 600.0
+LOST_SHARE, LONGEST_LOSING_SECONDS = 0.02, 600.0
+#: A window that was used up is taken to be at most so long: quotas are told by the minute.
+WINDOW_SECONDS = 60.0
+#: A blackout longer than this is no penalty for a refusal.
+LONGEST_PENALTY_SECONDS = 10.0
 #: Sends remembered at most: beyond this many since a refusal, the rate is known better than it will stay true.
 MOST_REMEMBERED = 1000
 #: Seconds of the limit that a bucket is taken to hold at most.
@@ -96,10 +103,13 @@ class RateController:
         self._shared_until = -inf
         self._before = inf  # the limit before the first of them
         # blackouts
-        self._taken = 0.0
+        self._history = History(WINDOW_SECONDS + 10.0)
         self._recovered_at = now
-        self._taken_then = 0.0
-        self._lost = 0.0
+        self._unexpected = False  # the refusal before the latest blackout came too early
+        self._blackouts = 0  # such, one after the other
+        self._lost = 0.0  # amount that each refusal costs, where it is punished
+        self._window = 0.0  # amount that a window held, where one was used up
+        self._windowed = False  # more than once: the quota is one of windows
 
     # -- the gate ------------------------------------------------------------------------------------------------------
 
@@ -122,7 +132,7 @@ class RateController:
         self._grown_at = now
         self._bucket.take(now, amount)
         self._start.sent(now)
-        self._taken += amount
+        self._history.add(now, amount)
         self._purse = min(self._purse + self._budget, 1.0)
         one = Sent(now, amount, bound)
         self._sent.append(one)
@@ -157,7 +167,7 @@ class RateController:
     def settle(self, now: float, sent: Sent, amount: float) -> None:
         """It took another amount than was reserved."""
         self._bucket.take(now, amount - sent.amount)
-        self._taken += amount - sent.amount
+        self._history.add(sent.at, amount - sent.amount)
         sent.amount = amount
 
     def refused(self, now: float, sent: Sent) -> bool:
@@ -168,7 +178,7 @@ class RateController:
         """
         self._start.answered(now, 0.0)
         sent.refused = True
-        self._taken -= sent.amount
+        self._history.add(sent.at, -sent.amount)
         self.refusal_seconds += 0.3 * (now - sent.at - self.refusal_seconds)
         if sent.at <= self._cut_at:
             if self._first_burst:
@@ -193,7 +203,7 @@ class RateController:
         if self._first_burst:
             level -= (now - sent.at) * self.pace(now)  # as long again, to see what became of the rest of the burst
         self._bucket.take(now, self._bucket.level(now) - level)
-        return self._barren >= 2
+        return self._barren >= 2 or self._lost > 0 or self._windowed
 
     def _guess(self) -> float:
         """The limit after the first refusal: a bucket mostly holds one to five seconds of its rate."""
@@ -221,6 +231,9 @@ class RateController:
                 self._changed(now, "refused while others share the account")
                 return
             self._to(now, State.ASSESS, "the account seems to be ours alone again")
+        if self._windowed:
+            self._window_full(now, sent)
+            return
         low, high = rate_between(self._empty_at, taken, sent.at, sent.amount, self.burst)
         total = sum(one.amount for one in taken)
         if sum(one.amount for one in taken if one.bound) < 0.8 * total:
@@ -230,10 +243,12 @@ class RateController:
                 self.limit = max(self.limit, min(low, pace))
                 self._changed(now, "refused within a burst")
                 return
+        self._unexpected = self._ramp < 0.4 * self._length() and (taken != [] or self._unexpected)
         if self._ramp < 0.4 * self._length():
             self._too_early(now, sent, taken)
             return
         self._early = 0
+        self._window *= 0.9  # unless a blackout follows, it was none
         self.burst = min(1.05 * self.burst, MOST_BURST_SECONDS * self.limit) if self._has_credit else self.burst
         high = min(high, pace)
         low = min(low, high)
@@ -244,6 +259,13 @@ class RateController:
             self.limit = (low + high) / 2
         self._unsure = min(max(width, SUREST), UNSUREST)
         self._to(now, State.ASSESS if self._unsure > 3 * SUREST else State.STEADY, f"refused at {pace:.3g}/s")
+
+    def _window_full(self, now: float, sent: Sent) -> None:
+        """What was taken in the last minute is what a minute allows; the rest of the window brings nothing."""
+        self.limit = self._history.since(sent.at - WINDOW_SECONDS) / WINDOW_SECONDS
+        self._unsure = SUREST
+        self._unexpected = False
+        self._to(now, State.STEADY, "a window is used up")
 
     def _too_early(self, now: float, sent: Sent, taken: list[Sent]) -> None:
         """It came before the pace had reached the limit: chance, other users of the account, or a lower limit."""
@@ -262,6 +284,8 @@ class RateController:
             self._to(now, State.SHARED, "refused too often for one user of the account")
         elif self._early <= len(CUTS):
             self.limit *= CUTS[self._early - 1]
+            if self._unsure > 5 * SUREST and taken:
+                self.limit = min(self.limit, rate_between(self._empty_at, taken, sent.at, sent.amount, self.burst)[1])
             self._changed(now, "refused below the learned limit")
         else:
             _, high = rate_between(self._episode_at, self._episode, sent.at, sent.amount, inf)
@@ -274,18 +298,22 @@ class RateController:
 
     # -- blackouts -----------------------------------------------------------------------------------------------------
 
-    def recovered(self, now: float, closed_at: float, probed_at: float, gap: float) -> None:
+    def recovered(self, now: float, closed_at: float, probed_at: float, gap: float, step: float) -> None:
         """
         Everything was refused from `closed_at` on until the probe sent at `probed_at` was taken.
 
-        `gap` is what it took to wait after a refusal the time before, 0 if there was none. A blackout not much longer
-        is a penalty for the refusal, and the limit stands; a long one is the rest of a used-up window, and the limit is
-        what was taken since the window before, over all of the time.
+        `step` is how long nothing was tried before that probe, `gap` what it took to wait after a refusal the time
+        before, 0 if there was none. A blackout not much longer is a penalty for the refusal, and the limit stands. A
+        long one, or one after the other, is the rest of a used-up window, and the limit is what was taken since the one
+        before, over all of the time.
         """
-        since, taken = self._recovered_at, self._taken - self._taken_then
+        first = self._recovered_at <= self._start.began
+        since = max(self._recovered_at, self._start.began, probed_at - WINDOW_SECONDS - 0.5 * step)
+        taken = self._history.since(since)
         seconds = probed_at - closed_at
-        before = min(self._before, MOST_BURST_SECONDS * self.limit)
-        self._recovered_at, self._taken_then = probed_at, self._taken
+        before = self._before if self._early else self.limit
+        self._blackouts = self._blackouts + 1 if self._unexpected else 0
+        self._recovered_at = probed_at
         self._barren = self._early = 0
         self._sent.clear()
         self._empty_at = probed_at
@@ -293,16 +321,16 @@ class RateController:
         if seconds * before < 3 * self.typical:
             return  # no more than a pause between two requests at a small limit
         self._early_at.clear()
-        whole = taken / max(probed_at - since, 1e-3)
-        if gap and seconds <= 1.5 * gap + 0.5:
-            active = taken / max(closed_at - since, 1e-3)
-            self.limit = max(min(before, active), whole)
-            self._lost = seconds * self.limit
+        whole = taken / max(min(probed_at - since, WINDOW_SECONDS), 1e-3)
+        if gap and seconds <= 1.5 * gap + 0.5 and self._blackouts < 2:
+            self.limit = max(CUTS[0] * before, whole)
+            self._lost, self._window, self._windowed = seconds * self.limit, 0.0, False
+            self._unsure = max(self._unsure, 5 * SUREST)
             self._to(now, State.STEADY, f"refused, and everything with it for {seconds:.1f} s")
         else:
-            self._unsure = UNSUREST if since <= self._start.began else 2 * SUREST
             self.limit = max(whole, 0.02 * self.typical)
-            self._lost = 0.0
+            self._lost, self._window, self._windowed = 0.0, 1.3 * taken, not first or seconds > LONGEST_PENALTY_SECONDS
+            self._unsure = 4 * SUREST if self._windowed else UNSUREST
             self._to(now, State.ASSESS, f"everything was refused for {seconds:.1f} s")
         self._fill(now)
         self._bucket.take(now, self._bucket.level(now))
@@ -321,12 +349,14 @@ class RateController:
 
     def _length(self) -> float:
         """Amount to be sent on a ramp: what the refusal budget pays for, less of it the less is known."""
-        share, longest = (RAMP if self._has_credit else RAMP_NO_CREDIT), LONGEST_RAMP_SECONDS
+        share, longest = RAMP, LONGEST_RAMP_SECONDS
+        if not self._has_credit:
+            share, longest = RAMP_NO_CREDIT, 2 * LONGEST_RAMP_SECONDS
         length = (1.0 - SLOWER_BY * self._purse) * share * self.typical / self._budget
         if self._lost:
             length, longest = max(length, self._lost / LOST_SHARE), LONGEST_LOSING_SECONDS
         length = min(max(length, SHORTEST_RAMP_SECONDS * self.limit), longest * self.limit)
-        return max(length * SUREST / self._unsure, 2 * self.typical)
+        return max(length if self._lost else length * SUREST / self._unsure, 2 * self.typical, self._window)
 
     def _along(self) -> float:
         return self._ramp / self._length()
@@ -353,6 +383,8 @@ class RateController:
         along = self._along()
         if along >= (RISEN if self._has_credit else RISEN_NO_CREDIT):
             growth = RISE / (1.0 + 2.0 * self.refusal_seconds) * seconds
+            if self._windowed:
+                growth /= WINDOW_CAUTION
             self._rise *= exp(min(growth, RISE_PER_REQUEST * amount / self.typical))
         if self.state is State.STEADY and along > 0.7:
             self._to(now, State.PROBE, "the pace is above the limit, to see whether it has risen")

@@ -29,10 +29,10 @@ class Hold:
     __slots__ = (
         "_asked",
         "_confirmed",
-        "_last_refused",
         "_step",
         "gap",
         "kind",
+        "last_refused",
         "next_probe",
         "probing",
         "reason",
@@ -48,7 +48,7 @@ class Hold:
         self.gap = 0.0
         """Seconds from the last refusal to the probe that was taken, in the blackout before: what it takes to wait."""
         self._step = FIRST_STEP
-        self._last_refused = 0.0
+        self.last_refused = 0.0
         self._asked = 0.0  # the loop's time until which a Retry-After asked to wait
         self._confirmed = 0
 
@@ -59,12 +59,12 @@ class Hold:
         if self.kind is None:
             self.since = now
             self._asked = 0.0
-            self._step = max(FIRST_STEP, min(self.gap, LONGEST_STEP)) if kind is HoldKind.BLACKOUT else FIRST_STEP
+            self._step = max(FIRST_STEP, min(0.9 * self.gap, LONGEST_STEP)) if kind is HoldKind.BLACKOUT else FIRST_STEP
         elif kind is self.kind:
             self._step = min(self._step * GROWTH, LONGEST_STEP)
         self.kind = kind
         self.reason = reason
-        self._last_refused = now
+        self.last_refused = now
         step = BILLING_STEP if kind is HoldKind.BILLING else self._step * jitter
         if retry_after is not None and isfinite(retry_after) and retry_after > 0:
             if not self._asked:
@@ -80,12 +80,12 @@ class Hold:
     def open(self, probed_at: float | None = None) -> None:
         """The provider takes work again; `probed_at` is when the probe that it took was sent."""
         if probed_at is not None and self.kind is HoldKind.BLACKOUT:
-            self.gap = probed_at - self._last_refused
+            self.gap = probed_at - self.last_refused
         if probed_at is not None and self._asked:
             early = self._asked - probed_at
             if early > 0.5 * (self._asked - self.since):
                 self._confirmed = 0  # it was taken long before the provider said
-            elif early <= 0 and self._last_refused < self._asked:
+            elif early <= 0 and self.last_refused < self._asked:
                 self._confirmed += 1
         self.kind = None
         self.reason = ""

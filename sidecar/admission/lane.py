@@ -17,6 +17,8 @@ from .ticket import CAUSES, Cause, Ticket
 
 #: While a learned pace holds the queue it is looked at again this often (seconds), since paces change with time.
 LOOK_AGAIN_SECONDS = 0.25
+#: A key's backlog counts as servable in time while a newcomer would be answered within this share of its deadline.
+SERVABLE_SHARE = 0.5
 
 
 class Permit:
@@ -94,13 +96,7 @@ class Lane:
         if not len(self.queue) and self.limits.closed(now, ticket)[0] is None:
             return self._start(ticket, now)
         if not ticket.returned:
-            wait = self.predicted_wait(now, ticket)
-            if now + wait + self.limits.latency > ticket.deadline:
-                raise DeadlineUnreachable(
-                    f"the wait ahead is about {wait:.1f} s and an answer takes {self.limits.latency:.1f} s, "
-                    f"but only {ticket.deadline - now:.1f} s are left",
-                    retry_after=wait,
-                )
+            self._check_reachable(now, ticket)
         self._account(now)
         ticket.enter_queue(self._held_seconds)
         ticket.permit = permit = self._loop.create_future()
@@ -108,6 +104,18 @@ class Lane:
         ticket.expiry = self._loop.call_at(max(ticket.deadline - self.limits.latency, now), self._expire, ticket)
         self.admit(now)
         return permit
+
+    def _check_reachable(self, now: float, ticket: Ticket) -> None:
+        left = ticket.deadline - now
+        wait = self.predicted_wait(now, ticket)
+        if wait + self.limits.latency > SERVABLE_SHARE * left and self.queue.overload(ticket.priority, ticket.key):
+            wait = self.predicted_wait(now, ticket)
+        if wait + self.limits.latency > left:
+            raise DeadlineUnreachable(
+                f"the wait ahead is about {wait:.1f} s and an answer takes {self.limits.latency:.1f} s, "
+                f"but only {left:.1f} s are left",
+                retry_after=wait,
+            )
 
     def leave(self, ticket: Ticket) -> None:
         """The ticket's caller is gone, or a newer one took its place: it waits no more."""

@@ -40,7 +40,7 @@ class Attempt:
         self.ticket = ticket
         self.started = now
         self.beside = beside
-        """Attempts in flight when this one started."""
+        """Attempts in flight at the provider when this one started; those it refused were not."""
         self.bound = bound
         """The gate that held the queue just before."""
         self.probe = probe
@@ -80,6 +80,7 @@ class Limits:
         self.latency = 0.0
         """Seconds that an answer takes, smoothed."""
         self._latencies: deque[float] = deque(maxlen=64)
+        self._flying: dict[Attempt, None] = {}  # in the order in which they started
         self._failures = 0
         self._failed: set[Ticket] = set()
         self._probe: Attempt | None = None
@@ -120,6 +121,7 @@ class Limits:
     def start(self, now: float, ticket: Ticket, bound: Cause | None) -> Attempt:
         """One attempt goes out. `bound` is the gate that held the queue since the last one; None if none did."""
         attempt = Attempt(ticket, now, self.permits.take(), bound, self.hold.kind is not None)
+        self._flying[attempt] = None
         if attempt.probe:
             self.hold.probing = True
             self._probe = attempt
@@ -176,6 +178,7 @@ class Limits:
         attempt.told = True
         self._failures = 0
         self._failed.clear()
+        self._was_not_there(attempt)
         if kind == "capacity":
             if attempt is self._probe or self.hold.kind is None:
                 self._close(now, HoldKind.CAPACITY, reason, retry_after)
@@ -228,6 +231,7 @@ class Limits:
     def ended(self, attempt: Attempt, now: float) -> None:
         """The attempt is over, whatever it said: its permit is free."""
         self.permits.give_back()
+        del self._flying[attempt]
         if not attempt.told:
             self._void(attempt, now)
         if attempt is self._probe:  # without a verdict: its caller left
@@ -245,6 +249,14 @@ class Limits:
             used = self.tokens.use(now)
             return "token_rate" if used > 0 and used > self.requests.use(now) else "request_rate"
         return kind
+
+    def _was_not_there(self, refused: Attempt) -> None:
+        """A refused attempt held no place at the provider: the later ones had one less beside them."""
+        later = False
+        for other in self._flying:
+            if later:
+                other.beside -= 1
+            later = later or other is refused
 
     def _void(self, attempt: Attempt, now: float) -> None:
         if attempt.requests is not None:
@@ -270,7 +282,7 @@ class Limits:
     def _close(self, now: float, kind: HoldKind, reason: str, retry_after: float | None = None) -> None:
         self._probe = None
         self.hold.probing = False
-        self.hold.close(now, kind, reason, retry_after, jitter=0.8 + 0.4 * self._random())
+        self.hold.close(now, kind, reason, retry_after, jitter=1.0 + 0.2 * self._random())
 
     def _opened(self, now: float) -> None:
         """A probe was taken: the provider takes work again."""
@@ -280,7 +292,7 @@ class Limits:
         if hold.kind is HoldKind.BLACKOUT:
             for controller in (self.requests, self.tokens):
                 if controller.state is not State.START:
-                    controller.recovered(now, hold.since, probe.started, hold.gap)
+                    controller.recovered(now, hold.since, probe.started, hold.gap, probe.started - hold.last_refused)
         elif hold.kind is HoldKind.OUTAGE:
             self.requests.restart(now, OUTAGE_SHARE)
         hold.open(probe.started)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from math import inf
 
 #: Refusals that must all have met more in flight than any accepted attempt did before concurrency is suspected.
@@ -16,7 +16,7 @@ class Permits:
     Shrinking takes nothing back: attempts in flight finish, and none is admitted until they fit.
     """
 
-    __slots__ = ("_bound", "_budget", "_cut_at", "_most_taken", "_suspects", "in_flight", "learned", "size", "step")
+    __slots__ = ("_bound", "_budget", "_cut_at", "_suspects", "_taken", "in_flight", "learned", "size", "step")
 
     def __init__(self, size: int, budget: float = 0.005) -> None:
         self.size = size
@@ -30,7 +30,7 @@ class Permits:
         self._cut_at = -inf
         self._bound = 0
         self._suspects: deque[int] = deque(maxlen=SUSPECT_AFTER)
-        self._most_taken = 0
+        self._taken: Counter[int] = Counter()  # accepted attempts by how many they had beside them
 
     @property
     def allowed(self) -> float:
@@ -54,7 +54,8 @@ class Permits:
 
     def accepted(self, beside: int, bound: bool) -> None:
         """An attempt that had so many beside it was taken. `bound`: it had to wait for a permit."""
-        self._most_taken = max(self._most_taken, beside)
+        if self.learned == inf:
+            self._taken[beside] += 1
         if beside >= self.learned:  # more than was thought: the limit has risen, look further and faster
             self.learned = beside + 1
             self.step = max(2 * self.step, 1)
@@ -78,7 +79,7 @@ class Permits:
         """
         A refusal named another limit, or none. True if concurrency explains the latest ones better.
 
-        A rate refuses at any number in flight; a limit on concurrency only ever above every number that was taken.
+        A rate refuses at any number in flight; a limit on concurrency only above what was taken, but for a few.
         """
         if sent_at <= self._cut_at or self.learned < inf:
             return False
@@ -86,8 +87,9 @@ class Permits:
         self._suspects.append(beside)
         if len(self._suspects) < SUSPECT_AFTER:
             return False
-        if min(self._suspects) <= self._most_taken or min(self._suspects) < 2:
-            self._most_taken = max(self._most_taken - 1, 0)  # what was once taken need not be so for ever
+        least = min(self._suspects)
+        if least < 2 or sum(count for at, count in self._taken.items() if at >= least) > SUSPECT_AFTER:
+            self._taken.clear()  # what was once taken need not be so for ever
             return False
         self.learned = min(self._suspects)
         return True

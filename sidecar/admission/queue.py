@@ -17,6 +17,8 @@ from heapq import heapify, heappop, heappush
 
 from .ticket import Priority, Ticket
 
+#: A key whose backlog could not be served in time has caught up when one in so many of it is left.
+CALM_SHARE = 8
 #: Share of each priority class while all are waiting.
 WEIGHTS: dict[Priority, int] = {Priority.HIGH: 8, Priority.NORMAL: 3, Priority.LOW: 1}
 
@@ -24,7 +26,7 @@ WEIGHTS: dict[Priority, int] = {Priority.HIGH: 8, Priority.NORMAL: 3, Priority.L
 class _KeyQueue:
     """One key's tickets within one class."""
 
-    __slots__ = ("_by_deadline", "_waiting", "deficit", "key", "latest", "returned")
+    __slots__ = ("_by_deadline", "_calm_below", "_waiting", "deficit", "key", "latest", "returned")
 
     def __init__(self, key: str) -> None:
         self.key = key
@@ -32,6 +34,7 @@ class _KeyQueue:
         self.deficit = 0.0
         self.returned: deque[Ticket] = deque()
         self._waiting: OrderedDict[int, Ticket] = OrderedDict()  # in order of arrival
+        self._calm_below = 0  # newest first until fewer than this are left; 0: earliest deadline first
         self._by_deadline: list[tuple[float, int]] = []  # a heap; entries whose ticket has left are skipped
 
     def __len__(self) -> int:
@@ -46,16 +49,23 @@ class _KeyQueue:
         self._waiting[number] = ticket
         heappush(self._by_deadline, (ticket.deadline, number))
 
-    def head(self, newest_first: bool) -> Ticket:
+    def head(self) -> Ticket:
         if self.returned:
             return self.returned[0]
-        if newest_first:
+        if self._calm_below:
             return self._waiting[next(reversed(self._waiting))]
         while self._by_deadline[0][1] not in self._waiting:
             heappop(self._by_deadline)
         return self._waiting[self._by_deadline[0][1]]
 
+    def overload(self) -> bool:
+        changes = not self._calm_below
+        self._calm_below = max(self._calm_below, len(self) // CALM_SHARE, 1)
+        return changes
+
     def remove(self, number: int, ticket: Ticket) -> None:
+        if len(self) - 1 < self._calm_below:
+            self._calm_below = 0
         if self.latest is ticket:
             self.latest = None
         if ticket.returned:
@@ -67,7 +77,9 @@ class _KeyQueue:
             heapify(self._by_deadline)
 
     def ahead_of(self, deadline: float) -> int:
-        """How many would be served before a newcomer with this deadline (earliest deadline first)."""
+        """How many would be served before a newcomer with this deadline."""
+        if self._calm_below:
+            return len(self.returned)
         if self._waiting and deadline >= next(reversed(self._waiting.values())).deadline:
             return len(self)  # the common case: everybody has the same budget
         return len(self.returned) + sum(1 for ticket in self._waiting.values() if ticket.deadline <= deadline)
@@ -93,7 +105,7 @@ class _Class:
 class FairQueue:
     """Whose turn it is among waiting tickets. Calls are amortised O(1) in keys, O(log n) in the tickets of one key."""
 
-    __slots__ = ("_classes", "_next_number", "_numbers", "_quantum", "bytes", "newest_first")
+    __slots__ = ("_classes", "_next_number", "_numbers", "_quantum", "bytes")
 
     def __init__(self) -> None:
         self._classes = {priority: _Class() for priority in Priority}
@@ -101,8 +113,6 @@ class FairQueue:
         self._next_number = 0
         self._quantum = 1.0
         self.bytes = 0
-        self.newest_first = False
-        """The order within a key: set while the backlog cannot be served in time."""
 
     def __len__(self) -> int:
         return len(self._numbers)
@@ -171,7 +181,7 @@ class FairQueue:
                 del group.keys[queue.key]
                 ring.popleft()
             elif queue.deficit > 0:
-                return queue.head(self.newest_first)
+                return queue.head()
             else:
                 queue.deficit += self._quantum
                 if queue.deficit <= 0:  # still paying for a large one
@@ -189,6 +199,15 @@ class FairQueue:
         if queue.deficit <= 0:
             group.ring.rotate(-1)
         self.remove(ticket)
+
+    def overload(self, priority: Priority, key: str) -> bool:
+        """
+        The key's backlog cannot be served in time: newest first until it has caught up. True if it was not yet so.
+
+        Otherwise each would be served just after it is of no more use. The old ones are refused when their time is up.
+        """
+        queue = self._classes[priority].keys.get(key)
+        return queue is not None and queue.overload()
 
     def ahead_of(self, priority: Priority, key: str, deadline: float) -> int:
         """

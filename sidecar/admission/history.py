@@ -1,0 +1,38 @@
+"""How much was taken of late, in bins: what a used-up window held."""
+
+from __future__ import annotations
+
+from collections import deque
+from math import floor
+
+
+class History:
+    """Amounts by the time at which they were sent, for the last `seconds`."""
+
+    __slots__ = ("_bins", "_seconds")
+
+    #: Width of a bin in seconds.
+    BIN = 0.25
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._bins: deque[list[float]] = deque()  # [number, amount]
+
+    def add(self, at: float, amount: float) -> None:
+        """Add what was sent, or take off what was refused (a negative amount)."""
+        number = floor(at / self.BIN)
+        bins = self._bins
+        if not bins or bins[-1][0] < number:
+            bins.append([number, amount])
+            while bins[0][0] < number - self._seconds / self.BIN:
+                bins.popleft()
+            return
+        for one in reversed(bins):
+            if one[0] <= number:
+                one[1] += amount
+                return
+
+    def since(self, at: float) -> float:
+        """The amount from then on."""
+        number = floor(at / self.BIN)
+        return sum(amount for one, amount in self._bins if one >= number)
