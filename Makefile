@@ -25,7 +25,7 @@ $(UV):
 .venv/.torch: .venv/.ready Makefile
 	@echo "installing $(TORCH) into .venv for the tests of the in-process model: once, and a minute or more"
 	$(UV) sync --quiet --locked --inexact --python $(PYTHON) --extra dev --group local
-	@.uv/bin/pip --quiet --disable-pip-version-check --python .venv/bin/python install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH) || \
+	@.uv/bin/pip --quiet --quiet --disable-pip-version-check --python .venv/bin/python install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH) || \
 		{ echo "no $(TORCH) for $$(.venv/bin/python -V): try make test TORCH_INDEX=URL or PYTHON=/path/to/python3.11; .venv/bin/pytest goes without, and says what it skips"; exit 1; }
 	@touch $@
 
@@ -42,11 +42,15 @@ $(UV):
 		fastapi numpy onnxruntime openai opencv-python-headless pillow pydantic-settings uvicorn
 	@touch $@
 
-.PHONY: setup demo test run lint parity bench scenarios clean
+.PHONY: setup demo demo-local test run lint parity bench scenarios clean
 setup: .venv/.ready ## set up .venv from the lock file
 
 demo: .venv/.ready ## show the main job end to end: no key, no GPU, no network service
 	@$(RUN)vlm-sidecar demo
+
+demo-local: .venv/.torch ## show a model in the sidecar's own process: a tiny one of random weights, made here in seconds
+	@$(RUN)python -m backends.local.tiny idefics3 .tiny-model
+	@$(RUN)python examples/local.py .tiny-model
 
 test: .venv/.torch .venv-sdk/.ready ## set up and pass every test, those of the in-process model with a real torch among them
 	@.ci/parts
@@ -71,5 +75,5 @@ scenarios: .venv/.ready ## how well the limits are learned, in virtual time, bes
 	$(RUN)python bench/scenarios.py
 
 clean: ## remove what the targets above made
-	rm -rf .uv .venv .venv-sdk .venv-trio .parts .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis dist
+	rm -rf .uv .venv .tiny-model .venv-sdk .venv-trio .parts .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -84,10 +84,18 @@ class VisionModel:
         return file.getvalue()
 
     def encode(self, texts: list[str], images: list[list[PIL.Image.Image]]) -> Batch:
-        """Tokenise and resize. Every row has the same number of images."""
-        tensors = self._processor(
-            text=texts, images=images if images[0] else None, padding=True, return_tensors="pt"
-        ).to(self.device, dtype=self._model.dtype)
+        """Tokenise and resize. Every row has the same number of images.
+
+        Raises `Rejected` if the processor refuses a row: an image too narrow for its patches, say.
+        """
+        try:
+            tensors = self._processor(
+                text=texts, images=images if images[0] else None, padding=True, return_tensors="pt"
+            )
+        except (ValueError, TypeError, LookupError, ArithmeticError) as error:
+            kind = type(error).__name__  # its message may quote the prompt
+            raise invalid(f"the model's processor refuses the prompt with its images ({kind})", "messages") from error
+        tensors = tensors.to(self.device, dtype=self._model.dtype)
         return Batch(tensors, tensors["attention_mask"].sum(dim=1).tolist())
 
     def decode(self, tokens: Sequence[int]) -> str:

@@ -9,7 +9,7 @@ import threading
 import pytest
 from local_calls import ask, chat, until, various
 
-from backends.base import ServerFailed, Unreachable
+from backends.base import Rejected, ServerFailed, Unreachable
 from backends.local import backend as backend_module
 
 
@@ -120,6 +120,24 @@ async def test_a_poisoned_row_fails_alone_and_the_others_are_served(serve, tap):
     assert [answer.text for at, answer in enumerate(outcomes) if at != 5] == alone[:5] + alone[6:]
     assert backend.batches == [8, 4, 4, 2, 1, 1, 2]
     assert backend.ready_reason() is None
+
+
+async def test_a_row_that_the_processor_refuses_is_its_own_fault_and_the_others_are_served(serve, tap, monkeypatch):
+    backend = await serve()
+    kind = type(backend._engine._model._processor)
+    real = kind.__call__
+
+    def picky(self, *, text, **rest):
+        if any("Camera 2" in each for each in text):
+            raise ValueError(f"cannot take {text}")
+        return real(self, text=text, **rest)
+
+    monkeypatch.setattr(kind, "__call__", picky)
+    outcomes = await gather_behind(backend, tap, [chat(f"Camera {at}") for at in range(4)])
+    assert [getattr(outcome, "status", 200) for outcome in outcomes] == [200, 200, 400, 200]
+    assert isinstance(outcomes[2], Rejected)
+    assert "Camera" not in outcomes[2].message
+    assert backend.batches == [4, 2, 2, 1, 1]
 
 
 async def test_a_poisoned_prompt_is_in_no_log(serve, tap, caplog):
