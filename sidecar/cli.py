@@ -104,6 +104,11 @@ def _serve(args: argparse.Namespace) -> int:
     taken_over = sorted(set(origins.values()) & set(FOREIGN_NAMES))
     if taken_over:
         log.info("taken over from the environment: %s", ", ".join(taken_over))
+    if origins.get("max_concurrency") == "TRIO_VLM_API_CONCURRENCY":
+        log.info(
+            "at most %d attempts in flight, since TRIO_VLM_API_CONCURRENCY says so. It is no longer needed: without it "
+            "the sidecar learns what the provider allows", settings.max_concurrency,
+        )  # fmt: skip
 
     async def serve() -> None:
         await Sidecar(settings).run()

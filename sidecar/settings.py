@@ -20,6 +20,7 @@ FOREIGN_NAMES: dict[str, str] = {
     "TRIO_REMOTE_VLM_URL": "dashscope_url",
     "TRIO_REMOTE_VLM_API_KEY": "dashscope_api_key",
     "TRIO_REMOTE_VLM_MODEL": "dashscope_model",
+    "TRIO_VLM_API_CONCURRENCY": "max_concurrency",
     "TRIO_API_KEY": "api_key",
     "TRIO_MODEL": "local_model",
     "DASHSCOPE_API_KEY": "dashscope_api_key",

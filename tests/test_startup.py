@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
+import re
 import socket
 import stat
 import subprocess
@@ -115,6 +117,20 @@ async def test_names_of_other_programs_are_taken_over_and_said(provider):
         headers = {"Authorization": "Bearer letmein"}
         async with client.post(process.url + CHAT, json=chat(), headers=headers) as response:
             assert (response.status, response.headers["X-Sidecar-Backend"]) == (200, "dashscope")
+
+
+async def test_trio_cores_concurrency_is_a_ceiling_and_said_to_be_needed_no_longer(provider):
+    url, simulated = await provider(latency_seconds=0.05)
+    environ = {"TRIO_REMOTE_VLM_URL": url, "TRIO_VLM_API_CONCURRENCY": "2"}
+    async with Process(environ=environ) as process, aiohttp.ClientSession() as client:
+        assert re.search(r"at most 2 attempts in flight.*no longer needed", process.log)
+
+        async def ask():
+            async with client.post(process.url + CHAT, json=chat()) as response:
+                return response.status
+
+        assert await asyncio.gather(*(ask() for _ in range(8))) == [200] * 8
+    assert simulated.counts.max_in_flight == 2
 
 
 async def test_a_unix_socket_serves_too_and_takes_a_stale_ones_place(tmp_path):

@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
-import socket
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-import aiohttp
-
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
-from cases import DETECTOR_ROWS, DIFFERENCES, Case, every  # noqa: E402
+from cases import DETECTOR_ROWS, DIFFERENCES, Case, every, refusing, saying  # noqa: E402
 from comparing import Provider, outcomes  # noqa: E402
 from running import running  # noqa: E402
 from tiny_onnx import yolov10  # noqa: E402
+from trio_core_process import environ_of, trio_core  # noqa: E402
 
 EXPECTED = HERE / "expected.json"
 
@@ -33,14 +30,12 @@ async def main(python: str) -> None:
 
 async def _record(python: str, detector: str, cases: list[Case]) -> None:
     async with Provider() as provider:
-        trio_core = await _start(python, f"{provider.origin}/v1", detector)
-        try:
-            theirs = await outcomes(trio_core.url, provider, cases)
-        finally:
-            trio_core.process.terminate()
-            trio_core.process.wait(10)
-        async with running(dashscope_url=f"{provider.origin}/v1", detector_model=detector) as sidecar:
+        url = f"{provider.origin}/v1"
+        async with trio_core(python, remote_vlm_url=url, yolo_model=detector) as (their_url, _):
+            theirs = await outcomes(their_url, provider, cases)
+        async with running(dashscope_url=url, detector_model=detector) as sidecar:
             ours = await outcomes(sidecar.url, provider, cases)
+            await _in_front(python, sidecar.url, provider)
     recorded = {case.name: {"digest": case.digest, **theirs[case.name]} for case in cases}
     lines = (f"{json.dumps(name)}: {json.dumps(value, sort_keys=True)}" for name, value in recorded.items())
     EXPECTED.write_text("{\n" + ",\n".join(lines) + "\n}\n")
@@ -55,29 +50,19 @@ async def _record(python: str, detector: str, cases: list[Case]) -> None:
     sys.exit(bool(unmeant))
 
 
-class _Process:
-    def __init__(self, process: subprocess.Popen[bytes], url: str) -> None:
-        self.process = process
-        self.url = url
-
-
-async def _start(python: str, provider_url: str, detector: str) -> _Process:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    code = f"from trio_core.api.inference_server import main; main('127.0.0.1', {port}, 'critical')"
-    settings = {"REMOTE_VLM_URL": provider_url, "YOLO_MODEL": detector, "MODEL": "none", "AUTO_OPTIMIZE": "0"}
-    environ = {**os.environ, **{f"TRIO_{name}": value for name, value in settings.items()}}
-    process = subprocess.Popen([python, "-c", code], env=environ, stderr=subprocess.DEVNULL)
-    url = f"http://127.0.0.1:{port}"
-    async with asyncio.timeout(60), aiohttp.ClientSession() as client:
-        while True:
-            try:
-                async with client.get(f"{url}/health") as response:
-                    if response.status == 200:
-                        return _Process(process, url)
-            except aiohttp.ClientError:
-                await asyncio.sleep(0.1)
+async def _in_front(python: str, url: str, provider: Provider) -> None:
+    """The other way round: trio-core asks its model through a sidecar, and a refusal in between is not seen."""
+    refusal = refusing(429, "limit_requests", "slow down")
+    provider.says = [refusal, refusal, refusal, saying("A gate.")]
+    settings = {"remote_vlm_url": f"{url}/v1", "remote_vlm_model": "in-front"}
+    process = await asyncio.create_subprocess_exec(
+        python, str(HERE / "in_front.py"), env=environ_of(settings), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    async with asyncio.timeout(120):
+        out, err = await process.communicate()
+    print(f"trio-core in front of the sidecar: {out.decode().strip() or err.decode()[-1000:]}")
+    if json.loads(out) != {"whole": "A gate.", "video": "A gate.", "streamed": "A gate."}:
+        sys.exit("trio-core in front of the sidecar was not answered")
 
 
 if __name__ == "__main__":
