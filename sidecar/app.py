@@ -10,7 +10,7 @@ import signal
 from collections.abc import Callable
 from typing import Any
 
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, ProcessCollector
 
 from backends.base import BackendError
 from backends.detector import DetectorBackend
@@ -63,6 +63,7 @@ class Sidecar:
         self.health.backend_reason = self._no_backend_is_ready
         admissions = {route.name: route.admission for route in self._all_routes()}
         registry.register(AdmissionGauges(admissions))
+        ProcessCollector(registry=registry)
         self.data = DataServer(
             Dispatcher(self.routes, self._telemetry),
             Limits(

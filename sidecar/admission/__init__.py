@@ -10,7 +10,9 @@ from .errors import (
     QueueFull,
     Superseded,
 )
+from .hold import HoldKind
 from .lane import Lane, Permit
+from .states import State
 from .ticket import CAUSES, Cause, Part, Priority, Stopwatch, Ticket
 
 __all__ = [
@@ -20,6 +22,7 @@ __all__ = [
     "Cause",
     "DeadlineUnreachable",
     "Draining",
+    "HoldKind",
     "Lane",
     "NotAdmitted",
     "OnHold",
@@ -27,6 +30,7 @@ __all__ = [
     "Permit",
     "Priority",
     "QueueFull",
+    "State",
     "Stopwatch",
     "Superseded",
     "Ticket",
