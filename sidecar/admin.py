@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import logging
 from collections.abc import Awaitable, Callable
+from importlib.resources import files
 from typing import Any
 
 import orjson
@@ -13,8 +14,19 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 
 from .health import Health
+from .history import FIELDS
+from .watch import Watch
 
 log = logging.getLogger("sidecar")
+
+#: The files of the live page: path → file in `page/`, and its type.
+PAGE = {
+    "/": ("index.html", "text/html"),
+    "/page.css": ("page.css", "text/css"),
+    "/page.js": ("page.js", "text/javascript"),
+}
+#: Live views at once: each costs a connection, and some JSON a second.
+MOST_VIEWERS = 16
 
 
 class AdminServer:
@@ -26,19 +38,25 @@ class AdminServer:
         health: Health,
         status: Callable[[], dict[str, Any]],
         drain: Callable[[], None],
+        watch: Watch,
     ) -> None:
-        """`status` gives `GET /status`; `drain` begins the drain and returns at once."""
+        """`status` gives `GET /status`; `drain` begins the drain and returns at once; `watch` has the history."""
         self._registry = registry
         self._health = health
         self._status = status
         self._drain = drain
+        self._watch = watch
+        self._viewers = 0
         self._paths: dict[str, tuple[str, Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]]] = {
             "/metrics": ("GET", self._metrics),
             "/startupz": ("GET", self._startupz),
             "/readyz": ("GET", self._readyz),
             "/livez": ("GET", self._livez),
             "/status": ("GET", self._get_status),
+            "/history": ("GET", self._get_history),
+            "/events": ("GET", self._get_events),
             "/drain": ("POST", self._post_drain),
+            **dict.fromkeys(PAGE, ("GET", self._get_page)),
         }
 
     async def __call__(self, http: web.BaseRequest) -> web.StreamResponse:
@@ -46,7 +64,7 @@ class AdminServer:
         path = http.raw_path.partition("?")[0]
         method, handle = self._paths.get(path, ("", None))
         if handle is None:
-            known = ", ".join(self._paths)
+            known = ", ".join(path for path in self._paths if path not in PAGE)
             return _text(404, f"there is nothing at {path[:200]!r}; the admin listener has {known}")
         if http.method != method and (http.method, method) != ("HEAD", "GET"):
             return _text(405, f"{path} takes {method}")
@@ -74,6 +92,54 @@ class AdminServer:
     async def _get_status(self, http: web.BaseRequest) -> web.StreamResponse:
         return web.Response(body=orjson.dumps(self._status()), content_type="application/json")
 
+    async def _get_page(self, http: web.BaseRequest) -> web.StreamResponse:
+        """The live page, which may load nothing from anywhere else, nor be shown inside another one."""
+        name, content_type = PAGE[http.raw_path.partition("?")[0]]
+        body = files("sidecar.page").joinpath(name).read_bytes()
+        headers = {
+            "Content-Type": f"{content_type}; charset=utf-8",
+            "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
+            "img-src data:; frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
+            "Cache-Control": "no-cache",
+            "X-Content-Type-Options": "nosniff",
+        }
+        return web.Response(body=body, headers=headers)
+
+    async def _get_history(self, http: web.BaseRequest) -> web.StreamResponse:
+        return web.Response(body=orjson.dumps(self._told()), content_type="application/json")
+
+    async def _get_events(self, http: web.BaseRequest) -> web.StreamResponse:
+        """Server-sent events: `start` with everything since the start, then `tick` once a second."""
+        if self._viewers >= MOST_VIEWERS:
+            return _text(503, f"{MOST_VIEWERS} live views are open, as many as there may be")
+        self._viewers += 1
+        try:
+            response = web.StreamResponse(
+                headers={"Content-Type": "text/event-stream", "Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+            )
+            await response.prepare(http)
+            if http.method == "HEAD":
+                return response
+            await response.write(b"retry: 1000\n" + _event("start", self._told()))
+            while await self._watch.next_look():
+                points = {name: history.recent[-1] for name, history in self._watch.history.items()}
+                await response.write(_event("tick", {"status": self._status(), "points": points}))
+            await response.write_eof()
+            return response
+        finally:
+            self._viewers -= 1
+
+    def _told(self) -> dict[str, Any]:
+        """What there is to see, all of it: the status, and every backend's history as rows of `fields`."""
+        return {
+            "status": self._status(),
+            "fields": FIELDS,
+            "history": {
+                name: {"recent": list(history.recent), "whole": history.whole}
+                for name, history in self._watch.history.items()
+            },
+        }
+
     async def _post_drain(self, http: web.BaseRequest) -> web.StreamResponse:
         """From this machine only, and from no web page: a browser tells by these headers that it asks for one."""
         if not _is_loopback(http.remote):
@@ -82,6 +148,10 @@ class AdminServer:
             return _text(403, "drain is not taken from a web page")
         self._drain()
         return _text(202, "draining")
+
+
+def _event(name: str, data: Any) -> bytes:
+    return b"event: %b\ndata: %b\n\n" % (name.encode(), orjson.dumps(data))
 
 
 def _text(status: int, text: str) -> web.Response:

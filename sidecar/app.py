@@ -29,6 +29,7 @@ from .listener import Listener
 from .settings import Settings
 from .status import status_of
 from .telemetry import Telemetry
+from .watch import Watch
 
 log = logging.getLogger("sidecar")
 
@@ -52,7 +53,6 @@ class Sidecar:
         self.data_port = self.admin_port = 0
         """Where it listens, once started."""
         self._loop = asyncio.get_running_loop()
-        self._began = self._loop.time()
         self._told_to_drain = asyncio.Event()
         registry = CollectorRegistry()
         self._telemetry = Telemetry(registry)
@@ -64,6 +64,7 @@ class Sidecar:
         admissions = {route.name: route.admission for route in self._all_routes()}
         registry.register(AdmissionGauges(admissions))
         ProcessCollector(registry=registry)
+        self.watch = Watch(self._telemetry, admissions)
         self.data = DataServer(
             Dispatcher(self.routes, self._telemetry),
             Limits(
@@ -81,8 +82,9 @@ class Sidecar:
         admin = AdminServer(
             registry,
             self.health,
-            lambda: status_of(self.health, admissions, self._loop.time() - self._began),
+            lambda: status_of(self.health, admissions, self.watch),
             self.drain,
+            self.watch,
         )
         self._admin_listener = Listener(admin)
 
@@ -94,10 +96,11 @@ class Sidecar:
         try:
             await self.start()
             async with asyncio.TaskGroup() as tasks:
-                lag = tasks.create_task(self._watch_lag())
+                observers = [tasks.create_task(self._watch_lag()), tasks.create_task(self.watch.run())]
                 await self._told_to_drain.wait()
                 await self._finish()
-                lag.cancel()
+                for observer in observers:
+                    observer.cancel()
         finally:
             await self.close()
 
@@ -162,6 +165,7 @@ class Sidecar:
         await self._data_listener.close()
         for route in reversed(self._all_routes()):
             await route.backend.close()
+        self.watch.close()
         await self._admin_listener.close()
         for number in (signal.SIGTERM, signal.SIGINT):
             self._loop.remove_signal_handler(number)

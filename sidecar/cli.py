@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import asyncio
 import logging
+import platform
 import sys
 import types
 import typing
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -37,7 +39,7 @@ def _parser(called: list[str]) -> argparse.ArgumentParser:
         prog="vlm-sidecar",
         description="A localhost proxy that learns how much a vision-model provider allows, and queues fairly for it.",
     )
-    parser.add_argument("--version", action="version", version=f"vlm-sidecar {__version__}")
+    parser.add_argument("--version", action=_Version, nargs=0, help="show what is running and on what, and exit")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     def command(name: str, run: Any, text: str) -> argparse.ArgumentParser:
@@ -49,6 +51,9 @@ def _parser(called: list[str]) -> argparse.ArgumentParser:
     check = command("check", _check, "print the settings in force, and try the backend step by step")
     check.add_argument("--json", action="store_true", help="print one JSON object")
     _add_settings(check)
+    top = command("top", _top, "show live where requests wait and why; plain text once when not on a terminal")
+    top.add_argument("--admin-host", default="127.0.0.1", help="where its admin listener is (default: 127.0.0.1)")
+    top.add_argument("--admin-port", type=int, default=9464, help="its admin port (default: 9464)")
     demo = command("demo", _demo, "show the main job end to end: the same cameras with and without a sidecar")
     demo.add_argument("--speed", type=float, default=1.0, help="play it so many times as fast (default: 1)")
     simulate = command("simulate", _simulate, "run the simulated provider alone, with hidden quotas, for tests")
@@ -59,6 +64,8 @@ def _parser(called: list[str]) -> argparse.ArgumentParser:
     drain = command("drain", _drain, "ask a running sidecar to finish what it has and stop; waits until it has")
     drain.add_argument("--admin-port", type=int, default=9464, help="its admin port (default: 9464)")
     drain.add_argument("--timeout", type=float, default=30.0, help="seconds to wait for it (default: 30)")
+    completion = command("completion", _completion, "print the completion script for a shell")
+    completion.add_argument("shell", choices=("bash", "zsh", "fish"), help="the shell it is for")
     return parser
 
 
@@ -144,6 +151,30 @@ def _simulate(args: argparse.Namespace) -> int:
     from backends.simulated.command import run  # noqa: PLC0415
 
     return run(args)
+
+
+def _top(args: argparse.Namespace) -> int:
+    from .top import top  # noqa: PLC0415
+
+    return top(args.admin_host, args.admin_port)
+
+
+def _completion(args: argparse.Namespace) -> int:
+    from .completion import script  # noqa: PLC0415
+
+    print(script(_parser([]), args.shell), end="")
+    return 0
+
+
+class _Version(argparse.Action):
+    """`--version`: what someone who is asked for help wants to know."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        parts = [f"{name} {version(name)}" for name in ("aiohttp", "uvloop")]
+        print(
+            f"vlm-sidecar {__version__} (Python {platform.python_version()}, {', '.join(parts)}, {platform.platform()})"
+        )
+        parser.exit()
 
 
 def _drain(args: argparse.Namespace) -> int:

@@ -27,6 +27,18 @@ BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 1.5, 2.5,
 #: Model names that get a label of their own; later ones are `other`, so that a caller cannot grow the series.
 MOST_MODELS = 20
 
+#: What `totals` reads: metric, what it is called there, and the label that tells its values apart.
+_TOTALS = (
+    ("sidecar_requests", "requests", "outcome"),
+    ("sidecar_upstream_attempts", "attempts", "result"),
+    ("sidecar_throttles", "throttles", "kind"),
+    ("sidecar_tokens", "tokens", "kind"),
+    ("sidecar_queue_wait_cause_seconds", "waited", "cause"),
+    ("sidecar_queue_wait_seconds", "seconds.queue", None),
+    ("sidecar_backend_lock_wait_seconds", "seconds.lock", None),
+    ("sidecar_backend_duration_seconds", "seconds.upstream", None),
+)
+
 _Key = TypeVar("_Key", bound=Hashable)
 _Child = TypeVar("_Child")
 
@@ -50,12 +62,14 @@ class Telemetry:
         self.registry = registry
         disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series beside every counter and histogram that nobody queries
 
+        self._metrics: dict[str, Counter | Histogram] = {}
+
         def counter(name: str, text: str, labels: tuple[str, ...]) -> _Children[tuple[str, ...], Counter]:
-            metric = Counter(name, text, labels, registry=registry)
+            metric = self._metrics[name] = Counter(name, text, labels, registry=registry)
             return _Children(lambda values: metric.labels(*values))
 
         def seconds(name: str, text: str, labels: tuple[str, ...]) -> _Children[tuple[str, ...], Histogram]:
-            metric = Histogram(name, text, labels, buckets=BUCKETS, registry=registry)
+            metric = self._metrics[name] = Histogram(name, text, labels, buckets=BUCKETS, registry=registry)
             return _Children(lambda values: metric.labels(*values))
 
         self._requests = counter("sidecar_requests", "Requests by how they ended.", ("api", "backend", "outcome"))
@@ -154,3 +168,18 @@ class Telemetry:
     def invalid(self, api: str, backend: str) -> None:
         """A request that never became a ticket: its own fault."""
         self._requests[api, backend, "invalid"].inc()
+
+    def totals(self) -> dict[str, dict[str, float]]:
+        """What the metrics have counted since the start, by backend: `requests.ok`, `waited.token_rate`, …
+
+        Sums over the labels that are not in the name; seconds for `waited` and `seconds`. Read from the metrics
+        themselves, so that no view can tell another story than they do.
+        """
+        totals: dict[str, dict[str, float]] = {}
+        for metric, name, label in _TOTALS:
+            for sample in (sample for family in self._metrics[metric].collect() for sample in family.samples):
+                if sample.name.endswith(("_total", "_sum")):
+                    of_backend = totals.setdefault(sample.labels["backend"], {})
+                    key = name if label is None else f"{name}.{sample.labels[label]}"
+                    of_backend[key] = of_backend.get(key, 0.0) + sample.value
+        return totals

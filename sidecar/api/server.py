@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import logging
+import re
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -22,6 +23,9 @@ from .errors import Api, InvalidRequest, problem_of
 from .passthrough import passthrough
 
 log = logging.getLogger("sidecar.access")
+
+#: W3C Trace Context: version, trace id, parent id, flags.
+_TRACE = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,16 +175,21 @@ def _refuse_path(path: str, method: str, methods: dict[str, Endpoint] | None) ->
 
 
 def _log_access(call: Call, path: str) -> None:
+    """One line a request, with its waits in seconds; never its body."""
     ticket = call.ticket
-    waits = {part: round(spent, 4) for part, spent in ticket.stopwatch.seconds.items()} if ticket else {}
     status = call.response.status if call.response is not None else 0
-    log.info(
-        "%s %s %d %s attempts=%d %s id=%s",
-        call.http.method,
-        path[:200],
-        status,
-        call.outcome,
-        ticket.attempts if ticket else 0,
-        waits,
-        call.request_id,
-    )
+    told: dict[str, Any] = {"outcome": call.outcome, **_ids(call)}
+    if ticket is not None:
+        parts = {f"{part}_seconds": spent for part, spent in ticket.stopwatch.seconds.items()}
+        causes = {f"{cause}_seconds": spent for cause, spent in (ticket.cause_seconds or {}).items() if spent}
+        told |= {"key": ticket.key, "priority": ticket.priority.name.lower(), "model": ticket.model}
+        told |= {"attempts": ticket.attempts, **{name: round(spent, 4) for name, spent in (parts | causes).items()}}
+    log.info("%s %s %d", call.http.method, path[:200], status, extra=told)
+
+
+def _ids(call: Call) -> dict[str, str]:
+    """By what a request is found again: its id, and its trace's where it has one."""
+    ids = {"request_id": call.request_id}
+    if trace := _TRACE.match(call.http.headers.get("traceparent", "")):
+        ids["trace_id"] = trace[1]
+    return ids

@@ -1,0 +1,24 @@
+"""Numbers and names as people read them, the same in every view."""
+
+from __future__ import annotations
+
+
+def number(value: float) -> str:
+    """Three digits that matter: 0.25, 16.2k, 1.3M."""
+    for size, unit in ((1e6, "M"), (1e3, "k")):
+        if value >= 0.9995 * size:
+            return f"{value / size:.3g}{unit}"
+    return f"{value:.3g}"
+
+
+def duration(seconds: float) -> str:
+    """A length of time in its largest unit that still says something: 119 s, 2 min, 3 h."""
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def clean(text: str) -> str:
+    """Text of a caller or a provider without what would move a terminal's cursor."""
+    return "".join(char if char.isprintable() else "?" for char in text)

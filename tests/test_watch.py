@@ -1,0 +1,138 @@
+"""What the watch tells: the same figures as the metrics, one log line for many refusals, and why a limit changed."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+
+import aiohttp
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from running import CHAT, Process, chat
+
+from sidecar.history import FIELDS, POINTS, History
+
+
+async def ask_many(sidecar, count, **options):
+    async def ask(number):
+        async with sidecar.post(headers={"X-Camera-Id": f"camera-{number % 3}"}, **options) as response:
+            return response.status
+
+    return await asyncio.gather(*(ask(number) for number in range(count)))
+
+
+def column(sidecar, field):
+    return [point[FIELDS.index(field)] for point in sidecar.sidecar.watch.history["dashscope"].recent]
+
+
+async def test_every_point_is_the_difference_of_the_metrics(serving, provider):
+    url, simulated = await provider(requests_per_second=20, burst_requests=5, latency_seconds=0.05)
+    sidecar = await serving(dashscope_url=url)
+    for count in (3, 12, 1):
+        assert await ask_many(sidecar, count) == [200] * count
+        sidecar.sidecar.watch.look()
+    counts = simulated.counts
+    assert column(sidecar, "answered") == [3, 12, 1]
+    assert sum(column(sidecar, "sent")) == counts.ended["answered"] + sum(counts.refused.values())
+    assert sum(column(sidecar, "refused")) == sum(counts.refused.values())
+    assert sum(column(sidecar, "output_tokens")) == 16 * 40
+    metrics = await sidecar.metrics()
+    waited = sum(value for name, value in metrics.items() if name.startswith("sidecar_queue_wait_seconds_sum"))
+    assert sum(column(sidecar, "queue_seconds")) == pytest.approx(waited, abs=0.01)
+
+
+async def test_who_waits_is_counted_by_what_holds_them_and_told_in_words(serving, provider):
+    url, simulated = await provider(latency_seconds=1.0)
+    sidecar = await serving(dashscope_url=url, max_concurrency=2)
+    asking = asyncio.ensure_future(ask_many(sidecar, 7))
+    await sidecar.until(lambda: simulated.counts.in_flight == 2 and sidecar.sidecar.routes[0].admission.waiting() == 5)
+    sidecar.sidecar.watch.look()
+    assert column(sidecar, "waiting.concurrency") == [5]
+    assert column(sidecar, "in_flight") == [2]
+    async with sidecar.client.get(f"{sidecar.admin_url}/status") as response:
+        [model] = (await response.json())["backends"][0]["models"]
+    assert model["in_words"] == "5 wait for one of the 2 permits, 2 are in flight"
+    assert {entry["key"] for entry in model["longest_queues"]} == {"camera-0", "camera-1", "camera-2"}
+    await asking
+
+
+async def test_a_hundred_refusals_are_one_line_and_a_changed_limit_says_why(serving, provider, caplog):
+    url, simulated = await provider(requests_per_second=30, burst_requests=4, latency_seconds=0.02)
+    sidecar = await serving(dashscope_url=url)
+    watch = sidecar.sidecar.watch
+    with caplog.at_level(logging.INFO, logger="sidecar"):
+        await ask_many(sidecar, 20)
+        refused = sum(simulated.counts.refused.values())
+        assert refused > 3
+        watch._summed = asyncio.get_running_loop().time()
+        watch.look()
+        assert not [record for record in caplog.records if " attempts in " in record.message]
+        for _ in range(2):
+            watch._summed -= 10  # ten seconds later
+            watch.look()
+    [summary] = [record.message for record in caplog.records if " attempts in " in record.message]
+    assert f"dashscope refused {refused} of {refused + 20} attempts" in summary
+    assert f"request_rate {refused}" in summary
+    changed = [record.message for record in caplog.records if "the limit of" in record.message]
+    assert changed
+    assert changed[-1].endswith(sidecar.sidecar.routes[0].admission.lane("qwen-vl-plus").limits.requests.changed_why)
+    assert len(changed) <= 3
+
+
+async def test_a_hold_is_told_when_it_begins_and_when_it_ends(serving, provider, caplog):
+    url, _ = await provider(outages=((0.0, 600.0),))
+    sidecar = await serving(dashscope_url=url)
+    with caplog.at_level(logging.INFO, logger="sidecar"):
+        for _ in range(4):
+            async with sidecar.post(headers={"X-Request-Timeout": "0.6"}) as response:
+                assert response.status >= 500
+        sidecar.sidecar.watch.look()
+        sidecar.sidecar.watch.look()
+    [line] = [record.message for record in caplog.records if "holding qwen-vl-plus back" in record.message]
+    assert "(outage)" in line
+    async with sidecar.client.get(f"{sidecar.admin_url}/status") as response:
+        [model] = (await response.json())["backends"][0]["models"]
+    assert model["in_words"].startswith("on hold for ")
+
+
+async def test_the_access_log_has_the_waits_and_both_ids_and_no_prompt(provider):
+    url, _ = await provider(latency_seconds=0.05)
+    trace = "0af7651916cd43dd8448eb211c80319c"
+    headers = {"X-Request-Id": "my-request", "X-Camera-Id": "gate", "traceparent": f"00-{trace}-b7ad6b7169203331-01"}
+    async with Process("--dashscope-url", url, "--access-log", "--log-format", "json") as process:
+        async with (
+            aiohttp.ClientSession() as client,
+            client.post(process.url + CHAT, json=chat("a secret prompt"), headers=headers) as response,
+        ):
+            assert response.status == 200
+        process.signal(15)
+        assert await process.ended() == 0
+    lines = [json.loads(line) for line in process.log.splitlines()]
+    [line] = [line for line in lines if line["logger"] == "sidecar.access"]
+    assert (line["message"], line["outcome"]) == (f"POST {CHAT} 200", "ok")
+    assert (line["request_id"], line["trace_id"], line["key"]) == ("my-request", trace, "gate")
+    assert line["first_byte_seconds"] >= 0.05
+    assert line["queue_seconds"] >= 0
+    assert "secret" not in process.log
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 5 * POINTS), st.integers(0, 9))
+def test_however_long_it_runs_history_is_bounded_and_loses_no_count(seconds, each):
+    history = History()
+    for second in range(seconds):
+        values = dict.fromkeys(FIELDS, 0.0) | {
+            "t": second + 1.0,
+            "span": 1.0,
+            "sent": each + second % 3,
+            "in_flight": each,
+        }
+        history.add(tuple(values[field] for field in FIELDS))
+    whole = {field: [point[at] for point in history.whole] for at, field in enumerate(FIELDS)}
+    assert len(history.whole) <= POINTS
+    assert len(history.recent) == min(seconds, POINTS)
+    assert sum(whole["span"]) == seconds == whole["t"][-1]
+    assert sum(whole["sent"]) == sum(each + second % 3 for second in range(seconds))
+    assert set(whole["in_flight"]) == {float(each)}
