@@ -1,0 +1,176 @@
+"""Every alert fires when it should and is quiet when it should be: promtool runs the rules over made-up series."""
+
+from __future__ import annotations
+
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from real_parts import ROOT, real_part
+from rules import alerts, spec, write_rules
+
+BACKEND = {"namespace": "cams", "backend": "dashscope"}
+SERIES = '{namespace="cams",backend="dashscope",pod="cortex-1"%s}'
+
+
+def series(name: str, values: str, **labels: str) -> dict[str, str]:
+    extra = "".join(f',{label}="{value}"' for label, value in labels.items())
+    return {"series": name + SERIES % extra, "values": values}
+
+
+def histogram(name: str, seconds: float, **labels: str) -> list[dict[str, str]]:
+    """60 observations a minute, all of which took `seconds`."""
+    bounds = ("0.01", "0.25", "0.5", "1", "5", "10", "15", "30", "+Inf")
+    buckets = [
+        series(f"{name}_bucket", "0+60x180" if seconds <= float(le) else "0x180", le=le, **labels) for le in bounds
+    ]
+    return [*buckets, series(f"{name}_sum", f"0+{60 * seconds:g}x180", **labels)]
+
+
+def hold(state: str, values: str) -> list[dict[str, str]]:
+    return [series("sidecar_limit_state", values, dimension="hold", state=state)]
+
+
+def requests(shed_a_minute: int) -> list[dict[str, str]]:
+    return [
+        series("sidecar_requests_total", "0+1000x180", outcome="ok", api="trio"),
+        series("sidecar_requests_total", f"0+{shed_a_minute}x180", outcome="shed", api="trio"),
+    ]
+
+
+def attempts(refused_a_minute: int) -> list[dict[str, str]]:
+    return [
+        series("sidecar_upstream_attempts_total", "0+1000x180", result="ok"),
+        series("sidecar_throttles_total", f"0+{refused_a_minute}x180", kind="request_rate"),
+    ]
+
+
+def limit(values: str) -> list[dict[str, str]]:
+    return [series("sidecar_limit_requests_per_second", values)]
+
+
+def lock(lock_seconds: float, whole_seconds: float) -> list[dict[str, str]]:
+    return [
+        *histogram("sidecar_backend_lock_wait_seconds", lock_seconds),
+        *histogram("sidecar_request_duration_seconds", whole_seconds, outcome="ok", api="trio"),
+    ]
+
+
+def starts(values: str, metric: str = "sidecar_build_info") -> list[dict[str, str]]:
+    at = '{job="cams/vlm-sidecar",instance="10.0.0.1:9464"%s}'
+    return [
+        {"series": "process_start_time_seconds" + at % "", "values": values},
+        {"series": metric + at % ',version="0.1.0"', "values": "1x180"},
+    ]
+
+
+@dataclass(frozen=True)
+class Case:
+    fires: list[dict[str, str]]
+    quiet: list[list[dict[str, str]]]
+    at: str = "20m"
+    labels: dict[str, str] | None = None
+
+
+CASES = {
+    "VlmSidecarQueueWaitHigh": Case(
+        histogram("sidecar_queue_wait_seconds", 12, priority="normal"),
+        [histogram("sidecar_queue_wait_seconds", 4, priority="normal")],
+    ),
+    "VlmSidecarLockWaitDominates": Case(lock(2, 3), [lock(2, 8), lock(0.01, 0.012)]),
+    "VlmSidecarShedding": Case(requests(50), [requests(5)]),
+    "VlmSidecarBillingRefused": Case(
+        hold("billing", "0x10 1x170"), [hold("billing", "0x180"), hold("outage", "1x180")]
+    ),
+    "VlmSidecarUpstreamOutage": Case(
+        hold("outage", "0x10 1x170"), [hold("outage", "0x18 1x1 0x160"), hold("blackout", "1x180")]
+    ),
+    "VlmSidecarLimitHalved": Case(
+        limit("40x120 15x60"), [limit("40x120 25x60"), limit("40x115 15x2 40x60")], at="2h20m"
+    ),
+    "VlmSidecarRefusalsOverBudget": Case(
+        attempts(20), [attempts(4), [series("sidecar_throttles_total", "0x100 1x80", kind="request_rate")]], at="90m"
+    ),
+    "VlmSidecarEventLoopLag": Case(
+        histogram("sidecar_event_loop_lag_seconds", 0.2, instance="10.0.0.1:9464"),
+        [histogram("sidecar_event_loop_lag_seconds", 0.005, instance="10.0.0.1:9464")],
+        labels={"namespace": "cams", "pod": "cortex-1", "instance": "10.0.0.1:9464"},
+    ),
+    "VlmSidecarRestartLoop": Case(
+        starts("100x9 200x3 300x3 400x160"),
+        [starts("100x9 200x160"), starts("100x9 200x3 300x3 400x160", metric="someone_elses_build_info")],
+        labels={"job": "cams/vlm-sidecar", "instance": "10.0.0.1:9464"},
+    ),
+}
+
+
+def promtool(*arguments: str | Path) -> None:
+    done = subprocess.run([real_part("promtool"), *arguments], capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def run(tmp_path: Path, alert: str, case: Case, *inputs: tuple[list[dict[str, str]], bool]) -> None:
+    """Have promtool check that the alert fires, or does not, over each of the inputs."""
+    rule = alerts()[alert]
+    fired = {"exp_labels": rule["labels"] | (case.labels or BACKEND), "exp_annotations": rule["annotations"]}
+    tests: list[dict[str, Any]] = [
+        {
+            "interval": "1m",
+            "input_series": given,
+            "alert_rule_test": [{"eval_time": case.at, "alertname": alert, "exp_alerts": [fired] if fires else []}],
+        }
+        for given, fires in inputs
+    ]
+    write_rules(tmp_path)
+    (tmp_path / "test.yaml").write_text(yaml.safe_dump({"rule_files": ["rules.yaml"], "tests": tests}))
+    promtool("test", "rules", tmp_path / "test.yaml")
+
+
+@pytest.mark.parametrize("alert", CASES)
+def test_alert_fires(tmp_path: Path, alert: str) -> None:
+    run(tmp_path, alert, CASES[alert], (CASES[alert].fires, True))
+
+
+@pytest.mark.parametrize("alert", CASES)
+def test_alert_is_quiet(tmp_path: Path, alert: str) -> None:
+    run(tmp_path, alert, CASES[alert], *((given, False) for given in CASES[alert].quiet))
+
+
+def test_every_alert_has_its_cases_and_its_runbook() -> None:
+    runbook = (ROOT / "docs" / "runbook.md").read_text()
+    assert set(CASES) == set(alerts())
+    for name, rule in alerts().items():
+        assert rule["annotations"]["runbook"] == f"docs/runbook.md#{name.lower()}"
+        assert f"\n## {name}\n" in runbook
+
+
+def test_prometheus_takes_the_rules(tmp_path: Path) -> None:
+    promtool("check", "rules", write_rules(tmp_path))
+
+
+def test_recorded_ratios_are_what_they_say(tmp_path: Path) -> None:
+    inputs = [*requests(50), *attempts(20), *limit("40x180"), *lock(1, 4)]
+    expected = {
+        "sidecar:shed_to_requests:ratio_5m": 50 / 1050,
+        "sidecar:refusals_per_1000_attempts:rate_1h": 20,
+        "sidecar:limit_requests_per_second:sum": 40,
+        "sidecar:goodput_to_limit:ratio_5m": 1000 / 60 / 40,
+        "sidecar:lock_wait_to_request_duration:ratio_5m": 0.25,
+    }
+    records = {rule["record"] for group in spec()["groups"] for rule in group["rules"] if "record" in rule}
+    assert expected.keys() <= records
+    checks = [
+        {
+            "expr": f"round({record}, 0.0001)",
+            "eval_time": "90m",
+            "exp_samples": [{"labels": '{namespace="cams",backend="dashscope"}', "value": round(value, 4)}],
+        }
+        for record, value in expected.items()
+    ]
+    write_rules(tmp_path)
+    test = {"interval": "1m", "input_series": inputs, "promql_expr_test": checks}
+    (tmp_path / "test.yaml").write_text(yaml.safe_dump({"rule_files": ["rules.yaml"], "tests": [test]}))
+    promtool("test", "rules", tmp_path / "test.yaml")
