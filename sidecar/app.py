@@ -215,10 +215,11 @@ def _route(settings: Settings, name: str, telemetry: Telemetry) -> Route:
         concurrency=settings.max_concurrency or slots,
         refusal_budget=settings.refusal_budget,
         paced=slots is None,
+        only_model=getattr(backend, "model_id", None),
     )
     if name != "local":
         return Route(backend, admission)
-    queue = admission.lane("").queue
+    queue = admission.lane(backend.model_id).queue
     backend.queued = lambda: len(queue)  # from the engine's thread: one look at one number
     backend.on_batch = telemetry.batch_size.labels(name).observe
     return Route(backend, admission, backend.ready_reason)

@@ -34,12 +34,14 @@ class Admission:
         concurrency: int | None = None,
         refusal_budget: float = 0.005,
         paced: bool = True,
+        only_model: str | None = None,
         random: Random | None = None,
     ) -> None:
+        """`only_model`: the one that answers whatever model is named, so that there is one queue."""
         self.loop = asyncio.get_running_loop()
         self._queue_size = queue_size
         self._queue_bytes = queue_bytes
-        self._paced = paced
+        self._only_model = only_model
         self._limits = partial(
             Limits,
             requests_per_second=requests_per_second,
@@ -60,9 +62,8 @@ class Admission:
         return PermitContext(self, ticket)
 
     def lane(self, model: str) -> Lane:
-        """The model's own queue and limits, made when first asked for. Unpaced there is one for whatever is named."""
-        if not self._paced:
-            model = ""
+        """The model's own queue and limits, made when first asked for."""
+        model = self._only_model or model
         lane = self.lanes.get(model)
         if lane is None:
             if len(self.lanes) >= MOST_LANES:
