@@ -86,7 +86,10 @@ class DetectorBackend:
         except ImportError as error:
             raise BackendError(f"it needs the extra detect: pip install 'vlm-sidecar[detect]' ({error})") from error
         try:
-            session = onnxruntime.InferenceSession(str(self._path), providers=["CPUExecutionProvider"])
+            options = onnxruntime.SessionOptions()
+            # Its threads would wait for work by turning round and round, on the cores that serve everybody else.
+            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+            session = onnxruntime.InferenceSession(str(self._path), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime's own classes have no common base
             raise BackendError(f"the file is no ONNX model that can be loaded: {error}") from error
         inputs = session.get_inputs()

@@ -9,6 +9,7 @@ import asyncio
 import json
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from aiohttp import web
@@ -30,6 +31,8 @@ _Asked = TypeVar("_Asked", DescribeRequest, CropDescribeRequest, DetectRequest)
 
 #: Bodies above this are checked in a thread: one of 10 MB takes 10 ms, in which the loop would serve nobody.
 _THREAD_BYTES = 1 << 20
+#: Composites are drawn by two at a time: each decoded frame may take 150 MB, and the loop needs its share of a core.
+_DRAWING = ThreadPoolExecutor(2, "composite")
 #: What trio-core counts as one; a bicycle is none.
 _VEHICLES = ("car", "bus", "truck", "motorcycle")
 _LOADED = time.monotonic()
@@ -50,7 +53,8 @@ async def crop_describe(call: Call) -> web.StreamResponse:
     kind = media_type(image)
     composite = None
     if asked.crops and asked.max_crops:
-        composite = await asyncio.to_thread(compose, image, asked.crops, asked.max_crops)
+        loop = asyncio.get_running_loop()
+        composite = await loop.run_in_executor(_DRAWING, compose, image, asked.crops, asked.max_crops)
     panels = composite.panels if composite else []
     prompt = scene_prompt(asked.scene_prompt, asked.crops, panels)
     if composite is not None:

@@ -113,14 +113,19 @@ async def test_it_has_a_queue_and_a_lock_wait_of_its_own(serving, tmp_path):
 
 async def test_more_frames_than_its_queue_holds_are_shed_with_retry_after(serving, tmp_path):
     sidecar = await serving(backend="simulated", detector_model=str(model("yolov10", tmp_path / "m.onnx")))
+    (route,) = sidecar.sidecar.detectors
+    shed = []
 
     async def detect():
-        async with sidecar.post({"image_b64": frame(width=1280, height=720)}, path=DETECT) as response:
-            return response.status, response.headers.get("Retry-After")
+        async with sidecar.post({"image_b64": frame()}, path=DETECT) as response:
+            if response.status == 503:
+                shed.append(response.headers["Retry-After"])
+            return response.status
 
-    answers = await asyncio.gather(*(detect() for _ in range(120)))
-    assert {status for status, _ in answers} == {200, 503}
-    assert all(after for status, after in answers if status == 503)
+    async with asyncio.TaskGroup() as callers, route.backend._lock:  # as if one frame took long
+        asked = [callers.create_task(detect()) for _ in range(100)]
+        await sidecar.until(lambda: len(shed) == 100 - 64 - route.backend.slots)
+    assert [task.result() for task in asked].count(200) == 64 + route.backend.slots
 
 
 @pytest.mark.parametrize("content", ["missing", "garbage", "unknown layout"])

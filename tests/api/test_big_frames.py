@@ -1,0 +1,58 @@
+"""A frame of 10 MB waits in one copy, whatever API it came by."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import tracemalloc
+
+import pytest
+from running import CHAT, PNG, chat
+
+MB = 1 << 20
+#: A PNG that is padded behind its end, as no decoder minds.
+IMAGE = base64.b64encode(PNG + bytes(10 * MB)).decode()
+URL = f"data:image/png;base64,{IMAGE}"
+BODIES = {
+    CHAT: {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": URL}}]}]},
+    "/api/v1/services/aigc/multimodal-generation/generation": {
+        "input": {"messages": [{"role": "user", "content": [{"image": URL}, {"text": "What?"}]}]}
+    },
+    "/api/inference/describe": {"image_b64": IMAGE},
+    "/api/inference/crop-describe": {"image_b64": IMAGE, "max_crops": 0},
+}
+
+
+@pytest.mark.parametrize("path", BODIES)
+async def test_a_frame_of_10_mb_waits_in_one_copy_and_passes(serving, scripted, path):
+    go = asyncio.Event()
+
+    async def script(link, seen):
+        await go.wait()
+        answer = {"choices": [{"message": {"content": "A gate."}, "finish_reason": "stop"}], "output": {}}
+        await link.answer(answer)
+
+    upstream = await scripted(script)
+    sidecar = await serving(dashscope_url=f"{upstream.origin}/compatible-mode/v1", max_concurrency=1, deadline=15)
+    body = json.dumps({"model": "m", **BODIES[path]}).encode()
+    headers = {"Content-Type": "application/json"}
+
+    async def ask(body: bytes, path: str) -> int:
+        async with sidecar.client.post(sidecar.url + path, data=body, headers=headers) as response:
+            return response.status
+
+    async with asyncio.TaskGroup() as tasks:
+        first = tasks.create_task(ask(json.dumps(chat(model="m")).encode(), CHAT))
+        await upstream.arrived.wait()
+        tracemalloc.start()
+        try:
+            second = tasks.create_task(ask(body, path))
+            await sidecar.until(lambda: sidecar.sidecar.routes[0].admission.waiting() == 1)
+            # Not at once: the thread that checked the body may not have let go of it yet.
+            await sidecar.until(lambda: tracemalloc.get_traced_memory()[0] < 1.1 * len(body))
+        finally:
+            tracemalloc.stop()
+        go.set()
+    assert (first.result(), second.result()) == (200, 200)
+    assert len(upstream.seen[1].body) > 10 * MB
