@@ -10,9 +10,10 @@ from urllib.parse import unquote
 import orjson
 from aiohttp import web
 
+from .body import CHARS_PER_TOKEN
 from .call import Call
 from .errors import InvalidRequest
-from .openai import BASES, CHARS_PER_TOKEN
+from .openai import BASES
 
 _METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE")
 

@@ -18,9 +18,9 @@ from backends.base import Rejected, Request
 from backends.images import base64_size, image_tokens
 
 from ..admission import Ticket
+from .body import CHARS_PER_TOKEN, UNKNOWN_IMAGE_TOKENS
 from .call import Call
 from .errors import InvalidRequest
-from .openai import CHARS_PER_TOKEN, UNKNOWN_IMAGE_TOKENS
 from .trio_chat import answer_text, chat_body
 from .trio_crops import scene_prompt
 from .trio_image import compose, media_type, not_an_image

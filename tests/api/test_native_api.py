@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import json
 
 import pytest
 from running import IMAGE_URL
+
+from sidecar.demo.frames import frame
 
 GENERATION = "/api/v1/services/aigc/multimodal-generation/generation"
 SSE = {"X-DashScope-SSE": "enable"}
@@ -19,9 +22,9 @@ def question(**fields):
 def events(text: str) -> list[tuple[str, int, dict]]:
     """Name, status and data of each frame."""
     found = []
-    for frame in text.split("\n\n"):
-        lines = frame.split("\n")
-        if frame.strip():
+    for event in text.split("\n\n"):
+        lines = event.split("\n")
+        if event.strip():
             name = next(line[6:] for line in lines if line.startswith("event:"))
             status = next(int(line.rpartition("/")[2]) for line in lines if line.startswith(":HTTP_STATUS/"))
             found.append((name, status, json.loads(next(line[5:] for line in lines if line.startswith("data:")))))
@@ -124,3 +127,13 @@ async def test_the_sidecars_own_refusals_have_the_native_shape_and_name_the_fiel
             400, "invalid_request", {"code", "message", "request_id"}
         ), body  # fmt: skip
         assert field in answer["message"]
+
+
+async def test_of_a_big_frame_the_size_is_read_and_a_missing_model_is_put_in(serving, scripted):
+    upstream = await scripted()
+    sidecar = await serving(dashscope_url=f"{upstream.origin}/compatible-mode/v1", dashscope_model="qwen-vl-max")
+    url = "data:image/jpeg;base64," + base64.b64encode(frame(1)).decode()
+    given = {"input": {"messages": [{"role": "user", "content": [{"image": url}]}]}}
+    response, _ = await ask(sidecar, given)
+    assert response.status == 200
+    assert json.loads(upstream.seen[0].body) == {"model": "qwen-vl-max", **given}

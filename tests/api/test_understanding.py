@@ -7,6 +7,7 @@ import json
 
 import pytest
 
+from sidecar.api import body as bodies
 from sidecar.api import openai
 from sidecar.api.errors import InvalidRequest
 from sidecar.demo.frames import HEIGHT, WIDTH, frame
@@ -32,8 +33,8 @@ def test_every_image_is_measured_and_what_stands_behind_it_is_read(images):
 
 def test_of_a_frame_only_its_beginning_is_parsed(monkeypatch):
     parsed = []
-    json_object = openai.json_object
-    monkeypatch.setattr(openai, "json_object", lambda data: parsed.append(len(data)) or json_object(data))
+    json_object = bodies.json_object
+    monkeypatch.setattr(bodies, "json_object", lambda data: parsed.append(len(data)) or json_object(data))
     openai.understand(body(JPEG, JPEG))
     assert len(parsed) == 1
     assert parsed[0] < 20_000 < len(JPEG)

@@ -1,0 +1,160 @@
+"""What a caller's body says: looked at as little as will do, and never rebuilt but for a missing model."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import orjson
+
+from backends.images import data_url_size, image_tokens
+
+from .errors import InvalidRequest
+
+#: Characters of text in one LLM token, for an estimate before sending: limiting.md's 3.5.
+CHARS_PER_TOKEN = 3.5
+#: An image whose size is not known from its header (a URL): a 1080p frame of qwen-vl by the patch rule.
+UNKNOWN_IMAGE_TOKENS = 1250
+#: First bytes, in base64, of images whose size we do not read but providers take: BMP, TIFF, and HEIC or AVIF boxes.
+_OTHER_IMAGES = ("Qk", "SUkq", "TU0A", "AAAA")
+_BASE64 = b";base64,"
+#: Base64 characters of an image that are kept to look at; whole groups of four.
+_LOOKED_AT_CHARS = 8192
+
+
+@dataclass(slots=True)
+class Asked:
+    """What the sidecar needs to know of a request for a model's answer."""
+
+    model: str | None
+    stream: bool
+    text_chars: int = 0
+    images: list[tuple[int, int] | None] = field(default_factory=list)
+    """Width and height of each image, None where only the provider can see it."""
+    high_resolution: bool = False
+
+    def tokens(self, model: str) -> float:
+        """LLM tokens of the input, by the provider's published rules."""
+        total = self.text_chars / CHARS_PER_TOKEN
+        for size in self.images:
+            total += (
+                UNKNOWN_IMAGE_TOKENS
+                if size is None
+                else image_tokens(*size, model, high_resolution=self.high_resolution)
+            )
+        return total
+
+
+def look_at(body: bytes, read: Callable[[dict[str, Any]], Asked]) -> Asked:
+    """Parse a body and `read` its object; long images are cut first, where that does.
+
+    Raises `InvalidRequest` that names the field. What is not looked at is the provider's.
+    """
+    short = _abridged(body)
+    if short is not body:
+        with contextlib.suppress(InvalidRequest):  # an image's size may stand further on: then the whole body tells
+            return read(json_object(short))
+    return read(json_object(body))
+
+
+def _abridged(body: bytes) -> bytes:
+    """The same JSON with long base64 cut down to its beginning, where an image's size nearly always is.
+
+    To parse a frame's 100 KB only to find that size costs more than anything else here. A string with an escape in it
+    is left alone: its end is not the next quote.
+    """
+    pieces: list[bytes] = []
+    done = 0
+    at = body.find(_BASE64)
+    while at >= 0:
+        end = body.find(b'"', at)
+        if end < 0 or body.find(b"\\", at, end) >= 0:
+            return body
+        keep = at + len(_BASE64) + _LOOKED_AT_CHARS
+        if end > keep:
+            pieces.append(body[done:keep])
+            done = end
+        at = body.find(_BASE64, end)
+    return b"".join((*pieces, body[done:])) if pieces else body
+
+
+def json_object(body: bytes) -> dict[str, Any]:
+    """Parse a body that must be a JSON object. Raises `InvalidRequest`."""
+    try:
+        data = orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        raise InvalidRequest(f"the body is not JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise InvalidRequest(f"the body must be a JSON object, not {kind_of(data)}")
+    return data
+
+
+def model_of(data: dict[str, Any]) -> str | None:
+    """The model that a body names, if it names one. Raises `InvalidRequest`."""
+    model = data.get("model")
+    if model is None or (isinstance(model, str) and 0 < len(model) <= 256):
+        return model
+    raise InvalidRequest("model must be a string of 1 to 256 characters", field="model")
+
+
+def look_at_messages(
+    messages: Any, where: str, asked: Asked, look_at_part: Callable[[dict[str, Any], str, Asked], None]
+) -> None:
+    """Walk the messages, which are alike in both dialects, down to the parts of their content, which are not."""
+    if not isinstance(messages, list) or not messages:
+        raise InvalidRequest(f"{where} must be a list of at least one message", field=where)
+    for index, message in enumerate(messages):
+        at = f"{where}[{index}]"
+        if not isinstance(message, dict):
+            raise InvalidRequest(f"{at} must be an object, not {kind_of(message)}", field=at)
+        content, at = message.get("content"), f"{at}.content"
+        if isinstance(content, str):
+            asked.text_chars += len(content)
+        elif isinstance(content, list):
+            for number, part in enumerate(content):
+                if not isinstance(part, dict):
+                    raise InvalidRequest(
+                        f"{at}[{number}] must be an object, not {kind_of(part)}", field=f"{at}[{number}]"
+                    )
+                look_at_part(part, f"{at}[{number}]", asked)
+        elif content is not None:  # null: an assistant's message that only calls tools
+            raise InvalidRequest(f"{at} must be a string or a list of parts, not {kind_of(content)}", field=at)
+
+
+def image_of(url: Any, where: str) -> tuple[int, int] | None:
+    """The size of the image that a URL names, None where it cannot be told without fetching or decoding it.
+
+    Raises `InvalidRequest` for what is no image at all.
+    """
+    if not isinstance(url, str) or not url:
+        raise InvalidRequest("an image_url part needs a url, a string", field=where)
+    if not url.startswith("data:"):
+        return None
+    header, comma, _ = url[:256].partition(",")
+    if not comma or not header.endswith(";base64"):
+        raise InvalidRequest("a data URL must read data:image/jpeg;base64,<base64 of the image>", field=where)
+    size = data_url_size(url)
+    if size is None and not url.startswith(_OTHER_IMAGES, len(header) + 1):
+        raise InvalidRequest(
+            "the data URL holds no image: what follows base64, must be the base64 of a whole image file", field=where
+        )
+    return size
+
+
+def with_model(body: bytes, asked: Asked, default: str) -> tuple[bytes, str]:
+    """The body and the model it names. Where it names none, the default is put first in the object."""
+    if asked.model is not None:
+        return body, asked.model
+    data = orjson.loads(body)
+    if "model" in data:
+        return orjson.dumps({**data, "model": default}), default
+    start = body.index(b"{") + 1  # there are messages behind it, hence the comma
+    return b'%b"model":%b,%b' % (body[:start], orjson.dumps(default), body[start:]), default
+
+
+def kind_of(value: Any) -> str:
+    """What JSON calls a value's type."""
+    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
+    return names.get(type(value), "a number")
