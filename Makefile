@@ -42,7 +42,7 @@ $(UV):
 		fastapi numpy onnxruntime openai opencv-python-headless pillow pydantic-settings uvicorn
 	@touch $@
 
-.PHONY: setup demo demo-local test run lint parity bench scenarios clean
+.PHONY: setup demo demo-local test run lint parity bench scenarios docs clean
 setup: .venv/.ready ## set up .venv from the lock file
 
 demo: .venv/.ready ## show the main job end to end: no key, no GPU, no network service
@@ -74,6 +74,10 @@ bench: .venv/.ready ## what the sidecar costs beside a bare aiohttp pass-through
 scenarios: .venv/.ready ## how well the limits are learned, in virtual time, beside an oracle
 	$(RUN)python bench/scenarios.py
 
+docs: | $(UV) ## build the documentation site into site/, every link checked
+	@UV_PROJECT_ENVIRONMENT=.venv-docs $(UV) sync --quiet --locked --only-group docs --python $(PYTHON)
+	@NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs --quiet build --strict && echo "see site/index.html"
+
 clean: ## remove what the targets above made
-	rm -rf .uv .venv .tiny-model .venv-sdk .venv-trio .parts .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis dist
+	rm -rf site .uv .venv .venv-docs .tiny-model .venv-sdk .venv-trio .parts .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

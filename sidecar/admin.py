@@ -5,7 +5,7 @@ from __future__ import annotations
 import ipaddress
 import logging
 from collections.abc import Awaitable, Callable
-from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 import orjson
@@ -25,6 +25,7 @@ PAGE = {
     "/page.css": ("page.css", "text/css"),
     "/page.js": ("page.js", "text/javascript"),
 }
+_PAGE_FOLDER = Path(__file__).with_name("page")
 #: Live views at once: each costs a connection, and some JSON a second.
 MOST_VIEWERS = 16
 
@@ -95,7 +96,7 @@ class AdminServer:
     async def _get_page(self, http: web.BaseRequest) -> web.StreamResponse:
         """The live page, which may load nothing from anywhere else, nor be shown inside another one."""
         name, content_type = PAGE[http.raw_path.partition("?")[0]]
-        body = files("sidecar.page").joinpath(name).read_bytes()
+        body = (_PAGE_FOLDER / name).read_bytes()  # a few kilobytes that the system has in memory
         headers = {
             "Content-Type": f"{content_type}; charset=utf-8",
             "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "

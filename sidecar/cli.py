@@ -9,7 +9,6 @@ import platform
 import sys
 import types
 import typing
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -170,6 +169,8 @@ class _Version(argparse.Action):
     """`--version`: what someone who is asked for help wants to know."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        from importlib.metadata import version  # noqa: PLC0415  a megabyte that `serve` can do without
+
         parts = [f"{name} {version(name)}" for name in ("aiohttp", "uvloop")]
         print(
             f"vlm-sidecar {__version__} (Python {platform.python_version()}, {', '.join(parts)}, {platform.platform()})"
