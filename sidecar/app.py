@@ -94,7 +94,8 @@ class Sidecar:
     async def run(self) -> None:
         """Serve until told to drain, by a signal or by `drain`; then finish what was accepted. Raises `StartError`."""
         try:
-            await self.start()
+            if not await self._start_unless_told():
+                return
             async with asyncio.TaskGroup() as tasks:
                 observers = [tasks.create_task(self._watch_lag()), tasks.create_task(self.watch.run())]
                 await self._told_to_drain.wait()
@@ -103,6 +104,18 @@ class Sidecar:
                     observer.cancel()
         finally:
             await self.close()
+
+    async def _start_unless_told(self) -> bool:
+        """Start; False if told to stop meanwhile: a model that is still being loaded is not waited for."""
+        starting = asyncio.ensure_future(self.start())
+        told = asyncio.ensure_future(self._told_to_drain.wait())
+        try:
+            await asyncio.wait((starting, told), return_when=asyncio.FIRST_COMPLETED)
+            return starting.done() and starting.result() is None
+        finally:
+            starting.cancel()
+            told.cancel()
+            await asyncio.gather(starting, told, return_exceptions=True)
 
     async def start(self) -> None:
         """Open the admin listener, then the backends, then the data listener, so that probes see each step."""

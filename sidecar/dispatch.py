@@ -135,8 +135,8 @@ class Dispatcher:
                 if not isinstance(refusal, OnHold):
                     given_up.append(route)
                     if self._choose(ticket, given_up) is None:
-                        failed = isinstance(last_failure, ServerFailed | Unreachable)
-                        if last_failure is not None and failed and isinstance(refusal, DeadlineUnreachable):
+                        late = isinstance(refusal, DeadlineUnreachable)
+                        if late and isinstance(last_failure, ServerFailed | Unreachable):
                             raise last_failure from None
                         raise
                 ticket.returned = True

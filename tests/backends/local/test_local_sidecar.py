@@ -6,6 +6,7 @@ import asyncio
 import re
 import subprocess
 import sys
+import threading
 
 import pytest
 from local_calls import BOUND, data_url, picture, read_events, until
@@ -150,6 +151,19 @@ async def test_start_up_says_that_the_model_is_being_loaded(model_of, tap):
         async with client.get("/startupz") as response:
             assert response.status == 200
     await sidecar.close()
+
+
+async def test_who_is_told_to_stop_does_not_wait_for_the_model_to_load(model_of, tap):
+    given = {"backend": "local", "local_model": str(model_of("idefics3")), "admin_host": "127.0.0.1"}
+    sidecar = Sidecar(load({**given, "port": 0, "admin_port": 0}, environ={})[0])
+    await tap.hold()
+    running = asyncio.create_task(sidecar.run())
+    await until(lambda: tap.running)
+    sidecar.drain()
+    await asyncio.wait_for(running, BOUND)
+    assert tap.running
+    tap.let(10)
+    await until(lambda: not any(thread.name == "local-engine" for thread in threading.enumerate()))
 
 
 async def test_readiness_says_that_the_engine_is_started_again_and_follows_it(local, tap, monkeypatch):
