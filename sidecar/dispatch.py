@@ -175,12 +175,11 @@ class Dispatcher:
         return next((route for route in self.routes if route not in given_up and route.takes(ticket, now)), None)
 
     def _let_others_move(self, route: Route, model: str) -> None:
-        """What waits behind a closed hold goes to another backend, if there is one."""
+        """What waits for a backend that is away goes to another, if there is one."""
         if len(self.routes) > 1:
             lane = route.admission.lane(model)
-            hold = lane.limits.hold
-            if hold.kind is not None:
-                lane.refuse_all(OnHold(f"{route.name} is on hold: {hold.reason}"))
+            if lane.away is not None:
+                lane.refuse_all(OnHold(f"{route.name} is on hold: {lane.away}"))
 
     async def _attempt(
         self, route: Route, permit: Permit, request: Request, on_stream: Callable[[Reply], Awaitable[None]] | None

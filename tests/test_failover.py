@@ -146,6 +146,16 @@ async def test_a_request_that_would_wait_past_its_deadline_goes_where_it_need_no
     assert await asyncio.gather(busy, patient) == [(200, "dashscope")] * 2
 
 
+async def test_throttling_alone_moves_nothing_that_can_wait(pair):
+    sidecar, provider = await pair()
+    assert await who(sidecar) == (200, "dashscope")
+    provider.refuse(429, "Throttling.RateQuota")
+    asking = [asyncio.create_task(who(sidecar)) for _ in range(3)]
+    await sidecar.until(lambda: provider.asked >= 5)
+    provider.act = provider.answer
+    assert await asyncio.gather(*asking) == [(200, "dashscope")] * 3
+
+
 async def test_a_stream_that_has_begun_is_not_moved(pair):
     sidecar, provider = await pair()
 

@@ -190,10 +190,19 @@ class Lane:
 
     # -- looking ahead -------------------------------------------------------------------------------------------------
 
+    @property
+    def away(self) -> str | None:
+        """Why the provider cannot answer, if so: it is down, has no room, or refuses the account.
+
+        A blackout of refusals is none of these: it passes, and the wait until then can be predicted.
+        """
+        hold = self.limits.hold
+        return None if hold.kind in (None, HoldKind.BLACKOUT) else hold.reason
+
     def takes(self, now: float, ticket: Ticket) -> bool:
         """Whether a newcomer like this one would be answered before its deadline, as far as can be told."""
         free = self.limits.closed(now, ticket)[0] is None
-        if self.limits.hold.kind is not None:
+        if self.away is not None:
             return free
         wait = 0.0 if free and not len(self.queue) else self.predicted_wait(now, ticket)
         return now + wait + self.limits.latency <= ticket.deadline
