@@ -17,6 +17,7 @@ import zlib
 from base64 import b64encode
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import orjson
 from yarl import URL
@@ -33,6 +34,7 @@ from backends.base import (
     Unreachable,
 )
 from backends.connections import environment_proxy
+from backends.detector import DetectorBackend
 
 from .app import StartError, make_backend
 from .settings import SECRETS, Settings
@@ -98,7 +100,7 @@ def _print(step: Step) -> None:
 
 
 async def _all(settings: Settings, tell: Callable[[Step], None]) -> list[Step]:
-    """Try every backend that is named, each up to its first failure."""
+    """Try every backend that is named, each up to its first failure, and the detector if there is one."""
     steps: list[Step] = []
     for name in settings.backend_names:
         async for step in _try(name, settings):
@@ -106,7 +108,22 @@ async def _all(settings: Settings, tell: Callable[[Step], None]) -> list[Step]:
             tell(step)
             if not step.ok:
                 break
+    if settings.detector_model is not None:
+        steps.append(await _detector(settings.detector_model))
+        tell(steps[-1])
     return steps
+
+
+async def _detector(model: Path) -> Step:
+    watch, detector = _Watch("detector"), DetectorBackend(model)
+    try:
+        await detector.start()
+    except BackendError as error:
+        advice = "SIDECAR_DETECTOR_MODEL must name an ONNX export of YOLOv8, v10, v11 or RT-DETR"
+        return watch.step("start", False, error.message, advice)
+    finally:
+        await detector.close()
+    return watch.step("start", True, "the model loads, and its outputs are of a known layout")
 
 
 async def _try(name: str, settings: Settings) -> AsyncIterator[Step]:

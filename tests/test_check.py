@@ -9,6 +9,7 @@ import socket
 import sys
 
 import pytest
+from tiny_onnx import yolov10
 
 from backends.simulated import Profile, serve
 
@@ -132,3 +133,13 @@ async def test_settings_that_cannot_be_used_are_exit_status_2():
     status, printed = await check(SIDECAR_DEADLINE="soon")
     assert status == 2
     assert printed.startswith("vlm-sidecar: SIDECAR_DEADLINE")
+
+
+async def test_the_detectors_model_is_tried_too(tmp_path):
+    good = yolov10(tmp_path / "good.onnx", [(1, 1, 9, 9, 0.9, 0)])
+    status, printed = await check(SIDECAR_BACKEND="simulated", SIDECAR_DETECTOR_MODEL=str(good))
+    assert status == 0, printed
+    assert "detector" in printed
+    failed = await failing(SIDECAR_BACKEND="simulated", SIDECAR_DETECTOR_MODEL=str(tmp_path / "missing.onnx"))
+    assert (failed["backend"], failed["name"]) == ("detector", "start")
+    assert "SIDECAR_DETECTOR_MODEL" in failed["advice"]
