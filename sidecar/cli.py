@@ -17,6 +17,16 @@ from .settings import FOREIGN_NAMES, PREFIX, Settings, SettingsError, load, opti
 
 log = logging.getLogger("sidecar")
 
+_EPILOG = """\
+to begin:
+  vlm-sidecar demo                       see what it does; needs no key
+  export SIDECAR_DASHSCOPE_API_KEY=sk-…  for DashScope; any OpenAI-compatible server: SIDECAR_DASHSCOPE_URL
+  vlm-sidecar check                      try settings, network, key and model
+  vlm-sidecar serve                      requests to http://127.0.0.1:8100/v1, live page at http://127.0.0.1:9464/
+
+exit status: 0 well, 2 bad usage or settings (one line on stderr names the setting), 1 anything else
+"""
+
 
 def main(argv: list[str] | None = None) -> NoReturn:
     """Run a command and exit: 0 well, 2 bad usage or settings (one line on stderr), 1 anything else."""
@@ -37,6 +47,8 @@ def _parser(called: list[str]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="vlm-sidecar",
         description="A localhost proxy that learns how much a vision-model provider allows, and queues fairly for it.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=_EPILOG,
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="show what is running and on what, and exit")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
@@ -55,6 +67,7 @@ def _parser(called: list[str]) -> argparse.ArgumentParser:
     top.add_argument("--admin-port", type=int, default=9464, help="its admin port (default: 9464)")
     demo = command("demo", _demo, "show the main job end to end: the same cameras with and without a sidecar")
     demo.add_argument("--speed", type=float, default=1.0, help="play it so many times as fast (default: 1)")
+    demo.add_argument("--html", type=Path, metavar="FILE", help="write a report with plots there too")
     simulate = command("simulate", _simulate, "run the simulated provider alone, with hidden quotas, for tests")
     if called == ["simulate"]:
         from backends.simulated.command import add_options  # noqa: PLC0415
@@ -143,7 +156,7 @@ def _check(args: argparse.Namespace) -> int:
 def _demo(args: argparse.Namespace) -> int:
     from .demo import show  # noqa: PLC0415
 
-    return show(args.speed)
+    return show(args.speed, args.html)
 
 
 def _simulate(args: argparse.Namespace) -> int:

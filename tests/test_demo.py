@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import aiohttp
 import pytest
@@ -21,6 +22,7 @@ from backends.images import image_size
 from sidecar.demo import processes
 from sidecar.demo.cameras import Answered, Result
 from sidecar.demo.frames import HEIGHT, WIDTH, frame
+from sidecar.demo.report import report
 from sidecar.demo.table import Row, percentile, sentence, table
 
 
@@ -63,6 +65,29 @@ def test_percentiles_are_nearest_ranks():
     values = [float(value) for value in range(1, 201)]
     assert [percentile(values, share) for share in (0.5, 0.99, 1.0)] == [100.0, 198.0, 200.0]
     assert percentile([3.0], 0.5) == 3.0
+
+
+def test_the_report_shows_every_way_and_asks_nothing_elsewhere():
+    rows = [
+        Row("semaphore of 1", Result(sent=4, lost=4), refusals=12),
+        Row("semaphore of 16", Result(sent=4, lost=1, answered=answered(1.5, 2.5, 3.0)), refusals=3),
+        Row("sidecar", Result(sent=4, lost=0, answered=answered(1.0, 2.0, 3.0, 4.0)), refusals=1),
+    ]
+    page = report([("no <quota>", rows), ("hidden quota", rows)])
+    tree = ElementTree.fromstring(re.sub(r"<(meta|!doctype)[^>]*>", "", page))  # noqa: S314  it is ours
+    assert [title.text for title in tree.iter("h2")] == ["no <quota>", "hidden quota"]
+    assert "sidecar: p99 4.00 s, 0 lost" in page
+    assert "none described" in page
+    bars = [bar for bar in tree.iter("rect") if bar.get("class") == "area orange"]
+    assert [float(bar.get("width")) for bar in bars[:3]] == sorted(float(bar.get("width")) for bar in bars[:3])
+    assert not re.search(r"https?://|src=|@import", page)
+
+
+async def test_a_report_that_cannot_be_written_is_told_before_the_demo_begins(tmp_path):
+    async with command("demo", "--html", str(tmp_path / "nowhere" / "report.html")) as process:
+        printed, complaint = await process.communicate()
+    assert (process.returncode, printed) == (1, b"")
+    assert b"No such file or directory" in complaint
 
 
 @contextlib.asynccontextmanager

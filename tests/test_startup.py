@@ -96,6 +96,16 @@ def test_bad_usage_and_help():
     assert "--config" in text
 
 
+async def test_a_defect_is_told_with_the_ids_by_which_its_request_is_found(serving, monkeypatch, caplog):
+    sidecar = await serving()
+    monkeypatch.setattr(sidecar.sidecar.routes[0].backend, "send", None)
+    headers = {"X-Request-Id": "mine", "traceparent": f"00-{'a' * 32}-{'b' * 16}-01"}
+    async with sidecar.post(headers=headers) as response:
+        assert (response.status, (await response.json())["error"]["code"]) == (500, "internal_error")
+    [line] = [record for record in caplog.records if "a defect" in record.message]
+    assert (line.request_id, line.trace_id) == ("mine", "a" * 32)
+
+
 async def test_with_nothing_configured_it_is_simulated_and_says_so_loudly():
     async with Process() as process, aiohttp.ClientSession() as client:
         assert "SIMULATED" in process.log

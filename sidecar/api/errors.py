@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import ceil
@@ -14,8 +13,6 @@ from backends.base import BackendError, BillingRefused, Rejected, Throttled
 from ..admission import AccountClosed, DeadlineUnreachable, Draining, NotAdmitted, QueueFull, Superseded
 from ..dispatch import DeadlineExceeded
 from ..telemetry import Outcome
-
-log = logging.getLogger("sidecar")
 
 Api = Literal["openai", "trio", "native"]
 
@@ -68,7 +65,7 @@ _NOT_ADMITTED: dict[type[NotAdmitted], tuple[int, str, Outcome]] = {
 
 
 def problem_of(error: Exception, api: Api) -> Problem:
-    """What the caller is told of an error. One that nobody thought of is logged with its trace and told as 500."""
+    """What the caller is told of an error. One that nobody thought of is told as 500, `internal_error`."""
     match error:
         case InvalidRequest():
             return Problem(error.status, error.code, error.message, "invalid", field=error.field, detail=error.detail)
@@ -93,8 +90,12 @@ def problem_of(error: Exception, api: Api) -> Problem:
         case BackendError():
             return Problem(502, "upstream_error", error.message, "error")
         case _:
-            log.error("a defect in the sidecar: %s", type(error).__name__, exc_info=error)
-            return Problem(500, "internal_error", "a defect in the sidecar; its log has the details", "error")
+            return Problem(
+                500,
+                "internal_error",
+                "a defect in the sidecar; its log has the details beside this request's id",
+                "error",
+            )
 
 
 def _client_error(error: Rejected) -> dict[str, Any]:

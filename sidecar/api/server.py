@@ -140,6 +140,10 @@ class DataServer:
             raise error  # the caller hung up: there is nobody to answer
         problem = problem_of(error, call.api)
         call.outcome = problem.outcome
+        if problem.status == 500:  # no other error has this status: the provider's own 5xx are told as 502
+            logging.getLogger("sidecar").error(
+                "a defect in the sidecar: %s", type(error).__name__, exc_info=error, extra=_ids(call)
+            )
         return await call.fail(problem)
 
     def _check_bearer(self, http: web.BaseRequest) -> None:

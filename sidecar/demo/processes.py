@@ -33,14 +33,18 @@ async def provider(*options: str) -> AsyncIterator[str]:
 
 
 @contextlib.asynccontextmanager
-async def sidecar(upstream: str, client: aiohttp.ClientSession) -> AsyncIterator[str]:
-    """Run `vlm-sidecar serve`, as it is out of the box, before an upstream; gives its base URL. Raises `DemoError`."""
+async def sidecar(upstream: str, client: aiohttp.ClientSession) -> AsyncIterator[tuple[str, str]]:
+    """Run `vlm-sidecar serve`, as it is out of the box, before an upstream; gives its base and admin URLs.
+
+    Raises `DemoError`.
+    """
     port, admin_port = _free_port(), _free_port()
+    admin_url = f"http://127.0.0.1:{admin_port}"
     listeners = ("--port", str(port), "--admin-host", "127.0.0.1", "--admin-port", str(admin_port))
     options = ("--backend", "dashscope", "--dashscope-url", upstream, "--log-level", "error")
     async with _process("serve", *listeners, *options) as process:
-        await _started("the sidecar", process, _ready(process, client, f"http://127.0.0.1:{admin_port}/readyz"))
-        yield f"http://127.0.0.1:{port}/v1"
+        await _started("the sidecar", process, _ready(process, client, f"{admin_url}/readyz"))
+        yield f"http://127.0.0.1:{port}/v1", admin_url
 
 
 async def _started(name: str, process: Process, sign: Awaitable[T]) -> T:

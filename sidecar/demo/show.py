@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import shutil
 import signal
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
 
 import aiohttp
 
 from . import cameras, processes
 from .cameras import CAMERAS, Result, Semaphore, ThroughSidecar
+from .report import report
 from .table import Row, sentence, table
 
 #: How long the provider takes: what cortex measured of its own (contract.md, "The story it serves").
@@ -26,16 +29,28 @@ LONG_PATIENCE_SECONDS = 60.0
 _SEMAPHORES = (1, 16)
 Way = Semaphore | ThroughSidecar
 Tell = Callable[[Result], None]
+Words = Callable[[], Awaitable[str]]
 Load = Callable[[Way, int, Tell], Awaitable[Result]]
 
 
-def show(speed: float) -> int:
-    """Play the demo; gives the exit status. With a `speed` of 2 all times are halved and the quota is doubled."""
+def show(speed: float, html: Path | None = None) -> int:
+    """Play the demo; gives the exit status. With a `speed` of 2 all times are halved and the quota is doubled.
+
+    `html` is where to write the report with plots.
+    """
     if not speed > 0:
         print(f"vlm-sidecar demo: --speed must be above 0, not {speed}", file=sys.stderr)
         return 2
     try:
-        asyncio.run(_show(speed))
+        if html is not None:
+            html.touch()  # a minute is too long to learn that it cannot be written
+        acts = asyncio.run(_show(speed))
+        if html is not None:
+            html.write_text(report(acts))
+            print(f"\n{html} has it with plots.")
+    except OSError as error:
+        print(f"vlm-sidecar demo: --html {html}: {error.strerror or error}", file=sys.stderr)
+        return 1
     except processes.DemoError as error:
         print(f"vlm-sidecar demo: {error}", file=sys.stderr)
         return 1
@@ -45,7 +60,7 @@ def show(speed: float) -> int:
     return 0
 
 
-async def _show(speed: float) -> None:
+async def _show(speed: float) -> list[tuple[str, list[Row]]]:
     task = asyncio.current_task()
     assert task is not None  # noqa: S101  a coroutine runs in one
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)  # the others end with us, as on Ctrl-C
@@ -69,9 +84,8 @@ async def _show(speed: float) -> None:
         hidden = ["--requests-per-second", str(quota), "--burst", str(BURST)]
         limited = await _act(client, speed, "hidden quota", ["--latency", str(answer), *hidden], at_once)
     print()
-    print(
-        table("No quota. Each camera sends its next frame when the last is described; the first is not counted.", free)
-    )
+    easy = "No quota. Each camera sends its next frame when the last is described; the first is not counted."
+    print(table(easy, free))
     print()
     title = (
         f"A hidden quota of {quota:g} requests/s. All cameras send at the same instant, {LOAD:.0%} of the quota in all;"
@@ -85,14 +99,15 @@ async def _show(speed: float) -> None:
     )
     print()
     print(sentence(free, limited))
+    return [(easy, free), (title, limited)]
 
 
 async def _act(client: aiohttp.ClientSession, speed: float, act: str, options: list[str], load: Load) -> list[Row]:
     """Send the load each way, one after the other, every time to a provider that is new."""
     rows = []
     for size in (*_SEMAPHORES, 0):
-        async with processes.provider(*options) as upstream, _way(client, upstream, size, speed) as (name, way):
-            async with _progress(f"{act}, {name}") as tell:
+        async with processes.provider(*options) as upstream, _way(client, upstream, size, speed) as (name, way, words):
+            async with _progress(f"{act}, {name}", words) as tell:
                 result = await load(way, size, tell)
             async with client.get(f"{upstream.removesuffix('/v1')}/_simulate/stats") as response:
                 refused = (await response.json())["refused"]
@@ -101,17 +116,29 @@ async def _act(client: aiohttp.ClientSession, speed: float, act: str, options: l
 
 
 @contextlib.asynccontextmanager
-async def _way(client: aiohttp.ClientSession, upstream: str, size: int, speed: float) -> AsyncIterator[tuple[str, Way]]:
+async def _way(
+    client: aiohttp.ClientSession, upstream: str, size: int, speed: float
+) -> AsyncIterator[tuple[str, Way, Words]]:
     """Give a way to the provider: a semaphore of a size, or for 0 a sidecar that has just been started."""
     if size:
-        yield f"semaphore of {size}", Semaphore(client, upstream, size, speed)
+        yield f"semaphore of {size}", Semaphore(client, upstream, size, speed), _no_words
         return
-    async with processes.sidecar(upstream, client) as url:
-        yield "sidecar", ThroughSidecar(client, url)
+    async with processes.sidecar(upstream, client) as (url, admin_url):
+
+        async def words() -> str:
+            async with client.get(f"{admin_url}/status") as response:
+                models = (await response.json())["backends"][0]["models"]
+            return models[0]["in_words"] if models else ""
+
+        yield "sidecar", ThroughSidecar(client, url), words
+
+
+async def _no_words() -> str:
+    return ""  # a semaphore cannot say what its waiters wait for
 
 
 @contextlib.asynccontextmanager
-async def _progress(name: str) -> AsyncIterator[Tell]:
+async def _progress(name: str, words: Words) -> AsyncIterator[Tell]:
     """Show how far a run is: one line that changes on a terminal; elsewhere one when it begins and one at its end."""
     clock = asyncio.get_running_loop().time
     began, live = clock(), sys.stdout.isatty()
@@ -123,7 +150,8 @@ async def _progress(name: str) -> AsyncIterator[Tell]:
 
     async def keep_showing() -> None:
         while True:
-            print(f"\r{line()}", end="", flush=True)
+            said = f"{line()}   {await words()}"
+            print(f"\r{said[: shutil.get_terminal_size().columns - 1]}\x1b[K", end="", flush=True)
             await asyncio.sleep(0.1)
 
     def tell(result: Result) -> None:
@@ -140,4 +168,4 @@ async def _progress(name: str) -> AsyncIterator[Tell]:
     else:
         print(f"  {name} …", flush=True)
         yield tell
-    print(f"\r{line()}" if live else line(), flush=True)
+    print(f"\r{line()}\x1b[K" if live else line(), flush=True)
