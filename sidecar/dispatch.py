@@ -213,7 +213,8 @@ class Dispatcher:
         except TimeoutError as timeout:
             result = "timeout"
             raise DeadlineExceeded(
-                f"no whole answer from {name} within the request's {ticket.deadline - ticket.stopwatch.started:.1f} s"
+                f"no whole answer from {name} within the request's {ticket.deadline - ticket.stopwatch.started:.1f} s: "
+                "allow more time, in X-Request-Timeout and SIDECAR_DEADLINE"
             ) from timeout
         except Throttled as refusal:
             result = "throttled"

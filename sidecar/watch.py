@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from math import inf
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from .admission import CAUSES, Admission, Lane
 from .admission.controller import RateController
@@ -43,8 +44,9 @@ class Watch:
         self.history = {name: History() for name in admissions}
         self.throttles: deque[dict[str, Any]] = deque(maxlen=MOST_THROTTLES)
         """Seconds with refusals, newest last: `t` since the start, backend, kind, count."""
-        self._told: dict[tuple[str, str, str], tuple[str, float]] = {}
-        self._held: dict[tuple[str, str], str] = {}
+        # What was told last of each; what is forgotten by admission is forgotten here.
+        self._told: WeakKeyDictionary[RateController, tuple[str, float]] = WeakKeyDictionary()
+        self._held: WeakKeyDictionary[Lane, str] = WeakKeyDictionary()
         self._looks = asyncio.Event()
         self.closed = False
 
@@ -128,9 +130,9 @@ class Watch:
     def _tell_hold(self, backend: str, model: str, lane: Lane) -> None:
         hold = lane.limits.hold
         kind = "" if hold.kind is None else hold.kind.value
-        if kind == self._held.get((backend, model), ""):
+        if kind == self._held.get(lane, ""):
             return
-        self._held[backend, model] = kind
+        self._held[lane] = kind
         if kind:
             log.warning("%s: holding %s back but for single probes (%s): %s", backend, model, kind, hold.reason)
         else:
@@ -139,11 +141,11 @@ class Watch:
     def _tell_limit(self, backend: str, model: str, unit: str, learned: RateController) -> None:
         """Say that a limit was learned, has moved by enough, or is learned in another way, and why."""
         state = learned.state.value
-        told_state, told_limit = self._told.get((backend, model, unit), ("start", inf))
+        told_state, told_limit = self._told.get(learned, ("start", inf))
         moved = learned.limit != told_limit and not abs(learned.limit - told_limit) < _TOLD_SHARE * told_limit
         everyday = state == told_state or {state, told_state} <= _EVERYDAY
         if moved or not everyday:
-            self._told[backend, model, unit] = (state, learned.limit)
+            self._told[learned] = (state, learned.limit)
             limit = "unknown" if learned.limit == inf else f"{learned.limit:.3g} {unit}/s"
             log.info("%s: the limit of %s is %s (%s): %s", backend, model, limit, state, learned.changed_why)
 

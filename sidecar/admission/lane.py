@@ -113,7 +113,8 @@ class Lane:
         if wait + self.limits.latency > left:
             raise DeadlineUnreachable(
                 f"the wait ahead is about {wait:.1f} s and an answer takes {self.limits.latency:.1f} s, "
-                f"but only {left:.1f} s are left",
+                f"but only {left:.1f} s are left: ask less often, allow more time (X-Request-Timeout), "
+                "or let a newer frame take an older one's place (X-Queue-Policy: latest)",
                 retry_after=wait,
             )
 
