@@ -20,7 +20,7 @@ from backends.simulated import Provider, SimulatedBackend
 from sidecar.admission import Admission, Lane, Ticket
 from sidecar.admission.limits import Limits
 from sidecar.admission.ticket import Cause
-from sidecar.dispatch import Dispatcher
+from sidecar.dispatch import Dispatcher, Route
 from sidecar.telemetry import Telemetry
 
 MODEL = "qwen-vl-plus"
@@ -55,7 +55,9 @@ class Sidecar:
     def __init__(self, provider: Provider, **settings: Any) -> None:
         self._loop = asyncio.get_running_loop()
         self.admission = Admission(random=random.Random(provider.profile.seed), **settings)
-        self._dispatcher = Dispatcher(SimulatedBackend(provider), self.admission, Telemetry(CollectorRegistry()))
+        self._dispatcher = Dispatcher(
+            [Route(SimulatedBackend(provider), self.admission)], Telemetry(CollectorRegistry())
+        )
 
     @property
     def lane(self) -> Lane:
