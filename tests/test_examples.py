@@ -24,7 +24,9 @@ TEXT = {document: document.read_text() for document in DOCUMENTS}
 
 def blocks(document):
     """The lines of its code blocks, with what a backslash or an open quote continues in one."""
-    for block in re.findall(r"^```(?:sh|bash|console)?\n(.*?)^```", TEXT[document], re.MULTILINE | re.DOTALL):
+    for language, block in re.findall(r"^```(\w*)\n(.*?)^```", TEXT[document], re.MULTILINE | re.DOTALL):
+        if language not in ("", "sh", "bash", "console"):
+            continue
         line = ""
         for piece in block.replace("\\\n", " ").splitlines():
             line = f"{line}\n{piece}" if line else piece
