@@ -1,6 +1,6 @@
 """trio-core 1.1.5 at a semaphore of 1 and of 16, and the sidecar: the same cortex-like load, one after the other.
 
-    make .venv-trio/.ready && .venv/bin/python bench/trio_core.py [--seconds 45]
+    make .venv-trio/.ready && .venv/bin/python bench/trio_core.py [--seconds 48]
 
 Ten cameras send a frame every few seconds, all at the same instant, to describe and to crop-describe in turn. The
 simulated provider behind takes about 1.27 s, allows 3 requests/s, and ends one call in twenty with a 500. Unlike
@@ -32,7 +32,7 @@ from backends.simulated import PROVIDER, Profile, serve  # noqa: E402
 from sidecar.demo.frames import frame  # noqa: E402
 
 CAMERAS = 10
-EVERY_SECONDS = 5.0
+EVERY_SECONDS = 4.0
 PATIENCE_SECONDS = 60.0
 PROFILE = Profile(
     latency_seconds=1.27, latency_sigma=0.2, requests_per_second=3, burst_requests=3, error_share=0.05, seed=1
@@ -148,5 +148,5 @@ async def main(seconds: float) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=45.0, help="how long cameras send (default: 45)")
+    parser.add_argument("--seconds", type=float, default=48.0, help="how long cameras send (default: 48)")
     asyncio.run(main(parser.parse_args().seconds))

@@ -96,7 +96,7 @@ async def detect(call: Call) -> web.StreamResponse:
     answer = {
         "people_count": counts["person"],
         "vehicle_count": sum(counts[kind] for kind in _VEHICLES),
-        "by_class": {kind: count for kind, count in counts.items() if count},
+        "by_class": counts,
         "crops_b64": found,
         "elapsed_ms": _elapsed_ms(ticket),
     }
