@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import base64
 import binascii
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
 
 #: Frames with more pixels are not decoded: 8K has 33 million, and each costs three bytes several times over.
 MOST_PIXELS = 50_000_000
+
+_log = logging.getLogger("sidecar")
 
 _BOX_COLOURS = ("#ffe119", "#4cc3ff", "#50dc50", "#ff66ff", "#ff9f1c")
 _CAPTION_PIXELS = 20
@@ -65,10 +69,14 @@ def compose(image_b64: bytes | memoryview, crops: Sequence[dict[str, Any]], most
 
     None when no crop can be shown: the frame is then good as it is. Takes tens of milliseconds of computing: call it in
     a thread. The frame is turned upright first, as its EXIF orientation says, because boxes are given in that view.
+    None too without Pillow, which the log says once: the model is then told of the crops in words.
     Raises `InvalidRequest`.
     """
-    from PIL import Image, ImageOps  # noqa: PLC0415  Pillow is of no use to whoever sends no crops
-
+    try:
+        from PIL import Image, ImageOps  # noqa: PLC0415  Pillow is of no use to whoever sends no crops
+    except ModuleNotFoundError:
+        _say_that_pillow_is_missing()
+        return None
     try:
         with Image.open(BytesIO(base64.b64decode(image_b64))) as opened:
             if opened.width * opened.height > MOST_PIXELS:
@@ -83,6 +91,11 @@ def compose(image_b64: bytes | memoryview, crops: Sequence[dict[str, Any]], most
     jpeg = BytesIO()
     _draw(frame, panels).save(jpeg, "JPEG", quality=_JPEG_QUALITY)
     return Composite(base64.b64encode(jpeg.getbuffer()), panels)
+
+
+@cache
+def _say_that_pillow_is_missing() -> None:
+    _log.warning("crop-describe tells of crops in words only: pip install 'vlm-sidecar[crops]' to show them enlarged")
 
 
 def _draw(frame: Image.Image, panels: Sequence[Panel]) -> Image.Image:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import sys
 import threading
 from io import BytesIO
 
@@ -13,6 +14,7 @@ from PIL import Image
 from scripted_upstream import CHAT_ANSWER
 
 from sidecar.api import trio
+from sidecar.api.trio_image import _say_that_pillow_is_missing
 
 CROP_DESCRIBE = "/api/inference/crop-describe"
 PERSON = {"class": "person", "bbox": [100, 100, 200, 300], "confidence": 0.91}
@@ -93,6 +95,17 @@ async def test_without_panels_the_frame_goes_as_it_is_and_the_detections_as_hint
     assert prompt.index("class=car") < prompt.index("track_id=4, class=person")
     _, own = await sent(crops=[PERSON], max_crops=0, scene_prompt="My own YOLO detections: none")
     assert own == "My own YOLO detections: none"
+
+
+async def test_without_pillow_the_detections_go_as_hints_and_the_log_says_once_what_to_install(
+    sent, monkeypatch, caplog
+):
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    _say_that_pillow_is_missing.cache_clear()
+    for _ in range(2):
+        _, prompt = await sent(crops=[PERSON])
+        assert prompt.startswith("YOLO detections")
+    assert caplog.text.count("vlm-sidecar[crops]") == 1
 
 
 async def test_boxes_are_of_the_upright_frame(sent):
