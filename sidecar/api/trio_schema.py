@@ -13,6 +13,7 @@ import base64
 import binascii
 import json
 import math
+import os
 import re
 from email.message import Message
 from typing import Annotated, Any, TypeVar
@@ -67,8 +68,8 @@ class DetectRequest(BaseModel):
 
 _T = TypeVar("_T", DescribeRequest, CropDescribeRequest, DetectRequest)
 
-#: Stands for the image in the JSON that is parsed. A caller who sends it as an image gets what the slow path says.
-_PLACEHOLDER = "image stands elsewhere"
+#: Stands for the image in the JSON that is parsed. No caller can know it.
+_PLACEHOLDER = f"image stands elsewhere {os.urandom(8).hex()}"
 _IMAGE_KEY = re.compile(rb'"image_b64"[ \t\r\n]*:[ \t\r\n]*"')
 _BASE64_ALPHABET = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
 #: Text is checked in pieces of this many bytes, so that checking 14 MB in a thread never holds the GIL for long.
@@ -92,7 +93,8 @@ def read(kind: type[_T], body: bytes, content_type: str) -> tuple[_T, memoryview
     image = _find_image(body)
     if image is not None:
         document = _parse(bytes(body[: image.start]) + _PLACEHOLDER.encode() + body[image.stop :], body)
-        # Not so if the key was found somewhere inside another object, or is there twice: then the long way.
+        # Not so if the key was found in another object or at the end of a longer name, or is there twice: then the
+        # long way.
         if isinstance(document, dict) and document.get("image_b64") == _PLACEHOLDER:
             return _validated(kind, document), memoryview(body)[image.start : image.stop]
     request = _validated(kind, _parse(body, body))
@@ -102,8 +104,7 @@ def read(kind: type[_T], body: bytes, content_type: str) -> tuple[_T, memoryview
 def _find_image(body: bytes) -> slice | None:
     """Where the image's text stands in `body`, if it is clean base64 within the bound; None asks for the long way."""
     key = _IMAGE_KEY.search(body)
-    # An escaped quote before the name: it is the end of a longer name.
-    if key is None or body[key.start() - 1 : key.start()] == b"\\":
+    if key is None:
         return None
     start, stop = key.end(), body.find(b'"', key.end())
     if not 0 < stop - start <= 14_000_000 or (stop - start) % 4:
