@@ -12,6 +12,9 @@ import typing
 from pathlib import Path
 from typing import Any, NoReturn
 
+from pydantic import BeforeValidator
+from pydantic.fields import FieldInfo
+
 from . import __version__
 from .settings import FOREIGN_NAMES, PREFIX, Settings, SettingsError, load, option_name
 
@@ -63,8 +66,10 @@ def _parser(called: list[str]) -> argparse.ArgumentParser:
     check.add_argument("--json", action="store_true", help="print one JSON object")
     _add_settings(check)
     top = command("top", _top, "show live where requests wait and why; plain text once when not on a terminal")
-    top.add_argument("--admin-host", default="127.0.0.1", help="where its admin listener is (default: 127.0.0.1)")
-    top.add_argument("--admin-port", type=int, default=9464, help="its admin port (default: 9464)")
+    top.add_argument(
+        "--admin-host", metavar="HOST", default="127.0.0.1", help="where its admin listener is (default: 127.0.0.1)"
+    )
+    top.add_argument("--admin-port", type=int, metavar="PORT", default=9464, help="its admin port (default: 9464)")
     demo = command("demo", _demo, "show the main job end to end: the same cameras with and without a sidecar")
     demo.add_argument("--speed", type=float, default=1.0, help="play it so many times as fast (default: 1)")
     demo.add_argument("--html", type=Path, metavar="FILE", help="write a report with plots there too")
@@ -74,8 +79,10 @@ def _parser(called: list[str]) -> argparse.ArgumentParser:
 
         add_options(simulate)
     drain = command("drain", _drain, "ask a running sidecar to finish what it has and stop; waits until it has")
-    drain.add_argument("--admin-port", type=int, default=9464, help="its admin port (default: 9464)")
-    drain.add_argument("--timeout", type=float, default=30.0, help="seconds to wait for it (default: 30)")
+    drain.add_argument("--admin-port", type=int, metavar="PORT", default=9464, help="its admin port (default: 9464)")
+    drain.add_argument(
+        "--timeout", type=float, metavar="SECONDS", default=30.0, help="seconds to wait for it (default: 30)"
+    )
     completion = command("completion", _completion, "print the completion script for a shell")
     completion.add_argument("shell", choices=("bash", "zsh", "fish"), help="the shell it is for")
     return parser
@@ -83,6 +90,7 @@ def _parser(called: list[str]) -> argparse.ArgumentParser:
 
 def _add_settings(parser: argparse.ArgumentParser) -> None:
     """One option for each setting. Values are checked with those from elsewhere, by `settings.load`."""
+    parser.usage = f"{parser.prog} [options] [settings]"
     parser.add_argument("--config", type=Path, metavar="FILE", help="TOML file with settings, weaker than environment")
     group = parser.add_argument_group(
         "settings",
@@ -102,12 +110,20 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
             continue
         if field.default is not None:
             text += f" (default: {field.default})"
-        group.add_argument(option_name(name), dest=name, metavar=_metavar(kind), default=argparse.SUPPRESS, help=text)
+        group.add_argument(option_name(name), dest=name, metavar=_metavar(field), default=argparse.SUPPRESS, help=text)
 
 
-def _metavar(kind: Any) -> str:
-    kinds = set(typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)) - {type(None)}
-    return {"int": "N", "float": "N", "Path": "FILE"}.get(getattr(kinds.pop(), "__name__", ""), "TEXT")
+def _metavar(field: FieldInfo) -> str:
+    """What kind of value a setting takes, as its help shows it."""
+    if any(isinstance(entry, BeforeValidator) for entry in field.metadata):
+        return "N|auto"
+    kind = field.annotation
+    union = typing.get_origin(kind) in (typing.Union, types.UnionType)
+    kinds = set(typing.get_args(kind) if union else (kind,)) - {type(None)}
+    kind = kinds.pop()
+    if typing.get_origin(kind) is typing.Literal:
+        return "|".join(typing.get_args(kind))
+    return {"int": "N", "float": "N", "Path": "FILE"}.get(getattr(kind, "__name__", ""), "TEXT")
 
 
 def _given(args: argparse.Namespace) -> dict[str, Any]:

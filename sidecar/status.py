@@ -63,7 +63,10 @@ def _lane(model: str, lane: Lane, now: float) -> dict[str, Any]:
         "in_words": in_words(lane, now),
         "waiting": len(lane.queue),
         **lane.limits.status(now),
-        "longest_queues": [{"key": key, "requests": count} for key, count in lane.queue.lengths_by_key(_MOST_KEYS)],
+        "longest_queues": [
+            {"key": key, "requests": count, "oldest_seconds": round(now - arrived, 2)}
+            for key, count, arrived in lane.queue.longest(_MOST_KEYS)
+        ],
     }
 
 

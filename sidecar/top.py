@@ -169,7 +169,9 @@ def _backend(view: View, backend: dict[str, Any], width: int, paint: Paint) -> I
     yield ""
     yield from _shares(view, name, width, paint)
     queues = [
-        f"{clean(entry['key']) or '(no key)'} {entry['requests']}" for m in models for entry in m["longest_queues"]
+        f"{clean(queue['key']) or '(no key)'} {queue['requests']} (since {queue['oldest_seconds']:.1f} s)"
+        for model in models
+        for queue in model["longest_queues"]
     ]
     if queues:
         yield ""

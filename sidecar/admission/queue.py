@@ -14,6 +14,8 @@ from __future__ import annotations
 
 from collections import OrderedDict, deque
 from heapq import heapify, heappop, heappush
+from itertools import islice
+from math import inf
 
 from .ticket import Priority, Ticket
 
@@ -48,6 +50,10 @@ class _KeyQueue:
             return
         self._waiting[number] = ticket
         heappush(self._by_deadline, (ticket.deadline, number))
+
+    def oldest(self) -> float:
+        waiting = islice(self._waiting.values(), 1)
+        return min(ticket.stopwatch.started for ticket in (*self.returned, *waiting))
 
     def head(self) -> Ticket:
         if self.returned:
@@ -124,13 +130,18 @@ class FairQueue:
         """Tickets waiting in one class."""
         return self._classes[priority].length
 
-    def lengths_by_key(self, most: int) -> list[tuple[str, int]]:
-        """The keys with the longest queues, longest first. Walks all keys: for people, not for the hot path."""
-        totals: dict[str, int] = {}
+    def longest(self, most: int) -> list[tuple[str, int, float]]:
+        """The keys with the longest queues: key, tickets, and when the oldest of them arrived.
+
+        Walks all keys: for people, not for the hot path.
+        """
+        totals: dict[str, tuple[int, float]] = {}
         for group in self._classes.values():
             for key, queue in group.keys.items():
-                totals[key] = totals.get(key, 0) + len(queue)
-        return sorted(totals.items(), key=lambda item: -item[1])[:most]
+                if queue:
+                    count, oldest = totals.get(key, (0, inf))
+                    totals[key] = (count + len(queue), min(oldest, queue.oldest()))
+        return sorted(((key, *of_key) for key, of_key in totals.items()), key=lambda entry: -entry[1])[:most]
 
     def add(self, ticket: Ticket) -> None:
         """Queue a ticket; one that was `returned` goes to the head of its key."""

@@ -78,7 +78,8 @@ class View {
     rows($(".outcomes", this.section), Object.entries(totals).filter(([key]) => /^(requests|attempts|throttles|tokens)\./.test(key))
       .map(([key, count]) => [key.replace(".", ": ").replaceAll("_", " "), number(count), undefined, key, count]));
     const queues = models.flatMap((model) => model.longest_queues).slice(0, 10);
-    rows($(".queues", this.section), queues.map(({key, requests}) => [key || "(no key)", number(requests)]));
+    rows($(".queues", this.section), queues.map(({key, requests, oldest_seconds}) =>
+      [key || "(no key)", `${requests}, since ${oldest_seconds.toFixed(1)} s`]));
     rows($(".throttles", this.section), throttles.slice(0, 10).map(({seconds_ago, kind, count}) =>
       [`${count} × ${kind.replace("_", " ")}`, `${duration(seconds_ago)} ago`]));
     this.draw();
