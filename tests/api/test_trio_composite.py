@@ -97,14 +97,18 @@ async def test_without_panels_the_frame_goes_as_it_is_and_the_detections_as_hint
     assert own == "My own YOLO detections: none"
 
 
-async def test_without_pillow_the_detections_go_as_hints_and_the_log_says_once_what_to_install(
-    sent, monkeypatch, caplog
+async def test_without_pillow_crops_go_as_hints_and_the_log_says_once_what_to_install(
+    serving, scripted, monkeypatch, caplog
 ):
+    upstream = await scripted()
+    sidecar = await serving(dashscope_url=f"{upstream.origin}/v1")
+    frame = picture()
     monkeypatch.setitem(sys.modules, "PIL", None)
     _say_that_pillow_is_missing.cache_clear()
     for _ in range(2):
-        _, prompt = await sent(crops=[PERSON])
-        assert prompt.startswith("YOLO detections")
+        async with sidecar.post({"image_b64": frame, "crops": [PERSON]}, path=CROP_DESCRIBE) as response:
+            assert response.status == 200
+        assert json.loads(upstream.seen[-1].body)["messages"][0]["content"][1]["text"].startswith("YOLO detections")
     assert caplog.text.count("vlm-sidecar[crops]") == 1
 
 
