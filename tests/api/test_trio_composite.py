@@ -36,6 +36,10 @@ def picture(width: int = 640, height: int = 360, *, exif: int = 0) -> str:
     return base64.b64encode(file.getvalue()).decode()
 
 
+#: Made before a test takes Pillow away.
+FRAME = picture()
+
+
 @pytest.fixture
 async def sent(serving, scripted):
     """Ask crop-describe; gives the picture and the prompt that the provider got."""
@@ -43,7 +47,7 @@ async def sent(serving, scripted):
     sidecar = await serving(dashscope_url=f"{upstream.origin}/v1")
 
     async def ask(**fields):
-        async with sidecar.post({"image_b64": picture(), **fields}, path=CROP_DESCRIBE) as response:
+        async with sidecar.post({"image_b64": FRAME, **fields}, path=CROP_DESCRIBE) as response:
             assert response.status == 200, await response.text()
         image, text = json.loads(upstream.seen[-1].body)["messages"][0]["content"]
         data = base64.b64decode(image["image_url"]["url"].partition(",")[2])
