@@ -41,7 +41,7 @@ from .settings import SECRETS, Settings
 
 #: Seconds for each step of the network, and for an answer (a cold model may load first).
 _CONNECT_SECONDS, _ANSWER_SECONDS = 5.0, 60.0
-_PASSWORD = re.compile(r"(?<=://)[^/@\s]*(?=@)")
+_PASSWORD = re.compile(r"(?<=://)[^/\s]*(?=@)")
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,8 @@ from typing import Literal
 
 import orjson
 
+from .words import visible
+
 #: What a record has by itself; anything else was given with `extra` and is told.
 _OWN = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 
@@ -31,15 +33,14 @@ class JsonFormatter(logging.Formatter):
 
 
 class HumanFormatter(logging.Formatter):
-    """Time, level when it matters, and the message, with line breaks made visible: a line is an event."""
+    """Time, level when it matters, and the message, with control characters made visible: a line is an event."""
 
     def format(self, record: logging.LogRecord) -> str:
         """Give the line."""
         level = "" if record.levelno == logging.INFO else f"{record.levelname.lower()}: "
-        message = record.getMessage().replace("\r", "\\r").replace("\n", "\\n")
-        extra = " ".join(f"{name}={value}" for name, value in vars(record).items() if name not in _OWN)
-        line = f"{time.strftime('%H:%M:%S', time.localtime(record.created))} {level}{message}"
-        line = f"{line} {extra}" if extra else line
+        extra = (f" {name}={value}" for name, value in vars(record).items() if name not in _OWN)
+        text = record.getMessage() + "".join(extra)
+        line = f"{time.strftime('%H:%M:%S', time.localtime(record.created))} {level}{visible(text)}"
         return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
 
 

@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
-from .words import clean, duration, number
+from .words import duration, number, visible
 
 _SPARKS = "▁▂▃▄▅▆▇█"
 #: Seconds that "now" is averaged over, and the wait before a lost sidecar is looked for again.
@@ -169,7 +169,7 @@ def _backend(view: View, backend: dict[str, Any], width: int, paint: Paint) -> I
     yield ""
     yield from _shares(view, name, width, paint)
     queues = [
-        f"{clean(queue['key']) or '(no key)'} {queue['requests']} (since {queue['oldest_seconds']:.1f} s)"
+        f"{visible(queue['key']) or '(no key)'} {queue['requests']} (since {queue['oldest_seconds']:.1f} s)"
         for model in models
         for queue in model["longest_queues"]
     ]
@@ -223,7 +223,7 @@ def bar(share: float, width: int) -> str:
 
 
 def _cut(text: str, width: int) -> str:
-    text = clean(text)
+    text = visible(text)
     return text if len(text) <= width else text[: max(width - 1, 0)] + "…"
 
 

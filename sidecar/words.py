@@ -19,6 +19,8 @@ def duration(seconds: float) -> str:
     return f"{seconds:.0f} s"
 
 
-def clean(text: str) -> str:
-    """Text of a caller or a provider without what would move a terminal's cursor."""
-    return "".join(char if char.isprintable() else "?" for char in text)
+def visible(text: str) -> str:
+    """Text of a caller or a provider on one line, without what moves a terminal's cursor: a line break is `\\n`."""
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)

@@ -67,9 +67,10 @@ async def test_nothing_configured_is_tried_too():
 
 async def test_no_password_of_a_url_is_shown(provider):
     url, _ = await provider()
-    with_password = url.replace("http://", "http://somebody:hunter2@")
+    with_password = url.replace("http://", "http://somebody:half@hunter2@")
     _, printed = await check(SIDECAR_DASHSCOPE_URL=with_password, SIDECAR_SHARED_URL="redis://:hunter2@localhost")
     assert "hunter2" not in printed
+    assert "half" not in printed
     assert url.replace("http://", "http://***@") in printed
 
 

@@ -118,6 +118,30 @@ async def test_the_access_log_has_the_waits_and_both_ids_and_no_prompt(provider)
     assert "secret" not in process.log
 
 
+async def test_nothing_a_caller_says_begins_a_line_of_the_log_or_moves_the_cursor(provider):
+    url, _ = await provider()
+    async with Process("--dashscope-url", url, "--access-log") as process, aiohttp.ClientSession() as client:
+        async with client.post(process.url + CHAT, json=chat(model="m\n23:59:59 forged \x1b[2J")) as response:
+            await response.read()
+        process.signal(15)
+        assert await process.ended() == 0
+    [line] = [line for line in process.log.splitlines() if "forged" in line]
+    assert "POST" in line
+    assert "\\n23:59:59 forged \\x1b[2J" in line
+
+
+async def test_a_live_view_that_is_closed_is_no_event_for_the_log(serving, caplog):
+    sidecar = await serving()
+    caplog.clear()
+    with caplog.at_level(logging.INFO):
+        async with sidecar.client.get(f"{sidecar.admin_url}/events") as response:
+            assert response.status == 200
+        for _ in range(3):
+            sidecar.sidecar.watch.look()
+            await asyncio.sleep(0.05)
+    assert caplog.records == []
+
+
 @settings(max_examples=30, deadline=None)
 @given(st.integers(1, 5 * POINTS), st.integers(0, 9))
 def test_however_long_it_runs_history_is_bounded_and_loses_no_count(seconds, each):
