@@ -8,8 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, ValidationError
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from backends.registry import NAMES
 
@@ -44,10 +43,10 @@ class SettingsError(Exception):
     """A setting that cannot be used, in one line that names it."""
 
 
-class Settings(BaseSettings):
+class Settings(BaseModel):
     """What the sidecar is told. Stronger first: command line, environment, file, default."""
 
-    model_config = SettingsConfigDict(env_prefix=PREFIX, extra="forbid", frozen=True, env_ignore_empty=True)
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
     backend: str | None = Field(
         None,
@@ -107,19 +106,6 @@ class Settings(BaseSettings):
         None, description="json or human. Default: human on a terminal, else json"
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe line to log")
-
-    @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,
-        file_secret_settings: PydanticBaseSettingsSource,
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Only what `load` hands over: it has put the sources in order itself, to know where each value came from."""
-        del settings_cls, env_settings, dotenv_settings, file_secret_settings
-        return (init_settings,)
 
     @property
     def backend_names(self) -> list[str]:
