@@ -12,7 +12,7 @@ from .admission import Admission, Lane, Priority
 from .admission.controller import RateController
 from .health import Health
 from .watch import Watch
-from .words import duration, number
+from .words import duration, number, visible
 
 #: Keys with the longest queues that are shown.
 _MOST_KEYS = 20
@@ -58,13 +58,13 @@ def _backend(name: str, admission: Admission, watch: Watch) -> dict[str, Any]:
 
 def _lane(model: str, lane: Lane, now: float) -> dict[str, Any]:
     return {
-        "model": model,
+        "model": visible(model),
         "bound_by": lane.cause,
         "in_words": in_words(lane, now),
         "waiting": len(lane.queue),
         **lane.limits.status(now),
         "longest_queues": [
-            {"key": key, "requests": count, "oldest_seconds": round(now - arrived, 2)}
+            {"key": visible(key), "requests": count, "oldest_seconds": round(now - arrived, 2)}
             for key, count, arrived in lane.queue.longest(_MOST_KEYS)
         ],
     }

@@ -10,7 +10,7 @@ import aiohttp
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from running import CHAT, Process, chat
+from running import BOUND, CHAT, Process, chat
 
 from sidecar.history import FIELDS, POINTS, History
 
@@ -128,6 +128,34 @@ async def test_nothing_a_caller_says_begins_a_line_of_the_log_or_moves_the_curso
     [line] = [line for line in process.log.splitlines() if "forged" in line]
     assert "POST" in line
     assert "\\n23:59:59 forged \\x1b[2J" in line
+
+
+async def test_a_camera_whose_name_is_no_text_is_shown_and_logged_all_the_same(provider):
+    """Header bytes that are no UTF-8 must not take `/status`, the live views or the log from the operator."""
+    url, simulated = await provider(latency_seconds=0.5)
+    body = json.dumps(chat()).encode()
+    head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\nConnection: close\r\nX-Camera-Id: gate "
+    options = ("--dashscope-url", url, "--access-log", "--log-format", "json", "--max-concurrency", "1")
+    async with Process(*options) as process, aiohttp.ClientSession() as client:
+        streams = [await asyncio.open_connection("127.0.0.1", process.port) for _ in range(2)]
+        for _, writer in streams:
+            writer.write(head.encode() + b"\xff\r\n\r\n" + body)
+        async with asyncio.timeout(BOUND):
+            while True:
+                async with client.get(f"{process.admin_url}/status") as response:
+                    assert response.status == 200
+                    models = (await response.json())["backends"][0]["models"]
+                if models and models[0]["longest_queues"]:
+                    break
+        assert models[0]["longest_queues"][0]["key"] == "gate \\udcff"
+        for reader, writer in streams:
+            assert (await reader.read()).startswith(b"HTTP/1.1 200")
+            writer.close()
+        process.signal(15)
+        assert await process.ended() == 0
+    assert simulated.counts.ended["answered"] == 2
+    lines = [json.loads(line) for line in process.log.splitlines()]
+    assert [line["key"] for line in lines if line["logger"] == "sidecar.access"] == ["gate \udcff"] * 2
 
 
 async def test_a_live_view_that_is_closed_is_no_event_for_the_log(serving, caplog):
