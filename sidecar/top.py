@@ -12,6 +12,7 @@ import os
 import select
 import shutil
 import sys
+import textwrap
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
@@ -141,11 +142,10 @@ def _backend(view: View, backend: dict[str, Any], width: int, paint: Paint) -> I
     if not models:
         yield _cut(f"{name}  nothing was asked yet", width)
     for model in models[:3]:
-        held = model["hold"] is not None
+        colour = "red" if model["hold"] else "yellow" if model["bound_by"] else "green"
         yield paint(_cut(f"{name} {model['model']}", width), "bold")
-        yield paint(
-            _cut("  " + model["in_words"], width), "red" if held else "yellow" if model["bound_by"] else "green"
-        )
+        for line in textwrap.wrap(visible(model["in_words"]), width - 2)[:4]:  # what an operator came to read
+            yield paint(f"  {line}", colour)
     yield ""
     by_priority = backend["queue"]["by_priority"]
     learned = [model["requests"]["learned"] for model in models]

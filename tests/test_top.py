@@ -127,6 +127,7 @@ def test_no_line_is_wider_than_the_terminal_and_no_name_moves_its_cursor():
         lines = top.picture(view(), width=width)
         assert "\x1b" not in "".join(lines)
         assert max(map(len, lines)) <= width
+        assert sum(line.count("x") for line in lines) >= min(300, 4 * (width - 2))
 
 
 def test_numbers_and_bars_are_short_and_true():
