@@ -42,7 +42,7 @@ $(UV):
 		fastapi numpy onnxruntime openai opencv-python-headless pillow pydantic-settings uvicorn
 	@touch $@
 
-.PHONY: setup demo demo-local test run lint parity bench scenarios docs clean
+.PHONY: setup demo demo-local test run lint parity bench scenarios docs image test-pod clean
 setup: .venv/.ready ## set up .venv from the lock file
 
 demo: .venv/.ready ## show the main job end to end: no key, no GPU, no network service
@@ -77,6 +77,14 @@ scenarios: .venv/.ready ## how well the limits are learned, in virtual time, bes
 docs: | $(UV) ## build the documentation site into site/, every link checked
 	@UV_PROJECT_ENVIRONMENT=.venv-docs $(UV) sync --quiet --locked --only-group docs --python $(PYTHON)
 	@NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs --quiet build --strict && echo "see site/index.html"
+
+image: ## build the container image with buildah, or with docker: see docs/kubernetes.md
+	@if command -v buildah >/dev/null; then buildah build --isolation chroot --network host --tag vlm-sidecar:0.1.0 $(IMAGE_OPTIONS) .; else docker build --tag vlm-sidecar:0.1.0 $(IMAGE_OPTIONS) .; fi
+
+test-pod: .venv/.ready ## build the image and play the rendered pod with podman: needs Debian and root
+	.ci/pod-parts
+	$(MAKE) image IMAGE_OPTIONS="--quiet --pull=never"
+	$(RUN)pytest tests/k8s/pod.py
 
 clean: ## remove what the targets above made
 	rm -rf site .uv .venv .venv-docs .tiny-model .venv-sdk .venv-trio .parts .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis dist

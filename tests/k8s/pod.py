@@ -1,0 +1,202 @@
+"""The image and the rendered manifest for real: podman plays the pod. `make test-pod` runs this; see README.
+
+Podman knows no native sidecars, so the sidecar is moved to the head of the containers. The pod has no network but its
+own loopback; a third container, the simulated provider with a latency, stands where DashScope would be.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from real_parts import real_part
+from rendering import K8S, container, deployment, pod_spec, render, settings
+from running import samples
+
+OVERLAY = K8S / "overlays" / "simulated"
+IMAGE = "localhost/vlm-sidecar:0.1.0"
+BOUND = 60.0
+OK = 'sidecar_requests_total{api="trio",backend="dashscope",outcome="ok"}'
+
+
+def podman(*arguments: str | Path, **options: Any) -> str:
+    environ = os.environ | {"CONTAINERS_CONF": str(Path(__file__).with_name("containers.conf"))}
+    done = subprocess.run(
+        [real_part("podman"), *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+        env=environ,
+        **options,
+    )
+    assert done.returncode == 0, f"podman {arguments}: {done.stderr}"
+    return done.stdout
+
+
+def until(condition: Callable[[], Any], what: str) -> Any:
+    """Wait, within a bound, until the condition gives something true."""
+    end = time.monotonic() + BOUND
+    while not (found := condition()):
+        assert time.monotonic() < end, f"no {what} within {BOUND} s"
+        time.sleep(0.1)
+    return found
+
+
+def manifest() -> str:
+    """The overlay `simulated`, with the provider in a container of its own."""
+    objects = render(OVERLAY)
+    template = deployment(objects)["spec"]["template"]
+    pod = template["spec"]
+    sidecar = pod["initContainers"].pop(0)
+    del sidecar["restartPolicy"], sidecar["ports"]
+    for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
+        del sidecar[probe]  # podman would run curl in the container; the test asks itself
+    # As kubelet does: the app starts once the sidecar's startup probe has succeeded.
+    started = "import urllib.request as r; r.urlopen('http://127.0.0.1:9464/startupz')"
+    cortex = container(pod, "cortex")
+    waits = f'until python -c "{started}" 2>/dev/null; do sleep 0.2; done; exec {" ".join(cortex["command"])}'
+    cortex["command"] = ["sh", "-c", waits]
+    provider = {
+        "name": "provider",
+        "image": IMAGE,
+        "command": ["vlm-sidecar", "simulate", "--port", "8200", "--latency", "0.5"],
+        "securityContext": cortex["securityContext"],
+    }
+    pod["containers"] = [sidecar, *pod["containers"], provider]
+    for item in pod["containers"]:
+        item["image"] = IMAGE
+        item["imagePullPolicy"] = "Never"
+    settings(objects)["SIDECAR_DASHSCOPE_URL"] = "http://127.0.0.1:8200/compatible-mode/v1"
+    settings(objects)["SIDECAR_DASHSCOPE_API_KEY"] = "sk-none"
+    maps = [item for item in objects if item["kind"] == "ConfigMap"]
+    return yaml.safe_dump_all(
+        [
+            *maps,
+            {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "cortex", **template["metadata"]}, "spec": pod},
+        ]
+    )
+
+
+class Pod:
+    """The pod that is being played."""
+
+    def inspect(self, name: str) -> dict[str, Any]:
+        return json.loads(podman("container", "inspect", f"cortex-{name}"))[0]
+
+    def pid(self, name: str) -> int:
+        return self.inspect(name)["State"]["Pid"]
+
+    def get(self, path: str) -> str:
+        """Ask the admin port from within the pod's network; empty if nobody answers."""
+        asked = f"http://127.0.0.1:9464{path}"
+        done = subprocess.run(
+            ["nsenter", "-t", str(self.pid("cortex")), "-n", "curl", "-s", "-m", "2", asked],
+            capture_output=True, text=True, check=False, timeout=10,
+        )  # fmt: skip
+        return done.stdout
+
+    def answered(self) -> float:
+        return samples(self.get("/metrics")).get(OK, 0.0)
+
+    def log(self, name: str) -> str:
+        return podman("logs", f"cortex-{name}")
+
+    def stop(self, name: str) -> int:
+        """SIGTERM; returns the exit status."""
+        podman("container", "stop", "--time", "40", f"cortex-{name}")
+        return self.inspect(name)["State"]["ExitCode"]
+
+
+@pytest.fixture
+def pod(tmp_path: Path) -> Iterator[Pod]:
+    played = tmp_path / "pod.yaml"
+    played.write_text(manifest())
+    podman("kube", "play", "--network", "none", played)
+    try:
+        pod = Pod()
+        until(lambda: pod.answered() > 10, "answered frame")
+        yield pod
+    finally:
+        podman("kube", "down", played)
+
+
+def test_what_the_sidecar_may_do(pod: Pod) -> None:
+    pid = pod.pid("vlm-sidecar")
+    status = dict(line.split(":\t", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    assert set(status["Uid"].split()) == {"10001"}
+    assert int(status["CapEff"], 16) == int(status["CapBnd"], 16) == 0
+    assert status["NoNewPrivs"] == "1"
+    assert status["Seccomp"] == "2", "a filter"
+    limit = container(pod_spec(render(OVERLAY)), "vlm-sidecar", "initContainers")["resources"]["limits"]["memory"]
+    assert _memory_limit(pid) == int(limit.removesuffix("Mi")) * 2**20
+    for place, writable in (("/opt/vlm-sidecar/x", False), ("/x", False), ("/var/lib/vlm-sidecar/x", True)):
+        code = f"open({place!r}, 'w')"
+        done = subprocess.run(
+            ["podman", "exec", "cortex-vlm-sidecar", "python", "-c", code], capture_output=True, check=False, timeout=30
+        )
+        assert (done.returncode == 0) is writable, place
+        if not writable:
+            assert b"Read-only file system" in done.stderr
+
+
+def _memory_limit(pid: int) -> int:
+    lines = [line.split(":", 2) for line in Path(f"/proc/{pid}/cgroup").read_text().splitlines()]
+    for _, controllers, path in lines:
+        if controllers == "":
+            return int((Path("/sys/fs/cgroup") / path.lstrip("/") / "memory.max").read_text())
+        if "memory" in controllers.split(","):
+            return int((Path("/sys/fs/cgroup/memory") / path.lstrip("/") / "memory.limit_in_bytes").read_text())
+    raise AssertionError("no memory cgroup")
+
+
+def test_data_is_on_loopback_and_the_admin_port_is_not(pod: Pod) -> None:
+    table = Path(f"/proc/{pod.pid('vlm-sidecar')}/net/tcp").read_text().splitlines()[1:]
+    listening = {line.split()[1] for line in table if line.split()[3] == "0A"}
+    assert "0100007F:1FA4" in listening, "127.0.0.1:8100"
+    assert "00000000:24F8" in listening, "0.0.0.0:9464"
+    assert pod.get("/readyz").startswith("ready")
+
+
+def test_nothing_installs_or_compiles_in_the_image() -> None:
+    script = "import shutil; print([p for p in ('pip', 'pip3', 'uv', 'gcc', 'cc') if shutil.which(p)])"
+    found = podman("run", "--rm", "--network", "none", "--entrypoint", "python", IMAGE, "-c", script)
+    assert found.strip() == "[]"
+
+
+def test_the_app_recovers_when_the_sidecar_is_killed_under_load(pod: Pod) -> None:
+    before = pod.pid("vlm-sidecar")
+    os.kill(before, signal.SIGKILL)
+    until(lambda: pod.pid("vlm-sidecar") not in (0, before), "sidecar again")
+    until(lambda: pod.get("/readyz").startswith("ready"), "readiness")
+    until(lambda: pod.answered() > 10, "answered frame after the restart")
+    assert pod.inspect("cortex")["State"]["Running"]
+    assert pod.inspect("cortex")["RestartCount"] == 0
+
+
+def test_stopped_as_kubelet_does_it_nothing_is_lost(pod: Pod) -> None:
+    """The app first, then the sidecar."""
+    assert pod.stop("cortex") == 0
+    counts = json.loads(pod.log("cortex").splitlines()[-1])
+    assert counts["sent"] > 10
+    assert counts["lost"] == 0
+    assert pod.stop("vlm-sidecar") == 0
+
+
+def test_sigterm_in_the_middle_of_load_answers_what_was_accepted(pod: Pod) -> None:
+    """Without native sidecars both may be told at once: only frames sent after that are refused."""
+    in_flight = 'sidecar_in_flight_requests{backend="dashscope"}'
+    now = until(lambda: (now := samples(pod.get("/metrics"))).get(in_flight) and now, "call in flight")
+    assert pod.stop("vlm-sidecar") == 0
+    assert pod.stop("cortex") == 0
+    counts = json.loads(pod.log("cortex").splitlines()[-1])
+    assert counts["answered"] >= now[OK] + now[in_flight]
+    assert counts.keys() - {"sent", "answered", "lost"} <= {"status_503", "ClientConnectorError"}
