@@ -180,14 +180,14 @@ def _overload(result: Result, oracle: Result) -> list[Check]:
 
 
 #: When scenario 4's quota moves, and to what.
-_STEPS = ((0.0, 10.0), (100.0, 4.0), (200.0, 16.0))
+_STEPS = ((0.0, 10.0), (200.0, 4.0), (400.0, 16.0))
 
 
 def _steps(result: Result, oracle: Result) -> list[Check]:
     return [
         at_least("goodput", share(result, oracle), 0.92),
-        at_most("s down", settled(result, 100.0, 200.0, lambda rate: rate >= 3.6, 4.0), 10.0),
-        at_most("s up", settled(result, 200.0, 300.0, lambda rate: rate >= 14.4, 16.0), 60.0),
+        at_most("s down", settled(result, 200.0, 400.0, lambda rate: rate >= 3.6, 4.0), 10.0),
+        at_most("s up", settled(result, 400.0, 600.0, lambda rate: rate >= 14.4, 16.0), 60.0),
         at_most("visible", result.visible, 0),
     ]
 
@@ -273,6 +273,7 @@ TABLE: list[Scenario] = [
         _p(changes=tuple((at, {"requests_per_second": rate}) for at, rate in _STEPS[1:])),
         saturated(),
         _steps,
+        seconds=600.0,
     ),
     Scenario(
         "5",

@@ -1,0 +1,158 @@
+"""The controller's table: which event leads from which state to which."""
+
+from math import inf
+
+import pytest
+
+from sidecar.admission.controller import RateController
+from sidecar.admission.states import State
+
+
+class Bucket:
+    """The provider, seen from the controller: a token bucket of its own."""
+
+    def __init__(self, rate, burst):
+        self.rate, self.burst, self.level, self.at = rate, burst, burst, 0.0
+
+    def takes(self, now):
+        self.level = min(self.burst, self.level + self.rate * (now - self.at))
+        self.at = now
+        if self.level < 1.0 - 1e-9:
+            return False
+        self.level -= 1.0
+        return True
+
+
+class World:
+    """A saturated queue in front of one controller and one bucket; verdicts come 50 ms after the sending."""
+
+    def __init__(self, rate=10.0, burst=10.0, **settings):
+        self.control = RateController(0.0, **settings)
+        self.bucket = Bucket(rate, burst)
+        self.now = 0.0
+        self.calls = self.refused = 0
+        self._answers = []
+
+    def run(self, seconds):
+        end = self.now + seconds
+        while self.now < end:
+            wait = self.control.wait(self.now, 1.0)
+            if wait == 0.0:
+                sent = self.control.sent(self.now, 1.0, bound=self.calls > 0)
+                self.calls += 1
+                self._answers.append((self.now + 0.05, sent, self.bucket.takes(self.now)))
+                continue
+            due = self._answers[0][0] if self._answers else inf
+            self.now = min(self.now + wait, due)
+            while self._answers and self._answers[0][0] <= self.now:
+                _, sent, accepted = self._answers.pop(0)
+                if accepted:
+                    self.control.accepted(self.now, sent)
+                else:
+                    self.refused += 1
+                    self.control.refused(self.now, sent)
+
+    def until(self, state, most=300.0):
+        end = self.now + most
+        while self.control.state is not state and self.now < end:
+            self.run(0.1)
+        return self.control.state
+
+
+def test_nothing_is_paced_before_the_first_refusal_but_for_what_is_unanswered():
+    control = RateController(0.0)
+    assert control.state is State.START
+    for _ in range(16):
+        assert control.wait(0.0, 1.0) == 0.0
+        control.sent(0.0, 1.0, bound=False)
+    assert control.wait(0.0, 1.0) > 0.0
+    assert control.wait(0.3, 1.0) == 0.0
+
+
+def test_the_first_refusal_leads_from_start_to_assess_and_shows_the_burst():
+    world = World(rate=10.0, burst=7.0)
+    world.run(0.06)
+    assert world.control.state is State.ASSESS
+    assert world.control.burst == pytest.approx(7.0, abs=1.0)
+
+
+def test_assess_leads_to_steady_once_the_limit_is_known_well():
+    world = World(rate=8.0, burst=8.0)
+    assert world.until(State.STEADY) is State.STEADY
+    world.run(60.0)
+    assert world.control.limit == pytest.approx(8.0, rel=0.02)
+
+
+def test_steady_leads_to_probe_and_a_refusal_back():
+    world = World()
+    world.until(State.STEADY)
+    assert world.until(State.PROBE) is State.PROBE
+    assert world.until(State.STEADY) is State.STEADY
+
+
+def test_refused_again_and_again_leads_to_a_lower_limit_within_seconds():
+    world = World()
+    world.run(60.0)
+    world.bucket.rate = 3.0
+    world.run(10.0)
+    assert world.control.limit == pytest.approx(3.0, rel=0.25)
+
+
+@pytest.mark.parametrize(("rate", "burst"), [(10.0, 1.0), (10.0, 50.0), (100.0, 100.0), (1.0, 5.0)])
+def test_quotas_of_every_kind_are_used_without_spending_more_than_the_budget(rate, burst):
+    world = World(rate, burst)
+    world.run(600.0)
+    calls, refused = world.calls, world.refused
+    world.run(1200.0)
+    calls, refused = world.calls - calls, world.refused - refused
+    assert (calls - refused) / (rate * 1200.0) > 0.97
+    assert refused / calls < 0.012
+
+
+def test_a_risen_limit_is_found():
+    world = World()
+    world.run(60.0)
+    world.bucket.rate = 40.0
+    world.run(60.0)
+    assert world.control.limit == pytest.approx(40.0, rel=0.05)
+
+
+def test_a_burst_of_refusals_counts_once_by_its_send_times():
+    control = RateController(0.0)
+    burst = [control.sent(0.0, 1.0, bound=False) for _ in range(16)]
+    for sent in burst[10:]:
+        control.refused(0.05, sent)
+    assert control.burst == pytest.approx(10.0)
+    limit = control.limit
+    late = control.sent(0.06, 1.0, bound=True)
+    control.accepted(0.5, late)
+    assert control.limit == limit
+
+
+def test_the_ceiling_is_kept_and_a_lower_limit_is_learned_below_it():
+    world = World(rate=5.0, burst=5.0, ceiling=8.0)
+    world.run(1.0)
+    assert world.control.pace(world.now) <= 8.0
+    world.run(60.0)
+    assert world.control.limit == pytest.approx(5.0, rel=0.05)
+
+
+def test_a_limit_remembered_from_before_is_used_at_once_and_corrected():
+    world = World(rate=10.0, burst=10.0)
+    world.bucket.level = 0.0
+    world.control.recall(0.0, 8.0, 10.0)
+    world.run(2.0)
+    assert world.refused <= 1
+    world.run(60.0)
+    assert world.control.limit == pytest.approx(10.0, rel=0.03)
+
+
+def test_a_blackout_is_told_from_a_refusal():
+    control = RateController(0.0)
+    control.recall(0.0, 10.0, 10.0)
+    now, told = 1.0, False
+    for _ in range(4):
+        now += 0.2
+        told = control.refused(now + 0.05, control.sent(now, 1.0, bound=True))
+        now += 0.06
+    assert told
