@@ -7,7 +7,7 @@ import gc
 import logging
 import platform
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from prometheus_client import CollectorRegistry, ProcessCollector
@@ -26,6 +26,7 @@ from .dispatch import Dispatcher, Route
 from .gauges import AdmissionGauges
 from .health import Health
 from .listener import Listener
+from .memory import Memory
 from .settings import Settings
 from .status import status_of
 from .telemetry import Telemetry
@@ -65,6 +66,7 @@ class Sidecar:
         registry.register(AdmissionGauges(admissions))
         ProcessCollector(registry=registry)
         self.watch = Watch(self._telemetry, admissions)
+        self._memory = _memory(settings, admissions)
         self.data = DataServer(
             Dispatcher(self.routes, self._telemetry),
             Limits(
@@ -98,6 +100,8 @@ class Sidecar:
                 return
             async with asyncio.TaskGroup() as tasks:
                 observers = [tasks.create_task(self._watch_lag()), tasks.create_task(self.watch.run())]
+                if self._memory is not None:
+                    observers.append(tasks.create_task(self._memory.run()))
                 await self._told_to_drain.wait()
                 await self._finish()
                 for observer in observers:
@@ -176,6 +180,8 @@ class Sidecar:
     async def close(self) -> None:
         """Let go of everything, in the reverse order of `start`."""
         await self._data_listener.close()
+        if self._memory is not None:
+            self._memory.save()
         for route in reversed(self._all_routes()):
             await route.backend.close()
         self.watch.close()
@@ -260,6 +266,16 @@ def make_backend(settings: Settings, name: str) -> Any:
         except ValueError as error:
             raise StartError(f"SIDECAR_LOCAL_IMAGE_URLS: {error}") from error
     return backend()
+
+
+def _memory(settings: Settings, admissions: Mapping[str, Admission]) -> Memory | None:
+    """The file of learned limits, already recalled from; None where none is set."""
+    if settings.state_file is None:
+        return None
+    address = {"dashscope": f"dashscope {settings.dashscope_url}"}
+    memory = Memory(settings.state_file, {address.get(name, name): one for name, one in admissions.items()})
+    memory.load()
+    return memory
 
 
 def _key(settings: Settings) -> Callable[[], str | None]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
+from collections.abc import Mapping
 from functools import partial
 from math import inf
 from random import Random
 from types import TracebackType
+from typing import Any
 
 from .errors import Draining, QueueFull, Superseded
 from .lane import Lane, Permit
@@ -70,6 +72,15 @@ class Admission:
                 self._forget_one()
             lane = self.lanes[model] = Lane(self.loop, self._limits(self.loop.time()))
         return lane
+
+    def learned(self) -> dict[str, Any]:
+        """What is worth remembering over a restart, by model: plain data for `recall`."""
+        return {model: learned for model, lane in self.lanes.items() if (learned := lane.limits.learned())}
+
+    def recall(self, learned: Mapping[str, Any], share: float) -> None:
+        """Begin with that share of what `learned` gave before a restart. Raises `KeyError` on other data."""
+        for model, limits in learned.items():
+            self.lane(model).limits.recall(self.loop.time(), limits, share)
 
     def waiting(self, priority: Priority | None = None) -> int:
         """Tickets in all queues, or in those of one class."""

@@ -31,10 +31,12 @@ from .states import CUTS, State
 FLOOR = 2.0
 #: The ramp begins and ends at this share below and above the limit, at least and at most.
 SUREST, UNSUREST = 0.01, 0.3
+#: How uncertain a limit is that was learned before a restart.
+RECALLED = 0.1
 #: A ramp's length as a share of the calls that pay for one refusal, and where on it, in shares of its length, no
 #: refusal means that the limit has risen. Of a bucket that gives credit, a ramp first saves some and then spends it:
 #: the refusal comes at about 1.4. Without credit it comes as soon as the pace is over the limit, at 0.7.
-RAMP, RISEN = 0.65, 1.6
+RAMP, RISEN = 0.7, 1.6
 RAMP_NO_CREDIT, RISEN_NO_CREDIT = 1.3, 1.15
 #: Growth a second of a risen limit, where refusals come back at once.
 RISE = 0.35
@@ -393,6 +395,21 @@ class RateController:
         """Drop the older half; what the bucket held then is taken to be nothing."""
         for _ in range(MOST_REMEMBERED // 2):
             self._empty_at = self._sent.popleft().at
+
+    # -- memory --------------------------------------------------------------------------------------------------------
+
+    def learned(self) -> dict[str, float] | None:
+        """What is worth remembering over a restart; None while nothing was learned."""
+        return None if self.limit == inf else {"limit": self.limit, "burst": self.burst}
+
+    def recall(self, now: float, limit: float, burst: float) -> None:
+        """Begin with what was learned before a restart, and find out soon how true it still is."""
+        self.limit, self.burst = limit, max(burst, self.typical)
+        self._unsure = RECALLED
+        self._empty_at = self._cut_at = now
+        self._to(now, State.ASSESS, "remembered from before the restart")
+        self._fill(now)
+        self._bucket.take(now, self._bucket.level(now))
 
     # -- for operators -------------------------------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Mapping
 from math import ceil, inf
 from random import Random
 from typing import TYPE_CHECKING, Any
@@ -309,7 +310,23 @@ class Limits:
         p90 = sorted(self._latencies)[int(len(self._latencies) * 0.9)]
         self.permits.size = min(max(ceil(2 * self.requests.pace(now) * p90), 8), MOST_CONCURRENCY)
 
-    # -- for operators and the state file ------------------------------------------------------------------------------
+    # -- memory and operators ------------------------------------------------------------------------------
+
+    def learned(self) -> dict[str, dict[str, float]]:
+        """What is worth remembering over a restart, by dimension. Rates are a second."""
+        known = {"requests": self.requests.learned(), "tokens": self.tokens.learned()}
+        if self.permits.learned < inf:
+            known["concurrency"] = {"limit": self.permits.learned}
+        return {dimension: values for dimension, values in known.items() if values is not None}
+
+    def recall(self, now: float, learned: Mapping[str, Mapping[str, float]], share: float) -> None:
+        """Begin with that share of what `learned` gave before a restart. Raises `KeyError` if it is something else."""
+        for dimension, controller in (("requests", self.requests), ("tokens", self.tokens)):
+            if dimension in learned:
+                values = learned[dimension]
+                controller.recall(now, share * values["limit"], values["burst"])
+        if "concurrency" in learned:
+            self.permits.learned = max(round(share * learned["concurrency"]["limit"]), 1)
 
     def status(self, now: float) -> dict[str, Any]:
         """What was learned, and when and why it last changed, as plain data. Rates are a second."""
