@@ -151,11 +151,15 @@ def test_only_a_labelled_deployment_gets_a_sidecar_and_keeps_what_it_has(tmp_pat
         for name in ("theirs", "other")
     ]
     (app / "app.yaml").write_text(yaml.safe_dump_all(objects))
-    label = [{"op": "add", "path": "/metadata/labels", "value": {"vlm-sidecar": "inject"}}]
+    label = {
+        "apiVersion": "apps/v1",
+        "kind": "Deployment",
+        "metadata": {"name": "theirs", "labels": {"vlm-sidecar": "inject"}},
+    }
     _kustomization(
         app,
         resources=["app.yaml"],
-        patches=[{"target": {"kind": "Deployment", "name": "theirs"}, "patch": yaml.safe_dump(label)}],
+        patches=[{"patch": yaml.safe_dump(label)}],
     )
     top = tmp_path / "top"
     top.mkdir()
