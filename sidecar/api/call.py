@@ -67,8 +67,22 @@ class Call:
         announced = http.content_length
         if announced is not None and announced > most:
             raise _too_large(most, announced)
+        if http.headers.get("Content-Encoding", "identity").lower() != "identity":
+            raise InvalidRequest(
+                "a compressed body is not taken: send it without Content-Encoding", field="Content-Encoding", status=415
+            )
         if "Expect" in http.headers:
             await self._continue()
+        if announced is not None and http.content.is_eof():
+            return await http.content.read()
+        try:
+            async with asyncio.timeout_at(self._arrived + self.limits.deadline):
+                return await self._read_slowly(announced, most)
+        except TimeoutError:
+            raise InvalidRequest(f"the body did not come within {self.limits.deadline:g} s", status=408) from None
+
+    async def _read_slowly(self, announced: int | None, most: int) -> bytes:
+        http = self.http
         if announced is not None:
             return await http.content.read()
         pieces: list[bytes] = []
@@ -144,7 +158,7 @@ class Call:
         passed = {
             name: value
             for name, value in self.http.headers.items()
-            if name.lower() in _PASSED_ON or name.lower().startswith(_DASHSCOPE)
+            if value.isascii() and (name.lower() in _PASSED_ON or name.lower().startswith(_DASHSCOPE))
         }
         passed["X-Request-Id"] = self.request_id
         return passed
@@ -249,7 +263,7 @@ class Call:
         backend = (self.ticket and self.ticket.backend) or self._dispatcher.routes[0].name
         headers = {"X-Request-Id": self.request_id, "X-Sidecar-Backend": backend}
         trace = self.http.headers.get("traceparent")
-        if trace is not None:
+        if trace is not None and trace.isascii():  # what is not could not be written
             headers["traceparent"] = trace
         ticket = self.ticket
         if ticket is not None:

@@ -150,7 +150,9 @@ class DataServer:
         given = http.headers.get("Authorization", "")
         scheme, _, token = given.partition(" ")
         assert self._api_key is not None  # noqa: S101  the caller looked
-        if scheme.lower() != "bearer" or not hmac.compare_digest(token.strip().encode(), self._api_key):
+        if scheme.lower() != "bearer" or not hmac.compare_digest(
+            token.strip().encode(errors="surrogateescape"), self._api_key
+        ):
             raise InvalidRequest(
                 "the Authorization header must be Bearer and the key that SIDECAR_API_KEY holds",
                 status=401,
