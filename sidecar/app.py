@@ -37,6 +37,9 @@ log = logging.getLogger("sidecar")
 #: Frames that wait for the detector: more would wait for longer than a detection is worth.
 _DETECTOR_QUEUE = 64
 _LAG_STEP_SECONDS = 0.25
+#: Connections at a time of the data listener, and of the admin listener, which other pods can reach.
+_MOST_CALLERS = 4096
+_MOST_WATCHERS = 128
 #: What answers to requests that the drain's time was too short for may take.
 _LAST_WORDS_SECONDS = 2.0
 
@@ -80,7 +83,7 @@ class Sidecar:
             api_key=settings.api_key,
             access_log=settings.access_log,
         )
-        self._data_listener = Listener(self.data)
+        self._data_listener = Listener(self.data, most_connections=_MOST_CALLERS)
         admin = AdminServer(
             registry,
             self.health,
@@ -88,7 +91,7 @@ class Sidecar:
             self.drain,
             self.watch,
         )
-        self._admin_listener = Listener(admin)
+        self._admin_listener = Listener(admin, most_connections=_MOST_WATCHERS)
 
     def _all_routes(self) -> list[Route]:
         return [*self.routes, *self.detectors]

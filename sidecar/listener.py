@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 import orjson
 from aiohttp import web
@@ -19,12 +20,33 @@ KEEPALIVE_SECONDS = 75.0
 LINGER_SECONDS = 2.0
 #: Bytes that a connection's reader holds before the sender has to wait: a frame's worth.
 READ_BUFFER_BYTES = 256 * 1024
+#: A new connection that has sent no whole request head after so many seconds is closed: who opens many and says nothing
+#: must not use up the process's descriptors.
+FIRST_REQUEST_SECONDS = 10.0
 
 
 class _Protocol(web.RequestHandler):
     """One connection. What is no HTTP gets one JSON answer and is closed."""
 
-    __slots__ = ()
+    __slots__ = ("_silence",)
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Start to wait for the first request; close at once what is one connection too many."""
+        super().connection_made(transport)
+        self._silence = asyncio.get_running_loop().call_later(FIRST_REQUEST_SECONDS, self.force_close)
+        server = self._manager
+        assert isinstance(server, _Server)  # noqa: S101  it made this object
+        if len(server.connections) > server.most_connections:
+            self.force_close()
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        """Wait no more."""
+        self._silence.cancel()
+        super().connection_lost(exc)
+
+    def heard(self) -> None:
+        """The head of a request is there: from now on the keep-alive time holds."""
+        self._silence.cancel()
 
     def handle_error(
         self,
@@ -46,6 +68,12 @@ class _Protocol(web.RequestHandler):
 
 
 class _Server(web.Server):
+    most_connections = 0
+
+    def _make_request(self, *args: Any) -> web.BaseRequest:
+        args[2].heard()
+        return super()._make_request(*args)
+
     def __call__(self) -> web.RequestHandler:
         return _Protocol(self, loop=self._loop, **self._kwargs)
 
@@ -53,7 +81,7 @@ class _Server(web.Server):
 class Listener:
     """Addresses that share one handler. The handler's task is cancelled when its caller hangs up."""
 
-    def __init__(self, handler: Handler) -> None:
+    def __init__(self, handler: Handler, *, most_connections: int) -> None:
         server = _Server(
             handler,
             handler_cancellation=True,
@@ -63,6 +91,7 @@ class Listener:
             lingering_time=LINGER_SECONDS,
             read_bufsize=READ_BUFFER_BYTES,
         )
+        server.most_connections = most_connections
         self._runner = web.ServerRunner(server, shutdown_timeout=1.0)
         self._socket_path: Path | None = None
 
