@@ -148,9 +148,20 @@ class DashScopeBackend:
             _drop(response)
             if isinstance(error, aiohttp.ClientError):
                 raise self._explained(error) from error
+            if isinstance(error, BackendError):
+                self._mask(error)
             raise
         _drop(response)
+        self._mask(refusal)
         raise refusal
+
+    def _mask(self, error: BackendError) -> None:
+        """A provider that quotes the key back must not show it to the caller, nor to who reads the log."""
+        if key := self._key():
+            error.message = error.message.replace(key, "***")
+            error.body = error.body.replace(key.encode(), b"***")
+            error.headers = {name: value.replace(key, "***") for name, value in error.headers.items()}
+            error.args = (error.message,)
 
     async def _open(
         self, method: str, url: str, headers: CIMultiDict[str], body: bytes, timings: Timings
@@ -206,8 +217,6 @@ class DashScopeBackend:
                 body = await _read(response, _ERROR_BODY_LIMIT)
         except (aiohttp.ClientError, TimeoutError, ServerFailed) as error:
             _log.info("the body of an answer %d could not be read: %s", response.status, type(error).__name__)
-        if key := self._key():  # a provider that quotes the key back must not show it to the caller
-            body = body.replace(key.encode(), b"***")
         return classify(response.status, response.headers, body)
 
     async def _reply(self, response: aiohttp.ClientResponse, request: Request) -> Reply:
