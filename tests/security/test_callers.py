@@ -1,0 +1,174 @@
+"""What a hostile caller cannot do: `docs/security.md` names the claim of each test."""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+import hmac
+import json
+import socket
+import struct
+import zlib
+
+import pytest
+from running import CHAT, chat
+
+from sidecar import listener
+
+NOT_UTF8 = b"\xff\xfe"
+
+
+async def raw(port, data: bytes) -> tuple[int, bytes]:
+    """Send bytes, end the sending, and read all that comes: status and the whole answer."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(data)
+    async with asyncio.timeout(10):
+        answer = await reader.read()
+    writer.close()
+    return int(answer.split(b" ", 2)[1]), answer
+
+
+def request(header: bytes, path: bytes = CHAT.encode()) -> bytes:
+    body = json.dumps(chat()).encode()
+    return b"POST %b HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: %d\r\n%b\r\n\r\n%b" % (
+        path, len(body), header, body,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "status"),
+    [("Authorization: Bearer ", 401), ("X-Request-Id: ", 400), ("X-Request-Priority: ", 400)],
+)
+async def test_bytes_that_are_no_text_in_a_header_are_refused_by_name(serving, name, status):
+    sidecar = await serving(api_key="letmein" if status == 401 else None)
+    told, answer = await raw(sidecar.sidecar.data_port, request(name.encode() + NOT_UTF8))
+    assert told == status, answer
+    assert name.partition(":")[0].encode() in answer
+
+
+@pytest.mark.parametrize("name", [b"traceparent", b"tracestate", b"X-DashScope-Extra", b"User-Agent"])
+async def test_bytes_that_are_no_text_stop_at_the_sidecar(serving, scripted, name):
+    upstream = await scripted()
+    sidecar = await serving(dashscope_url=f"{upstream.origin}/v1")
+    told, answer = await raw(sidecar.sidecar.data_port, request(name + b": " + NOT_UTF8))
+    assert told == 200, answer
+    assert NOT_UTF8 not in answer
+    assert name.decode().lower() not in upstream.seen[0].headers or name == b"User-Agent"
+
+
+async def test_the_bearer_is_compared_in_constant_time(serving, monkeypatch):
+    sidecar = await serving(api_key="letmein")
+    compared = []
+
+    def compare(one, other, real=hmac.compare_digest):
+        compared.append((one, other))
+        return real(one, other)
+
+    monkeypatch.setattr("sidecar.api.server.hmac.compare_digest", compare)
+    async with sidecar.post(headers={"Authorization": "Bearer l"}) as response:
+        assert response.status == 401
+    assert compared == [(b"l", b"letmein")]
+
+
+@pytest.mark.parametrize("path", [CHAT, "/api/inference/describe"])
+async def test_a_compressed_body_is_refused_and_never_unpacked(serving, path):
+    sidecar = await serving()
+    bomb = gzip.compress(b" " * 50_000_000)
+    async with sidecar.client.post(sidecar.url + path, data=bomb, headers={"Content-Encoding": "gzip"}) as response:
+        assert response.status == 415
+        assert "Content-Encoding" in await response.text()
+
+
+async def test_a_picture_that_claims_billions_of_pixels_is_not_decoded(serving, provider):
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    import base64  # noqa: PLC0415
+
+    bomb = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0))
+    bomb += chunk(b"IDAT", zlib.compress(b"\0" * 1_000_000)) + chunk(b"IEND", b"")
+    sidecar = await serving()
+    crop = {"label": "person", "confidence": 0.9, "bbox": [0, 0, 10, 10]}
+    body = {"image_b64": base64.b64encode(bomb).decode(), "crops": [crop]}
+    async with sidecar.post(body, path="/api/inference/crop-describe") as response:
+        assert response.status == 400, await response.text()
+
+
+@pytest.mark.parametrize("scheme", ["http://127.0.0.1:{port}/frame.jpg", "file:///etc/passwd"])
+@pytest.mark.parametrize("upstream", [True, False])
+async def test_a_url_that_a_caller_names_is_never_fetched(serving, scripted, scheme, upstream):
+    canary, provider = await scripted(), await scripted()
+    sidecar = await serving(**({"dashscope_url": f"{provider.origin}/v1"} if upstream else {}))
+    url = scheme.format(port=canary.port)
+    body = {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}]}
+    async with sidecar.post(body) as response:
+        assert response.status == 200
+        assert "root:" not in await response.text()
+    assert canary.links == []
+
+
+async def test_a_model_name_cannot_forge_a_metric(serving):
+    sidecar = await serving()
+    async with sidecar.post(chat(model='m",x="y"} 1\nforged_total 9\n')) as response:
+        assert response.status == 200
+    async with sidecar.client.get(f"{sidecar.admin_url}/metrics") as response:
+        text = await response.text()
+    assert r"forged_total 9\n" in text  # escaped, within the label
+    assert not any(line.startswith("forged_total") for line in text.splitlines())
+
+
+async def test_who_opens_connections_and_says_nothing_is_cut_off(serving, monkeypatch):
+    monkeypatch.setattr(listener, "FIRST_REQUEST_SECONDS", 0.3)
+    sidecar = await serving()
+    for port in (sidecar.sidecar.data_port, sidecar.sidecar.admin_port):
+        for said in (b"", b"GET /livez HT", b"GET /livez HTTP/1.1\r\nHost: x\r\nX-A"):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(said)
+            async with asyncio.timeout(5):
+                assert await reader.read() == b""
+            writer.close()
+    async with sidecar.client.get(f"{sidecar.admin_url}/livez") as response:
+        await response.read()
+        await asyncio.sleep(0.5)  # a connection that has been of use is kept longer
+    connections = len(sidecar.sidecar._admin_listener._runner.server.connections)
+    assert connections == 1
+
+
+async def test_the_admin_listener_takes_so_many_connections_and_serves_on(serving, monkeypatch):
+    monkeypatch.setattr("sidecar.app._MOST_WATCHERS", 5)
+    sidecar = await serving()
+    held = [await asyncio.open_connection("127.0.0.1", sidecar.sidecar.admin_port) for _ in range(5)]
+    reader, writer = await asyncio.open_connection("127.0.0.1", sidecar.sidecar.admin_port)
+    async with asyncio.timeout(5):
+        assert await reader.read() == b""
+    writer.close()
+    for _, other in held:
+        other.transport.abort()
+    async with asyncio.timeout(5):
+        while sidecar.sidecar._admin_listener._runner.server.connections:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    async with sidecar.client.get(f"{sidecar.admin_url}/livez") as response:
+        assert response.status == 200
+
+
+async def test_a_body_that_trickles_is_given_up_at_the_deadline(serving):
+    sidecar = await serving(deadline=0.5)
+    head = b"POST %b HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n{" % CHAT.encode()
+    status, answer = await raw(sidecar.sidecar.data_port, head)
+    assert (status, b"did not come within" in answer) == (408, True)
+    await sidecar.until(sidecar.at_rest)
+
+
+async def test_drain_is_taken_from_this_machine_only(serving):
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))  # sends nothing: asks which address we would have
+            address = probe.getsockname()[0]
+        except OSError:
+            pytest.skip("this machine has no address but loopback")
+    sidecar = await serving(admin_host="0.0.0.0")
+    url = f"http://{address}:{sidecar.sidecar.admin_port}"
+    async with sidecar.client.post(f"{url}/drain") as response:
+        assert (response.status, "loopback" in await response.text()) == (403, True)
+    async with sidecar.client.get(f"{url}/readyz") as response:
+        assert (response.status, await response.text()) == (200, "ready\n")
