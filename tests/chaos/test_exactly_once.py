@@ -1,0 +1,103 @@
+"""Requests with ids through a mix of faults: both ends' ledgers agree, every request has one answer, and its own."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import random
+from collections import Counter
+
+import aiohttp
+from running import CHAT, Process, samples
+from scripted_upstream import Upstream
+from wire import Fault, Wire
+
+SCALE = float(os.environ.get("CHAOS_SCALE", "0.25"))
+REQUESTS = int(20_000 * SCALE)
+CALLERS = 48
+
+
+def id_of(body: bytes) -> str:
+    return json.loads(body)["messages"][0]["content"]
+
+
+async def test_every_request_is_answered_once_with_its_own_answer_and_every_upstream_call_is_accounted_for():
+    chance = random.Random(20)
+
+    async def script(link, seen):
+        fate = chance.random()
+        if fate < 0.01:
+            await link.answer({"error": {"message": "overloaded"}}, status=500)
+        elif fate < 0.02:
+            await link.answer({"error": {"message": "bad image", "code": "invalid_parameter"}}, status=400)
+        else:
+            said = {"role": "assistant", "content": id_of(seen.body)}
+            await link.answer({"choices": [{"index": 0, "message": said, "finish_reason": "stop"}]})
+
+    def choose():
+        if chance.random() < 0.3:
+            return None
+        return Fault(chance.choice(["reset", "close", "garbage", "stall"]), int(chance.expovariate(1 / 12_000)))
+
+    answers: dict[str, tuple[int, str, int]] = {}
+    left: set[str] = set()
+    async with (
+        Upstream(script) as upstream,
+        Wire(upstream.port, choose) as wire,
+        Process("--dashscope-url", wire.url, "--max-concurrency", "32") as process,
+        aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as client,
+    ):
+        numbers = iter(range(REQUESTS))
+
+        async def caller(name):
+            for number in numbers:
+                ident = f"request-{number}"
+                body = {"model": "qwen-vl-plus", "messages": [{"role": "user", "content": ident}]}
+                patience = 0.004 if number % 50 == 7 else None
+                headers = {"X-Camera-Id": name, "X-Request-Id": ident}
+                try:
+                    async with (
+                        asyncio.timeout(patience),
+                        client.post(process.url + CHAT, json=body, headers=headers) as response,
+                    ):
+                        whole = await response.json()
+                        assert ident not in answers
+                        assert response.headers["X-Request-Id"] == ident
+                        said = whole["choices"][0]["message"]["content"] if response.status == 200 else ""
+                        answers[ident] = response.status, said, int(response.headers["X-Sidecar-Attempts"])
+                except TimeoutError:
+                    left.add(ident)
+
+        async with asyncio.timeout(max(240 * SCALE, 60)), asyncio.TaskGroup() as group:
+            for number in range(CALLERS):
+                group.create_task(caller(f"camera-{number % 10}"))
+        async with client.get(f"{process.admin_url}/metrics") as response:
+            metrics = samples(await response.text())
+        assert "defect" not in process.log
+
+    assert len(answers) + len(left) == REQUESTS
+    assert wire.struck > REQUESTS / 200, "the faults must have been many"
+    assert all(said == ident for ident, (status, said, _) in answers.items() if status == 200)
+    statuses = Counter(status for status, _, _ in answers.values())
+    assert set(statuses) <= {200, 400, 502, 503, 504}, statuses
+    assert statuses[200] > 0.9 * REQUESTS, statuses
+
+    outcomes: Counter[str] = Counter()
+    attempts = 0
+    for name, value in metrics.items():
+        if name.startswith("sidecar_requests_total"):
+            outcomes[name.partition('outcome="')[2].partition('"')[0]] += int(value)
+        if name.startswith("sidecar_upstream_attempts_total"):
+            attempts += int(value)
+    # Each request has ended once. Who left may have been answered in that very moment, or not yet have arrived.
+    assert statuses[200] <= outcomes["ok"] <= statuses[200] + len(left)
+    assert statuses[400] <= outcomes["rejected_upstream"] <= statuses[400] + len(left)
+    assert REQUESTS - len(left) <= sum(outcomes.values()) <= REQUESTS
+
+    # Upstream: an answered request was seen there, as often as it says or once more for each connection found dead.
+    seen = Counter(id_of(request.body) for request in upstream.seen)
+    for ident, (status, _, tried) in answers.items():
+        if status in (200, 400):
+            assert 1 <= seen[ident] <= 2 * tried, (ident, status, seen[ident], tried)
+    assert abs(sum(seen.values()) - attempts) <= wire.struck + len(left)

@@ -1,0 +1,96 @@
+"""One camera that floods, sends monsters or never reads its answers does not harm the others."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections import Counter
+
+from running import CHAT, chat
+
+SECONDS = 5.0
+
+
+async def test_a_camera_at_50_times_the_others_leaves_each_of_the_nine_what_it_gets_alone(serving, provider):
+    url, _ = await provider(latency_seconds=0.05)
+    sidecar = await serving(dashscope_url=url, requests_per_minute=40 * 60.0)
+    ends: Counter[tuple[str, int]] = Counter()
+
+    async def one(camera):
+        headers = {"X-Camera-Id": camera, "X-Request-Timeout": "3"}
+        async with sidecar.post(headers=headers) as response:
+            await response.read()
+            ends[camera, response.status] += 1
+
+    async def send(camera, per_second):
+        async with asyncio.TaskGroup() as group:
+            for _ in range(int(SECONDS * per_second)):
+                group.create_task(one(camera))
+                await asyncio.sleep(1 / per_second)
+
+    async with asyncio.TaskGroup() as group:
+        group.create_task(send("flood", 100.0))
+        for number in range(9):
+            group.create_task(send(f"camera-{number}", 2.0))
+    for number in range(9):
+        assert ends[f"camera-{number}", 200] >= 0.95 * SECONDS * 2, ends
+    assert ends["flood", 503] > 100, ends
+
+
+async def test_callers_that_never_read_their_answers_hold_no_permit(serving, provider):
+    url, simulated = await provider(answer_tokens=2000)
+    sidecar = await serving(dashscope_url=url, max_concurrency=2)
+    body = json.dumps(chat()).encode()
+    head = b"POST %b HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+    writers = []
+    for _ in range(20):
+        _, writer = await asyncio.open_connection("127.0.0.1", sidecar.sidecar.data_port, limit=1)
+        writer.write(head % (CHAT.encode(), len(body)) + body)
+        writers.append(writer)
+    await sidecar.until(lambda: simulated.counts.ended["answered"] == 20)
+    async with sidecar.post() as response:
+        assert response.status == 200
+    for writer in writers:
+        writer.transport.abort()
+    await sidecar.until(sidecar.at_rest)
+
+
+async def test_a_full_queue_fails_no_probe_and_is_told_with_a_wait(serving, provider):
+    url, _ = await provider(latency_seconds=1.0)
+    sidecar = await serving(dashscope_url=url, max_concurrency=1, queue_size=5)
+    tasks = [asyncio.ensure_future(sidecar.post().__aenter__()) for _ in range(6)]
+    await sidecar.until(lambda: sidecar.sidecar.routes[0].admission.waiting() == 5)
+    async with sidecar.post() as response:
+        assert (response.status, (await response.json())["error"]["code"]) == (503, "queue_full")
+        assert int(response.headers["Retry-After"]) >= 1
+    for probe in ("livez", "readyz"):
+        async with sidecar.client.get(f"{sidecar.admin_url}/{probe}") as response:
+            assert response.status == 200
+    for answer in await asyncio.gather(*tasks):
+        assert answer.status == 200
+        answer.release()
+    await sidecar.until(sidecar.at_rest)
+
+
+async def test_an_outage_under_100_callers_costs_no_more_attempts_than_arrivals_allow(serving, provider):
+    """503 for five seconds: at most 1.2 attempts to an arrival, and no herd when the provider is back."""
+    url, simulated = await provider(outages=((0.5, 5.5),), outage_status=503, latency_seconds=0.02)
+    sidecar = await serving(dashscope_url=url)
+    arrivals = 0
+    until = asyncio.get_running_loop().time() + 7.0
+
+    async def caller(number):
+        nonlocal arrivals
+        while asyncio.get_running_loop().time() < until:
+            arrivals += 1
+            headers = {"X-Request-Timeout": "2", "X-Camera-Id": str(number)}
+            async with sidecar.post(headers=headers) as response:
+                await response.read()
+                wait = float(response.headers.get("Retry-After", "0.2"))
+            await asyncio.sleep(min(wait, 1.0))
+
+    async with asyncio.TaskGroup() as group:
+        for number in range(100):
+            group.create_task(caller(number))
+    assert simulated.counts.calls <= 1.2 * arrivals
+    await sidecar.until(sidecar.at_rest)
