@@ -18,6 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from bench.sim.sweep import drawn
 from bench.sim.table import SYSTEMS, TABLE, Check, Scenario, play
 
 
@@ -31,12 +32,33 @@ def main() -> None:
     chosen = [
         s for s in TABLE if not options.only or s.number in options.only or s.number.rstrip("abcde") in options.only
     ]
+    if options.sweep:
+        sweep(options.sweep)
+        return
     misses = 0
     for name in options.systems.split(","):
         print(f"\n{name}")
         for scenario in chosen:
             misses += show(scenario, name, range(1, options.seeds + 1))
     print(f"\n{misses} figures miss their target")
+
+
+def sweep(count: int) -> None:
+    """Print one line for each provider drawn by chance, and what is in the middle and at the end of them."""
+    figures: dict[str, list[float]] = defaultdict(list)
+    for seed in range(1, count + 1):
+        scenario = drawn(seed)
+        oracle, result = play(scenario, seed, SYSTEMS["oracle"]), play(scenario, seed, SYSTEMS["sidecar"])
+        goodput, refusals = (check.value for check in scenario.judge(result, oracle)[:2])
+        figures["goodput"].append(goodput)
+        figures["refusals/1000"].append(refusals)
+        print(f"{scenario.number:>5} {scenario.name:<64} {goodput:6.3f} {refusals:7.1f}/1000", flush=True)
+    for name, values in figures.items():
+        ordered = sorted(values)
+        print(
+            f"{name:<14} median {statistics.median(values):8.3f}   a tenth below {ordered[len(ordered) // 10]:8.3f}"
+            f"   a tenth above {ordered[-1 - len(ordered) // 10]:8.3f}   {ordered[0]:.3f} to {ordered[-1]:.3f}"
+        )
 
 
 def show(scenario: Scenario, name: str, seeds: range) -> int:

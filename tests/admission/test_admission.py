@@ -1,0 +1,104 @@
+"""Tickets through a real lane on virtual time: each ends exactly once, and every permit comes back."""
+
+import asyncio
+
+from bench.sim import clock
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sidecar.admission import Admission, NotAdmitted, Ticket
+
+VERDICTS = ("accepted", "request_rate", "token_rate", "growth", "concurrency", "capacity", "unknown", "failed", "none")
+
+
+async def one(admission, number, verdict, seconds, ends):
+    loop = asyncio.get_running_loop()
+    ticket = Ticket(now=loop.time(), deadline=loop.time() + 5.0, key=f"camera-{number % 3}", model="m", tokens=100.0)
+    try:
+        async with admission.permit(ticket) as permit:
+            lane = admission.lane("m")
+            if lane.limits.hold.kind is not None:
+                assert lane.limits.permits.in_flight >= 1
+            await asyncio.sleep(seconds)
+            if verdict == "accepted":
+                permit.accepted(loop.time(), (120, 30))
+            elif verdict == "failed":
+                permit.failed(loop.time(), "broken")
+            elif verdict != "none":
+                permit.throttled(loop.time(), verdict, "refused", 3.0)
+        ends.append("through")
+    except NotAdmitted:
+        ends.append("refused")
+    except asyncio.CancelledError:
+        ends.append("cancelled")
+        raise
+    finally:
+        ticket.stopwatch.stop(loop.time())
+        waited = sum((ticket.cause_seconds or {}).values())
+        assert abs(waited) <= ticket.stopwatch.seconds["queue"] + 1e-6
+
+
+STORIES = st.lists(
+    st.tuples(
+        st.floats(0.0, 0.5),  # seconds after the one before
+        st.sampled_from(VERDICTS),
+        st.floats(0.0, 2.0),  # seconds that its attempt takes
+        st.one_of(st.none(), st.floats(0.0, 3.0)),  # its caller leaves after so many
+    ),
+    max_size=40,
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(stories=STORIES, concurrency=st.one_of(st.none(), st.integers(1, 4)))
+def test_every_ticket_ends_once_and_every_permit_comes_back_whoever_leaves_when(stories, concurrency):
+    async def main():
+        loop = asyncio.get_running_loop()
+        admission = Admission(concurrency=concurrency)
+        ends, tasks = [], []
+        for number, (gap, verdict, seconds, leaves) in enumerate(stories):
+            await asyncio.sleep(gap)
+            task = loop.create_task(one(admission, number, verdict, seconds, ends))
+            if leaves is not None:
+                loop.call_later(leaves, task.cancel)
+            tasks.append(task)
+            assert concurrency is None or admission.in_flight() <= concurrency
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+        wrong = [r for r in results if isinstance(r, Exception)]
+        assert not wrong
+        never_ran = sum(isinstance(r, asyncio.CancelledError) for r in results) - ends.count("cancelled")
+        assert len(ends) + never_ran == len(stories)
+        assert admission.in_flight() == 0
+        assert admission.waiting() == 0
+        assert admission.waiting_bytes() == 0
+
+    clock.run(main())
+
+
+def test_while_everything_is_refused_only_one_probe_goes_out_at_a_time():
+    """An outage of a minute: nothing but single probes, at most one a half second."""
+
+    async def main():
+        loop = asyncio.get_running_loop()
+        admission = Admission()
+        attempts = []
+
+        async def caller(number):
+            while loop.time() < 1060.0:
+                ticket = Ticket(now=loop.time(), deadline=loop.time() + 90.0, key=str(number), model="m")
+                async with admission.permit(ticket) as permit:
+                    attempts.append(loop.time())
+                    await asyncio.sleep(0.05)
+                    permit.failed(loop.time(), "down")
+                await asyncio.sleep(0.01)
+
+        tasks = [loop.create_task(caller(number)) for number in range(5)]
+        await asyncio.sleep(60.0)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        held = [at for at in attempts if at > 1001.0]
+        assert 8 <= len(held) <= 30
+        assert min(b - a for a, b in zip(held, held[1:], strict=False)) > 0.4
+
+    clock.run(main())
