@@ -52,6 +52,8 @@ LOST_SHARE, LONGEST_LOSING_SECONDS = 0.02, 600.0
 WINDOW_SECONDS = 60.0
 #: A blackout longer than this is no penalty for a refusal.
 LONGEST_PENALTY_SECONDS = 10.0
+#: What one event leaves of the limit at least.
+LARGEST_CUT = 0.3
 #: Sends remembered at most: beyond this many since a refusal, the rate is known better than it will stay true.
 MOST_REMEMBERED = 1000
 #: Seconds of the limit that a bucket is taken to hold at most.
@@ -246,7 +248,7 @@ class RateController:
                 self._changed(now, "refused within a burst")
                 return
         self._unexpected = self._ramp < 0.4 * self._length() and (taken != [] or self._unexpected)
-        if self._ramp < 0.4 * self._length():
+        if not taken or self._ramp < 0.4 * self._length():
             self._too_early(now, sent, taken)
             return
         self._early = 0
@@ -258,13 +260,14 @@ class RateController:
         if low <= self.limit <= high:
             width = min(width, 0.6 * self._unsure)
         else:
-            self.limit = (low + high) / 2
+            self.limit = max((low + high) / 2, LARGEST_CUT * self.limit)
         self._unsure = min(max(width, SUREST), UNSUREST)
         self._to(now, State.ASSESS if self._unsure > 3 * SUREST else State.STEADY, f"refused at {pace:.3g}/s")
 
     def _window_full(self, now: float, sent: Sent) -> None:
         """What was taken in the last minute is what a minute allows; the rest of the window brings nothing."""
-        self.limit = self._history.since(sent.at - WINDOW_SECONDS) / WINDOW_SECONDS
+        taken = self._history.since(sent.at - WINDOW_SECONDS) / WINDOW_SECONDS
+        self.limit = max(taken, CUTS[1] * self.limit)  # less was taken, perhaps, for less was sent
         self._unsure = SUREST
         self._unexpected = False
         self._to(now, State.STEADY, "a window is used up")
@@ -291,7 +294,7 @@ class RateController:
             self._changed(now, "refused below the learned limit")
         else:
             _, high = rate_between(self._episode_at, self._episode, sent.at, sent.amount, inf)
-            self.limit = max(min(high, 0.9 * self.limit), 0.3 * self.limit)
+            self.limit = max(min(high, 0.9 * self.limit), LARGEST_CUT * self.limit)
             self._unsure = 0.15
             self._early = 1
             self._early_at.clear()
@@ -330,7 +333,7 @@ class RateController:
             self._unsure = max(self._unsure, 5 * SUREST)
             self._to(now, State.STEADY, f"refused, and everything with it for {seconds:.1f} s")
         else:
-            self.limit = max(whole, 0.02 * self.typical)
+            self.limit = max(whole, 0.02 * self.typical if first else 0.7 * min(before, self.limit))
             self._lost, self._window, self._windowed = 0.0, 1.3 * taken, not first or seconds > LONGEST_PENALTY_SECONDS
             self._unsure = 4 * SUREST if self._windowed else UNSUREST
             self._to(now, State.ASSESS, f"everything was refused for {seconds:.1f} s")
