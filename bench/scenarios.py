@@ -4,7 +4,8 @@
     python bench/scenarios.py --only 1 4 15c --seeds 5 --systems sidecar,semaphore,cubic
     python bench/scenarios.py --sweep 100           # seeded providers drawn by chance
 
-Prints each figure's median and worst over the seeds beside its target, and marks what misses.
+Prints each figure's median and worst over the seeds beside its target, and marks what misses. Beneath, how true the
+waits were that the sidecar predicted: it refuses by them, and tells them as Retry-After.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench.sim.sweep import drawn
+from bench.sim.systems import Sidecar
 from bench.sim.table import SYSTEMS, TABLE, Check, Scenario, play
 
 
@@ -65,11 +67,14 @@ def show(scenario: Scenario, name: str, seeds: range) -> int:
     """Print one line for each figure; returns how many miss."""
     begun = time.perf_counter()
     figures: dict[str, list[Check]] = defaultdict(list)
+    waits: list[tuple[float, float]] = []
     for seed in seeds:
         oracle = play(scenario, seed, SYSTEMS["oracle"])
         result = play(scenario, seed, SYSTEMS[name])
         for check in scenario.judge(result, oracle):
             figures[check.name].append(check)
+        if isinstance(result.system, Sidecar):
+            waits += result.system.waits
     misses = 0
     title = f"{scenario.number:>4} {scenario.name}"
     for label, checks in figures.items():
@@ -85,6 +90,13 @@ def show(scenario: Scenario, name: str, seeds: range) -> int:
             + ("" if holds else "   <-- MISS")
         )
         title = ""
+    if waits:
+        errors = sorted(predicted - real for predicted, real in waits)
+        off = sorted(abs(error) for error in errors)
+        print(
+            f"{'':54} predicted wait - real: median {statistics.median(errors):+.2f} s, 9 of 10 within "
+            f"{off[int(0.9 * len(off))]:.2f} s; real {statistics.mean(real for _, real in waits):.1f} s"
+        )
     print(f"{'':54} ({time.perf_counter() - begun:.1f} s)", flush=True)
     return misses
 

@@ -55,9 +55,10 @@ class Sidecar:
     def __init__(self, provider: Provider, **settings: Any) -> None:
         self._loop = asyncio.get_running_loop()
         self.admission = Admission(random=random.Random(provider.profile.seed), **settings)
-        self._dispatcher = Dispatcher(
-            [Route(SimulatedBackend(provider), self.admission)], Telemetry(CollectorRegistry())
-        )
+        self.telemetry = Telemetry(CollectorRegistry())
+        self.waits: list[tuple[float, float]] = []
+        """Of each answered request that had to wait: the predicted seconds in the queue, and the real ones."""
+        self._dispatcher = Dispatcher([Route(SimulatedBackend(provider), self.admission)], self.telemetry)
 
     @property
     def lane(self) -> Lane:
@@ -66,7 +67,12 @@ class Sidecar:
     async def ask(self, ask: Ask) -> None:
         now = self._loop.time()
         ticket = Ticket(now=now, deadline=ask.deadline, key=ask.camera, model=MODEL, tokens=float(ask.tokens))
+        lane = self.lane
+        must_wait = len(lane.queue) > 0 or lane.limits.closed(now, ticket)[0] is not None
+        predicted = lane.predicted_wait(now, ticket)
         await self._dispatcher.run(ticket, ask.request())
+        if must_wait:
+            self.waits.append((predicted, ticket.stopwatch.seconds["queue"]))
 
 
 class OracleLimits(Limits):
