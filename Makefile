@@ -42,7 +42,7 @@ $(UV):
 		fastapi numpy onnxruntime openai opencv-python-headless pillow pydantic-settings uvicorn
 	@touch $@
 
-.PHONY: setup demo demo-local test run lint parity bench scenarios docs image test-pod clean
+.PHONY: setup demo demo-local test run lint parity bench scenarios live docs image test-pod clean
 setup: .venv/.ready ## set up .venv from the lock file
 
 demo: .venv/.ready ## show the main job end to end: no key, no GPU, no network service
@@ -73,6 +73,9 @@ bench: .venv/.ready ## what the sidecar costs beside a bare aiohttp pass-through
 
 scenarios: .venv/.ready ## how well the limits are learned, in virtual time, beside an oracle
 	$(RUN)python bench/scenarios.py
+
+live: .venv/.ready ## seven of the scenarios over real sockets, shortened: a minute and a half
+	$(RUN)python bench/live.py
 
 docs: | $(UV) ## build the documentation site into site/, every link checked
 	@UV_PROJECT_ENVIRONMENT=.venv-docs $(UV) sync --quiet --locked --only-group docs --python $(PYTHON)
