@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 import re
 from collections import deque
@@ -68,6 +69,12 @@ class DashScopeBackend:
         self._native = None if native_url is None else _checked(native_url)
         self._host = URL(self._base).host or ""
         self._session: aiohttp.ClientSession | None = None
+
+    def account(self) -> str:
+        """Whose limits are met here: the provider's address and a fingerprint of the key in force, never the key."""
+        key = self._key()
+        fingerprint = "" if key is None else hashlib.sha256(key.encode()).hexdigest()[:16]
+        return f"{self.name} {URL(self._base).origin()} {fingerprint}".rstrip()
 
     async def start(self) -> None:
         """Open the connection pool. The provider itself is not asked: it may come later than we do."""

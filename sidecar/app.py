@@ -7,7 +7,7 @@ import gc
 import logging
 import platform
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from prometheus_client import CollectorRegistry, ProcessCollector
@@ -69,7 +69,7 @@ class Sidecar:
         registry.register(AdmissionGauges(admissions))
         ProcessCollector(registry=registry)
         self.watch = Watch(self._telemetry, admissions)
-        self._memory = _memory(settings, admissions)
+        self._memory = _memory(settings, self.routes)
         self.data = DataServer(
             Dispatcher(self.routes, self._telemetry),
             Limits(
@@ -271,14 +271,19 @@ def make_backend(settings: Settings, name: str) -> Any:
     return backend()
 
 
-def _memory(settings: Settings, admissions: Mapping[str, Admission]) -> Memory | None:
+def _memory(settings: Settings, routes: Sequence[Route]) -> Memory | None:
     """The file of learned limits, already recalled from; None where none is set."""
     if settings.state_file is None:
         return None
-    address = {"dashscope": f"dashscope {settings.dashscope_url}"}
-    memory = Memory(settings.state_file, {address.get(name, name): one for name, one in admissions.items()})
+    memory = Memory(settings.state_file, [(_account(route), route.admission) for route in routes])
     memory.load()
     return memory
+
+
+def _account(route: Route) -> Callable[[], str]:
+    """Whose limits a route's are: the backend says it, where there is more to it than its name."""
+    account: Callable[[], str] = getattr(route.backend, "account", lambda: route.name)
+    return account
 
 
 def _key(settings: Settings) -> Callable[[], str | None]:

@@ -31,7 +31,7 @@ from .states import CUTS, State
 FLOOR = 2.0
 #: The ramp begins and ends at this share below and above the limit, at least and at most.
 SUREST, UNSUREST = 0.01, 0.3
-#: How uncertain a limit is that was learned before a restart.
+#: How uncertain a limit that was learned before a restart is at least.
 RECALLED = 0.1
 #: A ramp's length as a share of the calls that pay for one refusal, and where on it, in shares of its length, no
 #: refusal means that the limit has risen. Of a bucket that gives credit, a ramp first saves some and then spends it:
@@ -402,13 +402,15 @@ class RateController:
     # -- memory --------------------------------------------------------------------------------------------------------
 
     def learned(self) -> dict[str, float] | None:
-        """What is worth remembering over a restart; None while nothing was learned."""
-        return None if self.limit == inf else {"limit": self.limit, "burst": self.burst}
+        """What is worth remembering over a restart, as `recall` takes it; None while nothing was learned."""
+        if self.limit == inf:
+            return None
+        return {"limit": self.limit, "burst": self.burst, "uncertainty": self._unsure}
 
-    def recall(self, now: float, limit: float, burst: float) -> None:
+    def recall(self, now: float, limit: float, burst: float, uncertainty: float = RECALLED) -> None:
         """Begin with what was learned before a restart, and find out soon how true it still is."""
         self.limit, self.burst = limit, max(burst, self.typical)
-        self._unsure = RECALLED
+        self._unsure = min(max(uncertainty, RECALLED), UNSUREST)
         self._empty_at = self._cut_at = now
         self._to(now, State.ASSESS, "remembered from before the restart")
         self._fill(now)

@@ -324,7 +324,7 @@ class Limits:
         for dimension, controller in (("requests", self.requests), ("tokens", self.tokens)):
             if dimension in learned:
                 values = learned[dimension]
-                controller.recall(now, share * values["limit"], values["burst"])
+                controller.recall(now, share * values["limit"], values["burst"], values["uncertainty"])
         if "concurrency" in learned:
             self.permits.learned = max(round(share * learned["concurrency"]["limit"]), 1)
 
