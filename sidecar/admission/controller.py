@@ -92,6 +92,7 @@ class RateController:
         self._empty_at = now  # when the provider's bucket was last known to be empty: the last refusal's send time
         self._cut_at = -inf
         self._first_burst = False
+        self._burst_from = now
         self._unsure = UNSUREST
         self._purse = 0.0  # refusals that the budget has paid for and that were not spent; a debt below 0
         # the ramp
@@ -172,6 +173,9 @@ class RateController:
         """It took another amount than was reserved."""
         self._bucket.take(now, amount - sent.amount)
         self._history.add(sent.at, amount - sent.amount)
+        if self._first_burst and self._burst_from <= sent.at <= self._empty_at and not sent.refused:
+            self.burst = max(self.burst + amount - sent.amount, self.typical)  # it was judged by what was reserved
+            self.limit = self._guess()
         sent.amount = amount
 
     def refused(self, now: float, sent: Sent) -> bool:
@@ -217,6 +221,7 @@ class RateController:
         window = Start.WINDOW_SECONDS
         taken = sum(one.amount for one in self._sent if one.at >= sent.at - window and not one.refused)
         self.burst = max(taken, self.typical)
+        self._burst_from = sent.at - window
         self.limit = self._guess()
         if sent.at - self._start.began > window:
             self.limit = max(0.8 * taken / window, FLOOR * self.typical)

@@ -86,6 +86,7 @@ class Limits:
         self._failed: set[Ticket] = set()
         self._probe: Attempt | None = None
         self._output = USUAL_OUTPUT
+        self._told = self._counted = 0.0  # input as it was estimated and as it was counted, smoothed
         self._correction = 1.0
 
     # -- the gates -----------------------------------------------------------------------------------------------------
@@ -269,10 +270,12 @@ class Limits:
         """Put what it cost in the place of what was reserved, and reserve better."""
         if attempt.tokens is not None:
             self.tokens.settle(now, attempt.tokens, float(input_tokens + output_tokens))
-        self._output += 0.1 * (output_tokens - self._output)
-        if attempt.ticket.tokens > 0:
-            ratio = min(max(input_tokens / attempt.ticket.tokens, 0.1), 10.0)
-            self._correction += 0.1 * (ratio - self._correction)
+        self._output += (0.1 if self._told else 1.0) * (output_tokens - self._output)
+        # The ratio of the means, and not the mean of the ratios: large requests count for what they cost.
+        self._told = 0.9 * self._told + attempt.ticket.tokens
+        self._counted = 0.9 * self._counted + input_tokens
+        if self._told > 0:
+            self._correction = self._counted / self._told
 
     def _patience(self, now: float) -> float:
         """Seconds until a probe of which nothing was heard counts as taken; infinite where silence means nothing."""
