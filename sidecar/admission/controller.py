@@ -48,6 +48,8 @@ WINDOW_CAUTION = 8.0
 SHORTEST_RAMP_SECONDS, LONGEST_RAMP_SECONDS = 4.0, 100.0
 #: Where each refusal begins a blackout, this share of the quota may be lost to probing, and a ramp may take so long.
 LOST_SHARE, LONGEST_LOSING_SECONDS = 0.02, 600.0
+#: ... and the limit is taken to lie so far between what was taken for certain and the pace that was punished.
+PUNISHED_HOPE = 0.2
 #: A window that was used up is taken to be at most so long: quotas are told by the minute.
 WINDOW_SECONDS = 60.0
 #: A blackout longer than this is no penalty for a refusal.
@@ -110,6 +112,7 @@ class RateController:
         # blackouts
         self._history = History(WINDOW_SECONDS + 10.0)
         self._recovered_at = now
+        self._refused_pace = 0.0  # the pace at the latest refusal after something was taken
         self._unexpected = False  # the refusal before the latest blackout came too early
         self._blackouts = 0  # such, one after the other
         self._lost = 0.0  # amount that each refusal costs, where it is punished
@@ -234,6 +237,8 @@ class RateController:
         taken = [one for one in self._sent if not one.refused and one.at <= sent.at]
         self._barren = 0 if taken else self._barren + 1
         pace = self._unbounded_pace()
+        if taken:
+            self._refused_pace = pace
         if self.state is State.SHARED:
             if now < self._shared_until:
                 self.limit *= SHARED_CUT
@@ -333,13 +338,16 @@ class RateController:
         self._early_at.clear()
         whole = taken / max(min(probed_at - since, WINDOW_SECONDS), 1e-3)
         if gap and seconds <= 1.5 * gap + 0.5 and self._blackouts < 2:
-            self.limit = max(CUTS[0] * before, whole)
+            low = max(CUTS[0] * before, whole)
+            high = max(self._refused_pace, low)
+            self.limit = low + PUNISHED_HOPE * (high - low)
             self._lost, self._window, self._windowed = seconds * self.limit, 0.0, False
-            self._unsure = max(self._unsure, 5 * SUREST)
+            self._unsure = min(max(PUNISHED_HOPE * (high - low) / low, 5 * SUREST), UNSUREST)
             self._to(now, State.STEADY, f"refused, and everything with it for {seconds:.1f} s")
         else:
             self.limit = max(whole, 0.02 * self.typical if first else 0.7 * min(before, self.limit))
-            self._lost, self._window, self._windowed = 0.0, 1.3 * taken, not first or seconds > LONGEST_PENALTY_SECONDS
+            self._windowed = not first or seconds > LONGEST_PENALTY_SECONDS
+            self._lost, self._window = 0.0, 1.3 * taken if self._windowed else 0.0
             self._unsure = 4 * SUREST if self._windowed else UNSUREST
             self._to(now, State.ASSESS, f"everything was refused for {seconds:.1f} s")
         self._fill(now)
@@ -366,7 +374,8 @@ class RateController:
         if self._lost:
             length, longest = max(length, self._lost / LOST_SHARE), LONGEST_LOSING_SECONDS
         length = min(max(length, SHORTEST_RAMP_SECONDS * self.limit), longest * self.limit)
-        return max(length if self._lost else length * SUREST / self._unsure, 2 * self.typical, self._window)
+        sure = 5 * SUREST if self._lost else SUREST
+        return max(length * sure / self._unsure, 2 * self.typical, self._window)
 
     def _along(self) -> float:
         return self._ramp / self._length()
