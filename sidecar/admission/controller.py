@@ -60,6 +60,8 @@ LARGEST_CUT = 0.3
 MOST_REMEMBERED = 1000
 #: Seconds of the limit that a bucket is taken to hold at most.
 MOST_BURST_SECONDS = 6.0
+#: A refusal at so many times the rate that the credit explains makes a credit of less than so many requests doubtful.
+DOUBTFUL, SMALL_BURST = 1.4, 4.0
 #: Debt of refusals that slows probing down at most, and what it is slowed down by for each.
 MOST_DEBT, SLOWER_BY = 2.0, 0.15
 #: Refusals below the learned limit within so many seconds mean that others use the account too, for so long.
@@ -95,6 +97,7 @@ class RateController:
         self._cut_at = -inf
         self._first_burst = False
         self._burst_from = now
+        self._doubted: float | None = None  # the burst that was doubted; 0 once it has shown
         self._unsure = UNSUREST
         self._purse = 0.0  # refusals that the budget has paid for and that were not spent; a debt below 0
         # the ramp
@@ -249,6 +252,11 @@ class RateController:
             self._window_full(now, sent)
             return
         low, high = rate_between(self._empty_at, taken, sent.at, sent.amount, self.burst)
+        if self._doubted is None and pace > DOUBTFUL * high and 2.0 <= self.burst / self.typical < SMALL_BURST:
+            # The pace was far above: either the bucket gave all its credit for that, or it has none and the limit is
+            # near the pace. Try that once; it is soon known to be wrong.
+            self._doubted, self.burst = self.burst, self.typical
+            low, high = rate_between(self._empty_at, taken, sent.at, sent.amount, self.burst)
         total = sum(one.amount for one in taken)
         if sum(one.amount for one in taken if one.bound) < 0.8 * total:
             high = inf  # seldom at the limit: how full the bucket was hangs on a burst that is known badly
@@ -306,6 +314,8 @@ class RateController:
             _, high = rate_between(self._episode_at, self._episode, sent.at, sent.amount, inf)
             self.limit = max(min(high, 0.9 * self.limit), LARGEST_CUT * self.limit)
             self._unsure = 0.15
+            if self._doubted:  # there is a credit after all
+                self._doubted, self.burst = 0.0, self._doubted
             self._early = 1
             self._early_at.clear()
             self._episode_at, self._episode = sent.at, []
