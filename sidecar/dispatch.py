@@ -32,7 +32,7 @@ RETRY_SHARE = 0.2
 RETRY_RESERVE = 10.0
 MOST_FAILED_ATTEMPTS = 3
 #: Full jitter: a retry waits between 0 and this many seconds, doubled for each failure before.
-RETRY_STEP_SECONDS = 0.2
+RETRY_STEP_SECONDS = 0.5
 
 
 class DeadlineExceeded(Exception):
@@ -66,10 +66,14 @@ class Route:
         self._answered = True
         self._retries = min(self._retries + RETRY_SHARE, RETRY_RESERVE)
 
+    def is_out(self, ticket: Ticket) -> bool:
+        """Whether this is an outage, or the beginning of one; a provider that never answered may be a wrong address."""
+        return self._answered and self.admission.lane(ticket.model).limits.failing
+
     def may_retry(self, ticket: Ticket, failed_attempts: int) -> bool:
         """Whether another attempt here may help, and is within the budget, which it then uses."""
-        if self.admission.lane(ticket.model).limits.failing and self._answered:
-            return True  # an outage, or the beginning of one: single probes will find the provider back
+        if self.is_out(ticket):
+            return True  # single probes will find the provider back
         if failed_attempts >= MOST_FAILED_ATTEMPTS or self._retries < 1.0:
             return False
         self._retries -= 1.0
@@ -152,6 +156,8 @@ class Dispatcher:
                     raise
                 if route.may_retry(ticket, failed_attempts):
                     await self._jitter(ticket, failed_attempts)
+                    if route.is_out(ticket):
+                        failed_attempts = 0  # they were the provider's doing, and say nothing of this request
                 else:
                     given_up.append(route)
                     if self._choose(ticket, given_up) is None:

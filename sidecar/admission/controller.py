@@ -97,7 +97,7 @@ class RateController:
         self._cut_at = -inf
         self._first_burst = False
         self._burst_from = now
-        self._doubted: float | None = None  # the burst that was doubted; 0 once it has shown
+        self._doubted: tuple[float, float] | tuple[()] | None = None  # limit and burst that were; () once they hold
         self._unsure = UNSUREST
         self._purse = 0.0  # refusals that the budget has paid for and that were not spent; a debt below 0
         # the ramp
@@ -255,7 +255,7 @@ class RateController:
         if self._doubted is None and pace > DOUBTFUL * high and 2.0 <= self.burst / self.typical < SMALL_BURST:
             # The pace was far above: either the bucket gave all its credit for that, or it has none and the limit is
             # near the pace. Try that once; it is soon known to be wrong.
-            self._doubted, self.burst = self.burst, self.typical
+            self._doubted, self.burst = ((low + high) / 2, self.burst), self.typical
             low, high = rate_between(self._empty_at, taken, sent.at, sent.amount, self.burst)
         total = sum(one.amount for one in taken)
         if sum(one.amount for one in taken if one.bound) < 0.8 * total:
@@ -305,6 +305,10 @@ class RateController:
             self._early = 0
             self.limit *= SHARED_CUT
             self._to(now, State.SHARED, "refused too often for one user of the account")
+        elif self._early == 2 and self._doubted:
+            (self.limit, self.burst), self._doubted = self._doubted, ()
+            self._unsure, self._early = 0.1, 0
+            self._to(now, State.ASSESS, "refused below the learned limit: there is a credit after all")
         elif self._early <= len(CUTS):
             self.limit *= CUTS[self._early - 1]
             if self._unsure > 5 * SUREST and taken:
@@ -314,8 +318,6 @@ class RateController:
             _, high = rate_between(self._episode_at, self._episode, sent.at, sent.amount, inf)
             self.limit = max(min(high, 0.9 * self.limit), LARGEST_CUT * self.limit)
             self._unsure = 0.15
-            if self._doubted:  # there is a credit after all
-                self._doubted, self.burst = 0.0, self._doubted
             self._early = 1
             self._early_at.clear()
             self._episode_at, self._episode = sent.at, []

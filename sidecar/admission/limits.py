@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 #: one request that breaks the provider each time is not an outage.
 OUTAGE_FAILURES, OUTAGE_TICKETS = 6, 2
 #: Requests that have failed in a row, none answered between, from which on failing is the provider's doing.
-FAILING_TICKETS = 3
+FAILING_TICKETS = 2
 #: After an outage the pace begins at this share of the learned limit.
 OUTAGE_SHARE = 0.4
 #: A probe that was not refused within this many seconds, and thrice the usual time of a refusal, was taken.
