@@ -21,6 +21,8 @@ from .ticket import Priority, Ticket
 
 #: A key whose backlog could not be served in time has caught up when one in so many of it is left.
 CALM_SHARE = 8
+#: Rounds that a key sits out at most for one ticket, however large: what `head` may have to walk.
+MOST_ROUNDS = 256
 #: Share of each priority class while all are waiting.
 WEIGHTS: dict[Priority, int] = {Priority.HIGH: 8, Priority.NORMAL: 3, Priority.LOW: 1}
 
@@ -192,6 +194,7 @@ class FairQueue:
                 del group.keys[queue.key]
                 ring.popleft()
             elif queue.deficit > 0:
+                queue.deficit = min(queue.deficit, self._quantum)  # which may have shrunk since the last top-up
                 return queue.head()
             else:
                 queue.deficit += self._quantum
@@ -200,9 +203,10 @@ class FairQueue:
 
     def take(self, ticket: Ticket) -> None:
         """Take out the ticket that `head` gave and charge its key and class for it."""
-        cost = max(ticket.tokens, 1.0)
-        # The typical cost: what a key is topped up by in each round.
-        self._quantum += 0.05 * (cost - self._quantum)
+        # The typical cost: what a key is topped up by in each round. No single ticket can more than double it: after a
+        # monster every key would be served in a run of thousands, whoever has the longest backlog before all others.
+        self._quantum += 0.05 * (min(max(ticket.tokens, 1.0), 21 * self._quantum) - self._quantum)
+        cost = min(max(ticket.tokens, 1.0), MOST_ROUNDS * self._quantum)
         group = self._classes[ticket.priority]
         queue = group.ring[0]
         queue.deficit -= cost

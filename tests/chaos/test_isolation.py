@@ -8,6 +8,9 @@ from collections import Counter
 
 from running import CHAT, chat
 
+from sidecar.admission import Ticket
+from sidecar.admission.queue import FairQueue
+
 SECONDS = 5.0
 
 
@@ -94,3 +97,23 @@ async def test_an_outage_under_100_callers_costs_no_more_attempts_than_arrivals_
             group.create_task(caller(number))
     assert simulated.counts.calls <= 1.2 * arrivals
     await sidecar.until(sidecar.at_rest)
+
+
+def test_one_cameras_monsters_do_not_let_another_flood_the_rest():
+    """After a ticket of a million LLM tokens every key is still served a typical ticket or two at a time."""
+    queue = FairQueue()
+
+    def add(key, count, tokens):
+        for _ in range(count):
+            queue.add(Ticket(now=0.0, deadline=60.0, key=key, tokens=tokens))
+
+    add("flood", 1000, 10.0)
+    add("monster", 3, 1_000_000.0)
+    for number in range(9):
+        add(f"camera-{number}", 20, 10.0)
+    served: Counter[str] = Counter()
+    for _ in range(400):
+        ticket = queue.head()
+        queue.take(ticket)
+        served[ticket.key] += 1
+    assert [served[f"camera-{number}"] for number in range(9)] == [20] * 9, served
