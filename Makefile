@@ -42,7 +42,7 @@ $(UV):
 		fastapi numpy onnxruntime openai opencv-python-headless pillow pydantic-settings uvicorn
 	@touch $@
 
-.PHONY: setup demo demo-local test run lint parity bench scenarios live docs image test-pod clean
+.PHONY: soak sbom setup demo demo-local test run lint parity bench scenarios live docs image test-pod clean
 setup: .venv/.ready ## set up .venv from the lock file
 
 demo: .venv/.ready ## show the main job end to end: no key, no GPU, no network service
@@ -88,6 +88,13 @@ test-pod: .venv/.ready ## build the image and play the rendered pod with podman:
 	.ci/pod-parts
 	$(MAKE) image IMAGE_OPTIONS="--quiet --pull=never"
 	$(RUN)pytest tests/k8s/pod.py
+
+soak: .venv/.ready ## three minutes under everything at once; what grows fails it (SECONDS=3600: an hour)
+	@PYTHONPATH=tests $(RUN)python bench/soak.py --seconds $(or $(SECONDS),180)
+
+sbom: .venv/.ready ## dist/sbom.json: what is shipped, from the lock file with its hashes, as CycloneDX
+	@mkdir -p dist
+	@$(UV) export --quiet --locked --no-dev --format cyclonedx1.5 --output-file dist/sbom.json >/dev/null
 
 clean: ## remove what the targets above made
 	rm -rf site .uv .venv .venv-docs .tiny-model .venv-sdk .venv-trio .parts .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis dist

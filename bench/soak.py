@@ -1,0 +1,183 @@
+"""A sidecar under everything at once for a while; whatever grows or does not add up fails it: `make soak`.
+
+Nine well-behaved cameras, whole and streaming, beside one that floods, one that sends monsters, callers that leave and
+callers that never read, in front of a simulated provider with a quota that also fails and resets.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import random
+import statistics
+import sys
+from collections import Counter
+
+import aiohttp
+from running import CHAT, Process, chat, samples
+
+from backends.simulated import PROVIDER, Profile, serve
+
+CAMERAS = 9
+#: Growth of resident memory between the second and the last quarter that is no leak: arenas and pools fill up.
+MEMORY_BYTES = 24 * 1024 * 1024
+#: A shorter run says nothing of memory: it has not yet been in use for long enough to stay.
+WARM_UP_SECONDS = 60
+HEAD = b"POST %b HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%b"
+
+
+class Soak:
+    """The load, and what is seen while it runs."""
+
+    def __init__(self, process: Process, client: aiohttp.ClientSession, seconds: float) -> None:
+        self.process = process
+        self.client = client
+        self.loop = asyncio.get_running_loop()
+        self.until = self.loop.time() + seconds
+        self.ends: Counter[tuple[str, object]] = Counter()
+        self.memory: list[float] = []
+        self.probes: list[float] = []
+        self.chance = random.Random(7)
+
+    async def ask(self, camera: str, timeout: float, patience: float | None = None, **fields: object) -> None:
+        headers = {"X-Camera-Id": camera, "X-Request-Timeout": str(timeout)}
+        try:
+            async with (
+                asyncio.timeout(patience),
+                self.client.post(self.process.url + CHAT, json=chat(**fields), headers=headers) as response,
+            ):
+                await response.read()
+                end: object = response.status if response.status == 200 else await _code(response)
+        except TimeoutError:
+            end = "left"
+        self.ends[camera, end] += 1
+
+    async def send(self, per_second: float, make: object) -> None:
+        async with asyncio.TaskGroup() as group:
+            while self.loop.time() < self.until:
+                group.create_task(make())  # type: ignore[operator]
+                await asyncio.sleep(self.chance.expovariate(per_second))
+
+    async def never_read(self) -> None:
+        _, writer = await asyncio.open_connection("127.0.0.1", self.process.port, limit=1)
+        body = json.dumps(chat(stream=True)).encode()
+        writer.write(HEAD % (CHAT.encode(), len(body), body))
+        await asyncio.sleep(2)
+        writer.transport.abort()
+
+    async def watch(self) -> None:
+        while self.loop.time() < self.until:
+            self.memory.append((await self.metrics())["process_resident_memory_bytes"])
+            for _ in range(10):
+                asked = self.loop.time()
+                async with self.client.get(f"{self.process.admin_url}/livez") as response:
+                    assert response.status == 200
+                self.probes.append(self.loop.time() - asked)
+                await asyncio.sleep(0.05)
+
+    async def metrics(self) -> dict[str, float]:
+        async with self.client.get(f"{self.process.admin_url}/metrics") as response:
+            return samples(await response.text())
+
+    async def run(self) -> None:
+        async with asyncio.TaskGroup() as group:
+            for number in range(CAMERAS):
+                camera, stream = f"camera-{number}", number % 3 == 0
+                group.create_task(self.send(3, lambda c=camera, s=stream: self.ask(c, 10, stream=s)))
+            group.create_task(self.send(100, lambda: self.ask("flood", 2)))
+            group.create_task(self.send(1, lambda: self.ask("monster", 5, text="m" * 1_000_000)))
+            group.create_task(self.send(10, lambda: self.ask("leaver", 5, self.chance.uniform(0.001, 0.1))))
+            group.create_task(self.send(2, self.never_read))
+            group.create_task(self.watch())
+
+
+async def _code(response: aiohttp.ClientResponse) -> str:
+    return str((await response.json())["error"]["code"])
+
+
+def total(metrics: dict[str, float], name: str, within: str = "") -> int:
+    return int(sum(value for key, value in metrics.items() if key.startswith(name) and within in key))
+
+
+async def soak(seconds: float) -> list[str]:
+    """Run it, print what was seen; gives what is wrong."""
+    profile = Profile(
+        requests_per_second=80, burst_requests=20, latency_seconds=0.1, latency_sigma=0.3, answer_tokens=30,
+        stream_tokens_per_second=200, error_share=0.002, reset_share=0.002,
+    )  # fmt: skip
+    runner = await serve(profile)
+    host, port = runner.addresses[0][:2]
+    wrong: list[str] = []
+    try:
+        async with (
+            Process("--dashscope-url", f"http://{host}:{port}/v1") as process,
+            aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as client,
+        ):
+            run = Soak(process, client, seconds)
+            files = (await run.metrics())["process_open_fds"]
+            await run.run()
+            async with asyncio.timeout(30):
+                while True:
+                    metrics = await run.metrics()
+                    busy = total(metrics, "sidecar_in_flight_requests") + total(metrics, "sidecar_queue_requests")
+                    pooled = len(runner.server.connections) if runner.server else 0
+                    if not busy:
+                        break
+                    await asyncio.sleep(0.2)
+            await client.close()
+            async with aiohttp.ClientSession() as last:
+                run.client = last
+                await asyncio.sleep(0.5)
+                metrics = await run.metrics()
+            pooled = len(runner.server.connections) if runner.server else 0
+            leaked = metrics["process_open_fds"] - files - pooled
+            if leaked > 0:
+                wrong.append(f"{leaked:.0f} descriptors are left open")
+            quarter = len(run.memory) // 4
+            before, after = (min(run.memory[a:b]) for a, b in ((quarter, 2 * quarter), (-quarter, None)))
+            if seconds >= WARM_UP_SECONDS and after - before > MEMORY_BYTES:
+                wrong.append(f"memory grew from {before / 1e6:.1f} to {after / 1e6:.1f} MB")
+            requests = total(metrics, "sidecar_requests_total")
+            counted = ("sidecar_request_duration_seconds_count", "sidecar_queue_wait_seconds_count")
+            wrong += [f"{name} is not {requests}" for name in counted if total(metrics, name) != requests]
+            attempts = total(metrics, "sidecar_upstream_attempts_total")
+            unsure = total(metrics, "sidecar_upstream_attempts_total", "cancelled") + total(
+                metrics, "sidecar_upstream_attempts_total", "connect_error"
+            )
+            calls = runner.app[PROVIDER].counts.calls
+            if abs(attempts - calls) > unsure:
+                wrong.append(f"{attempts} attempts, {calls} calls at the provider")
+            shares = []
+            for number in range(CAMERAS):
+                mine = {end: count for (camera, end), count in run.ends.items() if camera == f"camera-{number}"}
+                shares.append(mine.get(200, 0) / max(sum(mine.values()), 1))
+            if min(shares) < 0.95:
+                wrong.append(f"a well-behaved camera got {min(shares):.1%} of what it asked")
+            if "defect" in process.log or "Traceback" in process.log:
+                wrong.append("the log tells of a defect")
+            p99 = statistics.quantiles(run.probes, n=100)[98]
+            print(
+                f"{seconds:g} s: {requests} requests, {attempts} attempts, {pooled} pooled connections, "
+                f"{max(leaked, 0):.0f} descriptors left, memory {before / 1e6:.1f} to {after / 1e6:.1f} MB\n"
+                f"the worst of nine cameras, beside a flood, monsters and callers that leave or never read: "
+                f"{min(shares):.1%} served\n"
+                f"liveness p99 {p99 * 1e3:.1f} ms; ends {dict(Counter(str(end) for _, end in run.ends.elements()))}"
+            )
+    finally:
+        await runner.cleanup()
+    return wrong
+
+
+def main() -> int:
+    """Run it; 0 if nothing is wrong."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seconds", type=float, default=180.0)
+    wrong = asyncio.run(soak(parser.parse_args().seconds))
+    for line in wrong:
+        print(f"WRONG: {line}")
+    return bool(wrong)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
