@@ -222,7 +222,9 @@ class FairQueue:
         Otherwise each would be served just after it is of no more use. The old ones are refused when their time is up.
         """
         queue = self._classes[priority].keys.get(key)
-        return queue is not None and queue.overload()
+        if not queue:  # nothing waits: the key may yet have its place in the ring
+            return False
+        return queue.overload()
 
     def ahead_of(self, priority: Priority, key: str, deadline: float) -> int:
         """
@@ -236,10 +238,11 @@ class FairQueue:
         own = queue.ahead_of(deadline) if queue is not None else 0
         others = group.active - bool(queue)
         ahead = min(group.length, own + others * (own + 1))
-        for other, waiting in self._classes.items():
-            if other != priority and waiting.length:
-                ahead += min(waiting.length, -(-(ahead + 1) * WEIGHTS[other] // WEIGHTS[priority]))
-        return ahead
+        return ahead + sum(
+            min(waiting.length, -(-(ahead + 1) * WEIGHTS[other] // WEIGHTS[priority]))
+            for other, waiting in self._classes.items()
+            if other != priority
+        )
 
     def _choose(self) -> _Class:
         """The class whose turn it is: the first with credit left; when none has, all that wait are topped up."""
