@@ -1,0 +1,96 @@
+"""Permits: how many may be in flight, and what a provider that limits that number shows."""
+
+from math import inf
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sidecar.admission.permits import SUSPECT_AFTER, Permits
+
+
+@given(sizes=st.lists(st.integers(1, 20), min_size=1), moves=st.lists(st.booleans(), max_size=200))
+def test_none_is_free_beyond_what_is_allowed_and_all_come_back(sizes, moves):
+    permits = Permits(sizes[0])
+    for number, take in enumerate(moves):
+        permits.size = sizes[number % len(sizes)]
+        if take and permits.free:
+            assert permits.take() == permits.in_flight - 1
+            assert permits.in_flight <= permits.size
+        elif not take and permits.in_flight:
+            permits.give_back()
+    while permits.in_flight:
+        permits.give_back()
+    assert permits.free
+
+
+def test_a_permit_given_back_twice_is_a_defect():
+    with pytest.raises(AssertionError, match="twice"):
+        Permits(1).give_back()
+
+
+def test_shrinking_takes_nothing_back():
+    permits = Permits(4)
+    for _ in range(4):
+        permits.take()
+    permits.size = 2
+    permits.give_back()
+    assert permits.in_flight == 3
+    assert not permits.free
+
+
+def test_the_first_refusal_for_concurrency_shows_the_number():
+    permits = Permits(100)
+    permits.refused(1.0, 0.5, beside=12)
+    assert permits.learned == permits.allowed == 12
+
+
+def test_a_burst_of_refusals_lowers_it_once():
+    permits = Permits(100)
+    for beside in (15, 14, 13, 12):
+        permits.refused(1.0, 0.5, beside)
+    assert permits.learned == 12
+    permits.refused(1.1, 0.9, beside=30)
+    assert permits.learned == 12
+
+
+@given(besides=st.lists(st.integers(0, 50), min_size=1))
+def test_one_at_least_is_always_allowed(besides):
+    permits = Permits(8)
+    for number, beside in enumerate(besides):
+        permits.refused(number + 0.5, float(number), beside)
+        assert permits.allowed >= 1
+
+
+@pytest.mark.parametrize("limit", [3, 12, 40])
+def test_a_risen_limit_is_found_within_the_budget(limit):
+    permits = Permits(100, budget=0.05)
+    permits.refused(0.0, -1.0, beside=2)
+    refused = calls = 0
+    for now in range(1, 3000):
+        beside = int(permits.allowed) - 1
+        calls += 1
+        if beside < limit:
+            permits.accepted(beside, bound=True)
+        else:
+            refused += 1
+            permits.refused(float(now), now - 0.5, beside)
+    assert permits.learned == limit
+    assert refused / calls < 0.06
+
+
+def test_vague_refusals_above_what_is_taken_are_put_down_to_concurrency():
+    permits = Permits(100)
+    for _ in range(50):
+        permits.accepted(beside=5, bound=False)
+    found = [permits.suspect(now + 0.5, float(now), beside=9) for now in range(SUSPECT_AFTER)]
+    assert found == [False] * (SUSPECT_AFTER - 1) + [True]
+    assert permits.learned == 9
+
+
+def test_refusals_at_numbers_that_were_taken_before_are_not():
+    permits = Permits(100)
+    for _ in range(50):
+        permits.accepted(beside=9, bound=False)
+    assert not any(permits.suspect(now + 0.5, float(now), beside=9) for now in range(SUSPECT_AFTER))
+    assert permits.learned == inf
