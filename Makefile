@@ -96,6 +96,9 @@ sbom: .venv/.ready ## dist/sbom.json: what is shipped, from the lock file with i
 	@mkdir -p dist
 	@$(UV) export --quiet --locked --no-dev --format cyclonedx1.5 --output-file dist/sbom.json >/dev/null
 
+dashboard: .venv/.ready ## build the Grafana dashboard, k8s/monitoring/dashboard.json
+	$(RUN)python k8s/monitoring/dashboard.py
+
 clean: ## remove what the targets above made
 	rm -rf site .uv .venv .venv-docs .tiny-model .venv-sdk .venv-trio .parts .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
