@@ -66,6 +66,8 @@ DOUBTFUL, SMALL_BURST = 1.4, 4.0
 MOST_DEBT, SLOWER_BY = 2.0, 0.15
 #: Refusals below the learned limit within so many seconds mean that others use the account too, for so long.
 SHARED_AFTER, SHARED_WINDOW_SECONDS, SHARED_SECONDS = 5, 90.0, 240.0
+#: A limit that falls to this share twice within so many seconds did not: the bucket has credit that was not known of.
+FELL, FELL_AGAIN_SECONDS = 0.8, 240.0
 #: While shared: what a refusal leaves, and growth a second, the same for all, so that the larger shrinks towards equal
 #: shares (Chiu & Jain, 1989: it meets refusals in proportion to what it sends).
 SHARED_CUT, SHARED_GROWTH = 0.8, 0.012
@@ -112,6 +114,7 @@ class RateController:
         self._episode: list[Sent] = []
         self._shared_until = -inf
         self._before = inf  # the limit before the first of them
+        self._fell_at = -inf
         # blackouts
         self._history = History(WINDOW_SECONDS + 10.0)
         self._recovered_at = now
@@ -316,6 +319,10 @@ class RateController:
             self._changed(now, "refused below the learned limit")
         else:
             _, high = rate_between(self._episode_at, self._episode, sent.at, sent.amount, inf)
+            if high < FELL * self._before:
+                if not self._has_credit and now < self._fell_at + FELL_AGAIN_SECONDS:
+                    self.burst = 2.0 * self.typical  # what was taken between the two falls came out of credit
+                self._fell_at = now
             self.limit = max(min(high, 0.9 * self.limit), LARGEST_CUT * self.limit)
             self._unsure = 0.15
             self._early = 1

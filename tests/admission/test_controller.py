@@ -147,6 +147,16 @@ def test_a_limit_remembered_from_before_is_used_at_once_and_corrected():
     assert world.control.limit == pytest.approx(10.0, rel=0.03)
 
 
+def test_a_bucket_with_credit_that_was_taken_for_one_without_is_found_out():
+    """Else the pace is raised by what was saved, refused, cut and saved for again, with no end."""
+    world = World(rate=1.2, burst=6.0)
+    world.bucket.level = 0.0
+    world.control.recall(0.0, 1.2, 1.0)
+    world.run(1800.0)
+    assert world.control.burst >= 2.0
+    assert world.refused <= 0.02 * world.calls
+
+
 def test_a_blackout_is_told_from_a_refusal():
     control = RateController(0.0)
     control.recall(0.0, 10.0, 10.0)
