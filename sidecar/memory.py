@@ -23,6 +23,8 @@ log = logging.getLogger("sidecar")
 
 VERSION = 1
 SAVE_EVERY_SECONDS = 30.0
+#: Limits in the file at most, the newest: callers name models as they like.
+MOST_LIMITS = 256
 #: Seconds up to which an age counts, and the share of a limit that is used then. docs/limiting.md, "Memory".
 SHARES = ((3600.0, 0.8), (86_400.0, 0.5))
 
@@ -81,18 +83,19 @@ class Memory:
     def _news(self) -> bytes | None:
         """The file's new content; None if it would say the same."""
         now = time.time()
-        news = {
+        current = {
             (name, model): learned
             for account, admission in self._admissions
             for name in (account(),)
             for model, learned in admission.learned().items()
-            if self._seen.get((name, model)) != learned
         }
+        news = {whose: learned for whose, learned in current.items() if self._seen.get(whose) != learned}
+        self._seen = current
         if not news:
             return None
-        self._seen |= news
         self._known |= {whose: (now, learned) for whose, learned in news.items()}
-        self._known = {whose: known for whose, known in self._known.items() if _share(now - known[0])}
+        of_use = [one for one in self._known.items() if _share(now - one[1][0])]
+        self._known = dict(sorted(of_use, key=lambda one: one[1][0])[-MOST_LIMITS:])
         limits = [
             {"account": account, "model": model, "learned_at": at, **learned}
             for (account, model), (at, learned) in self._known.items()

@@ -140,6 +140,15 @@ async def test_another_version_is_passed_over(path, caplog):
     assert "version is 2" in caplog.text
 
 
+async def test_the_file_is_bounded_whatever_models_callers_name(path, monkeypatch):
+    monkeypatch.setattr("sidecar.memory.MOST_LIMITS", 3)
+    memory, admission = memory_of(path)
+    for number in range(5):
+        learn(admission, model=f"model-{number}")
+        memory.save()
+    assert recalled(path).keys() == {"model-2", "model-3", "model-4"}
+
+
 async def test_nothing_learned_leaves_no_file(path):
     memory, _ = memory_of(path)
     memory.save()
