@@ -153,8 +153,9 @@ class Telemetry:
         """A ticket has ended, whichever way, and its watch is stopped."""
         seconds = ticket.stopwatch.seconds
         self._requests[api, backend, outcome].inc()
-        self._duration[api, backend, outcome].observe(sum(seconds.values()))
-        self._queue_wait[backend, ticket.priority.name.lower()].observe(seconds["queue"])
+        exemplar = {"trace_id": ticket.trace_id} if ticket.trace_id else None
+        self._duration[api, backend, outcome].observe(sum(seconds.values()), exemplar)
+        self._queue_wait[backend, ticket.priority.name.lower()].observe(seconds["queue"], exemplar)
         if ticket.cause_seconds is not None:
             for cause, spent in ticket.cause_seconds.items():
                 if spent > 0:

@@ -107,3 +107,22 @@ async def test_no_camera_model_or_request_id_can_grow_the_series(serving):
     series = [line for line in text.splitlines() if line.startswith("sidecar_tokens_total")]
     assert len(series) <= 2 * 21
     assert any('model="other"' in line for line in series)
+
+
+@pytest.mark.parametrize(("flags", "kept"), [("01", True), ("00", False)])
+async def test_a_kept_trace_is_an_exemplar_in_openmetrics_and_grows_no_series(serving, flags, kept):
+    sidecar = await serving()
+    trace = "4bf92f3577b34da6a3ce929d0e0e4736"
+    series = []
+    for _ in range(2):
+        async with sidecar.post(headers={"traceparent": f"00-{trace}-00f067aa0ba902b7-{flags}"}) as response:
+            assert response.status == 200
+        await sidecar.until(sidecar.at_rest)
+        series.append((await sidecar.metrics()).keys())
+    assert series[0] == series[1]
+    asked = {"Accept": "application/openmetrics-text;version=1.0.0"}
+    async with sidecar.client.get(f"{sidecar.admin_url}/metrics", headers=asked) as response:
+        lines = [line for line in (await response.text()).splitlines() if trace in line]
+    names = {line.partition("{")[0] for line in lines}
+    waits = {"sidecar_request_duration_seconds_bucket", "sidecar_queue_wait_seconds_bucket"}
+    assert names == (waits if kept else set())

@@ -73,6 +73,7 @@ class Ticket:
         "stopwatch",
         "streaming",
         "tokens",
+        "trace_id",
     )
 
     def __init__(
@@ -98,6 +99,8 @@ class Ticket:
         self.size_bytes = size_bytes
         self.latest = latest
         """A newer request of the same key takes this one's place while it is still queued."""
+        self.trace_id: str | None = None
+        """The trace that somebody keeps of this request."""
         self.stopwatch = Stopwatch(now)
         self.attempts = 0
         self.backend = ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import isfinite
@@ -22,6 +23,8 @@ _PRIORITIES = {"high": Priority.HIGH, "normal": Priority.NORMAL, "low": Priority
 _PASSED_ON = ("traceparent", "tracestate")
 _DASHSCOPE = "x-dashscope-"
 LONGEST_KEY = 256
+#: W3C Trace Context: version, trace id, parent id, flags, the last bit of which says that the trace is kept.
+TRACE = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]([0-9a-f])")
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +141,9 @@ class Call:
             size_bytes=size_bytes,
             latest=policy is not None,
         )
+        trace = TRACE.match(headers.get("traceparent", ""))
+        if trace is not None and int(trace[2], 16) & 1:
+            self.ticket.trace_id = trace[1]
         return self.ticket
 
     def _budget(self, given: str | None) -> float:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import hmac
 import logging
-import re
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -18,14 +17,11 @@ from aiohttp import web
 from ..admission import Draining
 from ..dispatch import Dispatcher
 from . import native, openai, trio
-from .call import Call, Limits
+from .call import TRACE, Call, Limits
 from .errors import Api, InvalidRequest, problem_of
 from .passthrough import passthrough
 
 log = logging.getLogger("sidecar.access")
-
-#: W3C Trace Context: version, trace id, parent id, flags.
-_TRACE = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,6 +192,6 @@ def _log_access(call: Call, path: str) -> None:
 def _ids(call: Call) -> dict[str, str]:
     """By what a request is found again: its id, and its trace's where it has one."""
     ids = {"request_id": call.request_id}
-    if trace := _TRACE.match(call.http.headers.get("traceparent", "")):
+    if trace := TRACE.match(call.http.headers.get("traceparent", "")):
         ids["trace_id"] = trace[1]
     return ids
