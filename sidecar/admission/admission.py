@@ -97,11 +97,14 @@ class Admission:
     def enter(self, ticket: Ticket) -> Permit | asyncio.Future[Permit]:
         """What `permit` does on entering, without the wait."""
         lane = self.lane(ticket.model)
+        if self.draining and not ticket.returned:
+            raise Draining("the sidecar is shutting down and takes no new work", retry_after=1.0)
+        if ticket.latest and (other := lane.queue.superseded_by(ticket)) is not None:
+            superseded = Superseded(f"a newer request of key {ticket.key!r} took its place")
+            if other.stopwatch.started > ticket.stopwatch.started:  # it came while this one was upstream
+                raise superseded
+            lane.refuse(other, superseded)
         if not ticket.returned:
-            if self.draining:
-                raise Draining("the sidecar is shutting down and takes no new work", retry_after=1.0)
-            if ticket.latest and (old := lane.queue.superseded_by(ticket)) is not None:
-                lane.refuse(old, Superseded(f"a newer request of key {ticket.key!r} took its place"))
             self._check_bounds(lane, ticket)
         return lane.enter(ticket)
 

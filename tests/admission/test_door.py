@@ -1,0 +1,219 @@
+"""The door on virtual time: what holds whoever leaves at whatever moment, and whatever the clock does."""
+
+import asyncio
+from contextlib import suppress
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from prometheus_client import CollectorRegistry
+
+from backends.base import BackendError, ServerFailed
+from backends.simulated import Profile, Provider, SimulatedBackend
+from bench.sim import clock
+from bench.sim.systems import MODEL, Ask, Sidecar
+from sidecar.admission import Admission, NotAdmitted, Permit, QueueFull, Superseded, Ticket
+from sidecar.dispatch import DeadlineExceeded, Dispatcher, Route
+from sidecar.telemetry import Telemetry
+
+
+class TurningLoop(clock.VirtualLoop):
+    """A virtual loop that says when it turns: between two turns is every await at which something waits."""
+
+    turns = 0
+    at_turn = staticmethod(lambda turn: None)
+
+    def _run_once(self):
+        self.turns += 1
+        self.at_turn(self.turns)
+        super()._run_once()
+
+
+def leave_at(turn):
+    """Six callers of an ailing provider, one of whom leaves at this turn; gives the turn at which it had ended."""
+
+    async def main():
+        loop = asyncio.get_running_loop()
+        provider = Provider(
+            Profile(
+                requests_per_second=3,
+                burst_requests=2,
+                latency_seconds=0.3,
+                refusal_latency_seconds=0.05,
+                error_share=0.3,
+                seed=3,
+            )
+        )
+        provider.begin()
+        sidecar = Sidecar(provider, concurrency=2)
+        began, ended = loop.turns, {}
+
+        async def ask(number):
+            try:
+                await sidecar.ask(Ask(f"camera-{number % 2}", loop.time() + 60.0))
+            finally:
+                ended[number] = loop.turns - began
+
+        callers = [loop.create_task(ask(number)) for number in range(6)]
+        loop.at_turn = lambda now: callers[2].cancel() if now - began == turn else None
+        results = await asyncio.gather(*callers, return_exceptions=True)
+        if turn is not None:
+            assert isinstance(results.pop(2), asyncio.CancelledError)
+        assert all(result is None or isinstance(result, ServerFailed) for result in results), results
+        admission = sidecar.admission
+        assert (admission.in_flight(), admission.waiting(), admission.waiting_bytes()) == (0, 0, 0)
+        return ended.get(2, 0)
+
+    with asyncio.Runner(loop_factory=TurningLoop) as runner:
+        return runner.run(main())
+
+
+def test_a_caller_that_leaves_at_any_await_leaves_nothing_behind():
+    last = leave_at(None)
+    assert last > 10
+    for turn in range(1, last + 1):
+        assert leave_at(turn) <= turn
+
+
+@settings(max_examples=40)
+@given(seed=st.integers(0, 10**6), concurrency=st.none() | st.integers(1, 4), deadline=st.floats(1.0, 20.0))
+def test_the_causes_of_a_wait_sum_to_the_wait_and_the_parts_to_the_whole(seed, concurrency, deadline):
+    profile = Profile(
+        requests_per_second=4,
+        burst_requests=3,
+        latency_seconds=0.4,
+        latency_sigma=0.3,
+        refusal_latency_seconds=0.05,
+        error_share=0.2,
+        seed=seed,
+    )
+
+    async def main():
+        loop = asyncio.get_running_loop()
+        provider = Provider(profile)
+        provider.begin()
+        admission = Admission(concurrency=concurrency)
+        dispatcher = Dispatcher([Route(SimulatedBackend(provider), admission)], Telemetry(CollectorRegistry()))
+
+        async def one(number):
+            now = loop.time()
+            ticket = Ticket(now=now, deadline=now + deadline, key=str(number % 3), model=MODEL, tokens=300.0)
+            with suppress(NotAdmitted, BackendError, DeadlineExceeded):
+                await dispatcher.run(ticket, Ask(ticket.key, ticket.deadline).request())
+            dispatcher.finish(ticket, "openai", "ok")
+            parts = ticket.stopwatch.seconds
+            assert sum(parts.values()) == pytest.approx(loop.time() - now, abs=2e-3)
+            assert sum((ticket.cause_seconds or {}).values()) == pytest.approx(parts["queue"], abs=2e-3)
+
+        async with asyncio.TaskGroup() as tasks:
+            for number in range(30):
+                tasks.create_task(one(number))
+                await asyncio.sleep(0.05)
+
+    clock.run(main())
+
+
+@settings(max_examples=60)
+@given(jumps=st.lists(st.tuples(st.floats(0.01, 5.0), st.floats(0.0, 4000.0)), max_size=5))
+def test_a_clock_that_jumps_ahead_ends_every_ticket_and_starts_no_burst(jumps):
+    async def main():
+        loop = asyncio.get_running_loop()
+        admission = Admission(requests_per_second=5.0)
+        starts = []
+
+        def jump(seconds):
+            loop.now += seconds
+
+        async def one(number):
+            ticket = Ticket(now=loop.time(), deadline=loop.time() + 60.0, key=str(number % 3), model="m")
+            with suppress(NotAdmitted):
+                async with admission.permit(ticket) as permit:
+                    starts.append(permit._attempt.started)  # it may wake up to a later time
+                    await asyncio.sleep(0.2)
+                    permit.accepted(loop.time())
+
+        for after, seconds in jumps:
+            loop.call_later(after, jump, seconds)
+        async with asyncio.TaskGroup() as tasks:
+            for number in range(60):
+                tasks.create_task(one(number))
+                await asyncio.sleep(0.1)
+        assert (admission.in_flight(), admission.waiting()) == (0, 0)
+        before = len(starts)
+        await one(0)
+        assert len(starts) == before + 1
+        starts.sort()
+        for first, begun in enumerate(starts):
+            for count, at in enumerate(starts[first:], start=1):
+                assert count <= 5 + 5.0 * (at - begun) + 1e-6
+
+    clock.run(main())
+
+
+@given(
+    size=st.integers(1, 6),
+    most_bytes=st.integers(0, 1000),
+    bodies=st.lists(st.integers(0, 600), max_size=20),
+)
+def test_what_waits_stays_within_the_bounds(size, most_bytes, bodies):
+    async def main():
+        loop = asyncio.get_running_loop()
+        admission = Admission(concurrency=1, queue_size=size, queue_bytes=most_bytes)
+        first = admission.enter(Ticket(now=loop.time(), deadline=loop.time() + 1e6, model="m"))
+        for number, body in enumerate(bodies):
+            ticket = Ticket(
+                now=loop.time(), deadline=loop.time() + 1e6, key=str(number), model=str(number % 2), size_bytes=body
+            )
+            waiting, held = admission.waiting(), admission.waiting_bytes()
+            try:
+                entry = admission.enter(ticket)
+            except QueueFull:
+                assert waiting >= size or (waiting and held + body > most_bytes)
+                continue
+            assert admission.waiting() <= size
+            assert admission.waiting_bytes() <= max(most_bytes, *bodies)
+            if isinstance(entry, Permit):
+                entry.release(loop.time())
+        first.release(loop.time())
+
+    clock.run(main())
+
+
+def test_a_newer_frame_takes_the_place_of_one_that_waits():
+    async def main():
+        loop = asyncio.get_running_loop()
+        admission = Admission(concurrency=1)
+
+        def enter(key="a", latest=True):
+            return admission.enter(
+                Ticket(now=loop.time(), deadline=loop.time() + 60.0, key=key, model="m", latest=latest)
+            )
+
+        under_way, old, other, plain = enter(), enter(), enter("b"), enter(latest=False)
+        new = enter()
+        with pytest.raises(Superseded):
+            await old
+        under_way.release(loop.time())
+        for waiting in (plain, other, new):
+            (await waiting).release(loop.time())
+
+    clock.run(main())
+
+
+def test_a_frame_that_comes_back_refused_gives_way_to_the_newer_one_that_waits():
+    async def main():
+        loop = asyncio.get_running_loop()
+        admission = Admission(concurrency=1)
+        old = Ticket(now=loop.time(), deadline=loop.time() + 60.0, key="a", model="m", latest=True)
+        permit = admission.enter(old)
+        await asyncio.sleep(0.1)
+        new = admission.enter(Ticket(now=loop.time(), deadline=loop.time() + 60.0, key="a", model="m", latest=True))
+        permit.throttled(loop.time(), "capacity", "busy")
+        permit.release(loop.time())
+        old.returned = True
+        with pytest.raises(Superseded):
+            admission.enter(old)
+        (await new).release(loop.time())
+        assert admission.waiting() == 0
+
+    clock.run(main())
