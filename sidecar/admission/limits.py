@@ -81,6 +81,7 @@ class Limits:
         self.latency = 0.0
         """Seconds that an answer takes, smoothed."""
         self._latencies: deque[float] = deque(maxlen=64)
+        self._answers = 0
         self._flying: dict[Attempt, None] = {}  # in the order in which they started
         self._failures = 0
         self._failed: set[Ticket] = set()
@@ -172,7 +173,8 @@ class Limits:
         seconds = now - attempt.started
         self.latency += (0.1 if self._latencies else 1.0) * (seconds - self.latency)
         self._latencies.append(seconds)
-        if len(self._latencies) % 16 == 1:
+        self._answers += 1
+        if self._answers % 16 == 1:
             self._size_permits(now)
 
     def throttled(self, attempt: Attempt, now: float, kind: str, reason: str, retry_after: float | None = None) -> None:

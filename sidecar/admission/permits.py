@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections import Counter, deque
 from math import inf
 
-#: Refusals that must all have met more in flight than any accepted attempt did before concurrency is suspected.
-SUSPECT_AFTER = 4
+#: Refusals, over this many seconds at least, that must all have met more in flight than accepted attempts did before
+#: concurrency is suspected: within a moment of each other they may as well tell of a rate that fell.
+SUSPECT_AFTER, SUSPECT_SECONDS = 4, 10.0
 
 
 class Permits:
@@ -16,7 +17,7 @@ class Permits:
     Shrinking takes nothing back: attempts in flight finish, and none is admitted until they fit.
     """
 
-    __slots__ = ("_bound", "_budget", "_cut_at", "_suspects", "_taken", "in_flight", "learned", "size", "step")
+    __slots__ = ("_budget", "_cut_at", "_paid", "_suspects", "_taken", "in_flight", "learned", "size", "step")
 
     def __init__(self, size: int, budget: float = 0.005) -> None:
         self.size = size
@@ -28,8 +29,8 @@ class Permits:
         """How many more than learned are let out at present, to see whether more is allowed."""
         self._budget = budget
         self._cut_at = -inf
-        self._bound = 0
-        self._suspects: deque[int] = deque(maxlen=SUSPECT_AFTER)
+        self._paid = 0.0  # of a refusal, by the budget
+        self._suspects: deque[tuple[float, int]] = deque(maxlen=SUSPECT_AFTER)  # when sent, and how many beside
         self._taken: Counter[int] = Counter()  # accepted attempts by how many they had beside them
 
     @property
@@ -59,10 +60,10 @@ class Permits:
         if beside >= self.learned:  # more than was thought: the limit has risen, look further and faster
             self.learned = beside + 1
             self.step = max(2 * self.step, 1)
-        if bound and self.learned < inf:
-            self._bound += 1
-            if self._bound * self._budget >= 1.0:
-                self._bound = 0
+        if self.learned < inf:
+            self._paid = min(self._paid + self._budget, 1.0)
+            if bound and self._paid >= 1.0:
+                self._paid = 0.0
                 self.step = max(self.step, 1)
 
     def refused(self, now: float, sent_at: float, beside: int) -> None:
@@ -73,7 +74,7 @@ class Permits:
         elif beside >= 1:
             self.learned = min(self.learned, beside)
         self.step = 0
-        self._bound = 0
+        self._paid = 0.0
 
     def suspect(self, now: float, sent_at: float, beside: int) -> bool:
         """
@@ -84,12 +85,12 @@ class Permits:
         if sent_at <= self._cut_at or self.learned < inf:
             return False
         self._cut_at = now
-        self._suspects.append(beside)
-        if len(self._suspects) < SUSPECT_AFTER:
+        self._suspects.append((sent_at, beside))
+        if len(self._suspects) < SUSPECT_AFTER or sent_at - self._suspects[0][0] < SUSPECT_SECONDS:
             return False
-        least = min(self._suspects)
+        least = min(beside for _, beside in self._suspects)
         if least < 2 or sum(count for at, count in self._taken.items() if at >= least) > SUSPECT_AFTER:
             self._taken.clear()  # what was once taken need not be so for ever
             return False
-        self.learned = min(self._suspects)
+        self.learned = least
         return True

@@ -6,6 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sidecar.admission import Ticket
+from sidecar.admission.limits import Limits
 from sidecar.admission.permits import SUSPECT_AFTER, Permits
 
 
@@ -83,7 +85,7 @@ def test_vague_refusals_above_what_is_taken_are_put_down_to_concurrency():
     permits = Permits(100)
     for _ in range(50):
         permits.accepted(beside=5, bound=False)
-    found = [permits.suspect(now + 0.5, float(now), beside=9) for now in range(SUSPECT_AFTER)]
+    found = [permits.suspect(5.0 * number + 0.5, 5.0 * number, beside=9) for number in range(SUSPECT_AFTER)]
     assert found == [False] * (SUSPECT_AFTER - 1) + [True]
     assert permits.learned == 9
 
@@ -92,5 +94,41 @@ def test_refusals_at_numbers_that_were_taken_before_are_not():
     permits = Permits(100)
     for _ in range(50):
         permits.accepted(beside=9, bound=False)
-    assert not any(permits.suspect(now + 0.5, float(now), beside=9) for now in range(SUSPECT_AFTER))
+    assert not any(permits.suspect(5.0 * number + 0.5, 5.0 * number, beside=9) for number in range(SUSPECT_AFTER))
     assert permits.learned == inf
+
+
+def test_refusals_within_a_moment_are_not_put_down_to_concurrency():
+    """Where every answer takes as long, a rate that falls is met at more in flight than it takes from then on."""
+    permits = Permits(100)
+    for _ in range(50):
+        permits.accepted(beside=5, bound=False)
+    assert not any(permits.suspect(number + 0.5, float(number), beside=9) for number in range(SUSPECT_AFTER))
+
+
+def test_what_was_not_spent_on_probing_pays_for_looking_further_once_permits_hold_requests_back():
+    permits = Permits(100, budget=0.05)
+    permits.refused(0.0, -1.0, beside=2)
+    for _ in range(20):
+        permits.accepted(beside=0, bound=False)
+    assert permits.allowed == 2
+    permits.accepted(beside=1, bound=True)
+    assert permits.allowed == 3
+
+
+def test_permits_follow_the_pace_however_long_it_has_run():
+    limits = Limits(0.0)
+    limits.requests.recall(0.0, 10.0, 10.0)
+
+    def answer(start, end):
+        for now in range(start, end):
+            ticket = Ticket(now=float(now), deadline=now + 60.0)
+            attempt = limits.start(float(now), ticket, None)
+            limits.accepted(attempt, now + 2.0)
+            limits.ended(attempt, now + 2.0)
+
+    answer(0, 200)
+    few = limits.permits.size
+    limits.requests.limit = 100.0
+    answer(200, 220)
+    assert limits.permits.size > 5 * few
