@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+import os
 import re
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -376,4 +377,6 @@ def _not_json(response: aiohttp.ClientResponse) -> ServerFailed:
 
 
 def _strerror(error: BaseException) -> str:
+    if isinstance(error, ConnectionError) and error.errno:
+        return os.strerror(error.errno)  # asyncio's own text names an address in the place of the reason
     return (isinstance(error, OSError) and error.strerror) or type(error).__name__

@@ -58,7 +58,8 @@ class _Protocol(web.RequestHandler):
         """Answer what the parser could not read. aiohttp would log it with its bytes, which may hold a key."""
         if request.writer.output_size > 0:
             raise ConnectionError("an answer has begun, there is no room for an error")
-        text = f"this is not a valid HTTP request ({type(exc).__name__})" if status < 500 else "internal error"
+        text = f"this is not a valid HTTP request ({type(exc).__name__}): this port speaks plain HTTP, without TLS"
+        text = text if status < 500 else "internal error"
         code = "invalid_request" if status < 500 else "internal_error"
         kind = "invalid_request_error" if status < 500 else "server_error"
         body = {"error": {"message": text, "type": kind, "code": code, "param": None}}

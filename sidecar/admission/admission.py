@@ -98,9 +98,15 @@ class Admission:
         """What `permit` does on entering, without the wait."""
         lane = self.lane(ticket.model)
         if self.draining and not ticket.returned:
-            raise Draining("the sidecar is shutting down and takes no new work", retry_after=1.0)
+            raise Draining(
+                "the sidecar is shutting down and takes no new work: try again in 1 s, its successor may be there",
+                retry_after=1.0,
+            )
         if ticket.latest and (other := lane.queue.superseded_by(ticket)) is not None:
-            superseded = Superseded(f"a newer request of key {ticket.key!r} took its place")
+            superseded = Superseded(
+                f"a newer request of key {ticket.key!r} took its place: where both answers are wanted, send no "
+                "X-Queue-Policy: latest"
+            )
             if other.stopwatch.started > ticket.stopwatch.started:  # it came while this one was upstream
                 raise superseded
             lane.refuse(other, superseded)
@@ -111,15 +117,19 @@ class Admission:
     def _check_bounds(self, lane: Lane, ticket: Ticket) -> None:
         waiting = self.waiting()
         if waiting >= self._queue_size:
+            wait = lane.predicted_wait(self.loop.time(), ticket)
             raise QueueFull(
-                f"{waiting} requests are waiting, as many as SIDECAR_QUEUE_SIZE allows",
-                retry_after=lane.predicted_wait(self.loop.time(), ticket),
+                f"{waiting} requests are waiting, as many as SIDECAR_QUEUE_SIZE allows: try again after {wait:.1f} s, "
+                "ask less often, or raise it",
+                retry_after=wait,
             )
         if waiting and self.waiting_bytes() + ticket.size_bytes > self._queue_bytes:
+            wait = lane.predicted_wait(self.loop.time(), ticket)
             raise QueueFull(
-                f"{self.waiting_bytes()} bytes are waiting and {ticket.size_bytes} more do not fit "
-                f"into SIDECAR_QUEUE_BYTES = {self._queue_bytes}",
-                retry_after=lane.predicted_wait(self.loop.time(), ticket),
+                f"{self.waiting_bytes()} bytes are waiting and {ticket.size_bytes} more do not fit into "
+                f"SIDECAR_QUEUE_BYTES = {self._queue_bytes}: try again after {wait:.1f} s, send smaller images, or "
+                "raise it",
+                retry_after=wait,
             )
 
     def _forget_one(self) -> None:

@@ -19,6 +19,10 @@ from .ticket import CAUSES, Cause, Ticket
 LOOK_AGAIN_SECONDS = 0.25
 #: A key's backlog counts as servable in time while a newcomer would be answered within this share of its deadline.
 SERVABLE_SHARE = 0.5
+_WAY_OUT = (
+    "ask less often, allow more time (X-Request-Timeout), or let a newer frame take an older one's place "
+    "(X-Queue-Policy: latest)"
+)
 
 
 class Permit:
@@ -113,8 +117,7 @@ class Lane:
         if wait + self.limits.latency > left:
             raise DeadlineUnreachable(
                 f"the wait ahead is about {wait:.1f} s and an answer takes {self.limits.latency:.1f} s, "
-                f"but only {left:.1f} s are left: ask less often, allow more time (X-Request-Timeout), "
-                "or let a newer frame take an older one's place (X-Queue-Policy: latest)",
+                f"but only {left:.1f} s are left: {_WAY_OUT}",
                 retry_after=wait,
             )
 
@@ -228,11 +231,12 @@ class Lane:
     def _expire(self, ticket: Ticket) -> None:
         ticket.expiry = None
         if ticket in self.queue:
-            now = self._loop.time()
+            now, since = self._loop.time(), ticket.stopwatch.started
             self.refuse(
                 ticket,
                 DeadlineUnreachable(
-                    f"it waited {now - ticket.stopwatch.started:.1f} s and can no longer be answered in time",
+                    f"it waited {now - since:.1f} s of {ticket.deadline - since:.1f} s, and can no longer be answered "
+                    f"in time, held by {self.cause or 'turn'}: {_WAY_OUT}",
                     retry_after=self.predicted_wait(now, ticket),
                 ),
             )

@@ -96,7 +96,8 @@ def model_of(data: dict[str, Any]) -> str | None:
     model = data.get("model")
     if model is None or (isinstance(model, str) and 0 < len(model) <= 256):
         return model
-    raise InvalidRequest("model must be a string of 1 to 256 characters", field="model")
+    told = f"one of {len(model)}" if isinstance(model, str) else kind_of(model)
+    raise InvalidRequest(f"model must be a string of 1 to 256 characters, not {told}", field="model")
 
 
 def look_at_messages(
@@ -104,7 +105,8 @@ def look_at_messages(
 ) -> None:
     """Walk the messages, which are alike in both dialects, down to the parts of their content, which are not."""
     if not isinstance(messages, list) or not messages:
-        raise InvalidRequest(f"{where} must be a list of at least one message", field=where)
+        told = "an empty one" if messages == [] else kind_of(messages)
+        raise InvalidRequest(f"{where} must be a list of at least one message, not {told}", field=where)
     for index, message in enumerate(messages):
         at = f"{where}[{index}]"
         if not isinstance(message, dict):
@@ -129,16 +131,20 @@ def image_of(url: Any, where: str) -> tuple[int, int] | None:
     Raises `InvalidRequest` for what is no image at all.
     """
     if not isinstance(url, str) or not url:
-        raise InvalidRequest("an image_url part needs a url, a string", field=where)
+        told = "an empty one" if url == "" else kind_of(url)
+        raise InvalidRequest(f"{where} must be a string, the URL of an image, not {told}", field=where)
     if not url.startswith("data:"):
         return None
     header, comma, _ = url[:256].partition(",")
     if not comma or not header.endswith(";base64"):
-        raise InvalidRequest("a data URL must read data:image/jpeg;base64,<base64 of the image>", field=where)
+        raise InvalidRequest(
+            f"{where} must read data:image/jpeg;base64,<base64 of the image>: it is a data URL of another kind",
+            field=where,
+        )
     size = data_url_size(url)
     if size is None and not url.startswith(_OTHER_IMAGES, len(header) + 1):
         raise InvalidRequest(
-            "the data URL holds no image: what follows base64, must be the base64 of a whole image file", field=where
+            f"{where} holds no image: what follows base64, must be the base64 of a whole image file", field=where
         )
     return size
 

@@ -82,7 +82,10 @@ class Call:
             async with asyncio.timeout_at(self._arrived + self.limits.deadline):
                 return await self._read_slowly(announced, most)
         except TimeoutError:
-            raise InvalidRequest(f"the body did not come within {self.limits.deadline:g} s", status=408) from None
+            raise InvalidRequest(
+                f"the body did not come within {self.limits.deadline:g} s: send it sooner, or raise SIDECAR_DEADLINE",
+                status=408,
+            ) from None
 
     async def _read_slowly(self, announced: int | None, most: int) -> bytes:
         http = self.http
@@ -110,7 +113,10 @@ class Call:
         self.request_id = os.urandom(16).hex()
         if given is not None:
             if not given or len(given) > 128 or not (given.isascii() and given.isprintable()):
-                raise InvalidRequest("X-Request-Id must be 1 to 128 printable ASCII characters", field="X-Request-Id")
+                raise InvalidRequest(
+                    f"X-Request-Id must be 1 to 128 printable ASCII characters, not these {len(given)}",
+                    field="X-Request-Id",
+                )
             self.request_id = given
 
     def admit(self, *, model: str, tokens: float, size_bytes: int) -> Ticket:
@@ -120,7 +126,8 @@ class Call:
         key = headers.get(self.limits.key_header, "")
         if len(key) > LONGEST_KEY:
             raise InvalidRequest(
-                f"{self.limits.key_header} is longer than {LONGEST_KEY} characters", field=self.limits.key_header
+                f"{self.limits.key_header} must be at most {LONGEST_KEY} characters, not {len(key)}",
+                field=self.limits.key_header,
             )
         named = headers.get("X-Request-Priority", "normal")
         priority = _PRIORITIES.get(named.lower())
@@ -218,7 +225,9 @@ class Call:
             async with asyncio.timeout(self.limits.deadline):
                 return await self._dispatcher.models()
         except TimeoutError as error:
-            raise DeadlineExceeded(f"no list of models within {self.limits.deadline:g} s") from error
+            raise DeadlineExceeded(
+                f"no list of models within {self.limits.deadline:g} s: ask again, or raise SIDECAR_DEADLINE"
+            ) from error
 
     # -- out -----------------------------------------------------------------------------------------------------------
 

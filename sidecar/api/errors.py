@@ -15,6 +15,12 @@ from ..dispatch import DeadlineExceeded
 from ..telemetry import Outcome
 
 Api = Literal["openai", "trio", "native"]
+#: Every code that is the sidecar's own; what else a caller sees in that place is the provider's.
+Code = Literal[
+    "invalid_request", "unauthorized", "not_found", "method_not_allowed", "superseded", "payload_too_large",
+    "queue_full", "deadline_unreachable", "draining", "upstream_billing", "upstream_error", "deadline_exceeded",
+    "internal_error",
+]  # fmt: skip
 
 
 class InvalidRequest(Exception):
@@ -29,7 +35,7 @@ class InvalidRequest(Exception):
         *,
         field: str | None = None,
         status: int = 400,
-        code: str = "invalid_request",
+        code: Code = "invalid_request",
         detail: Any = None,
     ) -> None:
         super().__init__(message)
@@ -55,13 +61,15 @@ class Problem:
     """What trio-core's callers get in the message's place."""
 
 
-_NOT_ADMITTED: dict[type[NotAdmitted], tuple[int, str, Outcome]] = {
+_NOT_ADMITTED: dict[type[NotAdmitted], tuple[int, Code, Outcome]] = {
     QueueFull: (503, "queue_full", "shed"),
     DeadlineUnreachable: (503, "deadline_unreachable", "shed"),
     Draining: (503, "draining", "shed"),
     Superseded: (409, "superseded", "superseded"),
-    AccountClosed: (502, "upstream_billing", "error"),
 }
+#: What to do, behind the provider's own words.
+_SETTLE = "settle it in the provider's console, nothing here needs a restart"
+_LOOK = "`vlm-sidecar check` tries the way to it step by step"
 
 
 def problem_of(error: Exception, api: Api) -> Problem:
@@ -69,6 +77,9 @@ def problem_of(error: Exception, api: Api) -> Problem:
     match error:
         case InvalidRequest():
             return Problem(error.status, error.code, error.message, "invalid", field=error.field, detail=error.detail)
+        case BillingRefused() | AccountClosed():
+            text = f"the provider refuses the account: {error.message}; {_SETTLE}"
+            return Problem(502, "upstream_billing", text, "error", retry_after=getattr(error, "retry_after", None))
         case NotAdmitted():
             status, code, outcome = _NOT_ADMITTED[type(error)]
             return Problem(status, code, error.message, outcome, retry_after=error.retry_after)
@@ -83,12 +94,11 @@ def problem_of(error: Exception, api: Api) -> Problem:
                 body=error.body,
                 detail=_client_error(error),
             )
-        case BillingRefused():
-            return Problem(502, "upstream_billing", f"the provider refuses the account: {error.message}", "error")
         case Throttled():  # inside a stream that had begun: there is no other attempt
-            return Problem(502, "upstream_error", f"the provider cut the answer short: {error.message}", "error")
+            text = f"the provider cut the answer short: {error.message}; ask again"
+            return Problem(502, "upstream_error", text, "error")
         case BackendError():
-            return Problem(502, "upstream_error", error.message, "error")
+            return Problem(502, "upstream_error", f"{error.message}; {_LOOK}", "error")
         case _:
             return Problem(
                 500,

@@ -41,7 +41,8 @@ def _read(data: dict[str, Any]) -> Asked:
     for name in ("max_tokens", "max_completion_tokens"):
         limit = data.get(name)
         if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 1):
-            raise InvalidRequest(f"{name} must be a whole number of at least 1", field=name)
+            told = limit if isinstance(limit, int) and not isinstance(limit, bool) else kind_of(limit)
+            raise InvalidRequest(f"{name} must be a whole number of at least 1, not {told}", field=name)
     asked = Asked(model, bool(stream), high_resolution=data.get("vl_high_resolution_images") is True)
     look_at_messages(data.get("messages"), "messages", asked, _look_at_part)
     return asked
@@ -51,7 +52,7 @@ def _look_at_part(part: dict[str, Any], where: str, asked: Asked) -> None:
     if part.get("type") == "text":
         text = part.get("text")
         if not isinstance(text, str):
-            raise InvalidRequest("a text part needs text, a string", field=f"{where}.text")
+            raise InvalidRequest(f"{where}.text must be a string, not {kind_of(text)}", field=f"{where}.text")
         asked.text_chars += len(text)
     elif part.get("type") == "image_url":
         image = part.get("image_url")

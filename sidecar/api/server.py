@@ -47,6 +47,11 @@ ENDPOINTS["/api/inference/status"] = {"GET": Endpoint("trio", trio.status)}
 ENDPOINTS["/health"] = {"GET": Endpoint("trio", trio.health, open=True)}
 
 
+#: What a request is told that the drain's time was too short for.
+_CUT_OFF = (
+    "the sidecar is shutting down and could not finish this in the time it was given: try again in 1 s, "
+    "or raise SIDECAR_DRAIN_TIMEOUT"
+)
 _PASSTHROUGH = Endpoint("openai", passthrough)
 
 
@@ -110,7 +115,7 @@ class DataServer:
             if not self._given_up or _is_gone(http):
                 raise
             task.uncancel()
-            response = await self._answer(call, Draining("the sidecar is shutting down", retry_after=1.0))
+            response = await self._answer(call, Draining(_CUT_OFF, retry_after=1.0))
         except Exception as error:  # noqa: BLE001  the one place where any error becomes an answer
             try:
                 response = await self._answer(call, error)
@@ -149,8 +154,9 @@ class DataServer:
         if scheme.lower() != "bearer" or not hmac.compare_digest(
             token.strip().encode(errors="surrogateescape"), self._api_key
         ):
+            told = "its key is another one" if given else "there is none"
             raise InvalidRequest(
-                "the Authorization header must be Bearer and the key that SIDECAR_API_KEY holds",
+                f"the Authorization header must be Bearer and the key that the sidecar's SIDECAR_API_KEY holds: {told}",
                 status=401,
                 code="unauthorized",
                 field="Authorization",
@@ -173,7 +179,11 @@ def _refuse_path(path: str, method: str, methods: dict[str, Endpoint] | None) ->
     if methods:
         allowed = ", ".join(methods)
         raise InvalidRequest(f"{path} takes {allowed}, not {method[:20]}", status=405, code="method_not_allowed")
-    raise InvalidRequest(f"there is nothing at {path[:200]}", status=404, code="not_found")
+    raise InvalidRequest(
+        f"there is nothing at {path[:200]}; there is {', '.join(ENDPOINTS)}, and with SIDECAR_PASSTHROUGH all of /v1/",
+        status=404,
+        code="not_found",
+    )
 
 
 def _log_access(call: Call, path: str) -> None:

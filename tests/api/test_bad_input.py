@@ -27,7 +27,7 @@ BODIES = {
     "content of the wrong type": ({"messages": [{"role": "user", "content": 7}]}, "messages[0].content", "a number"),
     "part of the wrong type": ({"messages": [{"content": ["x"]}]}, "messages[0].content[0]", "must be an object"),
     "image without URL": (
-        {"messages": [{"content": [{"type": "image_url"}]}]}, "messages[0].content[0].image_url.url", "needs a url",
+        {"messages": [{"content": [{"type": "image_url"}]}]}, "messages[0].content[0].image_url.url", "not null",
     ),
     "base64 that is none": (image("data:image/png;base64,$$$$"), "messages[0].content[0].image_url.url", "no image"),
     "bytes that are no image": (
