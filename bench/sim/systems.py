@@ -93,8 +93,9 @@ class OracleLimits(Limits):
             return None, now
         return "request_rate", min(quota.next_accept_at(now, tokens), now + 0.05)
 
-    def throughput(self, now: float, ticket: Ticket) -> float:
-        return max(self._provider.quota(MODEL).true_rate(now, ticket.tokens), 0.05)
+    def seconds_for(self, now: float, ticket: Ticket, requests: float, tokens: float) -> float:
+        mean = (tokens + ticket.tokens) / (requests + 1)
+        return (requests + 1) / max(self._provider.quota(MODEL).true_rate(now, mean), 0.05)
 
 
 class Oracle(Sidecar):

@@ -138,6 +138,12 @@ class RateController:
         self._fill(now)
         return self._bucket.wait(now, amount)
 
+    def seconds_for(self, now: float, amount: float) -> float:
+        """Seconds until so much in all may have been sent, at the pace of now."""
+        self._fill(now)
+        missing = amount - self._bucket.level(now)
+        return missing / self.pace(now) if missing > 0 else 0.0
+
     def sent(self, now: float, amount: float, bound: bool) -> Sent:
         """One attempt goes out. `bound`: it had to wait for this dimension, so more would have been sent."""
         self._fill(now)

@@ -53,6 +53,18 @@ class GrowthGovernor:
         index = min(last + max(int(over + 0.999) - 1, 0), len(self._log) - 1)
         return max(self._log[index] + 1.0 - now, 1e-3) if index >= 0 else 0.1
 
+    def seconds_for(self, now: float, requests: float) -> float:
+        """Seconds until the last of so many may have been sent, each second paving the way for the next."""
+        if not self.active:
+            return 0.0
+        seconds = self.wait(now)
+        before = float(len(self._log) - bisect_left(self._log, now - MEMORIES[-1]))
+        while requests > (allowed := max(self.base + self.factor * before / MEMORIES[-1], 1.0)):
+            requests -= allowed
+            before += allowed
+            seconds += 1.0
+        return seconds
+
     def allowed(self, now: float) -> float:
         """Calls that may be sent in the second before `now`."""
         before = bisect_right(self._log, now - 1.0)

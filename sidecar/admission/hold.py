@@ -21,6 +21,8 @@ FIRST_STEP, GROWTH, LONGEST_STEP = 0.5, 1.5, 5.0
 BILLING_STEP = 30.0
 #: How long a Retry-After may put off the next probe: until the provider's word was found true, and after it was twice.
 LITTLE_TRUST, MUCH_TRUST = 5.0, 120.0
+#: Nothing is guessed to last longer than this many more.
+LONGEST_GUESS = 60.0
 
 
 class Hold:
@@ -90,6 +92,18 @@ class Hold:
         self.kind = None
         self.reason = ""
         self.next_probe = -inf
+
+    def seconds_left(self, now: float) -> float:
+        """
+        A guess at how long it stays closed: what has lasted some time lasts as long again, as half of such things do
+        whatever their scale (Gott, 1993); a blackout as long as the one before, at least.
+        """
+        if self.kind is None:
+            return 0.0
+        until = self.next_probe
+        if self.kind is HoldKind.BLACKOUT:
+            until = max(until, self.last_refused + self.gap)
+        return max(until - now, min(now - self.since, LONGEST_GUESS))
 
     def may_probe(self, now: float) -> bool:
         """While closed: the one probe may go now."""

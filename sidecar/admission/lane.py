@@ -111,14 +111,15 @@ class Lane:
 
     def _check_reachable(self, now: float, ticket: Ticket) -> None:
         left = ticket.deadline - now
-        wait = self.predicted_wait(now, ticket)
-        if wait + self.limits.latency > SERVABLE_SHARE * left and self.queue.overload(ticket.priority, ticket.key):
-            wait = self.predicted_wait(now, ticket)
-        if wait + self.limits.latency > left:
+        latency = self.limits.latency
+        wait = self._soonest(now, ticket)
+        if wait + latency > SERVABLE_SHARE * left and self.queue.overload(ticket.priority, ticket.key):
+            wait = self._soonest(now, ticket)
+        if wait + latency > left:
             raise DeadlineUnreachable(
-                f"the wait ahead is about {wait:.1f} s and an answer takes {self.limits.latency:.1f} s, "
+                f"the wait ahead is about {wait:.1f} s and an answer takes {latency:.1f} s, "
                 f"but only {left:.1f} s are left: {_WAY_OUT}",
-                retry_after=wait,
+                retry_after=self.predicted_wait(now, ticket),
             )
 
     def leave(self, ticket: Ticket) -> None:
@@ -208,16 +209,19 @@ class Lane:
         free = self.limits.closed(now, ticket)[0] is None
         if self.away is not None:
             return free
-        wait = 0.0 if free and not len(self.queue) else self.predicted_wait(now, ticket)
+        wait = 0.0 if free and not len(self.queue) else self._soonest(now, ticket)
         return now + wait + self.limits.latency <= ticket.deadline
 
     def predicted_wait(self, now: float, ticket: Ticket) -> float:
-        """Seconds that a newcomer like this one would wait in the queue."""
-        held = self.limits.held(now)
-        throughput = self.limits.throughput(now, ticket)
-        if throughput == inf:
-            return held
-        return held + (self.queue.ahead_of(ticket.priority, ticket.key, ticket.deadline) + 1) / throughput
+        """Seconds that a newcomer like this one would wait in the queue, as far as can be told or guessed."""
+        return self.limits.hold.seconds_left(now) + self._wait_when_open(now, ticket)
+
+    def _soonest(self, now: float, ticket: Ticket) -> float:
+        """The same if the next probe is taken: nobody is refused upon a guess."""
+        return self.limits.held(now) + self._wait_when_open(now, ticket)
+
+    def _wait_when_open(self, now: float, ticket: Ticket) -> float:
+        return self.limits.seconds_for(now, ticket, *self.queue.ahead_of(ticket))
 
     # -- the account of causes -----------------------------------------------------------------------------------------
 

@@ -140,14 +140,20 @@ class Limits:
         """Seconds for which nothing can start, as far as is known."""
         return max(self.hold.next_probe - now, 0.0) if self.hold.kind is not None else 0.0
 
-    def throughput(self, now: float, ticket: Ticket) -> float:
-        """Attempts a second, each like this ticket, that can start at present; infinite while nothing is known."""
-        pace = inf
+    def seconds_for(self, now: float, ticket: Ticket, requests: float, tokens: float) -> float:
+        """Seconds until this ticket could start behind so many others, of so many LLM tokens as tickets tell them."""
+        wait = 0.0
         if self._paced:
-            pace = min(self.requests.pace(now), self.tokens.pace(now) / self.cost(ticket))
-        if self.latency > 0:
-            pace = min(pace, self.permits.allowed / self.latency)
-        return pace
+            cost = tokens * self._correction + requests * self._output + self.cost(ticket)
+            wait = max(
+                self.requests.seconds_for(now, requests + 1),
+                self.growth.seconds_for(now, requests + 1),
+                self.tokens.seconds_for(now, cost),
+            )
+        if self.latency > 0:  # permits come back at this rate
+            missing = requests + 1 - (self.permits.allowed - self.permits.in_flight)
+            wait = max(wait, missing * self.latency / self.permits.allowed)
+        return wait
 
     @property
     def failing(self) -> bool:

@@ -30,12 +30,14 @@ WEIGHTS: dict[Priority, int] = {Priority.HIGH: 8, Priority.NORMAL: 3, Priority.L
 class _KeyQueue:
     """One key's tickets within one class."""
 
-    __slots__ = ("_by_deadline", "_calm_below", "_waiting", "deficit", "key", "latest", "returned")
+    __slots__ = ("_by_deadline", "_calm_below", "_waiting", "cost", "deficit", "key", "latest", "place", "returned")
 
     def __init__(self, key: str) -> None:
         self.key = key
         self.latest: Ticket | None = None  # the one that a newer frame would supersede
         self.deficit = 0.0
+        self.cost = 0.0  # of all that waits
+        self.place = 0  # in the ring: consecutive numbers from its head to its tail
         self.returned: deque[Ticket] = deque()
         self._waiting: OrderedDict[int, Ticket] = OrderedDict()  # in order of arrival
         self._calm_below = 0  # newest first until fewer than this are left; 0: earliest deadline first
@@ -45,6 +47,7 @@ class _KeyQueue:
         return len(self.returned) + len(self._waiting)
 
     def add(self, number: int, ticket: Ticket) -> None:
+        self.cost += _cost(ticket)
         if ticket.latest:
             self.latest = ticket
         if ticket.returned:
@@ -74,6 +77,7 @@ class _KeyQueue:
     def remove(self, number: int, ticket: Ticket) -> None:
         if len(self) - 1 < self._calm_below:
             self._calm_below = 0
+        self.cost -= _cost(ticket)
         if self.latest is ticket:
             self.latest = None
         if ticket.returned:
@@ -84,13 +88,21 @@ class _KeyQueue:
             self._by_deadline = [entry for entry in self._by_deadline if entry[1] in self._waiting]
             heapify(self._by_deadline)
 
-    def ahead_of(self, deadline: float) -> int:
-        """How many would be served before a newcomer with this deadline."""
-        if self._calm_below:
-            return len(self.returned)
-        if self._waiting and deadline >= next(reversed(self._waiting.values())).deadline:
-            return len(self)  # the common case: everybody has the same budget
-        return len(self.returned) + sum(1 for ticket in self._waiting.values() if ticket.deadline <= deadline)
+    def ahead_of(self, deadline: float) -> tuple[int, float]:
+        """How many would be served before a newcomer with this deadline, and what they cost."""
+        if not self._calm_below:
+            if self._waiting and deadline >= next(reversed(self._waiting.values())).deadline:
+                return len(self), self.cost  # the common case: everybody has the same budget
+            earlier = [_cost(ticket) for ticket in self._waiting.values() if ticket.deadline <= deadline]
+        else:
+            earlier = []
+        earlier += map(_cost, self.returned)
+        return len(earlier), sum(earlier)
+
+
+def _cost(ticket: Ticket) -> float:
+    """What the round robin shares: LLM tokens, at least 1."""
+    return max(ticket.tokens, 1.0)
 
 
 class _Class:
@@ -100,14 +112,32 @@ class _Class:
     would cost a walk over all keys.
     """
 
-    __slots__ = ("active", "credit", "keys", "length", "ring")
+    __slots__ = ("active", "cost", "credit", "keys", "length", "ring")
 
     def __init__(self) -> None:
         self.keys: dict[str, _KeyQueue] = {}
         self.ring: deque[_KeyQueue] = deque()
         self.length = 0  # tickets
+        self.cost = 0.0  # of all of them
         self.active = 0  # keys that are not empty
         self.credit = 0.0
+
+    @property
+    def requests_per_cost(self) -> float:
+        return self.length / self.cost if self.length else 0.0
+
+    def append(self, queue: _KeyQueue) -> None:
+        queue.place = self.ring[-1].place + 1 if self.ring else 0
+        self.ring.append(queue)
+
+    def rotate(self) -> None:
+        self.append(self.ring.popleft())
+
+    def turns_before(self, queue: _KeyQueue | None) -> float:
+        """How many other keys have their turn before this one's next, or a new key's."""
+        if queue is None or not self.ring:
+            return self.active
+        return (queue.place - self.ring[0].place) * self.active / len(self.ring)  # empty keys have none
 
 
 class FairQueue:
@@ -151,13 +181,14 @@ class FairQueue:
         queue = group.keys.get(ticket.key)
         if queue is None:
             queue = group.keys[ticket.key] = _KeyQueue(ticket.key)
-            group.ring.append(queue)
+            group.append(queue)
         if not queue:
             group.active += 1
         self._next_number += 1
         self._numbers[ticket] = self._next_number
         queue.add(self._next_number, ticket)
         group.length += 1
+        group.cost += _cost(ticket)
         self.bytes += ticket.size_bytes
 
     def superseded_by(self, ticket: Ticket) -> Ticket | None:
@@ -174,13 +205,14 @@ class FairQueue:
         queue = group.keys[ticket.key]
         queue.remove(self._numbers.pop(ticket), ticket)
         group.length -= 1
+        group.cost -= _cost(ticket)
         self.bytes -= ticket.size_bytes
         if not queue:
             group.active -= 1
         if not group.length:
             group.ring.clear()
             group.keys.clear()
-            group.credit = 0.0
+            group.credit = group.cost = 0.0
 
     def head(self) -> Ticket | None:
         """The ticket whose turn it is; None if none waits. Asking again without a change gives the same one."""
@@ -199,20 +231,20 @@ class FairQueue:
             else:
                 queue.deficit += self._quantum
                 if queue.deficit <= 0:  # still paying for a large one
-                    ring.rotate(-1)
+                    group.rotate()
 
     def take(self, ticket: Ticket) -> None:
         """Take out the ticket that `head` gave and charge its key and class for it."""
         # The typical cost: what a key is topped up by in each round. No single ticket can more than double it: after a
         # monster every key would be served in a run of thousands, whoever has the longest backlog before all others.
-        self._quantum += 0.05 * (min(max(ticket.tokens, 1.0), 21 * self._quantum) - self._quantum)
-        cost = min(max(ticket.tokens, 1.0), MOST_ROUNDS * self._quantum)
+        self._quantum += 0.05 * (min(_cost(ticket), 21 * self._quantum) - self._quantum)
+        cost = min(_cost(ticket), MOST_ROUNDS * self._quantum)
         group = self._classes[ticket.priority]
         queue = group.ring[0]
         queue.deficit -= cost
         group.credit -= cost
         if queue.deficit <= 0:
-            group.ring.rotate(-1)
+            group.rotate()
         self.remove(ticket)
 
     def overload(self, priority: Priority, key: str) -> bool:
@@ -226,23 +258,32 @@ class FairQueue:
             return False
         return queue.overload()
 
-    def ahead_of(self, priority: Priority, key: str, deadline: float) -> int:
+    def ahead_of(self, ticket: Ticket) -> tuple[float, float]:
         """
-        Tickets that will be served before a newcomer: what a predicted wait is made of.
+        What will be served before this newcomer, as requests and as cost: what a predicted wait is made of.
 
-        Within the class, round robin serves every key once a round, so a newcomer behind `own` tickets of its key waits
-        for min(all, keys x own) others; other classes take their share by weight meanwhile.
+        Its key gets a quantum in each round, so it comes on in the round in which that has paid for what is ahead of it
+        in its key; until then the other keys get as much each, those that are before it in the ring once more. Other
+        classes take their share by weight meanwhile.
         """
-        group = self._classes[priority]
-        queue = group.keys.get(key)
-        own = queue.ahead_of(deadline) if queue is not None else 0
-        others = group.active - bool(queue)
-        ahead = min(group.length, own + others * (own + 1))
-        return ahead + sum(
-            min(waiting.length, -(-(ahead + 1) * WEIGHTS[other] // WEIGHTS[priority]))
-            for other, waiting in self._classes.items()
-            if other != priority
-        )
+        group = self._classes[ticket.priority]
+        queue = group.keys.get(ticket.key)
+        requests, own, deficit, rest = 0.0, 0.0, 0.0, group.cost
+        if queue is not None:
+            requests, own = queue.ahead_of(ticket.deadline)
+            deficit, rest = queue.deficit, group.cost - queue.cost
+        rounds = max((own - deficit) // self._quantum, 0.0)
+        turns = group.turns_before(queue) + rounds * (group.active - bool(queue))
+        between = min(rest, turns * self._quantum)
+        ahead = own + between
+        requests += between * group.requests_per_cost
+        until = ahead + _cost(ticket)
+        for priority, other in self._classes.items():
+            if other is not group:
+                between = min(other.cost, until * WEIGHTS[priority] / WEIGHTS[ticket.priority])
+                ahead += between
+                requests += between * other.requests_per_cost
+        return requests, ahead
 
     def _choose(self) -> _Class:
         """The class whose turn it is: the first with credit left; when none has, all that wait are topped up."""
