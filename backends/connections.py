@@ -1,75 +1,212 @@
-"""Connections to an upstream, as `backends/dashscope.py` needs them: watched, kept alive, and big bodies in slices."""
+"""Connections to an upstream, as `backends/dashscope.py` needs them: pooled, watched, and asked one thing at a time.
+
+The pool, the protocol and the parser are aiohttp's. Its `ClientSession` is left out: what it does for cookies,
+redirects, forms and files is a third of the processor time of a proxied request, and no proxy's business.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
-from contextvars import ContextVar
 from typing import TYPE_CHECKING
 from urllib.request import getproxies, proxy_bypass
+from weakref import WeakSet
 
 import aiohttp
+from aiohttp.client_reqrep import ClientRequest
+from aiohttp.http import HttpProcessingError, StreamWriter
 from yarl import URL
 
 from backends.base import Timings
 
 if TYPE_CHECKING:
-    from aiohttp.abc import AbstractStreamWriter
-    from aiohttp.client_reqrep import ClientRequest
+    from aiohttp.client_proto import ResponseHandler
     from aiohttp.connector import AddrInfoType, Connection
-    from aiohttp.tracing import Trace
+    from aiohttp.http import RawResponseMessage
+    from multidict import CIMultiDict
 
+_CONNECT_SECONDS = 5.0
 #: Seconds a pooled connection may idle. nginx and the usual load balancers close at 60 to 75.
 IDLE_SECONDS = 45.0
 #: Seconds a resolved address is used for new connections: an upstream that moved is found again within this.
 _DNS_SECONDS = 10
 #: TCP keep-alive as DashScope's own SDK sets it: idle seconds, interval, probes.
 _KEEPALIVE = (("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 30), ("TCP_KEEPCNT", 3))
+#: A longer body is written in slices of so many bytes, each when the last has left: TLS would else make a second copy.
 _SLICE = 256 * 1024
+#: Bytes of an answer that are read ahead of who takes them. A stream whose reader stops holds no more than twice these.
+_READ_AHEAD_BYTES = 64 * 1024
+_BODILESS = frozenset({"GET", "HEAD", "OPTIONS"})
 
 
-class Attempt:
-    """What a connector tells the one who asked for a connection, through `ATTEMPT`."""
-
-    __slots__ = ("new_only", "reused", "timings", "transport")
-
-    def __init__(self, timings: Timings) -> None:
-        self.timings = timings
-        self.new_only = False
-        """Do not take a connection from the pool."""
-        self.reused = False
-        """The connection came from the pool."""
-        self.transport: asyncio.Transport | None = None
-        """The connection, once there is one."""
+class NotHTTP(aiohttp.ClientError):
+    """What came back is no HTTP."""
 
 
-#: The attempt that the running task makes. aiohttp hands a connector nothing of the caller's; a context variable
-#: reaches it. `aiohttp.TraceConfig` would too, but two empty trace hooks add 15 µs of CPU to the 95 of a bare small
-#: request; all of `DashScopeBackend.send` adds 9 (CPython 3.11, uvloop, best of nine rounds of 1000, 2 shared cores).
-ATTEMPT: ContextVar[Attempt] = ContextVar("attempt")
-
-
-class Connector(aiohttp.TCPConnector):
-    """A pool without a limit (admission decides how many) that notes what it hands out in `ATTEMPT`."""
+class Pool(aiohttp.TCPConnector):
+    """Connections that idle and those in use, without a limit: admission decides how many."""
 
     def __init__(self) -> None:
         super().__init__(
             limit=0, keepalive_timeout=IDLE_SECONDS, ttl_dns_cache=_DNS_SECONDS, socket_factory=_watched_socket
         )
+        self.known: WeakSet[ResponseHandler] = WeakSet()
+        """Those that a request went out on before."""
 
-    async def connect(self, req: ClientRequest, traces: list[Trace], timeout: aiohttp.ClientTimeout) -> Connection:
-        """Take a connection from the pool or make one, and say when it was there and which it was."""
-        attempt = ATTEMPT.get()
-        attempt.transport = None
+
+class Upstream:
+    """One base URL, and the way there. To be made in the event loop."""
+
+    def __init__(self, pool: Pool, base: str) -> None:
+        """Raises ValueError where the environment names a proxy that cannot be spoken to."""
+        url = URL(base)
+        proxy = environment_proxy(url)
+        self._pool = pool
+        self._way = ClientRequest("GET", url, proxy=proxy, loop=asyncio.get_running_loop())  # all that `connect` reads
+        self._headers = {"Host": self._way.headers["Host"], "Accept": "*/*", "Accept-Encoding": "identity"}
+        # A proxy is told the whole URL, but for what it only tunnels.
+        whole = proxy is not None and url.scheme == "http"
+        self._prefix = (str(url.with_user(None)) if whole else url.raw_path).rstrip("/")
+
+    async def request(
+        self, method: str, path: str, headers: CIMultiDict[str], body: bytes, timings: Timings
+    ) -> Response:
+        """Send a request and wait for the head of its answer. Raises `aiohttp.ClientError`.
+
+        A pooled connection that breaks before that has died unnoticed while it idled: the request goes out once more,
+        on a new one. Cancelled, the connection is closed at once, not after what is still in its send buffer.
+        """
+        headers.update(self._headers)
+        if body or method not in _BODILESS:
+            headers["Content-Length"] = str(len(body))
+        clock = asyncio.get_running_loop().time
+        new_only = False
         while True:
-            attempt.reused = True  # until a socket is made
-            connection = await super().connect(req, traces, timeout)
-            if not (attempt.reused and attempt.new_only):
-                break
+            connection, reused = await self._connect(new_only=new_only)
+            timings.work_started = clock()
+            if "Proxy-Authorization" in self._way.headers:  # the connector has read it from the proxy's URL
+                headers["Proxy-Authorization"] = self._way.headers["Proxy-Authorization"]
+            try:
+                response = await _ask(connection, method, _head(method, self._prefix + path, headers), body)
+            except BaseException as error:
+                _cut(connection)
+                if not (reused and _died_unnoticed(error)):
+                    raise
+                new_only = True
+            else:
+                timings.first_byte = clock()
+                return response
+
+    async def _connect(self, *, new_only: bool) -> tuple[Connection, bool]:
+        """Take a connection from the pool or make one; whether it was used before."""
+        known = self._pool.known
+        while True:
+            try:
+                connection = await self._pool.connect(self._way, [], aiohttp.ClientTimeout(connect=_CONNECT_SECONDS))
+            except TimeoutError as error:
+                raise aiohttp.ConnectionTimeoutError(f"{_CONNECT_SECONDS:g}") from error
+            protocol = connection.protocol
+            assert protocol is not None  # noqa: S101  it has one until it is released
+            reused = protocol in known
+            if not (reused and new_only):
+                known.add(protocol)
+                return connection, reused
             connection.close()  # where one pooled connection was dead, the others are not to be trusted
-        attempt.transport = connection.transport
-        attempt.timings.work_started = asyncio.get_running_loop().time()
-        return connection
+
+
+class Response:
+    """An upstream's answer: its head, and its body as it comes. Its connection is pooled again once that is read."""
+
+    __slots__ = ("_connection", "_sending", "content", "headers", "status")
+
+    def __init__(
+        self,
+        connection: Connection,
+        message: RawResponseMessage,
+        content: aiohttp.StreamReader,
+        sending: asyncio.Task[None] | None,
+    ) -> None:
+        self.status = message.code
+        self.headers = message.headers
+        self.content = content
+        self._connection = connection
+        self._sending = sending
+        content.on_eof(self._release)
+
+    @property
+    def content_type(self) -> str:
+        """The media type, in lower case and without its parameters."""
+        return self.headers.get("Content-Type", "").partition(";")[0].strip().lower()
+
+    def drop(self) -> None:
+        """Close the connection at once if it is still ours; that of a body read to its end is back in the pool."""
+        if self._sending is not None:
+            self._sending.cancel()
+        _cut(self._connection)
+
+    def _release(self) -> None:
+        if self._sending is not None and not self._sending.done():  # answered before the request was read
+            self.drop()
+        self._connection.release()
+
+
+async def _ask(connection: Connection, method: str, head: bytes, body: bytes) -> Response:
+    """Write a request and wait for the head of its answer."""
+    protocol = connection.protocol
+    assert protocol is not None and protocol.transport is not None  # noqa: S101  it has just been handed out
+    protocol.set_response_params(skip_payload=method == "HEAD", read_until_eof=True, read_bufsize=_READ_AHEAD_BYTES)
+    sending = None
+    if len(body) <= _SLICE:
+        protocol.transport.writelines((head, body))
+    else:
+        protocol.transport.write(head)
+        sending = asyncio.ensure_future(_send_slices(protocol, body))
+    try:
+        while True:
+            message, content = await protocol.read()
+            if not 100 <= message.code < 200 or message.code == 101:
+                return Response(connection, message, content, sending)
+    except BaseException as error:
+        if sending is not None:
+            sending.cancel()
+        if isinstance(error, HttpProcessingError):
+            raise NotHTTP from error
+        raise
+
+
+async def _send_slices(protocol: ResponseHandler, body: bytes) -> None:
+    """Write a big body, waiting whenever the socket is full. Who reads the answer is told of a broken connection."""
+    writer = StreamWriter(protocol, asyncio.get_running_loop())
+    view = memoryview(body)
+    with contextlib.suppress(aiohttp.ClientConnectionError):
+        for start in range(0, len(body), _SLICE):
+            await writer.write(view[start : start + _SLICE])
+
+
+def _head(method: str, target: str, headers: CIMultiDict[str]) -> bytes:
+    lines = [f"{method} {target} HTTP/1.1", *(f"{name}: {value}" for name, value in headers.items()), "\r\n"]
+    head = "\r\n".join(lines)
+    if not len(lines) == head.count("\n") == head.count("\r"):
+        raise ValueError("a line break in a header would begin another one")
+    return head.encode(errors="surrogateescape")
+
+
+def _cut(connection: Connection) -> None:
+    """Close a connection without waiting for what is in its buffers; nothing if it was released."""
+    if connection.transport is not None:
+        connection.transport.abort()
+    connection.close()
+
+
+def _died_unnoticed(error: BaseException) -> bool:
+    """Whether a connection broke before an answer had begun: aiohttp keeps what it had parsed of one.
+
+    After a reset it does not say, but a server that has begun to answer has no reason to send one.
+    """
+    if isinstance(error, aiohttp.ServerDisconnectedError):
+        return isinstance(error.message, str)
+    return isinstance(error, aiohttp.ClientOSError | aiohttp.ClientConnectionResetError)
 
 
 def _watched_socket(address: AddrInfoType) -> socket.socket:
@@ -79,32 +216,7 @@ def _watched_socket(address: AddrInfoType) -> socket.socket:
     for option, value in _KEEPALIVE:
         if hasattr(socket, option):  # macOS names the first one otherwise
             made.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
-    ATTEMPT.get().reused = False
     return made
-
-
-class Body(aiohttp.Payload):
-    """The caller's bytes, written as they are and in slices, so that no second copy of a big frame is ever made."""
-
-    _value: bytes
-    _size: int
-
-    def __init__(self, body: bytes) -> None:
-        super().__init__(body, content_type="application/json")
-        self._size = len(body)
-
-    def decode(self, encoding: str = "utf-8", errors: str = "strict") -> str:
-        """Not needed to send, but every payload has it."""
-        return self._value.decode(encoding, errors)
-
-    async def write(self, writer: AbstractStreamWriter) -> None:
-        """Write all of it, waiting whenever the socket is full."""
-        if self._size <= _SLICE:
-            await writer.write(self._value)
-            return
-        view = memoryview(self._value)
-        for start in range(0, self._size, _SLICE):
-            await writer.write(view[start : start + _SLICE])
 
 
 def environment_proxy(url: URL) -> URL | None:

@@ -24,7 +24,7 @@ from backends.base import (
     Timings,
     Unreachable,
 )
-from backends.connections import ATTEMPT, Attempt, Body, Connector, environment_proxy
+from backends.connections import NotHTTP, Pool, Response, Upstream
 from backends.headers import end_to_end
 from backends.native import send_native
 from backends.refusals import classify
@@ -34,7 +34,6 @@ _T = TypeVar("_T")
 
 _log = logging.getLogger(__name__)
 
-_CONNECT_SECONDS = 5.0
 _ERROR_BODY_SECONDS = 5.0
 _ERROR_BODY_LIMIT = 1024 * 1024
 _BODY_LIMIT = 64 * 1024 * 1024
@@ -69,7 +68,8 @@ class DashScopeBackend:
             native_url = self._base.removesuffix(_COMPATIBLE_PATH) + _NATIVE_PATH
         self._native = None if native_url is None else _checked(native_url)
         self._host = URL(self._base).host or ""
-        self._session: aiohttp.ClientSession | None = None
+        self._pool: Pool | None = None
+        self._upstreams: dict[str, Upstream] = {}
 
     def account(self) -> str:
         """Whose limits are met here: the provider's address and a fingerprint of the key in force, never the key."""
@@ -79,23 +79,19 @@ class DashScopeBackend:
 
     async def start(self) -> None:
         """Open the connection pool. The provider itself is not asked: it may come later than we do."""
+        self._pool = Pool()
         try:
-            proxy = environment_proxy(URL(self._base))
+            self._upstreams = {base: Upstream(self._pool, base) for base in (self._base, self._native) if base}
         except ValueError as error:
+            await self.close()
             raise BackendError(str(error)) from error
-        self._session = aiohttp.ClientSession(
-            connector=Connector(),
-            cookie_jar=aiohttp.DummyCookieJar(),
-            proxy=proxy,
-            # No limit on the whole: the caller of `send` cancels at the deadline.
-            timeout=aiohttp.ClientTimeout(total=None, connect=_CONNECT_SECONDS),
-        )
 
     async def close(self) -> None:
         """Close the pool."""
-        if self._session is not None:
-            await self._session.close()
-            self._session = None
+        if self._pool is not None:
+            await self._pool.close()
+            self._pool = None
+            self._upstreams = {}
 
     async def send(self, request: Request, timings: Timings) -> Reply:
         """Make one attempt, see `Backend.send`."""
@@ -114,17 +110,20 @@ class DashScopeBackend:
         if request.body:
             headers.setdefault("Content-Type", "application/json")
         return await self._exchange(
+            base,
             request.method,
-            base + request.path,
+            request.path,
             headers,
             request.body,
-            timings,
+            timings=timings,
             read=lambda response: self._reply(response, request),
         )
 
     async def models(self) -> bytes:
         """Ask the provider for its list of models, see `Backend.models`."""
-        return await self._exchange("GET", self._base + "/models", CIMultiDict(), b"", Timings(), read=_json_body)
+        return await self._exchange(
+            self._base, "GET", "/models", CIMultiDict(), b"", timings=Timings(), read=_json_body
+        )
 
     def _ask_to_wait(self, headers: CIMultiDict[str], deadline: float) -> None:
         """Let DashScope queue a request that it would refuse for growth, as long as the deadline allows."""
@@ -134,32 +133,41 @@ class DashScopeBackend:
 
     async def _exchange(
         self,
+        base: str,
         method: str,
-        url: str,
+        path: str,
         headers: CIMultiDict[str],
         body: bytes,
-        timings: Timings,
         *,
-        read: Callable[[aiohttp.ClientResponse], Awaitable[_T]],
+        timings: Timings,
+        read: Callable[[Response], Awaitable[_T]],
     ) -> _T:
         """Send a request and read a 2xx answer with `read`.
 
         Whatever goes wrong closes the connection and is told in our words. Only what `read` returns may go on using
         the response.
         """
-        response = await self._open(method, url, headers, body, timings)
+        if (upstream := self._upstreams.get(base)) is None:
+            raise RuntimeError("send() before start()")
+        headers.setdefault("User-Agent", "vlm-sidecar")
+        if key := self._key():
+            headers["Authorization"] = f"Bearer {key}"
+        try:
+            response = await upstream.request(method, path, headers, body, timings)
+        except aiohttp.ClientError as error:
+            raise self._explained(error) from error
         try:
             if response.status // 100 == 2:
                 return await read(response)
             refusal = await self._refusal(response)
         except BaseException as error:
-            _drop(response)
+            response.drop()
             if isinstance(error, aiohttp.ClientError):
                 raise self._explained(error) from error
             if isinstance(error, BackendError):
                 self._mask(error)
             raise
-        _drop(response)
+        response.drop()
         self._mask(refusal)
         raise refusal
 
@@ -171,48 +179,7 @@ class DashScopeBackend:
             error.headers = {name: value.replace(key, "***") for name, value in error.headers.items()}
             error.args = (error.message,)
 
-    async def _open(
-        self, method: str, url: str, headers: CIMultiDict[str], body: bytes, timings: Timings
-    ) -> aiohttp.ClientResponse:
-        """Send a request and wait for the headers of its response.
-
-        A pooled connection that breaks before that has died unnoticed while it idled: the request goes out once more,
-        on a new one. Cancelled, the connection is closed at once, not after what is still in its send buffer.
-        """
-        if self._session is None:
-            raise RuntimeError("send() before start()")
-        headers["Accept-Encoding"] = "identity"
-        headers.setdefault("User-Agent", "vlm-sidecar")
-        if key := self._key():
-            headers["Authorization"] = f"Bearer {key}"
-        attempt = Attempt(timings)
-        token = ATTEMPT.set(attempt)
-        try:
-            while True:
-                try:
-                    response = await self._session.request(
-                        method,
-                        URL(url, encoded=True),
-                        headers=headers,
-                        data=Body(body) if body else None,
-                        allow_redirects=False,
-                    )
-                    timings.first_byte = asyncio.get_running_loop().time()
-                    return response
-                except (aiohttp.ClientOSError, aiohttp.ServerDisconnectedError) as error:
-                    if attempt.transport is None or not attempt.reused or _had_begun(error):
-                        raise
-                    attempt.new_only = True
-        except BaseException as error:
-            if attempt.transport is not None:
-                attempt.transport.abort()
-            if isinstance(error, aiohttp.ClientError):
-                raise self._explained(error) from error
-            raise
-        finally:
-            ATTEMPT.reset(token)
-
-    async def _refusal(self, response: aiohttp.ClientResponse) -> BackendError:
+    async def _refusal(self, response: Response) -> BackendError:
         """Read an answer that is no 2xx and say what it means."""
         if response.status < 400:
             return ServerFailed(
@@ -227,12 +194,12 @@ class DashScopeBackend:
             _log.info("the body of an answer %d could not be read: %s", response.status, type(error).__name__)
         return classify(response.status, response.headers, body)
 
-    async def _reply(self, response: aiohttp.ClientResponse, request: Request) -> Reply:
+    async def _reply(self, response: Response, request: Request) -> Reply:
         if request.stream and response.content_type == "text/event-stream":
             return await self._stream(response)
         return await self._whole(response, request)
 
-    async def _whole(self, response: aiohttp.ClientResponse, request: Request) -> Reply:
+    async def _whole(self, response: Response, request: Request) -> Reply:
         body = await _read(response, _BODY_LIMIT)
         headers = end_to_end(response.headers)
         is_chat = request.dialect == "native" or request.path == "/chat/completions"
@@ -243,7 +210,7 @@ class DashScopeBackend:
             raise classify(0, response.headers, body)
         return Reply(status=response.status, headers=headers, body=body, usage=usage_of(payload))
 
-    async def _stream(self, response: aiohttp.ClientResponse) -> Reply:
+    async def _stream(self, response: Response) -> Reply:
         """Read up to the first content, so that a refusal in its place is raised like any other."""
         watch = StreamWatch()
         preface: deque[bytes] = deque()
@@ -278,10 +245,10 @@ class DashScopeBackend:
             case aiohttp.ClientConnectorError():
                 return Unreachable(f"no connection to {self._host}: {_strerror(reason)}")
             case aiohttp.ConnectionTimeoutError():
-                return Unreachable(f"no connection to {self._host} within {_CONNECT_SECONDS:g} s")
+                return Unreachable(f"no connection to {self._host} within {error} s")
             case aiohttp.ClientPayloadError():
                 return Unreachable(f"the connection to {self._host} broke before the answer was whole")
-            case aiohttp.ClientResponseError():
+            case NotHTTP():
                 return ServerFailed(f"{self._host} answered what is not HTTP")
             case _:
                 return Unreachable(f"the connection to {self._host} broke before the answer: {_strerror(reason)}")
@@ -293,7 +260,7 @@ class _Chunks:
     def __init__(
         self,
         reply: Reply,
-        response: aiohttp.ClientResponse,
+        response: Response,
         watch: StreamWatch,
         preface: deque[bytes],
         explained: Callable[[aiohttp.ClientError], BackendError],
@@ -324,7 +291,7 @@ class _Chunks:
 
     async def aclose(self) -> None:
         self._settle()
-        _drop(self._response)
+        self._response.drop()
 
     def _settle(self) -> None:
         self._reply.usage = self._watch.usage
@@ -338,14 +305,14 @@ def _checked(url: str) -> str:
     return url.rstrip("/")
 
 
-async def _json_body(response: aiohttp.ClientResponse) -> bytes:
+async def _json_body(response: Response) -> bytes:
     body = await _read(response, _BODY_LIMIT)
     if not isinstance(parsed(body), dict):
         raise _not_json(response)
     return body
 
 
-async def _read(response: aiohttp.ClientResponse, limit: int) -> bytes:
+async def _read(response: Response, limit: int) -> bytes:
     """Read a body to its end. Raises ServerFailed if it is longer than `limit` bytes."""
     pieces = []
     size = 0
@@ -357,22 +324,7 @@ async def _read(response: aiohttp.ClientResponse, limit: int) -> bytes:
     return b"".join(pieces)
 
 
-def _drop(response: aiohttp.ClientResponse) -> None:
-    """Close the connection at once if the response still has it; one that was read to its end is back in the pool."""
-    if response.connection is not None and response.connection.transport is not None:
-        response.connection.transport.abort()
-    response.close()
-
-
-def _had_begun(error: aiohttp.ClientOSError | aiohttp.ServerDisconnectedError) -> bool:
-    """Whether an answer had begun when the connection was closed: aiohttp then keeps what it had parsed of it.
-
-    After a reset it does not say, but a server that has begun to answer has no reason to send one.
-    """
-    return isinstance(error, aiohttp.ServerDisconnectedError) and not isinstance(error.message, str)
-
-
-def _not_json(response: aiohttp.ClientResponse) -> ServerFailed:
+def _not_json(response: Response) -> ServerFailed:
     return ServerFailed(f"the provider answered {response.status} with {response.content_type}, which is not JSON")
 
 

@@ -97,7 +97,7 @@ async def test_a_server_that_speaks_no_tls_is_unreachable(connected):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="how a full accept queue behaves is Linux's own")
 async def test_a_host_that_never_completes_the_connection_is_given_up(connected, monkeypatch):
-    monkeypatch.setattr("backends.dashscope._CONNECT_SECONDS", 0.2)
+    monkeypatch.setattr("backends.connections._CONNECT_SECONDS", 0.2)
     with socket.socket() as deaf:
         deaf.bind(("127.0.0.1", 0))
         deaf.listen(0)
