@@ -42,7 +42,12 @@ $(UV):
 		fastapi numpy onnxruntime openai opencv-python-headless pillow pydantic-settings uvicorn
 	@touch $@
 
-.PHONY: soak sbom setup demo demo-local test run lint parity bench scenarios live docs image test-pod clean
+.venv-spy/.ready: Makefile | $(UV)
+	@$(UV) venv --quiet --clear --python $(PYTHON) .venv-spy
+	@$(UV) pip install --quiet --python .venv-spy/bin/python py-spy==0.4.3
+	@touch $@
+
+.PHONY: soak sbom setup demo demo-local test run lint parity bench bench-check flame scenarios live docs image test-pod clean
 setup: .venv/.ready ## set up .venv from the lock file
 
 demo: .venv/.ready ## show the main job end to end: no key, no GPU, no network service
@@ -68,8 +73,14 @@ lint: .venv/.ready ## ruff, strict types, and the arrows of the architecture
 parity: .venv/.ready .venv-trio/.ready ## ask trio-core 1.1.5 itself, record its answers, print what is different here
 	$(RUN)python tests/parity/record.py .venv-trio/bin/python
 
-bench: .venv/.ready ## what the sidecar costs beside a bare aiohttp pass-through, as ratios
-	$(RUN)python bench/overhead.py
+bench: .venv/.ready ## what the sidecar costs beside other proxies, into docs/performance.md: 5 minutes (PEERS="bare litellm": only these)
+	$(RUN)python -m bench.cost $(PEERS)
+
+bench-check: .venv/.ready ## measure again, compare with the ratios that are committed, fail if something got worse
+	$(RUN)python -m bench.cost --check $(PEERS)
+
+flame: .venv/.ready .venv-spy/.ready ## flame graphs of small requests, frames and streams, and where the time goes
+	@for kind in small frame stream; do echo "$$kind:" && $(RUN)python -m bench.cost.flame $$kind || exit 1; done
 
 scenarios: .venv/.ready ## how well the limits are learned, in virtual time, beside an oracle
 	$(RUN)python bench/scenarios.py
@@ -100,5 +111,5 @@ dashboard: .venv/.ready ## build the Grafana dashboard, k8s/monitoring/dashboard
 	$(RUN)python k8s/monitoring/dashboard.py
 
 clean: ## remove what the targets above made
-	rm -rf site .uv .venv .venv-docs .tiny-model .venv-sdk .venv-trio .parts .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis dist
+	rm -rf site .uv .venv .venv-docs .tiny-model .venv-sdk .venv-trio .venv-spy .peers .parts .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

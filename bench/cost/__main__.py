@@ -1,0 +1,98 @@
+"""What the sidecar costs beside other proxies: ratios of one run on one machine.
+
+make bench                               # all usual peers; writes docs/performance.md, its picture, the ratios
+make bench PEERS="bare nginx litellm"    # LiteLLM only when asked for by name
+make bench-check                         # compare a fresh run with the ratios that are committed; 1: got worse
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+from bench.cost import admission, alone, report, side_by_side
+from bench.cost.figures import TOLERANCE, Figure, compared
+from bench.cost.peers import PEERS, USUAL
+from bench.cost.processes import ROOT
+
+RATIOS = Path(__file__).with_name("ratios.json")
+PAGE = ROOT / "docs" / "performance.md"
+PICTURE = ROOT / "docs" / "images" / "performance.svg"
+_BEGIN, _END = "<!-- make bench: begin -->\n", "<!-- make bench: end -->"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("peers", nargs="*", default=USUAL, help=f"of: {', '.join(PEERS)}")
+    parser.add_argument("--check", action="store_true", help="compare with the committed ratios, and write nothing")
+    options = parser.parse_args()
+    if unknown := set(options.peers) - set(PEERS):
+        parser.error(f"no such peer: {', '.join(sorted(unknown))}")
+    rounds, idle = side_by_side.run(list(options.peers))
+    figures = [*report.ratios(rounds), *report.streams(rounds), *_alone(), _admission()]
+    print(report.targets_table(figures), report.peers_table(rounds, idle), sep="\n\n", end="\n\n")
+    committed = json.loads(RATIOS.read_text())["figures"] if RATIOS.exists() else {}
+    worse, others = compared(figures, committed)
+    print("\n".join(others))
+    print(f"\ngot worse by more than {TOLERANCE:.0%}, in every round:" if worse else "\nnothing got worse")
+    print("\n".join(worse))
+    if options.check:
+        return bool(worse)
+    _write(figures, rounds, idle)
+    return 0
+
+
+def _alone() -> list[Figure]:
+    seconds, resident = alone.starts()
+    return [
+        Figure("idle memory (RSS)", tuple(value / 1e6 for value in resident), " MB", 56.0),
+        Figure("start to ready", tuple(seconds), " s", 0.8),
+        Figure("memory of 2,000 queued frames ÷ their bodies", (alone.queue_of_frames(),), "", 1.3),
+        Figure("event-loop lag p99 at 500 frames/s", (alone.lag() * 1e3,), " ms", 10.0),
+    ]
+
+
+def _admission() -> Figure:
+    """The dearest size by the cheapest: how far from flat admission is."""
+    costs = [admission.one_round() for _ in range(admission.ROUNDS)]
+    for size in admission.SIZES:
+        print(f"admission, {size[0]:,} keys, {size[1]:,} waiting: {min(cost[size] for cost in costs):.0f} µs a request")
+    growth = tuple(max(cost.values()) / cost[admission.SIZES[0]] for cost in costs)
+    return Figure("admission: 10 → 10,000 keys, 10 → 2,000 queued", growth, " times", 1.5)
+
+
+def _write(figures: list[Figure], rounds: side_by_side.Rounds, idle: dict[str, float]) -> None:
+    commit = subprocess.run(
+        ("git", "describe", "--always"), cwd=ROOT, check=True, capture_output=True, text=True
+    ).stdout
+    data = {
+        "machine": f"{_processor()}, {os.cpu_count()} cores, Python {platform.python_version()}",
+        "commit": commit.strip(),
+        "figures": {figure.name: [round(value, 4) for value in figure.values] for figure in figures},
+    }
+    RATIOS.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n")
+    PICTURE.write_text(report.picture(rounds, idle))
+    page = PAGE.read_text()
+    before, after = page.partition(_BEGIN)[0], page.partition(_END)[2]
+    made = (
+        f"`make bench` on {data['machine']}, at commit {data['commit']}; medians of {side_by_side.ROUNDS} rounds.\n\n"
+        f"{report.targets_table(figures)}\n\n{report.peers_table(rounds, idle)}\n\n"
+        "![What each proxy costs](images/performance.svg)\n"
+    )
+    PAGE.write_text(before + _BEGIN + made + _END + after)
+    print(f"wrote {', '.join(str(path.relative_to(ROOT)) for path in (RATIOS, PICTURE, PAGE))}", file=sys.stderr)
+
+
+def _processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,89 @@
+"""Where the sidecar's time goes: a flame graph of it under load, and the share of each room.
+
+    make flame                 (or .venv/bin/python -m bench.cost.flame small|frame|stream)
+
+py-spy looks at the running process 250 times a second; a function's own time is with its innermost Python frame, so
+what a system call or C code takes is with whoever called it.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+from bench.cost.processes import ROOT, free_port, process, sidecar, wire
+from bench.cost.side_by_side import bodies
+
+SPY = ROOT / ".venv-spy" / "bin" / "py-spy"
+SECONDS = 8
+CONNECTIONS = 16
+#: The first that a file's path begins with is its room.
+ROOMS = (
+    ("sidecar/api/", "sidecar/api: read, understand, answer"),
+    ("sidecar/admission/", "sidecar/admission: queue, limits"),
+    ("sidecar/dispatch", "sidecar/dispatch: attempts"),
+    ("sidecar/telemetry", "sidecar/telemetry: metrics"),
+    ("prometheus_client/", "sidecar/telemetry: metrics"),
+    ("sidecar/", "sidecar: the rest"),
+    ("backends/", "backends: the upstream's protocol"),
+    ("aiohttp/web", "aiohttp, server side"),
+    ("aiohttp/client", "aiohttp, client side"),
+    ("aiohttp/connector", "aiohttp, client side"),
+    ("aiohttp/", "aiohttp, both sides: parser, writer, streams"),
+    ("", "event loop, sockets and the rest"),
+)
+
+
+def record(pid: int, path: Path, form: str) -> None:
+    """Look at a process for `SECONDS`."""
+    command = [SPY, "record", "--pid", str(pid), "--duration", str(SECONDS), "--rate", "250", "--function"]
+    subprocess.run([*command, "--format", form, "--output", str(path)], check=True, capture_output=True)
+
+
+def rooms(raw: str) -> dict[str, float]:
+    """The share of samples by the room of the innermost frame; py-spy's raw lines are `outer (file);inner (file) n`."""
+    samples: Counter[str] = Counter()
+    for line in raw.splitlines():
+        stack, _, count = line.rpartition(" ")
+        file = stack.rpartition("(")[2].rstrip(")")
+        samples[next(room for prefix, room in ROOMS if file.startswith(prefix))] += int(count)
+    return {room: count / samples.total() for room, count in samples.most_common()}
+
+
+def main() -> int:
+    if not SPY.exists():
+        print("py-spy is not there: run it as `make flame`", file=sys.stderr)
+        return 2
+    kind = sys.argv[1] if len(sys.argv) > 1 else "frame"
+    image = ROOT / "docs" / "images" / f"flame-{kind}.svg"
+    upstream, port = free_port(), free_port()
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        process(wire("upstream", upstream), upstream),
+        process(sidecar(port, upstream), port) as pid,
+        subprocess.Popen(
+            wire("load", port, CONNECTIONS, 3 * SECONDS), stdin=subprocess.PIPE, stdout=subprocess.DEVNULL
+        ) as load,
+    ):
+        try:
+            assert load.stdin is not None
+            load.stdin.write(bodies()[kind])
+            load.stdin.close()
+            record(pid, image, "flamegraph")
+            raw = Path(folder) / "raw"
+            record(pid, raw, "raw")
+            shares = rooms(raw.read_text())
+            image.write_text(image.read_text().replace(f"{ROOT}/", ""))  # it quotes the command that made it
+        finally:
+            load.kill()
+    for room, share in shares.items():
+        print(f"{share:6.1%}  {room}")
+    print(f"wrote {image.relative_to(ROOT)}, {image.stat().st_size / 1024:.0f} KB")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

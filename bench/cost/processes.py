@@ -1,0 +1,97 @@
+"""Processes to be measured: started, waited for, asked what they use, and ended."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+START_SECONDS = 60.0
+#: Settings of whoever calls must not reach what is measured, nor should a proxy stand between it and its upstream.
+_NOT_OURS = ("SIDECAR_", "TRIO_", "DASHSCOPE", "HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy")
+
+
+class NotStarted(Exception):
+    """What kept a program from listening."""
+
+
+@contextlib.contextmanager
+def process(command: list[str], port: int) -> Iterator[int]:
+    """Run a command until the block ends; gives its process id once it listens. Raises `NotStarted`."""
+    environ = {name: value for name, value in os.environ.items() if not name.startswith(_NOT_OURS)}
+    environ["PYTHONPATH"] = str(ROOT)
+    with tempfile.TemporaryFile() as log:  # not a pipe: one that nobody reads stops the program once it is full
+        child = subprocess.Popen(
+            command, env=environ, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, cwd=ROOT
+        )
+        try:
+            _wait(child, command, port, log)
+            yield child.pid
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
+
+
+def _wait(child: subprocess.Popen[bytes], command: list[str], port: int, log: IO[bytes]) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while True:
+        with contextlib.suppress(ConnectionRefusedError), socket.create_connection(("127.0.0.1", port), 1):
+            return
+        if child.poll() is not None or time.monotonic() > deadline:
+            child.kill()
+            log.seek(0)
+            told = log.read().decode(errors="replace").strip()[-500:]
+            raise NotStarted(f"{' '.join(command[:3])} … does not listen on {port}: {told}")
+        time.sleep(0.02)
+
+
+def wire(*arguments: object) -> list[str]:
+    """The command line of one end of a measured line."""
+    return [sys.executable, "-m", "bench.cost.wire", *map(str, arguments)]
+
+
+def sidecar(port: int, upstream: int, *options: str) -> list[str]:
+    """The command line of a sidecar before an upstream."""
+    return [
+        sys.executable, "-m", "sidecar", "serve", "--port", str(port), "--backend", "dashscope",
+        "--dashscope-url", f"http://127.0.0.1:{upstream}/v1", "--log-level", "error", "--admin-host", "127.0.0.1",
+        *(options if "--admin-port" in options else ("--admin-port", "0", *options)),
+    ]  # fmt: skip
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def tree(pid: int) -> list[int]:
+    """The process and all its descendants."""
+    children = Path(f"/proc/{pid}/task").glob("*/children")
+    return [pid, *(one for path in children for child in path.read_text().split() for one in tree(int(child)))]
+
+
+def cpu_seconds(pid: int) -> float:
+    """Processor time of the process and its descendants, all their threads, in the kernel too."""
+    nanoseconds = 0
+    for one in tree(pid):
+        for path in Path(f"/proc/{one}/task").glob("*/schedstat"):
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # a thread that has just ended
+                nanoseconds += int(path.read_text().split()[0])
+    return nanoseconds / 1e9
+
+
+def resident_bytes(pid: int) -> int:
+    """Resident memory of the process and its descendants."""
+    pages = sum(int(Path(f"/proc/{one}/statm").read_text().split()[1]) for one in tree(pid))
+    return pages * os.sysconf("SC_PAGE_SIZE")

@@ -1,0 +1,114 @@
+"""All proxies before one upstream, asked in turns: what the machine does meanwhile befalls them all alike."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+
+from bench.cost.peers import PEERS, Missing
+from bench.cost.processes import NotStarted, cpu_seconds, free_port, process, resident_bytes, sidecar, wire
+from sidecar.demo.cameras import body_of
+from sidecar.demo.frames import frame
+
+KINDS = ("small", "frame", "stream")
+CONNECTIONS = (1, 16)
+SECONDS = 0.8
+ROUNDS = 5
+_WARM_UP_SECONDS = 0.3
+_SMALL = {"model": "qwen-vl-plus", "messages": [{"role": "user", "content": "Hello."}]}
+
+#: The client asks the upstream itself: what is left of a wait when nothing lies between.
+DIRECT = "direct"
+SIDECAR = "sidecar"
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What one proxy did with one kind of request for a second. Seconds."""
+
+    per_second: float
+    p50: float
+    cpu: float
+    """The proxy's own processor time of a request; for a stream, of an event."""
+    first: float = 0.0
+    """From the request to a stream's first event."""
+    event: float = 0.0
+    """From the upstream's sending of an event to the client's receiving it."""
+
+
+#: Rounds of one run: what was seen of a proxy, by kind and connections, one value a round.
+Rounds = dict[tuple[str, int], dict[str, list[Seen]]]
+
+
+def bodies() -> dict[str, bytes]:
+    """The body of each kind of request."""
+    return {
+        "small": json.dumps(_SMALL).encode(),
+        "frame": body_of(frame(0)),
+        "stream": json.dumps({"stream": True, **_SMALL}).encode(),
+    }
+
+
+def run(names: list[str]) -> tuple[Rounds, dict[str, float]]:
+    """Measure the sidecar and these peers; gives the rounds, and each one's idle memory in bytes."""
+    upstream = free_port()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(process(wire("upstream", upstream), upstream))
+        lines: dict[str, tuple[int, int | None]] = {DIRECT: (upstream, None)}
+        port = free_port()
+        lines[SIDECAR] = port, stack.enter_context(process(sidecar(port, upstream), port))
+        for name in names:
+            port = free_port()
+            try:
+                command = PEERS[name].command(PEERS[name].prepare(), port, upstream)
+                lines[name] = port, stack.enter_context(process(command, port))
+            except (Missing, NotStarted) as error:
+                print(f"WITHOUT {name}: {error}", file=sys.stderr, flush=True)
+        time.sleep(2)
+        idle = {name: float(resident_bytes(pid)) for name, (_, pid) in lines.items() if pid is not None}
+        return _rounds(lines), idle
+
+
+def _rounds(lines: dict[str, tuple[int, int | None]]) -> Rounds:
+    sent = bodies()
+    found: Rounds = {(kind, count): {name: [] for name in lines} for kind in KINDS for count in CONNECTIONS}
+
+    def ask(name: str, kind: str, count: int, seconds: float) -> Seen:
+        try:
+            return see(*lines[name], count, seconds, sent[kind])
+        except RuntimeError as error:
+            raise SystemExit(f"{name}, {kind}, {count} connections: {error}") from error
+
+    for name in lines:
+        for kind in KINDS:
+            ask(name, kind, max(CONNECTIONS), _WARM_UP_SECONDS)
+    for number in range(ROUNDS):
+        for (kind, count), seen in found.items():
+            for name in _turned(list(lines), number):
+                seen[name].append(ask(name, kind, count, SECONDS))
+        print(f"round {number + 1} of {ROUNDS}", file=sys.stderr, flush=True)
+    return found
+
+
+def _turned(names: list[str], number: int) -> list[str]:
+    """The same names from another one on: nobody always runs after the same neighbour at the start of a second."""
+    at = number % len(names)
+    return names[at:] + names[:at]
+
+
+def see(port: int, pid: int | None, connections: int, seconds: float, body: bytes) -> Seen:
+    """Ask one proxy for so long. Raises `RuntimeError`."""
+    before = cpu_seconds(pid) if pid is not None else 0.0
+    done = subprocess.run(
+        wire("load", port, connections, seconds), input=body, capture_output=True, timeout=seconds + 60, check=False
+    )
+    used = cpu_seconds(pid) - before if pid is not None else 0.0
+    if done.returncode:
+        raise RuntimeError(done.stderr.decode().strip().rpartition("\n")[2])
+    found = json.loads(done.stdout)
+    cpu = used / found.get("events", found["answered"])
+    return Seen(found["per_second"], found["p50"], cpu, found.get("first", 0.0), found.get("event", 0.0))
