@@ -80,25 +80,26 @@ class Call:
             return await http.content.read()
         try:
             async with asyncio.timeout_at(self._arrived + self.limits.deadline):
-                return await self._read_slowly(announced, most)
+                return await self._receive(most)
         except TimeoutError:
             raise InvalidRequest(
                 f"the body did not come within {self.limits.deadline:g} s: send it sooner, or raise SIDECAR_DEADLINE",
                 status=408,
             ) from None
 
-    async def _read_slowly(self, announced: int | None, most: int) -> bytes:
-        http = self.http
-        if announced is not None:
-            return await http.content.read()
-        pieces: list[bytes] = []
-        size = 0
-        async for piece in http.content.iter_any():
-            size += len(piece)
-            if size > most:
-                raise _too_large(most, None)
-            pieces.append(piece)
-        return b"".join(pieces)
+    async def _receive(self, most: int) -> bytes:
+        """Read a body that is still on its way; what has come of it counts as waiting."""
+        admission = self._dispatcher.routes[0].admission
+        body = bytearray()  # and no list of pieces: a body that comes byte by byte would be a list of millions
+        try:
+            async for piece in self.http.content.iter_any():
+                admission.receive(len(piece), len(body))
+                body += piece
+                if len(body) > most:
+                    raise _too_large(most, None)
+            return bytes(body)
+        finally:
+            admission.arriving_bytes -= len(body)
 
     async def _continue(self) -> None:
         expect = self.http.headers["Expect"]
