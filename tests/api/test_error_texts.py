@@ -234,7 +234,7 @@ ERRORS: dict[Callable[[Given], Awaitable[Any]], tuple[int, Code, str, str]] = {
     superseded: (409, "superseded", "'gate'", "send no X-Queue-Policy: latest"),
     payload_too_large: (413, "payload_too_large", r"of \d{4} bytes .* 1000", "raise SIDECAR_MAX_BODY_BYTES"),
     queue_full: (503, "queue_full", "1 requests are waiting", r"SIDECAR_QUEUE_SIZE.* after [\d.]+ s"),
-    queue_full_of_bytes: (503, "queue_full", r"\d+ bytes are waiting or being received and \d+ more", r"SIDECAR_QUEUE_BYTES.* after"),
+    queue_full_of_bytes: (503, "queue_full", r"\d+ bytes are waiting .* \d+ more", r"SIDECAR_QUEUE_BYTES.* after"),
     deadline_unreachable_on_arrival: (503, "deadline_unreachable", r"[\d.]+ s are left", "X-Request-Timeout"),
     deadline_unreachable_in_the_queue: (503, "deadline_unreachable", r"of 0\.3 s,.* concurrency", "X-Request-Timeout"),
     draining: (503, "draining", "shutting down", "try again in 1 s"),
