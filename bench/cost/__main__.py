@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -33,6 +34,7 @@ def main() -> int:
     options = parser.parse_args()
     if unknown := set(options.peers) - set(PEERS):
         parser.error(f"no such peer: {', '.join(sorted(unknown))}")
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # ends what was started, as Ctrl-C does
     rounds, idle = side_by_side.run(list(options.peers))
     figures = [*report.ratios(rounds), *report.streams(rounds), *_alone(), _admission()]
     print(report.targets_table(figures), report.peers_table(rounds, idle), sep="\n\n", end="\n\n")
