@@ -80,7 +80,7 @@ bench-check: .venv/.ready ## measure again, compare with the ratios that are com
 	$(RUN)python -m bench.cost --check $(PEERS)
 
 flame: .venv/.ready .venv-spy/.ready ## flame graphs of small requests, frames and streams, and where the time goes
-	@for kind in small frame stream; do echo "$$kind:" && $(RUN)python -m bench.cost.flame $$kind || exit 1; done
+	@$(RUN)python -m bench.cost.flame
 
 scenarios: .venv/.ready ## how well the limits are learned, in virtual time, beside an oracle
 	$(RUN)python bench/scenarios.py

@@ -101,6 +101,11 @@ def test_a_sample_counts_for_the_room_of_its_innermost_function():
     }
 
 
+def test_what_a_command_makes_takes_the_place_of_what_it_made_before_and_nothing_else():
+    page = "Title\n<!-- make bench: begin -->\nold\n<!-- make bench: end -->\nText\n"
+    assert report.between(page, "make bench", "new") == page.replace("old", "new")
+
+
 def test_litellm_is_measured_only_when_asked_for_by_name():
     assert "litellm" in PEERS
     assert "litellm" not in USUAL

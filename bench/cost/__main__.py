@@ -22,9 +22,7 @@ from bench.cost.peers import PEERS, USUAL
 from bench.cost.processes import ROOT
 
 RATIOS = Path(__file__).with_name("ratios.json")
-PAGE = ROOT / "docs" / "performance.md"
-PICTURE = ROOT / "docs" / "images" / "performance.svg"
-_BEGIN, _END = "<!-- make bench: begin -->\n", "<!-- make bench: end -->"
+PICTURE = report.IMAGES / "performance.svg"
 
 
 def main() -> int:
@@ -79,15 +77,13 @@ def _write(figures: list[Figure], rounds: side_by_side.Rounds, idle: dict[str, f
     }
     RATIOS.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n")
     PICTURE.write_text(report.picture(rounds, idle))
-    page = PAGE.read_text()
-    before, after = page.partition(_BEGIN)[0], page.partition(_END)[2]
     made = (
         f"`make bench` on {data['machine']}, at commit {data['commit']}; medians of {side_by_side.ROUNDS} rounds.\n\n"
         f"{report.targets_table(figures)}\n\n{report.peers_table(rounds, idle)}\n\n"
-        "![What each proxy costs](images/performance.svg)\n"
+        "![What each proxy costs](images/performance.svg)"
     )
-    PAGE.write_text(before + _BEGIN + made + _END + after)
-    print(f"wrote {', '.join(str(path.relative_to(ROOT)) for path in (RATIOS, PICTURE, PAGE))}", file=sys.stderr)
+    report.PAGE.write_text(report.between(report.PAGE.read_text(), "make bench", made))
+    print(f"wrote {', '.join(str(path.relative_to(ROOT)) for path in (RATIOS, PICTURE, report.PAGE))}", file=sys.stderr)
 
 
 def _processor() -> str:

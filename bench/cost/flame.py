@@ -1,6 +1,6 @@
 """Where the sidecar's time goes: a flame graph of it under load, and the share of each room.
 
-    make flame                 (or .venv/bin/python -m bench.cost.flame small|frame|stream)
+    make flame                 (or .venv/bin/python -m bench.cost.flame, with py-spy in .venv-spy)
 
 py-spy looks at the running process 250 times a second; a function's own time is with its innermost Python frame, so
 what a system call or C code takes is with whoever called it.
@@ -15,7 +15,8 @@ from collections import Counter
 from pathlib import Path
 
 from bench.cost.processes import ROOT, free_port, process, sidecar, wire
-from bench.cost.side_by_side import bodies
+from bench.cost.report import IMAGES, PAGE, between
+from bench.cost.side_by_side import KINDS, bodies
 
 SPY = ROOT / ".venv-spy" / "bin" / "py-spy"
 SECONDS = 8
@@ -53,19 +54,16 @@ def rooms(raw: str) -> dict[str, float]:
     return {room: count / samples.total() for room, count in samples.most_common()}
 
 
-def main() -> int:
-    if not SPY.exists():
-        print("py-spy is not there: run it as `make flame`", file=sys.stderr)
-        return 2
-    kind = sys.argv[1] if len(sys.argv) > 1 else "frame"
-    image = ROOT / "docs" / "images" / f"flame-{kind}.svg"
+def look(kind: str) -> dict[str, float]:
+    """Draw the flame graph of a sidecar that is sent this kind of request; gives the shares of the rooms."""
+    image = IMAGES / f"flame-{kind}.svg"
     upstream, port = free_port(), free_port()
     with (
         tempfile.TemporaryDirectory() as folder,
         process(wire("upstream", upstream), upstream),
         process(sidecar(port, upstream), port) as pid,
         subprocess.Popen(
-            wire("load", port, CONNECTIONS, 3 * SECONDS), stdin=subprocess.PIPE, stdout=subprocess.DEVNULL
+            wire("load", port, CONNECTIONS, 4 * SECONDS), stdin=subprocess.PIPE, stdout=subprocess.DEVNULL
         ) as load,
     ):
         try:
@@ -73,15 +71,29 @@ def main() -> int:
             load.stdin.write(bodies()[kind])
             load.stdin.close()
             record(pid, image, "flamegraph")
-            raw = Path(folder) / "raw"
-            record(pid, raw, "raw")
-            shares = rooms(raw.read_text())
             image.write_text(image.read_text().replace(f"{ROOT}/", ""))  # it quotes the command that made it
+            record(pid, Path(folder) / "raw", "raw")
+            return rooms((Path(folder) / "raw").read_text())
         finally:
             load.kill()
-    for room, share in shares.items():
-        print(f"{share:6.1%}  {room}")
-    print(f"wrote {image.relative_to(ROOT)}, {image.stat().st_size / 1024:.0f} KB")
+
+
+def table(shares: dict[str, dict[str, float]]) -> str:
+    """The rooms' shares by kind of request, the dearest first."""
+    names = sorted({room for of_kind in shares.values() for room in of_kind}, key=lambda r: -shares["frame"].get(r, 0))
+    lines = ["| own time | " + " | ".join(f"[{kind}](images/flame-{kind}.svg)" for kind in shares) + " |"]
+    lines.append("|---" * (len(shares) + 1) + "|")
+    lines += [f"| {room} | " + " | ".join(f"{s.get(room, 0):.0%}" for s in shares.values()) + " |" for room in names]
+    return "\n".join(lines)
+
+
+def main() -> int:
+    if not SPY.exists():
+        print("py-spy is not there: run it as `make flame`", file=sys.stderr)
+        return 2
+    made = table({kind: look(kind) for kind in KINDS})
+    print(made)
+    PAGE.write_text(between(PAGE.read_text(), "make flame", made))
     return 0
 
 

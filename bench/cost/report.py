@@ -7,7 +7,11 @@ from statistics import median
 
 from bench.cost.figures import Figure
 from bench.cost.peers import PEERS
+from bench.cost.processes import ROOT
 from bench.cost.side_by_side import DIRECT, SIDECAR, Rounds, Seen
+
+PAGE = ROOT / "docs" / "performance.md"
+IMAGES = PAGE.parent / "images"
 
 #: Targets of ratios to a peer, by what is divided. Frames are what the product is for; the others are told.
 _TARGETS = {
@@ -94,6 +98,13 @@ def peers_table(rounds: Rounds, idle: dict[str, float]) -> str:
         cells += [_cpu(rounds["stream", 16], name), f"{idle[name] / 1e6:.0f}" if name in idle else ""]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def between(page: str, command: str, made: str) -> str:
+    """The page with what a command made in its place there, between two comments that name it."""
+    begin, end = f"<!-- {command}: begin -->\n", f"<!-- {command}: end -->"
+    before, after = page.partition(begin)[0], page.partition(end)[2]
+    return f"{before}{begin}{made}\n{end}{after}"
 
 
 def number(value: float) -> str:
