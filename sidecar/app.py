@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import os
 import platform
 import signal
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from prometheus_client import CollectorRegistry, ProcessCollector
 
@@ -31,6 +32,9 @@ from .settings import Settings
 from .status import status_of
 from .telemetry import Telemetry
 from .watch import Watch
+
+if TYPE_CHECKING:
+    from .spans import Spans
 
 log = logging.getLogger("sidecar")
 
@@ -59,7 +63,8 @@ class Sidecar:
         self._loop = asyncio.get_running_loop()
         self._told_to_drain = asyncio.Event()
         registry = CollectorRegistry()
-        self._telemetry = Telemetry(registry)
+        self._spans = _spans()
+        self._telemetry = Telemetry(registry, None if self._spans is None else self._spans.finished)
         self._telemetry.build_info.labels(__version__, platform.python_version()).set(1)
         self.health = Health()
         self.routes = [_route(settings, name, self._telemetry) for name in settings.backend_names]
@@ -78,6 +83,7 @@ class Sidecar:
                 key_header=settings.key_header,
                 default_model=getattr(self.routes[0].backend, "model_id", settings.dashscope_model),
                 passthrough=settings.passthrough and self.routes[0].name == "dashscope",
+                traced=self._spans is not None,
             ),
             detector=Dispatcher(self.detectors, self._telemetry) if self.detectors else None,
             api_key=settings.api_key,
@@ -187,6 +193,8 @@ class Sidecar:
             self._memory.save()
         for route in reversed(self._all_routes()):
             await route.backend.close()
+        if self._spans is not None:
+            await self._spans.close()
         self.watch.close()
         await self._admin_listener.close()
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -215,6 +223,18 @@ async def _open(listener: Listener, host: str, port: int, setting: str) -> int:
 def _reason(error: OSError) -> str:
     """What the system says, without the addresses that asyncio puts into it."""
     return error.strerror.rpartition(": ")[2] if error.strerror else str(error)
+
+
+def _spans() -> Spans | None:
+    """What sends spans, if OpenTelemetry's own variables say where to. Its absence is no reason not to serve."""
+    if not (os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT") or os.environ.get("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")):
+        return None
+    try:
+        from .spans import Spans  # noqa: PLC0415  some megabytes that few want
+    except ImportError as error:
+        log.warning("an OTLP endpoint is set, but no spans are sent (%s): install vlm-sidecar[otel]", error)
+        return None
+    return Spans()
 
 
 def _detectors(settings: Settings) -> list[Route]:

@@ -25,6 +25,7 @@ from backends.base import (
 
 from .admission import Admission, DeadlineUnreachable, Draining, NotAdmitted, OnHold, Permit, Superseded, Ticket
 from .telemetry import Outcome, Telemetry
+from .tracing import Trace
 
 #: Retries of failures (never of throttling) may be this share of successes, so that an ailing provider is not
 #: multiplied by us; the reserve starts full and never holds more. Finagle's retry budget has the same 20 %.
@@ -193,6 +194,9 @@ class Dispatcher:
         """Make one attempt and tell admission and the metrics what it was told."""
         loop = asyncio.get_running_loop()
         ticket, name = permit.ticket, route.name
+        trace = ticket.stopwatch if isinstance(ticket.stopwatch, Trace) else None
+        if trace is not None:
+            request = trace.attempt(request, name)
         timings = Timings()
         result = "cancelled"
         try:
@@ -250,6 +254,8 @@ class Dispatcher:
             raise
         finally:
             self._telemetry.attempt(name, result)
+            if trace is not None:
+                trace.attempted(result)
             self._let_others_move(route, ticket.model)
         return reply
 

@@ -15,6 +15,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disa
 from backends.base import Throttled, Usage
 
 from .admission import Ticket
+from .tracing import Trace
 
 log = logging.getLogger("sidecar")
 
@@ -58,8 +59,12 @@ class _Children(dict[_Key, _Child]):
 class Telemetry:
     """Every metric that requests write. Gauges of what is (queues, limits) are read by `admin` when scraped."""
 
-    def __init__(self, registry: CollectorRegistry) -> None:
+    def __init__(
+        self, registry: CollectorRegistry, on_trace: Callable[[Ticket, Trace, str, str], None] | None = None
+    ) -> None:
+        """`on_trace` is told, with API and outcome, of each traced ticket that has ended."""
         self.registry = registry
+        self._on_trace = on_trace
         disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series beside every counter and histogram that nobody queries
 
         self._metrics: dict[str, Counter | Histogram] = {}
@@ -165,6 +170,8 @@ class Telemetry:
             if seconds["first_byte"] > 0:
                 self._first_byte[(backend,)].observe(seconds["first_byte"])
                 self._backend_duration[(backend,)].observe(ticket.stopwatch.upstream_seconds)
+        if self._on_trace is not None and isinstance(ticket.stopwatch, Trace):
+            self._on_trace(ticket, ticket.stopwatch, api, outcome)
 
     def invalid(self, api: str, backend: str) -> None:
         """A request that never became a ticket: its own fault."""

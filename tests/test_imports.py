@@ -29,7 +29,8 @@ async def main():
         await sidecar.close()
 
 uvloop.run(main())
-print([name for name in ("torch", "transformers", "PIL", "numpy", "redis", "onnxruntime") if name in sys.modules])
+heavy = ("torch", "transformers", "PIL", "numpy", "redis", "onnxruntime", "opentelemetry")
+print([name for name in heavy if name in sys.modules])
 """
 
 

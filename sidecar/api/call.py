@@ -16,6 +16,7 @@ from backends.base import Dialect, Reply, Request
 from ..admission import Priority, Ticket
 from ..dispatch import DeadlineExceeded, Dispatcher
 from ..telemetry import Outcome
+from ..tracing import Trace
 from .errors import Api, InvalidRequest, Problem, body_of, headers_of
 
 _PRIORITIES = {"high": Priority.HIGH, "normal": Priority.NORMAL, "low": Priority.LOW}
@@ -24,7 +25,7 @@ _PASSED_ON = ("traceparent", "tracestate")
 _DASHSCOPE = "x-dashscope-"
 LONGEST_KEY = 256
 #: W3C Trace Context: version, trace id, parent id, flags, the last bit of which says that the trace is kept.
-TRACE = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]([0-9a-f])")
+TRACE = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-[0-9a-f]([0-9a-f])")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +37,8 @@ class Limits:
     key_header: str = "X-Camera-Id"
     default_model: str = "qwen-vl-plus"
     passthrough: bool = False
+    traced: bool = False
+    """Spans are made of a request whose caller keeps its trace."""
 
 
 class Call:
@@ -150,8 +153,12 @@ class Call:
             latest=policy is not None,
         )
         trace = TRACE.match(headers.get("traceparent", ""))
-        if trace is not None and int(trace[2], 16) & 1:
+        if trace is not None and int(trace[3], 16) & 1:
             self.ticket.trace_id = trace[1]
+            if self.limits.traced:
+                self.ticket.stopwatch = Trace(
+                    now, arrived=self._arrived, trace_id=int(trace[1], 16), parent_id=int(trace[2], 16)
+                )
         return self.ticket
 
     def _budget(self, given: str | None) -> float:
