@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import logging
 import platform
+import shutil
 import sys
 import types
 import typing
@@ -27,14 +29,79 @@ to begin:
   vlm-sidecar check                      try settings, network, key and model
   vlm-sidecar serve                      requests to http://127.0.0.1:8100/v1, live page at http://127.0.0.1:9464/
 
-exit status: 0 well, 2 bad usage or settings (one line on stderr names the setting), 1 anything else
+vlm-sidecar COMMAND --help tells more of each, with examples.
+exit status: 0 well, 2 bad usage or settings (one line on stderr names the setting), 1 anything else, 130 on Ctrl-C
 """
+
+#: What stands below each command's options.
+_MORE = {
+    "serve": """\
+examples:
+  vlm-sidecar serve                                          no key, no URL: answers are simulated, and it says so
+  vlm-sidecar serve --dashscope-api-key-file /run/secrets/dashscope
+  vlm-sidecar serve --dashscope-url http://127.0.0.1:8000/v1 --max-concurrency 16      vLLM and others
+  vlm-sidecar serve --config sidecar.toml --log-level debug
+
+SIGTERM, Ctrl-C or `vlm-sidecar drain`: what was accepted is finished, within --drain-timeout; a second one gives up.
+""",
+    "check": """\
+It takes the settings that serve takes, from the same places, and prints each with where it came from; secrets as ***.
+Then each backend: name, connection, TLS, key, model, one small request of a few LLM tokens. A failed step says what to
+do.
+
+examples:
+  vlm-sidecar check
+  vlm-sidecar check --json --dashscope-url http://127.0.0.1:8000/v1
+
+exit status: 0 all is well, 1 a step failed, 2 a setting cannot be used
+""",
+    "top": """\
+examples:
+  vlm-sidecar top                                            q or Ctrl-C leaves
+  vlm-sidecar top --admin-host 10.0.0.7
+  vlm-sidecar top --admin-port 19464                         as after: kubectl port-forward POD 19464:9464
+  vlm-sidecar top | head -5                                  once, as plain text
+
+NO_COLOR in the environment: without colours. The same in a browser: http://127.0.0.1:9464/
+""",
+    "demo": """\
+It starts a simulated provider with a hidden quota and a sidecar as processes of its own, on free ports, and lets ten
+cameras send real JPEG frames: behind a semaphore of 1, of 16, and through the sidecar. It takes a minute and a half.
+Settings in the environment are not looked at.
+
+examples:
+  vlm-sidecar demo
+  vlm-sidecar demo --speed 4 --html report.html
+""",
+    "simulate": """\
+It prints its base URL, and counts what it saw at /_simulate/stats.
+
+examples:
+  vlm-sidecar simulate --requests-per-second 5 --burst 5 --latency 1.27
+  vlm-sidecar simulate --port 0 --tokens-per-second 16000 --burst-tokens 50000
+""",
+    "drain": """\
+What a preStop hook calls, in the container of the sidecar: the admin listener takes it from its own machine only.
+
+examples:
+  vlm-sidecar drain
+  vlm-sidecar drain --admin-port 9464 --timeout 40
+
+exit status: 0 it has finished, 1 nobody answers there or it is still draining after --timeout
+""",
+    "completion": """\
+examples:
+  source <(vlm-sidecar completion bash)                      in ~/.bashrc
+  source <(vlm-sidecar completion zsh)                       in ~/.zshrc
+  vlm-sidecar completion fish | source                       in ~/.config/fish/config.fish
+""",
+}
 
 
 def main(argv: list[str] | None = None) -> NoReturn:
     """Run a command and exit: 0 well, 2 bad usage or settings (one line on stderr), 1 anything else."""
     given = sys.argv[1:] if argv is None else argv
-    args = _parser(given[:1]).parse_args(given)
+    args = _parser(given[:1]).parse_args(given or ["--help"])
     try:
         status = args.run(args)
     except SettingsError as error:
@@ -45,19 +112,31 @@ def main(argv: list[str] | None = None) -> NoReturn:
     sys.exit(status)
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong in one line, instead of behind a screen of usage."""
+        self.exit(2, f"{self.prog}: {message} ({self.prog} --help tells more)\n")
+
+
 def _parser(called: list[str]) -> argparse.ArgumentParser:
     """The parser. What only some commands load is loaded for the command that is called."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="vlm-sidecar",
         description="A localhost proxy that learns how much a vision-model provider allows, and queues fairly for it.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=_Help,
         epilog=_EPILOG,
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="show what is running and on what, and exit")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     def command(name: str, run: Any, text: str) -> argparse.ArgumentParser:
-        added = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        added = commands.add_parser(
+            name,
+            help=text,
+            description=text[0].upper() + text[1:] + ".",
+            formatter_class=_Help,
+            epilog=_MORE[name],
+        )
         added.set_defaults(run=run)
         return added
 
@@ -71,7 +150,9 @@ def _parser(called: list[str]) -> argparse.ArgumentParser:
     )
     top.add_argument("--admin-port", type=int, metavar="PORT", default=9464, help="its admin port (default: 9464)")
     demo = command("demo", _demo, "show the main job end to end: the same cameras with and without a sidecar")
-    demo.add_argument("--speed", type=float, default=1.0, help="play it so many times as fast (default: 1)")
+    demo.add_argument(
+        "--speed", type=float, metavar="N", default=1.0, help="play it so many times as fast (default: 1)"
+    )
     demo.add_argument("--html", type=Path, metavar="FILE", help="write a report with plots there too")
     simulate = command("simulate", _simulate, "run the simulated provider alone, with hidden quotas, for tests")
     if called == ["simulate"]:
@@ -108,9 +189,16 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
                 help=text,
             )
             continue
-        if field.default is not None:
+        if field.default not in (None, ""):
             text += f" (default: {field.default})"
         group.add_argument(option_name(name), dest=name, metavar=_metavar(field), default=argparse.SUPPRESS, help=text)
+
+
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Help as wide as the terminal up to what is read with ease, with room for the longest option."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=34, width=min(shutil.get_terminal_size().columns, 120) - 2)
 
 
 def _metavar(field: FieldInfo) -> str:
@@ -190,7 +278,7 @@ def _top(args: argparse.Namespace) -> int:
 def _completion(args: argparse.Namespace) -> int:
     from .completion import script  # noqa: PLC0415
 
-    print(script(_parser([]), args.shell), end="")
+    print(script(_parser(["simulate"]), args.shell), end="")  # which has the options of all
     return 0
 
 
@@ -198,12 +286,13 @@ class _Version(argparse.Action):
     """`--version`: what someone who is asked for help wants to know."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
-        from importlib.metadata import version  # noqa: PLC0415  a megabyte that `serve` can do without
+        from importlib.metadata import PackageNotFoundError, version  # noqa: PLC0415  a megabyte that `serve` can do without
 
-        parts = [f"{name} {version(name)}" for name in ("aiohttp", "uvloop")]
-        print(
-            f"vlm-sidecar {__version__} (Python {platform.python_version()}, {', '.join(parts)}, {platform.platform()})"
-        )
+        parts = [f"Python {platform.python_version()}"]
+        for name in ("aiohttp", "uvloop", "pillow", "onnxruntime", "torch", "transformers"):
+            with contextlib.suppress(PackageNotFoundError):  # an extra that is not installed
+                parts.append(f"{name} {version(name)}")
+        print(f"vlm-sidecar {__version__} ({', '.join(parts)}, {platform.platform()})")
         parser.exit()
 
 

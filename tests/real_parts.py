@@ -15,7 +15,7 @@ PARTS = ROOT / ".parts" / "usr" / "bin"
 
 def real_part(program: str, how_to_get_it: str = "run `.ci/parts` on a Debian machine") -> str:
     """Give the program's path. Without it the test fails in CI, and is skipped with a line that says so elsewhere."""
-    found = shutil.which(program, path=f"{PARTS}{os.pathsep}{os.environ['PATH']}")
+    found = shutil.which(program, path=os.pathsep.join([str(PARTS), str(ROOT / ".parts" / "bin"), os.environ["PATH"]]))
     if found is None:
         missing = f"{program} is not on this machine: {how_to_get_it}"
         if os.environ.get("CI"):

@@ -9,7 +9,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 import yaml
 from real_parts import real_part
 from running import BOUND, Process
@@ -117,39 +116,6 @@ def test_prometheus_takes_its_configuration():
         check=False,
     )
     assert checked.returncode == 0, checked.stdout + checked.stderr
-
-
-@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_completion_knows_every_command(shell):
-    script = subprocess.run(
-        [sys.executable, "-m", "sidecar", "completion", shell],
-        capture_output=True,
-        text=True,
-        timeout=BOUND,
-        check=True,
-    ).stdout
-    for word in ("serve", "check", "top", "drain", "dashscope-url", "admin-port"):
-        assert word in script
-
-
-def test_bash_completes():
-    script = subprocess.run(
-        [sys.executable, "-m", "sidecar", "completion", "bash"],
-        capture_output=True,
-        text=True,
-        timeout=BOUND,
-        check=True,
-    ).stdout
-    ask = 'COMP_WORDS=(vlm-sidecar {}); COMP_CWORD={}; _vlm_sidecar; echo "${{COMPREPLY[@]}}"'
-    for words, at, expected in (("ch", 1, "check"), ("top --admin-h", 2, "--admin-host"), ("completion f", 2, "fish")):
-        told = subprocess.run(
-            ["bash", "-c", f"{script}\n{ask.format(words, at)}"],
-            capture_output=True,
-            text=True,
-            timeout=BOUND,
-            check=True,
-        )
-        assert told.stdout.split() == [expected], told.stderr
 
 
 async def test_the_table_of_metrics_is_what_a_sidecar_says(serving):
