@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import contextlib
 import logging
+import os
 import platform
 import shutil
 import sys
@@ -144,11 +145,14 @@ def _parser(called: list[str]) -> argparse.ArgumentParser:
     check = command("check", _check, "print the settings in force, and try the backend step by step")
     check.add_argument("--json", action="store_true", help="print one JSON object")
     _add_settings(check)
+    port = os.environ.get(f"{PREFIX}ADMIN_PORT") or 9464  # where a sidecar with these settings is
     top = command("top", _top, "show live where requests wait and why; plain text once when not on a terminal")
     top.add_argument(
         "--admin-host", metavar="HOST", default="127.0.0.1", help="where its admin listener is (default: 127.0.0.1)"
     )
-    top.add_argument("--admin-port", type=int, metavar="PORT", default=9464, help="its admin port (default: 9464)")
+    top.add_argument(
+        "--admin-port", type=int, metavar="PORT", default=port, help="its admin port (default: %(default)s)"
+    )
     demo = command("demo", _demo, "show the main job end to end: the same cameras with and without a sidecar")
     demo.add_argument(
         "--speed", type=float, metavar="N", default=1.0, help="play it so many times as fast (default: 1)"
@@ -160,7 +164,9 @@ def _parser(called: list[str]) -> argparse.ArgumentParser:
 
         add_options(simulate)
     drain = command("drain", _drain, "ask a running sidecar to finish what it has and stop; waits until it has")
-    drain.add_argument("--admin-port", type=int, metavar="PORT", default=9464, help="its admin port (default: 9464)")
+    drain.add_argument(
+        "--admin-port", type=int, metavar="PORT", default=port, help="its admin port (default: %(default)s)"
+    )
     drain.add_argument(
         "--timeout", type=float, metavar="SECONDS", default=30.0, help="seconds to wait for it (default: 30)"
     )
