@@ -10,7 +10,8 @@ from typing import Any
 import orjson
 from aiohttp import web
 
-Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
+#: Answers a request with a `web.StreamResponse`, or with as much of one as aiohttp asks for: see `api.answer`.
+Handler = Callable[[web.BaseRequest], Awaitable[Any]]
 
 #: A connection that was idle for so long is closed. Longer than any client's own limit (httpx 5 s, aiohttp 15 s), so
 #: that it is the client who closes, and never under a request that is on its way.

@@ -17,6 +17,7 @@ from ..admission import Priority, Ticket
 from ..dispatch import DeadlineExceeded, Dispatcher
 from ..telemetry import Outcome
 from ..tracing import Trace
+from .answer import Answer
 from .errors import Api, InvalidRequest, Problem, body_of, headers_of
 
 _PRIORITIES = {"high": Priority.HIGH, "normal": Priority.NORMAL, "low": Priority.LOW}
@@ -59,7 +60,7 @@ class Call:
         self.outcome: Outcome = "error"
         self.ticket: Ticket | None = None
         self.request_id = ""
-        self.response: web.StreamResponse | None = None
+        self.response: Answer | None = None
         self._error_told = False
         self._dispatcher = dispatcher
         self._loop = asyncio.get_running_loop()
@@ -201,7 +202,7 @@ class Call:
         stream: bool,
         method: str = "POST",
         headers: Mapping[str, str] | None = None,
-    ) -> web.StreamResponse:
+    ) -> Answer:
         """Send the caller's body on as it is, and the answer back as it is."""
         ticket = self.admit(model=model, tokens=tokens, size_bytes=len(body))
         request = Request(
@@ -239,14 +240,13 @@ class Call:
 
     # -- out -----------------------------------------------------------------------------------------------------------
 
-    async def respond(self, status: int, body: bytes, headers: Mapping[str, str]) -> web.StreamResponse:
+    async def respond(self, status: int, body: bytes, headers: Mapping[str, str]) -> Answer:
         """Write a whole answer."""
-        response = web.Response(status=status, body=body, headers={**headers, **self._own_headers()})
-        await self._begin(response)
-        await response.write_eof()
-        return response
+        self.response = answer = self._answer(status, headers, length=len(body))
+        await answer.write_whole(body)
+        return answer
 
-    async def fail(self, problem: Problem) -> web.StreamResponse:
+    async def fail(self, problem: Problem) -> Answer:
         """Write an error; into the stream if one has begun."""
         body = body_of(problem, self.api, self.request_id)
         if self.ticket is not None:
@@ -267,20 +267,18 @@ class Call:
         """Write a streaming answer chunk by chunk. A caller who reads slowly slows the provider: nothing piles up."""
         assert self.ticket is not None and reply.chunks is not None  # noqa: S101  `ask` was given both
         switch, clock = self.ticket.stopwatch.switch, self._loop.time
-        response = web.StreamResponse(status=reply.status, headers={**reply.headers, **self._own_headers()})
-        await self._begin(response)
+        self.response = answer = self._answer(reply.status, reply.headers, length=None)
+        await answer.begin()
         async for chunk in reply.chunks:
             switch("write", clock())
-            await response.write(chunk)
+            await answer.write(chunk)
             switch("body", clock())
         self._error_told = reply.failure is not None  # the provider's own frame has passed
 
-    async def _begin(self, response: web.StreamResponse) -> None:
-        self.response = response
-        if self._dispatcher.draining or not self.http.content.is_eof():
-            # The caller's next request must not meet a socket that is just being closed, nor the rest of this body.
-            response.force_close()
-        await response.prepare(self.http)
+    def _answer(self, status: int, headers: Mapping[str, str], *, length: int | None) -> Answer:
+        # The caller's next request must not meet a socket that is just being closed, nor the rest of this body.
+        close = self._dispatcher.draining or not self.http.content.is_eof()
+        return Answer(self.http, status, {**headers, **self._own_headers()}, length=length, close=close)
 
     def _own_headers(self) -> dict[str, str]:
         backend = (self.ticket and self.ticket.backend) or self._dispatcher.routes[0].name

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from aiohttp import web
-
+from .answer import Answer
 from .body import Asked, image_of, kind_of, look_at, look_at_messages, model_of, with_model
 from .call import Call
 from .errors import InvalidRequest
@@ -14,7 +13,7 @@ from .errors import InvalidRequest
 PATH = "/services/aigc/multimodal-generation/generation"
 
 
-async def generation(call: Call) -> web.StreamResponse:
+async def generation(call: Call) -> Answer:
     """`POST …/multimodal-generation/generation`; with `X-DashScope-SSE: enable` as a stream of events."""
     body = await call.read()
     asked = look_at(body, _read)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from aiohttp import web
-
+from .answer import Answer
 from .body import Asked, image_of, kind_of, look_at, look_at_messages, model_of, with_model
 from .call import Call
 from .errors import InvalidRequest
@@ -14,7 +13,7 @@ from .errors import InvalidRequest
 BASES = ("/v1", "/compatible-mode/v1")
 
 
-async def chat_completions(call: Call) -> web.StreamResponse:
+async def chat_completions(call: Call) -> Answer:
     """`POST /v1/chat/completions`, streaming or not."""
     body = await call.read()
     asked = understand(body)
@@ -24,7 +23,7 @@ async def chat_completions(call: Call) -> web.StreamResponse:
     )
 
 
-async def models(call: Call) -> web.StreamResponse:
+async def models(call: Call) -> Answer:
     """`GET /v1/models`: the backend's own list."""
     return await call.respond(200, await call.models(), {"Content-Type": "application/json"})
 

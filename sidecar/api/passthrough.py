@@ -8,8 +8,8 @@ from __future__ import annotations
 from urllib.parse import unquote
 
 import orjson
-from aiohttp import web
 
+from .answer import Answer
 from .body import CHARS_PER_TOKEN
 from .call import Call
 from .errors import InvalidRequest
@@ -18,7 +18,7 @@ from .openai import BASES
 _METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE")
 
 
-async def passthrough(call: Call) -> web.StreamResponse:
+async def passthrough(call: Call) -> Answer:
     """Any method on any other path below `/v1` and `/compatible-mode/v1`."""
     http = call.http
     if http.method not in _METHODS:

@@ -17,6 +17,7 @@ from aiohttp import web
 from ..admission import Draining
 from ..dispatch import Dispatcher
 from . import native, openai, trio
+from .answer import Answer
 from .call import TRACE, Call, Limits
 from .errors import Api, InvalidRequest, problem_of
 from .passthrough import passthrough
@@ -29,7 +30,7 @@ class Endpoint:
     """What answers one method on one path, and in which API's words errors are told."""
 
     api: Api
-    handle: Callable[[Call], Awaitable[web.StreamResponse]]
+    handle: Callable[[Call], Awaitable[Answer]]
     open: bool = False
     """Answers without a bearer: what probes and load balancers ask."""
 
@@ -92,7 +93,7 @@ class DataServer:
         """Wait until no request is under way."""
         await self._idle.wait()
 
-    async def __call__(self, http: web.BaseRequest) -> web.StreamResponse:
+    async def __call__(self, http: web.BaseRequest) -> Answer:
         """Answer one request."""
         path = http.raw_path.partition("?")[0]
         methods = ENDPOINTS.get(path)
@@ -136,7 +137,7 @@ class DataServer:
         passes = self._limits.passthrough and path.startswith(tuple(f"{base}/" for base in openai.BASES))
         return _PASSTHROUGH if passes else None
 
-    async def _answer(self, call: Call, error: Exception) -> web.StreamResponse:
+    async def _answer(self, call: Call, error: Exception) -> Answer:
         if isinstance(error, ConnectionError) and _is_gone(call.http):
             raise error  # the caller hung up: there is nobody to answer
         problem = problem_of(error, call.api)

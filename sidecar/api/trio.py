@@ -12,12 +12,11 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
-from aiohttp import web
-
 from backends.base import Rejected, Request
 from backends.images import base64_size, image_tokens
 
 from ..admission import Ticket
+from .answer import Answer
 from .body import CHARS_PER_TOKEN, UNKNOWN_IMAGE_TOKENS
 from .call import Call
 from .errors import InvalidRequest
@@ -38,7 +37,7 @@ _VEHICLES = ("car", "bus", "truck", "motorcycle")
 _LOADED = time.monotonic()
 
 
-async def describe(call: Call) -> web.StreamResponse:
+async def describe(call: Call) -> Answer:
     """`POST /api/inference/describe`: the model's answer to one prompt about one frame."""
     asked, image = await _read(call, DescribeRequest)
     request, ticket = _question(call, asked, asked.prompt, image, media_type(image))
@@ -47,7 +46,7 @@ async def describe(call: Call) -> web.StreamResponse:
     return await _respond(call, {"description": text, "elapsed_ms": _elapsed_ms(ticket)})
 
 
-async def crop_describe(call: Call) -> web.StreamResponse:
+async def crop_describe(call: Call) -> Answer:
     """`POST /api/inference/crop-describe`: the scene, what is in it, and what each enlarged detection looks like."""
     asked, image = await _read(call, CropDescribeRequest)
     kind = media_type(image)
@@ -72,7 +71,7 @@ async def crop_describe(call: Call) -> web.StreamResponse:
     return await _respond(call, answer)
 
 
-async def detect(call: Call) -> web.StreamResponse:
+async def detect(call: Call) -> Answer:
     """`POST /api/inference/detect`: what the operator's model finds in a frame."""
     _, image = await _read(call, DetectRequest)
     if call.detector is None:
@@ -103,13 +102,13 @@ async def detect(call: Call) -> web.StreamResponse:
     return await _respond(call, answer)
 
 
-async def status(call: Call) -> web.StreamResponse:
+async def status(call: Call) -> Answer:
     """`GET /api/inference/status`: what is loaded. The data listener opens once the backend has started."""
     answer = {"vlm_loaded": True, "vlm_model": call.limits.default_model, "yolo_loaded": call.detector is not None}
     return await _respond(call, answer)
 
 
-async def health(call: Call) -> web.StreamResponse:
+async def health(call: Call) -> Answer:
     """`GET /health`: that this process serves, and for how many seconds it has."""
     uptime = int(time.monotonic() - _LOADED)
     return await _respond(call, {"status": "ok", "service": "trio-core-inference", "uptime_s": uptime})
@@ -157,7 +156,7 @@ def _elapsed_ms(ticket: Ticket) -> int:
     return int((total - ticket.stopwatch.seconds["queue"]) * 1000)
 
 
-async def _respond(call: Call, answer: dict[str, Any]) -> web.StreamResponse:
+async def _respond(call: Call, answer: dict[str, Any]) -> Answer:
     # Not orjson: entities hold what a model wrote, integers of any length and halves of characters among it.
     body = json.dumps(answer, separators=(",", ":")).encode()
     return await call.respond(200, body, {"Content-Type": "application/json"})
