@@ -25,7 +25,7 @@ def starts() -> tuple[list[float], list[float]]:
     for _ in range(STARTS):
         port, admin = free_port(), free_port()
         began = time.perf_counter()
-        with process(sidecar(port, free_port(), "--admin-port", str(admin)), admin) as pid:
+        with process(sidecar(port, free_port(), admin=admin), admin) as pid:
             while _ask(admin, "/readyz")[0] != 200:
                 time.sleep(0.005)
             seconds.append(time.perf_counter() - began)
@@ -38,10 +38,9 @@ def queue_of_frames() -> float:
     """The bytes by which the sidecar grows while 2,000 frames wait, as a share of their bodies."""
     upstream, port, admin = free_port(), free_port(), free_port()
     body = bodies()["frame"]
-    options = ("--admin-port", str(admin), "--max-concurrency", "1", "--deadline", "600")
     with (
         process(wire("silent", upstream), upstream),
-        process(sidecar(port, upstream, *options), port) as pid,
+        process(sidecar(port, upstream, "--max-concurrency", "1", "--deadline", "600", admin=admin), port) as pid,
         subprocess.Popen(wire("pile", port, QUEUED + 1), stdin=subprocess.PIPE) as pile,
     ):
         try:
@@ -64,7 +63,7 @@ def lag() -> float:
     upstream, port, admin = free_port(), free_port(), free_port()
     with (
         process(wire("upstream", upstream), upstream),
-        process(sidecar(port, upstream, "--admin-port", str(admin)), port),
+        process(sidecar(port, upstream, admin=admin), port),
     ):
         before = _samples(admin, f"{_LAG}_bucket")
         done = subprocess.run(

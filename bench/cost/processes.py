@@ -60,12 +60,12 @@ def wire(*arguments: object) -> list[str]:
     return [sys.executable, "-m", "bench.cost.wire", *map(str, arguments)]
 
 
-def sidecar(port: int, upstream: int, *options: str) -> list[str]:
+def sidecar(port: int, upstream: int, *options: str, admin: int = 0) -> list[str]:
     """The command line of a sidecar before an upstream."""
     return [
-        sys.executable, "-m", "sidecar", "serve", "--port", str(port), "--backend", "dashscope",
-        "--dashscope-url", f"http://127.0.0.1:{upstream}/v1", "--log-level", "error", "--admin-host", "127.0.0.1",
-        *(options if "--admin-port" in options else ("--admin-port", "0", *options)),
+        sys.executable, "-m", "sidecar", "serve", "--port", str(port), "--admin-host", "127.0.0.1",
+        "--admin-port", str(admin), "--log-level", "error", "--backend", "dashscope",
+        "--dashscope-url", f"http://127.0.0.1:{upstream}/v1", *options,
     ]  # fmt: skip
 
 
