@@ -33,6 +33,7 @@ def main() -> int:
     if unknown := set(options.peers) - set(PEERS):
         parser.error(f"no such peer: {', '.join(sorted(unknown))}")
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # ends what was started, as Ctrl-C does
+    busy = os.getloadavg()[0]
     rounds, idle = side_by_side.run(list(options.peers))
     figures = [*report.ratios(rounds), *report.streams(rounds), *_alone(), _admission()]
     print(report.targets_table(figures), report.peers_table(rounds, idle), sep="\n\n", end="\n\n")
@@ -46,7 +47,7 @@ def main() -> int:
     print("\n".join(worse))
     if options.check:
         return bool(worse)
-    _write(figures, rounds, idle)
+    _write(figures, rounds, idle, busy)
     return 0
 
 
@@ -57,10 +58,11 @@ def _is_asked(figure: str, peers: list[str]) -> bool:
 
 
 def _alone() -> list[Figure]:
-    seconds, resident = alone.starts()
+    starts = alone.starts()
     return [
-        Figure("idle memory (RSS)", tuple(value / 1e6 for value in resident), " MB", 56.0),
-        Figure("start to ready", tuple(seconds), " s", 0.8),
+        Figure("idle memory (RSS)", tuple(start.resident / 1e6 for start in starts), " MB", 56.0),
+        Figure("start to ready", tuple(start.seconds for start in starts), " s", 0.8),
+        Figure("start to ready: processor time", tuple(start.cpu for start in starts), " s", 0.8),
         Figure("memory of 2,000 queued frames ÷ their bodies", (alone.queue_of_frames(),), "", 1.3),
         Figure("event-loop lag p99 at 500 frames/s", (alone.lag() * 1e3,), " ms", 10.0),
     ]
@@ -75,7 +77,7 @@ def _admission() -> Figure:
     return Figure("admission: 10 → 10,000 keys, 10 → 2,000 queued", growth, " times", 1.5)
 
 
-def _write(figures: list[Figure], rounds: side_by_side.Rounds, idle: dict[str, float]) -> None:
+def _write(figures: list[Figure], rounds: side_by_side.Rounds, idle: dict[str, float], busy: float) -> None:
     commit = subprocess.run(
         ("git", "describe", "--always"), cwd=ROOT, check=True, capture_output=True, text=True
     ).stdout
@@ -87,7 +89,8 @@ def _write(figures: list[Figure], rounds: side_by_side.Rounds, idle: dict[str, f
     RATIOS.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n")
     PICTURE.write_text(report.picture(rounds, idle))
     made = (
-        f"`make bench` on {data['machine']}, at commit {data['commit']}; medians of {side_by_side.ROUNDS} rounds.\n\n"
+        f"`make bench` on {data['machine']}, at commit {data['commit']}; medians of {side_by_side.ROUNDS} rounds; "
+        f"load average before it {busy:.1f}, which is other work.\n\n"
         f"{report.targets_table(figures)}\n\n{report.peers_table(rounds, idle)}\n\n"
         "![What each proxy costs](images/performance.svg)"
     )

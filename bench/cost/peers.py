@@ -30,14 +30,14 @@ class Peer:
     what: str
     command: Callable[[Path, int, int], list[str]]
     """Gives the command line, from its folder, the port to listen on and the upstream's."""
-    fetch: Callable[[Path], None] = lambda folder: None
-    """Puts it into its folder. Raises `Missing`."""
+    fetch: Callable[[Path], None] | None = None
+    """Puts it into its folder. Raises `Missing`. None: it is here already."""
 
     def prepare(self) -> Path:
         """Give its folder, with the program in it. Raises `Missing`."""
         folder = FOLDER / self.name
         ready = folder / ".ready"
-        if not ready.exists():
+        if self.fetch is not None and not ready.exists():
             print(f"fetching {self.name} into {folder.relative_to(ROOT)}", file=sys.stderr, flush=True)
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)

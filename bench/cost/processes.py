@@ -16,8 +16,10 @@ from typing import IO
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 START_SECONDS = 60.0
-#: Settings of whoever calls must not reach what is measured, nor should a proxy stand between it and its upstream.
-_NOT_OURS = ("SIDECAR_", "TRIO_", "DASHSCOPE", "HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy")
+#: What of the caller's environment must not reach what is measured: settings, a proxy to the upstream, and a ban on
+#: bytecode, without which each start compiles all that it imports. An installed sidecar has it.
+_PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy")
+_NOT_OURS = ("SIDECAR_", "TRIO_", "DASHSCOPE", "PYTHONDONTWRITEBYTECODE", *_PROXIES)
 
 
 class NotStarted(Exception):
