@@ -35,8 +35,16 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # ends what was started, as Ctrl-C does
     busy = os.getloadavg()[0]
     rounds, idle = side_by_side.run(list(options.peers))
-    figures = [*report.ratios(rounds), *report.streams(rounds), *_alone(), _admission()]
-    print(report.targets_table(figures), report.peers_table(rounds, idle), sep="\n\n", end="\n\n")
+    costs = [admission.one_round() for _ in range(admission.ROUNDS)]
+    growth = tuple(map(admission.growth, costs))
+    figures = [
+        *report.ratios(rounds),
+        *report.streams(rounds),
+        *_alone(),
+        Figure("admission: 10 → 10,000 keys, 10 → 2,000 queued", growth, " times", 1.5),
+    ]
+    made = [report.targets_table(figures), report.peers_table(rounds, idle), report.admission_table(costs)]
+    print(*made, sep="\n\n", end="\n\n")
     before = json.loads(RATIOS.read_text())
     if before["machine"] != _machine():
         print(f"the committed run was on another machine ({before['machine']}): milliseconds do not carry over")
@@ -47,7 +55,7 @@ def main() -> int:
     print("\n".join(worse))
     if options.check:
         return bool(worse)
-    _write(figures, rounds, idle, busy)
+    _write(figures, made, report.picture(rounds, idle), busy)
     return 0
 
 
@@ -68,33 +76,20 @@ def _alone() -> list[Figure]:
     ]
 
 
-def _admission() -> Figure:
-    """The dearest size by the cheapest: how far from flat admission is."""
-    costs = [admission.one_round() for _ in range(admission.ROUNDS)]
-    for size in admission.SIZES:
-        print(f"admission, {size[0]:,} keys, {size[1]:,} waiting: {min(cost[size] for cost in costs):.0f} µs a request")
-    growth = tuple(max(cost.values()) / cost[admission.SIZES[0]] for cost in costs)
-    return Figure("admission: 10 → 10,000 keys, 10 → 2,000 queued", growth, " times", 1.5)
-
-
-def _write(figures: list[Figure], rounds: side_by_side.Rounds, idle: dict[str, float], busy: float) -> None:
+def _write(figures: list[Figure], made: list[str], picture: str, busy: float) -> None:
     commit = subprocess.run(
         ("git", "describe", "--always"), cwd=ROOT, check=True, capture_output=True, text=True
-    ).stdout
-    data = {
-        "machine": _machine(),
-        "commit": commit.strip(),
-        "figures": {figure.name: [round(value, 4) for value in figure.values] for figure in figures},
-    }
+    ).stdout.strip()
+    told = {figure.name: [round(value, 4) for value in figure.values] for figure in figures}
+    data = {"machine": _machine(), "commit": commit, "figures": told}
     RATIOS.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n")
-    PICTURE.write_text(report.picture(rounds, idle))
-    made = (
-        f"`make bench` on {data['machine']}, at commit {data['commit']}; medians of {side_by_side.ROUNDS} rounds; "
-        f"load average before it {busy:.1f}, which is other work.\n\n"
-        f"{report.targets_table(figures)}\n\n{report.peers_table(rounds, idle)}\n\n"
-        "![What each proxy costs](images/performance.svg)"
+    PICTURE.write_text(picture)
+    head = (
+        f"`make bench` on {_machine()}, at commit {commit}; medians of {side_by_side.ROUNDS} rounds; "
+        f"load average before it {busy:.1f}, which is other work."
     )
-    report.PAGE.write_text(report.between(report.PAGE.read_text(), "make bench", made))
+    page = "\n\n".join([head, *made, "![What each proxy costs](images/performance.svg)"])
+    report.PAGE.write_text(report.between(report.PAGE.read_text(), "make bench", page))
     print(f"wrote {', '.join(str(path.relative_to(ROOT)) for path in (RATIOS, PICTURE, report.PAGE))}", file=sys.stderr)
 
 

@@ -11,8 +11,8 @@ import time
 from bench.sim import clock
 from sidecar.admission import Admission, Ticket
 
-#: Keys, and requests that always wait.
-SIZES = ((10, 10), (10_000, 10), (10, 2_000), (10_000, 2_000))
+#: Keys, and requests that always wait. What the others are by the second one is how far from flat admission is.
+SIZES = ((10, 0), (10, 10), (10_000, 10), (10, 2_000), (10_000, 2_000))
 ROUNDS = 5
 REQUESTS = 6_000
 
@@ -21,10 +21,10 @@ def microseconds(keys: int, waiting: int) -> float:
     """Processor time of one request: entering, waiting its turn, permit, verdict, return. The cameras take turns."""
 
     async def main() -> float:
-        admission = Admission(concurrency=1, queue_size=2 * waiting)
+        admission = Admission(concurrency=1, queue_size=2 * waiting + 1)
         loop = admission.loop
         warm, done = asyncio.Event(), asyncio.Event()  # each of those that wait has been served once; all have
-        left = REQUESTS + waiting
+        left = REQUESTS + waiting + 1
         number = 0
 
         async def caller() -> None:
@@ -48,6 +48,11 @@ def microseconds(keys: int, waiting: int) -> float:
         return took / REQUESTS * 1e6
 
     return clock.run(main())
+
+
+def growth(cost: dict[tuple[int, int], float]) -> float:
+    """The dearest size of a round by the smallest queue there is."""
+    return max(cost.values()) / cost[10, 10]
 
 
 def one_round() -> dict[tuple[int, int], float]:

@@ -100,6 +100,15 @@ def peers_table(rounds: Rounds, idle: dict[str, float]) -> str:
     return "\n".join(lines)
 
 
+def admission_table(costs: list[dict[tuple[int, int], float]]) -> str:
+    """What the door alone costs a request, by keys and by how many wait."""
+    lines = ["| admission alone, in virtual time | µs a request | requests/s |", "|---|---|---|"]
+    for keys, waiting in costs[0]:
+        microseconds = median(cost[keys, waiting] for cost in costs)
+        lines.append(f"| {keys:,} keys, {waiting:,} waiting | {microseconds:.0f} | {1e6 / microseconds:,.0f} |")
+    return "\n".join(lines)
+
+
 def between(page: str, command: str, made: str) -> str:
     """The page with what a command made in its place there, between two comments that name it."""
     begin, end = f"<!-- {command}: begin -->\n", f"<!-- {command}: end -->"
