@@ -51,6 +51,7 @@ class Pool(aiohttp.TCPConnector):
         super().__init__(
             limit=0, keepalive_timeout=IDLE_SECONDS, ttl_dns_cache=_DNS_SECONDS, socket_factory=_watched_socket
         )
+        self.timeout = aiohttp.ClientTimeout(connect=_CONNECT_SECONDS)
         self.known: WeakSet[ResponseHandler] = WeakSet()
         """Those that a request went out on before."""
 
@@ -63,7 +64,9 @@ class Upstream:
         url = URL(base)
         proxy = environment_proxy(url)
         self._pool = pool
-        self._way = ClientRequest("GET", url, proxy=proxy, loop=asyncio.get_running_loop())  # all that `connect` reads
+        loop = asyncio.get_running_loop()
+        self._clock = loop.time
+        self._way = ClientRequest("GET", url, proxy=proxy, loop=loop)  # all that `connect` reads
         self._headers = {"Host": self._way.headers["Host"], "Accept": "*/*", "Accept-Encoding": "identity"}
         # A proxy is told the whole URL, but for what it only tunnels.
         whole = proxy is not None and url.scheme == "http"
@@ -80,11 +83,10 @@ class Upstream:
         headers.update(self._headers)
         if body or method not in _BODILESS:
             headers["Content-Length"] = str(len(body))
-        clock = asyncio.get_running_loop().time
         new_only = False
         while True:
             connection, reused = await self._connect(new_only=new_only)
-            timings.work_started = clock()
+            timings.work_started = self._clock()
             if "Proxy-Authorization" in self._way.headers:  # the connector has read it from the proxy's URL
                 headers["Proxy-Authorization"] = self._way.headers["Proxy-Authorization"]
             try:
@@ -95,7 +97,7 @@ class Upstream:
                     raise
                 new_only = True
             else:
-                timings.first_byte = clock()
+                timings.first_byte = self._clock()
                 return response
 
     async def _connect(self, *, new_only: bool) -> tuple[Connection, bool]:
@@ -103,9 +105,9 @@ class Upstream:
         known = self._pool.known
         while True:
             try:
-                connection = await self._pool.connect(self._way, [], aiohttp.ClientTimeout(connect=_CONNECT_SECONDS))
+                connection = await self._pool.connect(self._way, [], self._pool.timeout)
             except TimeoutError as error:
-                raise aiohttp.ConnectionTimeoutError(f"{_CONNECT_SECONDS:g}") from error
+                raise aiohttp.ConnectionTimeoutError(f"{self._pool.timeout.connect:g}") from error
             protocol = connection.protocol
             assert protocol is not None  # noqa: S101  it has one until it is released
             reused = protocol in known

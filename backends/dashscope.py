@@ -314,6 +314,8 @@ async def _json_body(response: Response) -> bytes:
 
 async def _read(response: Response, limit: int) -> bytes:
     """Read a body to its end. Raises ServerFailed if it is longer than `limit` bytes."""
+    if response.content.is_eof():  # all of it came with the head
+        return response.content.read_nowait()
     pieces = []
     size = 0
     while piece := await response.content.readany():

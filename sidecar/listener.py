@@ -45,6 +45,11 @@ class _Protocol(web.RequestHandler):
         self._silence.cancel()
         super().connection_lost(exc)
 
+    def resume_reading(self, resume_parser: bool = True) -> None:
+        """Read on after a pause. aiohttp calls this after every read of a body, and would parse nothing each time."""
+        if self._reading_paused:
+            super().resume_reading(resume_parser)
+
     def heard(self) -> None:
         """The head of a request is there: from now on the keep-alive time holds."""
         self._silence.cancel()

@@ -115,14 +115,13 @@ class Call:
     def identify(self) -> None:
         """Take over the caller's request id, or make one."""
         given = self.http.headers.get("X-Request-Id")
-        self.request_id = os.urandom(16).hex()
-        if given is not None:
-            if not given or len(given) > 128 or not (given.isascii() and given.isprintable()):
-                raise InvalidRequest(
-                    f"X-Request-Id must be 1 to 128 printable ASCII characters, not these {len(given)}",
-                    field="X-Request-Id",
-                )
-            self.request_id = given
+        fits = given is not None and 0 < len(given) <= 128 and given.isascii() and given.isprintable()
+        self.request_id = given if given is not None and fits else os.urandom(16).hex()
+        if given is not None and not fits:
+            raise InvalidRequest(
+                f"X-Request-Id must be 1 to 128 printable ASCII characters, not these {len(given)}",
+                field="X-Request-Id",
+            )
 
     def admit(self, *, model: str, tokens: float, size_bytes: int) -> Ticket:
         """Make the ticket from the headers. Raises `InvalidRequest` that names the header."""
