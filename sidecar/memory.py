@@ -8,6 +8,7 @@ of since keeps the age at which it was, however often the sidecar starts.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import time
@@ -109,6 +110,8 @@ class Memory:
             beside.replace(self._path)
         except OSError as error:
             self._warn("cannot be written", error.strerror)
+            with contextlib.suppress(OSError):
+                beside.unlink(missing_ok=True)  # a full disk takes a file's name and not its content
 
     def _warn(self, what: str, why: object) -> None:
         """Once for each: a file that cannot be written now will not be in 30 s."""
