@@ -381,6 +381,7 @@ class RateController:
     def restart(self, now: float, share: float) -> None:
         """Go on after a pause, such as an outage, at that share of the limit, and rise from there."""
         if self.state is State.START:
+            self._start.again(now)
             return
         self._sent.clear()
         self._empty_at = now

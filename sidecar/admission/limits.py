@@ -305,7 +305,7 @@ class Limits:
             for controller in (self.requests, self.tokens):
                 if controller.state is not State.START:
                     controller.recovered(now, hold.since, probe.started, hold.gap, probe.started - hold.last_refused)
-        elif hold.kind is HoldKind.OUTAGE:
+        elif hold.kind is HoldKind.OUTAGE or self.requests.state is State.START:
             self.requests.restart(now, OUTAGE_SHARE)
         hold.open(probe.started)
         self._probe = None

@@ -39,6 +39,10 @@ class Start:
         self.began = min(self.began, now)
         self._unanswered += 1
 
+    def again(self, now: float) -> None:
+        """Begin anew: after a pause the provider is as unknown as at first, and all that waits is no first word."""
+        self.began = now
+
     def answered(self, now: float, amount: float) -> None:
         """A request has ended, and took this amount."""
         self._unanswered -= 1
