@@ -80,8 +80,10 @@ Script = Callable[[Link, Seen], Awaitable[None]]
 class Upstream:
     """`script` answers each request; `seen` and `links` are the ledger; `arrived` is set with the first request."""
 
-    def __init__(self, script: Script | None = None) -> None:
+    def __init__(self, script: Script | None = None, host: str = "127.0.0.1", port: int = 0) -> None:
         self.script: Script = script or _chat
+        self.host = host
+        self.port = port
         self.seen: list[Seen] = []
         self.links: list[Link] = []
         self.arrived = asyncio.Event()
@@ -89,8 +91,8 @@ class Upstream:
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def __aenter__(self) -> Upstream:
-        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
-        self.port: int = self._server.sockets[0].getsockname()[1]
+        self._server = await asyncio.start_server(self._serve, self.host, self.port)
+        self.port = self._server.sockets[0].getsockname()[1]
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -98,14 +100,23 @@ class Upstream:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        for link in self.links:
-            link.writer.transport.abort()
+        self.drop()
         await self._server.wait_closed()
         assert self.failures == [], "the script itself failed"
 
+    def drop(self) -> None:
+        """Break every connection at once."""
+        for link in self.links:
+            link.writer.transport.abort()
+
+    def stop(self) -> None:
+        """Take no more connections, and break those there are."""
+        self._server.close()
+        self.drop()
+
     @property
     def origin(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"http://{self.host}:{self.port}"
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()

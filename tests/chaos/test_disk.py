@@ -47,7 +47,7 @@ async def test_a_folder_that_vanishes_and_comes_back_under_load(tmp_path, servin
     statuses = set()
 
     async def caller():
-        while not path.exists():  # noqa: ASYNC110
+        while not path.exists():
             async with sidecar.post() as response:
                 await response.read()
                 statuses.add(response.status)

@@ -73,5 +73,4 @@ async def test_an_upstream_that_restarts_on_its_port_is_found_again(scripted):
     ):
         for _ in range(3):
             assert await asyncio.gather(*(ask(client, process.url) for _ in range(6))) == [200] * 6
-            for link in upstream.links:
-                link.writer.transport.abort()
+            upstream.drop()
