@@ -9,11 +9,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+from functools import partial
 from typing import TYPE_CHECKING
 from urllib.request import getproxies, proxy_bypass
 from weakref import WeakSet
 
 import aiohttp
+from aiohttp.client_proto import ResponseHandler
 from aiohttp.client_reqrep import ClientRequest
 from aiohttp.http import HttpProcessingError, StreamWriter
 from yarl import URL
@@ -21,7 +23,6 @@ from yarl import URL
 from backends.base import Timings
 
 if TYPE_CHECKING:
-    from aiohttp.client_proto import ResponseHandler
     from aiohttp.connector import AddrInfoType, Connection
     from aiohttp.http import RawResponseMessage
     from multidict import CIMultiDict
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 _CONNECT_SECONDS = 5.0
 #: Seconds a pooled connection may idle. nginx and the usual load balancers close at 60 to 75.
 IDLE_SECONDS = 45.0
+#: A connection that has died in the pool shows it within so many seconds of its next use. Later, it was at work.
+_UNNOTICED_SECONDS = 2.0
 #: Seconds a resolved address is used for new connections: an upstream that moved is found again within this.
 _DNS_SECONDS = 10
 #: TCP keep-alive as DashScope's own SDK sets it: idle seconds, interval, probes.
@@ -52,8 +55,19 @@ class Pool(aiohttp.TCPConnector):
             limit=0, keepalive_timeout=IDLE_SECONDS, ttl_dns_cache=_DNS_SECONDS, socket_factory=_watched_socket
         )
         self.timeout = aiohttp.ClientTimeout(connect=_CONNECT_SECONDS)
+        self._factory = partial(_Protocol, loop=self._loop)  # type: ignore[assignment]  # partial is invariant
         self.known: WeakSet[ResponseHandler] = WeakSet()
         """Those that a request went out on before."""
+
+
+class _Protocol(ResponseHandler):
+    """A connection. aiohttp would take an answer without a length for whole where a reset has cut it short."""
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        """Tell whoever reads."""
+        if exc is not None and self._payload is not None and not self._payload.is_eof():
+            self._payload.set_exception(aiohttp.ClientPayloadError(), exc)
+        super().connection_lost(exc)
 
 
 class Upstream:
@@ -81,6 +95,8 @@ class Upstream:
         on a new one. Cancelled, the connection is closed at once, not after what is still in its send buffer.
         """
         headers.update(self._headers)
+        if "Authorization" in self._way.headers:  # a name and a password in the base URL
+            headers.setdefault("Authorization", self._way.headers["Authorization"])
         if body or method not in _BODILESS:
             headers["Content-Length"] = str(len(body))
         new_only = False
@@ -93,7 +109,8 @@ class Upstream:
                 response = await _ask(connection, method, _head(method, self._prefix + path, headers), body)
             except BaseException as error:
                 _cut(connection)
-                if not (reused and _died_unnoticed(error)):
+                soon = self._clock() - timings.work_started < _UNNOTICED_SECONDS
+                if not (reused and soon and _died_unnoticed(error)):
                     raise
                 new_only = True
             else:
@@ -111,10 +128,12 @@ class Upstream:
             protocol = connection.protocol
             assert protocol is not None  # noqa: S101  it has one until it is released
             reused = protocol in known
-            if not (reused and new_only):
+            # Where one pooled connection was dead, the others are not to be trusted. Nor is one on which something has
+            # come while it idled: that would be taken for the answer to this request.
+            if not (reused and (new_only or protocol.should_close)):
                 known.add(protocol)
                 return connection, reused
-            connection.close()  # where one pooled connection was dead, the others are not to be trusted
+            connection.close()
 
 
 class Response:
@@ -164,16 +183,20 @@ async def _ask(connection: Connection, method: str, head: bytes, body: bytes) ->
     else:
         protocol.transport.write(head)
         sending = asyncio.ensure_future(_send_slices(protocol, body))
+    heard = False
     try:
         while True:
             message, content = await protocol.read()
             if not 100 <= message.code < 200 or message.code == 101:
                 return Response(connection, message, content, sending)
+            heard = True
     except BaseException as error:
         if sending is not None:
             sending.cancel()
         if isinstance(error, HttpProcessingError):
             raise NotHTTP from error
+        if heard and isinstance(error, aiohttp.ClientError):
+            raise aiohttp.ClientPayloadError from error  # it was alive: nothing to send again
         raise
 
 
@@ -181,7 +204,7 @@ async def _send_slices(protocol: ResponseHandler, body: bytes) -> None:
     """Write a big body, waiting whenever the socket is full. Who reads the answer is told of a broken connection."""
     writer = StreamWriter(protocol, asyncio.get_running_loop())
     view = memoryview(body)
-    with contextlib.suppress(aiohttp.ClientConnectionError):
+    with contextlib.suppress(ConnectionError):
         for start in range(0, len(body), _SLICE):
             await writer.write(view[start : start + _SLICE])
 

@@ -240,7 +240,11 @@ class DashScopeBackend:
                 return Unreachable(f"the name {self._host} cannot be resolved: {_strerror(reason)}")
             case aiohttp.ClientConnectorCertificateError():
                 return Unreachable(f"the certificate of {self._host} is not to be trusted: {error.certificate_error}")
-            case aiohttp.ClientProxyConnectionError() | aiohttp.ClientHttpProxyError():
+            case aiohttp.ClientHttpProxyError():
+                return Unreachable(
+                    f"the proxy on the way to {self._host} refuses to connect us: it answered {error.status}"
+                )
+            case aiohttp.ClientProxyConnectionError():
                 return Unreachable(f"the proxy on the way to {self._host} does not let us through: {_strerror(reason)}")
             case aiohttp.ClientConnectorError():
                 return Unreachable(f"no connection to {self._host}: {_strerror(reason)}")

@@ -11,6 +11,6 @@ import uvloop
 
 def pytest_asyncio_loop_factories(item: pytest.Item) -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]]:
     """Faults on both loops: production has uvloop, and closing, resetting and cancelling are not alike on the two."""
-    if item.path.name in {"test_dashscope_faults.py", "test_simulated_server.py"}:
+    if item.path.name in {"test_connections.py", "test_dashscope_faults.py", "test_simulated_server.py"}:
         return {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
     return {"asyncio": asyncio.new_event_loop}
