@@ -12,7 +12,6 @@ import socket
 from functools import partial
 from typing import TYPE_CHECKING
 from urllib.request import getproxies, proxy_bypass
-from weakref import WeakSet
 
 import aiohttp
 from aiohttp.client_proto import ResponseHandler
@@ -56,15 +55,21 @@ class Pool(aiohttp.TCPConnector):
         )
         self.timeout = aiohttp.ClientTimeout(connect=_CONNECT_SECONDS)
         self._factory = partial(_Protocol, loop=self._loop)  # type: ignore[assignment]  # partial is invariant
-        self.known: WeakSet[ResponseHandler] = WeakSet()
-        """Those that a request went out on before."""
 
 
 class _Protocol(ResponseHandler):
-    """A connection. aiohttp would take an answer without a length for whole where a reset has cut it short."""
+    """A connection."""
+
+    used = False
+    """A request went out on it before."""
+
+    def resume_reading(self, resume_parser: bool = True) -> None:
+        """Read on after a pause. aiohttp calls this after every read of a body, and would parse nothing each time."""
+        if self._reading_paused:
+            super().resume_reading(resume_parser)
 
     def connection_lost(self, exc: BaseException | None) -> None:
-        """Tell whoever reads."""
+        """Tell whoever reads: aiohttp would take an answer without a length for whole where a reset cut it short."""
         if exc is not None and self._payload is not None and not self._payload.is_eof():
             self._payload.set_exception(aiohttp.ClientPayloadError(), exc)
         super().connection_lost(exc)
@@ -119,19 +124,18 @@ class Upstream:
 
     async def _connect(self, *, new_only: bool) -> tuple[Connection, bool]:
         """Take a connection from the pool or make one; whether it was used before."""
-        known = self._pool.known
         while True:
             try:
                 connection = await self._pool.connect(self._way, [], self._pool.timeout)
             except TimeoutError as error:
                 raise aiohttp.ConnectionTimeoutError(f"{self._pool.timeout.connect:g}") from error
             protocol = connection.protocol
-            assert protocol is not None  # noqa: S101  it has one until it is released
-            reused = protocol in known
+            assert isinstance(protocol, _Protocol)  # noqa: S101  the pool made it
+            reused = protocol.used
             # Where one pooled connection was dead, the others are not to be trusted. Nor is one on which something has
             # come while it idled: that would be taken for the answer to this request.
             if not (reused and (new_only or protocol.should_close)):
-                known.add(protocol)
+                protocol.used = True
                 return connection, reused
             connection.close()
 
@@ -210,7 +214,7 @@ async def _send_slices(protocol: ResponseHandler, body: bytes) -> None:
 
 
 def _head(method: str, target: str, headers: CIMultiDict[str]) -> bytes:
-    lines = [f"{method} {target} HTTP/1.1", *(f"{name}: {value}" for name, value in headers.items()), "\r\n"]
+    lines = [f"{method} {target} HTTP/1.1", *map(": ".join, headers.items()), "\r\n"]
     head = "\r\n".join(lines)
     if not len(lines) == head.count("\n") == head.count("\r"):
         raise ValueError("a line break in a header would begin another one")

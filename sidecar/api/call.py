@@ -179,7 +179,7 @@ class Call:
         passed = {
             name: value
             for name, value in self.http.headers.items()
-            if value.isascii() and (name.lower() in _PASSED_ON or name.lower().startswith(_DASHSCOPE))
+            if ((lower := name.lower()) in _PASSED_ON or lower.startswith(_DASHSCOPE)) and value.isascii()
         }
         passed["X-Request-Id"] = self.request_id
         return passed
