@@ -90,7 +90,7 @@ def _shown(settings: Settings, origins: dict[str, str]) -> Iterator[tuple[str, s
 
 
 def _print(step: Step) -> None:
-    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     word = "ok" if step.ok else "FAIL"
     mark = f"\x1b[{32 if step.ok else 31}m{word:4}\x1b[0m" if colour else f"{word:4}"
     print(f"  {mark}  {step.backend:10} {step.name:10} {step.seconds * 1e3:7.0f} ms  {step.detail}")

@@ -72,7 +72,8 @@ Settings in the environment are not looked at.
 
 examples:
   vlm-sidecar demo
-  vlm-sidecar demo --speed 4 --html report.html
+  vlm-sidecar demo --html report.html
+  vlm-sidecar demo --speed 10                                to see that it runs: nothing learns the faster for it
 """,
     "simulate": """\
 It prints its base URL, and counts what it saw at /_simulate/stats.

@@ -84,7 +84,7 @@ def top(host: str, port: int) -> int:
 
 
 def _show(host: str, port: int, wants_to_leave: Callable[[], bool]) -> None:
-    paint: Paint = _plain if "NO_COLOR" in os.environ else _coloured
+    paint = painter()
     with contextlib.closing(events(host, port)) as told:
         view = View(next(told))
         while not wants_to_leave():
@@ -109,6 +109,11 @@ def events(host: str, port: int) -> Generator[dict[str, Any]]:
 
 
 # -- the picture -------------------------------------------------------------------------------------------------------
+
+
+def painter() -> Paint:
+    """How a terminal is coloured: not at all where `NO_COLOR` is set to anything (no-color.org)."""
+    return _plain if os.environ.get("NO_COLOR") else _coloured
 
 
 def _plain(text: str, colour: str) -> str:

@@ -13,6 +13,10 @@ from playwright.async_api import async_playwright
 from real_parts import real_part
 from running import BOUND, CHAT, Process, chat, samples
 
+from sidecar.demo.cameras import Answered, Result
+from sidecar.demo.report import report
+from sidecar.demo.table import Row
+
 PAGE = Path(__file__).parents[1] / "sidecar" / "page"
 
 
@@ -154,6 +158,21 @@ async def test_a_screen_reader_finds_names_and_words(browser, provider):
             assert await page.locator("table caption").count() == 5
             assert name in await page.text_content("[role=status]")
             assert complaints == []
+
+
+async def test_the_demos_report_is_drawn_from_one_file(browser, tmp_path):
+    answered = [Answered(total, total - 1.0, 0.25, 0.75) for total in (1.0, 2.0, 4.0)]
+    rows = [Row(way, Result(3, 0, answered), 0) for way in ("semaphore of 1", "semaphore of 16", "sidecar")]
+    file = tmp_path / "report.html"
+    file.write_text(report([("no quota", rows), ("hidden quota", rows)]))
+    async with opened(browser, file.as_uri(), viewport={"width": 360, "height": 800}) as (page, complaints):
+        assert await page.locator("svg").count() == 4
+        drawn = (
+            "[...document.querySelectorAll('rect, path')].filter(one => one.getBoundingClientRect().width > 5).length"
+        )
+        assert await page.evaluate(drawn) == 2 * (3 * 3 + 3), "each bar has three parts, and each way a line"
+        assert await page.evaluate("document.documentElement.scrollWidth") <= 360
+        assert complaints == []
 
 
 def test_it_is_small_and_asks_nothing_elsewhere():

@@ -39,6 +39,8 @@ class Result:
     sent: int = 0
     lost: int = 0
     answered: list[Answered] = field(default_factory=list)
+    before: int = 0
+    """Frames of the round that is not counted, described so far."""
 
 
 class Semaphore:
@@ -131,11 +133,12 @@ async def in_turn(
 
     The first round is not counted: the line is not yet as long as it will be.
     """
-    result = Result()
+    result, uncounted = Result(), Result()
 
     async def camera(number: int) -> None:
         for counted in range(rounds + 1):
-            await _one(way, number, frames[number], patience, result if counted else Result())
+            await _one(way, number, frames[number], patience, result if counted else uncounted)
+            result.before = len(uncounted.answered)
             tell(result)
 
     await _all(*(camera(number) for number in range(len(frames))))

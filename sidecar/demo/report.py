@@ -10,7 +10,10 @@ from statistics import fmean
 from .table import Row, percentile, sentence, table
 
 _STYLE = Path(__file__).parent.parent / "page" / "page.css"
-_MORE_STYLE = "svg { height: auto } pre { overflow-x: auto; font-size: .75rem } figure { margin: 1rem 0 }"
+_MORE_STYLE = (
+    "svg { height: auto } pre { overflow-x: auto; font-size: .75rem } figure { margin: 1rem 0 } "
+    "p { white-space: pre-line }"
+)
 _PARTS = (("queue", "orange"), ("lock", "purple"), ("upstream", "blue"))
 _COLOURS = ("red", "orange", "green")
 _WIDTH, _LEFT, _RIGHT, _BAR, _HEIGHT = 640, 130, 70, 34, 220

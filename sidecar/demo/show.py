@@ -12,6 +12,7 @@ from pathlib import Path
 
 import aiohttp
 
+from .. import top
 from . import cameras, processes
 from .cameras import CAMERAS, Result, Semaphore, ThroughSidecar
 from .report import report
@@ -27,9 +28,10 @@ PATIENCE_SECONDS = 8.0
 LONG_PATIENCE_SECONDS = 60.0
 
 _SEMAPHORES = (1, 16)
+_DRAW_SECONDS = 0.2
 Way = Semaphore | ThroughSidecar
 Tell = Callable[[Result], None]
-Words = Callable[[], Awaitable[str]]
+Picture = Callable[[], Awaitable[list[str]]]
 Load = Callable[[Way, int, Tell], Awaitable[Result]]
 
 
@@ -94,8 +96,8 @@ async def _show(speed: float) -> list[tuple[str, list[Row]]]:
     print(table(title, limited))
     print()
     print(
-        "Queue: waiting for a permit, for the limit, or to try again; lock: for a connection (a semaphore's client"
-        "\ncannot tell); upstream: the provider."
+        "Queue: waiting for a permit, for the limit, or to try again; lock: for a connection"
+        "\n(a semaphore's client cannot tell); upstream: the provider."
     )
     print()
     print(sentence(free, limited))
@@ -106,8 +108,11 @@ async def _act(client: aiohttp.ClientSession, speed: float, act: str, options: l
     """Send the load each way, one after the other, every time to a provider that is new."""
     rows = []
     for size in (*_SEMAPHORES, 0):
-        async with processes.provider(*options) as upstream, _way(client, upstream, size, speed) as (name, way, words):
-            async with _progress(f"{act}, {name}", words) as tell:
+        async with (
+            processes.provider(*options) as upstream,
+            _way(client, upstream, size, speed) as (name, way, picture),
+        ):
+            async with _progress(f"{act}, {name}", picture) as tell:
                 result = await load(way, size, tell)
             async with client.get(f"{upstream.removesuffix('/v1')}/_simulate/stats") as response:
                 refused = (await response.json())["refused"]
@@ -118,41 +123,48 @@ async def _act(client: aiohttp.ClientSession, speed: float, act: str, options: l
 @contextlib.asynccontextmanager
 async def _way(
     client: aiohttp.ClientSession, upstream: str, size: int, speed: float
-) -> AsyncIterator[tuple[str, Way, Words]]:
+) -> AsyncIterator[tuple[str, Way, Picture]]:
     """Give a way to the provider: a semaphore of a size, or for 0 a sidecar that has just been started."""
     if size:
-        yield f"semaphore of {size}", Semaphore(client, upstream, size, speed), _no_words
+        yield f"semaphore of {size}", Semaphore(client, upstream, size, speed), _no_picture
         return
     async with processes.sidecar(upstream, client) as (url, admin_url):
 
-        async def words() -> str:
-            async with client.get(f"{admin_url}/status") as response:
-                models = (await response.json())["backends"][0]["models"]
-            return models[0]["in_words"] if models else ""
+        async def picture() -> list[str]:
+            async with client.get(f"{admin_url}/history") as response:
+                view = top.View(await response.json())
+            return ["", *top.picture(view, width=shutil.get_terminal_size().columns - 1, paint=top.painter())]
 
-        yield "sidecar", ThroughSidecar(client, url), words
+        yield "sidecar", ThroughSidecar(client, url), picture
 
 
-async def _no_words() -> str:
-    return ""  # a semaphore cannot say what its waiters wait for
+async def _no_picture() -> list[str]:
+    return []  # a semaphore cannot say what its waiters wait for
 
 
 @contextlib.asynccontextmanager
-async def _progress(name: str, words: Words) -> AsyncIterator[Tell]:
-    """Show how far a run is: one line that changes on a terminal; elsewhere one when it begins and one at its end."""
+async def _progress(name: str, picture: Picture) -> AsyncIterator[Tell]:
+    """Show how far a run is: on a terminal a line that changes, above what `vlm-sidecar top` shows of a sidecar.
+
+    Elsewhere one line when it begins and one at its end.
+    """
     clock = asyncio.get_running_loop().time
     began, live = clock(), sys.stdout.isatty()
     told = Result()
 
     def line() -> str:
         counts = f"{len(told.answered)} described, {told.lost} lost"
+        if told.before and not told.answered:
+            counts = f"{told.before} described of the first round, which is not counted"
         return f"  {name + ':':34}{clock() - began:5.1f} s   {counts}"
 
     async def keep_showing() -> None:
         while True:
-            said = f"{line()}   {await words()}"
-            print(f"\r{said[: shutil.get_terminal_size().columns - 1]}\x1b[K", end="", flush=True)
-            await asyncio.sleep(0.1)
+            below = (await picture())[: shutil.get_terminal_size().lines - 2]
+            drawn = "".join(f"\n{text}\x1b[K" for text in below) + "\x1b[J"
+            back = f"\x1b[{len(below)}A" if below else ""
+            print(f"\r{line()}\x1b[K{drawn}{back}\r", end="", flush=True)
+            await asyncio.sleep(_DRAW_SECONDS)
 
     def tell(result: Result) -> None:
         nonlocal told
@@ -165,7 +177,8 @@ async def _progress(name: str, words: Words) -> AsyncIterator[Tell]:
         finally:
             showing.cancel()
             await asyncio.gather(showing, return_exceptions=True)
+            print("\r\x1b[J", end="", flush=True)
     else:
         print(f"  {name} …", flush=True)
         yield tell
-    print(f"\r{line()}\x1b[K" if live else line(), flush=True)
+    print(line(), flush=True)

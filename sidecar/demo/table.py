@@ -39,13 +39,13 @@ def table(title: str, rows: list[Row]) -> str:
 
 def sentence(free: list[Row], limited: list[Row]) -> str:
     """Say what the figures come to. `free` and `limited` hold the same ways in the same order, the sidecar last."""
-    parts = []
+    lines = []
     for row, under_quota in zip(free, limited, strict=True):
         mean = _mean([answer.total for answer in row.result.answered])
         shown = "no frame described" if mean is None else f"{mean:.2f} s a frame"
         lost, sent = under_quota.result.lost, under_quota.result.sent
-        parts.append(f"{row.way}: {shown}, and {lost or 'none'} of {sent} frames lost once there is a quota")
-    return "; ".join(parts) + ". The semaphores' numbers were chosen by hand; the sidecar was told none."
+        lines.append(f"{row.way}: {shown}, and {lost or 'none'} of {sent} frames lost once there is a quota.")
+    return "\n".join([*lines, "The semaphores' numbers were chosen by hand; the sidecar was told none."])
 
 
 def percentile(ordered: list[float], share: float) -> float | None:
