@@ -9,10 +9,11 @@ import contextlib
 import http.client
 import json
 import os
-import select
 import shutil
+import signal
 import sys
 import textwrap
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
@@ -73,21 +74,21 @@ def top(host: str, port: int) -> int:
             print(f"vlm-sidecar: no sidecar answers on {where}: {_reason(error)}", file=sys.stderr)
             return 1
         return 0
-    with _screen() as wants_to_leave:
-        while not wants_to_leave():
+    with contextlib.suppress(KeyboardInterrupt), _screen():
+        while True:
             try:
-                _show(host, port, wants_to_leave)
+                _show(host, port)
             except (OSError, http.client.HTTPException, StopIteration) as error:
                 _draw([f"no sidecar answers on {where}: {_reason(error)}", "", "looking again every second; q leaves"])
                 time.sleep(_RETRY_SECONDS)
     return 0
 
 
-def _show(host: str, port: int, wants_to_leave: Callable[[], bool]) -> None:
+def _show(host: str, port: int) -> None:
     paint = painter()
     with contextlib.closing(events(host, port)) as told:
         view = View(next(told))
-        while not wants_to_leave():
+        while True:
             size = shutil.get_terminal_size()
             _draw(picture(view, width=size.columns, paint=paint)[: size.lines - 1])
             view.tick(next(told))
@@ -241,33 +242,32 @@ def _draw(lines: list[str]) -> None:
 
 
 @contextlib.contextmanager
-def _screen() -> Iterator[Callable[[], bool]]:
-    """Use the terminal's other screen, and leave it as it was; gives what asks whether `q` was pressed."""
+def _screen() -> Iterator[None]:
+    """Use the terminal's other screen, and leave it as it was. `q` raises `KeyboardInterrupt`, as Ctrl-C does."""
     import termios  # noqa: PLC0415  not on every system, and only a terminal needs it
     import tty  # noqa: PLC0415
 
     keyboard = sys.stdin.isatty()
     before = termios.tcgetattr(sys.stdin) if keyboard else None
-    pressed = b""
-
-    def wants_to_leave() -> bool:
-        nonlocal pressed
-        while keyboard and select.select([sys.stdin], [], [], 0)[0] and (keys := os.read(sys.stdin.fileno(), 64)):
-            pressed += keys
-        return b"q" in pressed.lower()
-
     try:
         if keyboard:
             tty.setcbreak(sys.stdin)
+            threading.Thread(target=_leave_on_q, daemon=True).start()
         sys.stdout.write("\x1b[?1049h\x1b[?25l\x1b[2J")
-        yield wants_to_leave
-    except KeyboardInterrupt:
-        pass
+        yield
     finally:
         sys.stdout.write("\x1b[?25h\x1b[?1049l")
         sys.stdout.flush()
         if before is not None:
             termios.tcsetattr(sys.stdin, termios.TCSADRAIN, before)
+
+
+def _leave_on_q() -> None:
+    """Make `q` what Ctrl-C is: it reaches the main thread at once, whatever that waits for."""
+    while keys := os.read(sys.stdin.fileno(), 64):
+        if b"q" in keys.lower():
+            os.kill(os.getpid(), signal.SIGINT)
+            return
 
 
 def _reason(error: BaseException) -> str:

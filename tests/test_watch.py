@@ -114,7 +114,8 @@ async def test_the_access_log_has_the_waits_and_both_ids_and_no_prompt(provider)
     assert (line["message"], line["outcome"]) == (f"POST {CHAT} 200", "ok")
     assert (line["request_id"], line["trace_id"], line["key"]) == ("my-request", trace, "gate")
     assert line["first_byte_seconds"] >= 0.05
-    assert line["queue_seconds"] >= 0
+    parts = ("queue", "lock", "first_byte", "body", "write")
+    assert sum(line[f"{part}_seconds"] for part in parts) == pytest.approx(line["total_seconds"], abs=0.001)
     assert "secret" not in process.log
 
 

@@ -193,10 +193,12 @@ def _log_access(call: Call, path: str) -> None:
     status = call.response.status if call.response is not None else 0
     told: dict[str, Any] = {"outcome": call.outcome, **_ids(call)}
     if ticket is not None:
-        parts = {f"{part}_seconds": spent for part, spent in ticket.stopwatch.seconds.items()}
-        causes = {f"{cause}_seconds": spent for cause, spent in (ticket.cause_seconds or {}).items() if spent}
+        seconds = ticket.stopwatch.seconds
         told |= {"key": ticket.key, "priority": ticket.priority.name.lower(), "model": ticket.model}
-        told |= {"attempts": ticket.attempts, **{name: round(spent, 4) for name, spent in (parts | causes).items()}}
+        told |= {"attempts": ticket.attempts, "total_seconds": round(sum(seconds.values()), 4)}
+        parts = {f"{part}_seconds": spent for part, spent in seconds.items()}
+        causes = {f"{cause}_seconds": spent for cause, spent in (ticket.cause_seconds or {}).items() if spent}
+        told |= {name: round(spent, 4) for name, spent in (parts | causes).items()}
     log.info("%s %s %d", call.http.method, path[:200], status, extra=told)
 
 

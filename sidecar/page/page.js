@@ -17,7 +17,7 @@ const CHARTS = [
     {name: "output", colour: "orange", of: rate("output_tokens")},
     {name: "learned limit", colour: "green", dashed: true, of: (view, point) => view.value(point, "token_limit")}]},
 ];
-const PARTS = {queue: "waiting in the queue", lock: "waiting for the backend's lock", upstream: "at the backend"};
+const PARTS = {queue: ["waits in the queue", "orange"], lock: ["waits for the backend's lock", "purple"], upstream: ["at the backend", "blue"]};
 
 const $ = (selector, root = document) => root.querySelector(selector);
 const views = new Map();
@@ -68,13 +68,11 @@ class View {
       tile("waiting", number(queue.requests)),
       tile("high · normal · low", Object.values(queue.by_priority).join(" · ")),
     ]);
-    const ended = this.now((view, point) => view.value(point, "answered"));
-    const parts = Object.keys(PARTS).map((part) => ended ? this.now((view, point) => view.value(point, `${part}_seconds`)) / ended : 0);
-    rows($(".parts", this.section), Object.values(PARTS).map((text, at) => [text, `${parts[at].toFixed(2)} s`, parts[at] / (sum(parts) || 1)]));
+    this.showTime();
     const waited = Object.keys(CAUSES).map((cause) => [cause, totals[`waited.${cause}`] || 0]);
     const all = sum(waited.map(([, seconds]) => seconds)) || 1;
-    rows($(".causes", this.section), waited.map(([cause, seconds]) =>
-      [cause.replace("_", " "), `${number(seconds)} s`, seconds / all, `waited.${cause}`, seconds]));
+    rows($(".causes", this.section), waited.filter(([, seconds]) => seconds > 0).map(([cause, seconds]) =>
+      [cause.replace("_", " "), `${number(seconds)} s`, seconds / all, `waited.${cause}`, seconds, CAUSES[cause]]));
     rows($(".outcomes", this.section), Object.entries(totals).filter(([key]) => /^(requests|attempts|throttles|tokens)\./.test(key))
       .map(([key, count]) => [key.replace(".", ": ").replaceAll("_", " "), number(count), undefined, key, count]));
     const queues = models.flatMap((model) => model.longest_queues).slice(0, 10);
@@ -83,6 +81,24 @@ class View {
     rows($(".throttles", this.section), throttles.slice(0, 10).map(({seconds_ago, kind, count}) =>
       [`${count} × ${kind.replace("_", " ")}`, `${duration(seconds_ago)} ago`]));
     this.draw();
+  }
+
+  /** Where an answer's time goes: what the page is for. */
+  showTime() {
+    const ended = this.now((view, point) => view.value(point, "answered"));
+    const parts = Object.entries(PARTS).map(([part, [text, colour]]) =>
+      ({text, colour, seconds: ended ? this.now((view, point) => view.value(point, `${part}_seconds`)) / ended : 0}));
+    const whole = sum(parts.map((part) => part.seconds));
+    const figure = $(".time", this.section), stack = $(".stack", figure);
+    $("figcaption", figure).textContent = ended ? `An answer takes ${whole.toFixed(2)} s, mean of the last 10 s` : "No answer in the last 10 s";
+    fill(stack, parts.map(({colour, seconds}) => {
+      const piece = element("i", {class: colour});
+      piece.style.flexGrow = seconds;
+      return piece;
+    }));
+    const told = parts.map(({text, seconds}) => `${text} ${seconds.toFixed(2)} s`);
+    stack.setAttribute("aria-label", told.join(", "));
+    fill($(".legend", figure), parts.map(({colour}, at) => element("li", {class: colour}, element("i", {}), told[at])));
   }
 
   draw() { for (const chart of this.charts) chart.draw(this.points[range]); }
@@ -138,7 +154,9 @@ class Chart {
     this.svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
     const last = about.series.map(({name}, at) => `${name} ${quantity(columns[at].at(-1) ?? null, about.unit)}`);
     this.svg.setAttribute("aria-label", `${about.title}, now: ${last.join(", ")}`);
-    fill(this.legend, about.series.map(({colour}, at) => element("li", {class: colour}, element("i", {}), last[at])));
+    // Of areas on top of each other only those that can be seen; there are six causes, and mostly one.
+    const shown = about.series.map(({colour}, at) => [colour, at]).filter(([, at]) => !about.stacked || columns[at].some((value) => value > 0));
+    fill(this.legend, shown.map(([colour, at]) => element("li", {class: colour}, element("i", {}), last[at])));
   }
 }
 
@@ -160,7 +178,7 @@ function duration(seconds) {
 /** The next round number above. */
 function nice(value) {
   const power = 10 ** Math.floor(Math.log10(value));
-  return [1, 2, 5, 10].find((step) => step * power >= value * 0.999) * power;
+  return [1, 2, 3, 4, 5, 6, 8, 10].find((step) => step * power >= value * 0.999) * power;
 }
 
 function element(name, attributes, ...children) {
@@ -183,10 +201,10 @@ function tile(name, value) { return element("div", {}, element("dt", {}, name), 
 
 function rows(table, entries) {
   table.hidden = entries.length === 0;
-  fill($("tbody", table), entries.map(([text, value, share, key, exact]) => {
+  fill($("tbody", table), entries.map(([text, value, share, key, exact, colour]) => {
     const cell = element("td", key ? {"data-total": key, "data-value": exact} : {}, value);
     const bar = share === undefined ? [] : [element("td", {}, element("meter", {value: share, "aria-label": `${text}: share`}))];
-    return element("tr", {}, element("th", {scope: "row"}, text), cell, ...bar);
+    return element("tr", colour ? {class: colour} : {}, element("th", {scope: "row"}, text), cell, ...bar);
   }));
 }
 
@@ -197,6 +215,7 @@ function show(status) {
   $("#about").textContent = `${status.version} · Python ${status.python} · up ${duration(status.uptime_seconds)}`;
   $("#simulated").hidden = !status.simulated;
   $("#lost").hidden = true;
+  document.title = `${sum(status.backends.map((backend) => backend.queue.requests))} waiting · vlm-sidecar`;
   for (const backend of status.backends) views.get(backend.name)?.show(backend, status.throttles.filter((seen) => seen.backend === backend.name));
   speak(status);
 }
