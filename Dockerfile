@@ -1,4 +1,5 @@
-# Slim by default; with a model of its own (torch, transformers): --build-arg EXTRAS="--extra local".
+# Slim by default. With a model of its own: --build-arg EXTRAS="--extra local", which is torch for CUDA; for another
+# build of torch, in uv's words: --build-arg EXTRAS="--extra crops --group local" --build-arg TORCH="--index-url URL torch".
 ARG PYTHON=python:3.11-slim
 
 FROM ${PYTHON} AS build
@@ -10,10 +11,13 @@ ARG EXTRAS=""
 # Dependencies first: this layer is kept until the lock file changes.
 # hadolint ignore=SC2086
 RUN /uv/bin/uv sync --no-cache --locked --no-default-groups --no-install-project ${EXTRAS}
+ARG TORCH=""
+# hadolint ignore=SC2086
+RUN test -z "${TORCH}" || /uv/bin/uv pip install --no-cache --python /opt/vlm-sidecar ${TORCH}
 COPY backends backends
 COPY sidecar sidecar
 # hadolint ignore=SC2086
-RUN /uv/bin/uv sync --no-cache --locked --no-default-groups --no-editable ${EXTRAS}
+RUN /uv/bin/uv sync --no-cache --locked --inexact --no-default-groups --no-editable ${EXTRAS}
 
 FROM ${PYTHON}
 # Nothing installs anything in what runs.

@@ -47,7 +47,7 @@ $(UV):
 	@$(UV) pip install --quiet --python .venv-spy/bin/python py-spy==0.4.3
 	@touch $@
 
-.PHONY: soak sbom setup demo demo-local test run lint parity bench bench-check flame scenarios live docs image test-pod clean
+.PHONY: dashboard image-local test-pod-local soak sbom setup demo demo-local test run lint parity bench bench-check flame scenarios live docs image test-pod clean
 setup: .venv/.ready ## set up .venv from the lock file
 
 demo: .venv/.ready ## show the main job end to end: no key, no GPU, no network service
@@ -92,13 +92,25 @@ docs: | $(UV) ## build the documentation site into site/, every link checked
 	@UV_PROJECT_ENVIRONMENT=.venv-docs $(UV) sync --quiet --locked --only-group docs --python $(PYTHON)
 	@NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs --quiet build --strict && echo "see site/index.html"
 
+IMAGE := vlm-sidecar:0.1.0
 image: ## build the container image with buildah, or with docker: see docs/kubernetes.md
-	@if command -v buildah >/dev/null; then buildah build --isolation chroot --network host --tag vlm-sidecar:0.1.0 $(IMAGE_OPTIONS) .; else docker build --tag vlm-sidecar:0.1.0 $(IMAGE_OPTIONS) .; fi
+	@if command -v buildah >/dev/null; then buildah build --isolation chroot --network host --tag $(IMAGE) $(IMAGE_OPTIONS) .; else docker build --tag $(IMAGE) $(IMAGE_OPTIONS) .; fi
+
+image-local: ## build the image with a model's libraries, torch for CUDA among them: several GB
+	@$(MAKE) --no-print-directory image IMAGE=$(IMAGE)-local IMAGE_OPTIONS='--build-arg EXTRAS="--extra local" $(IMAGE_OPTIONS)'
 
 test-pod: .venv/.ready ## build the image and play the rendered pod with podman: needs Debian and root
 	.ci/pod-parts
 	$(MAKE) image IMAGE_OPTIONS="--quiet --pull=never"
 	$(RUN)pytest tests/k8s/pod.py
+
+test-pod-local: .venv/.ready ## the same with a tiny model in the sidecar, on the build of torch that pip brings
+	.ci/pod-parts
+	rm -rf .wheels
+	.uv/bin/pip download --quiet --no-deps --dest .wheels $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH)
+	$(MAKE) image IMAGE=$(IMAGE)-local IMAGE_OPTIONS='--quiet --pull=never --volume $(CURDIR)/.wheels:/wheels:ro \
+		--build-arg EXTRAS="--extra crops --group local" --build-arg TORCH="--find-links /wheels $(TORCH)"'
+	$(RUN)pytest tests/k8s/pod_local.py
 
 soak: .venv/.ready ## three minutes under everything at once; what grows fails it (SECONDS=3600: an hour)
 	@PYTHONPATH=tests $(RUN)python bench/soak.py --seconds $(or $(SECONDS),180)
@@ -111,5 +123,5 @@ dashboard: .venv/.ready ## build the Grafana dashboard, k8s/monitoring/dashboard
 	$(RUN)python k8s/monitoring/dashboard.py
 
 clean: ## remove what the targets above made
-	rm -rf site .uv .venv .venv-docs .tiny-model .venv-sdk .venv-trio .venv-spy .peers .parts .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis dist
+	rm -rf site .uv .venv .venv-docs .tiny-model .venv-sdk .venv-trio .venv-spy .peers .parts .wheels .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,7 +1,7 @@
 """The image and the rendered manifest for real: podman plays the pod. `make test-pod` runs this; see README.
 
-Podman knows no native sidecars, so the sidecar is moved to the head of the containers. The pod has no network but its
-own loopback; a third container, the simulated provider with a latency, stands where DashScope would be.
+The pod has no network but its own loopback; a third container, the simulated provider with a latency, stands where
+DashScope would be.
 """
 
 from __future__ import annotations
@@ -10,124 +10,42 @@ import json
 import os
 import signal
 import subprocess
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
-from real_parts import real_part
-from rendering import K8S, container, deployment, pod_spec, render, settings
+from playing import Pod, playable, playing, podman, until
+from rendering import K8S, container, pod_spec, render, settings
 from running import samples
 
 OVERLAY = K8S / "overlays" / "simulated"
 IMAGE = "localhost/vlm-sidecar:0.1.0"
 BASE = "python:3.11-slim"
-BOUND = 60.0
 OK = 'sidecar_requests_total{api="trio",backend="dashscope",outcome="ok"}'
 
 
-def podman(*arguments: str | Path, **options: Any) -> str:
-    environ = os.environ | {"CONTAINERS_CONF": str(Path(__file__).with_name("containers.conf"))}
-    done = subprocess.run(
-        [real_part("podman"), *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-        env=environ,
-        **options,
-    )
-    assert done.returncode == 0, f"podman {arguments}: {done.stderr}"
-    return done.stdout
-
-
-def until(condition: Callable[[], Any], what: str) -> Any:
-    """Wait, within a bound, until the condition gives something true."""
-    end = time.monotonic() + BOUND
-    while not (found := condition()):
-        assert time.monotonic() < end, f"no {what} within {BOUND} s"
-        time.sleep(0.1)
-    return found
-
-
-def manifest() -> str:
+def manifest() -> list[dict[str, Any]]:
     """The overlay `simulated`, with the provider in a container of its own."""
-    objects = render(OVERLAY)
-    template = deployment(objects)["spec"]["template"]
-    pod = template["spec"]
-    sidecar = pod["initContainers"].pop(0)
-    del sidecar["restartPolicy"], sidecar["ports"]
-    for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
-        del sidecar[probe]  # podman would run curl in the container; the test asks itself
-    # As kubelet does: the app starts once the sidecar's startup probe has succeeded.
-    started = "import urllib.request as r; r.urlopen('http://127.0.0.1:9464/startupz')"
-    cortex = container(pod, "cortex")
-    waits = f'until python -c "{started}" 2>/dev/null; do sleep 0.2; done; exec {" ".join(cortex["command"])}'
-    cortex["command"] = ["sh", "-c", waits]
+    pod, *maps = playable(OVERLAY, IMAGE)
+    containers = pod["spec"]["containers"]
     provider = {
         "name": "provider",
         "image": IMAGE,
+        "imagePullPolicy": "Never",
         "command": ["vlm-sidecar", "simulate", "--port", "8200", "--latency", "0.5"],
-        "securityContext": cortex["securityContext"],
+        "securityContext": containers[0]["securityContext"],
     }
-    pod["containers"] = [sidecar, *pod["containers"], provider]
-    for item in pod["containers"]:
-        item["image"] = IMAGE
-        item["imagePullPolicy"] = "Never"
-    settings(objects)["SIDECAR_DASHSCOPE_URL"] = "http://127.0.0.1:8200/compatible-mode/v1"
-    settings(objects)["SIDECAR_DASHSCOPE_API_KEY"] = "sk-none"
-    maps = [item for item in objects if item["kind"] == "ConfigMap"]
-    return yaml.safe_dump_all(
-        [
-            *maps,
-            {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "cortex", **template["metadata"]}, "spec": pod},
-        ]
-    )
-
-
-class Pod:
-    """The pod that is being played."""
-
-    def inspect(self, name: str) -> dict[str, Any]:
-        return json.loads(podman("container", "inspect", f"cortex-{name}"))[0]
-
-    def pid(self, name: str) -> int:
-        return self.inspect(name)["State"]["Pid"]
-
-    def get(self, path: str) -> str:
-        """Ask the admin port from within the pod's network; empty if nobody answers."""
-        asked = f"http://127.0.0.1:9464{path}"
-        done = subprocess.run(
-            ["nsenter", "-t", str(self.pid("cortex")), "-n", "curl", "-s", "-m", "2", asked],
-            capture_output=True, text=True, check=False, timeout=10,
-        )  # fmt: skip
-        return done.stdout
-
-    def answered(self) -> float:
-        return samples(self.get("/metrics")).get(OK, 0.0)
-
-    def log(self, name: str) -> str:
-        return podman("logs", f"cortex-{name}")
-
-    def stop(self, name: str) -> int:
-        """SIGTERM; returns the exit status."""
-        podman("container", "stop", "--time", "40", f"cortex-{name}")
-        return self.inspect(name)["State"]["ExitCode"]
+    containers.append(provider)
+    settings(maps)["SIDECAR_DASHSCOPE_URL"] = "http://127.0.0.1:8200/compatible-mode/v1"
+    settings(maps)["SIDECAR_DASHSCOPE_API_KEY"] = "sk-none"
+    return [pod, *maps]
 
 
 @pytest.fixture
 def pod(tmp_path: Path) -> Iterator[Pod]:
-    played = tmp_path / "pod.yaml"
-    played.write_text(manifest())
-    podman("kube", "play", "--network", "none", played)
-    try:
-        pod = Pod()
-        until(lambda: pod.answered() > 10, "answered frame")
+    with playing(manifest(), tmp_path) as pod:
         yield pod
-    finally:
-        podman("kube", "down", played)
 
 
 def test_what_the_sidecar_may_do(pod: Pod) -> None:
