@@ -1,4 +1,4 @@
-"""Programs that tests run for real. `.ci/parts` brings those that Debian has."""
+"""Programs that tests run for real. `.ci/parts` brings them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 PARTS = ROOT / ".parts" / "usr" / "bin"
 
 
-def real_part(program: str, how_to_get_it: str = "run `.ci/parts` on a Debian machine") -> str:
+def real_part(program: str, how_to_get_it: str = "run `.ci/parts` on a Debian machine (x86-64)") -> str:
     """Give the program's path. Without it the test fails in CI, and is skipped with a line that says so elsewhere."""
     found = shutil.which(program, path=os.pathsep.join([str(PARTS), str(ROOT / ".parts" / "bin"), os.environ["PATH"]]))
     if found is None:

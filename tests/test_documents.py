@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from real_parts import real_part
+from real_parts import PARTS, real_part
 
 from sidecar.cli import _MORE, _parser
 
@@ -99,10 +99,10 @@ async def test_its_commands_run(document, provider, tmp_path):
     url, _ = await provider(requests_per_second=15, burst_requests=15, latency_seconds=0.05)
     (tmp_path / "key").write_text("sk-of-a-file\n")
     if "kubectl kustomize" in session(document):
-        real_part("kubectl", "see the Kubernetes documentation")
+        real_part("kubectl")
     foreign = ("SIDECAR_", "TRIO_", "DASHSCOPE", "CI", "MAKE", "MFLAGS")
     environ = {name: value for name, value in os.environ.items() if not name.startswith(foreign)} | {
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PATH": f"{Path(sys.executable).parent}:{PARTS}:{os.environ['PATH']}",
         "SIDECAR_PORT": str(free_port()),
         "SIDECAR_ADMIN_PORT": str(free_port()),
         "SIDECAR_DASHSCOPE_URL": url,

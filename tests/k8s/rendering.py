@@ -22,7 +22,7 @@ def render(folder: Path) -> list[dict[str, Any]]:
 
 @functools.cache
 def _render(folder: Path) -> list[dict[str, Any]]:
-    kubectl = real_part("kubectl", "see the Kubernetes documentation; kustomize must be 4.1 or newer in it")
+    kubectl = real_part("kubectl")
     done = subprocess.run([kubectl, "kustomize", folder], capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == 0, done.stderr
     return list(yaml.safe_load_all(done.stdout))
