@@ -8,8 +8,12 @@ import random
 
 import aiohttp
 import pytest
-from running import chat, running
+from running import CHAT, chat, running
 from scripted_upstream import CHAT_ANSWER, Upstream
+
+from sidecar.admission import Admission, Priority, Ticket
+from sidecar.admission.admission import MOST_LANES
+from sidecar.admission.queue import FairQueue
 
 AT_ONCE = 1.0
 EVENT = b'data: {"choices":[{"index":0,"delta":{"content":"A gate."}}]}\n\n'
@@ -101,20 +105,97 @@ async def test_who_leaves_the_queue_is_out_of_it_at_once_and_never_sent(serving,
     assert len(upstream.seen) == 1
 
 
-async def test_a_permit_is_held_as_long_as_the_provider_works_and_is_never_freed_by_age(serving, scripted):
-    """What the sidecar says is in flight is what the provider has in hand, however long it takes."""
-    holding = Holding()
-    upstream = await scripted(holding)
-    sidecar = await serving(dashscope_url=f"{upstream.origin}/v1", max_concurrency=4)
+async def test_who_vanishes_while_sending_its_body_leaves_nothing_behind(serving, scripted):
+    upstream = await scripted()
+    sidecar = await serving(dashscope_url=f"{upstream.origin}/v1")
     admission = sidecar.sidecar.routes[0].admission
-    tasks = [asyncio.ensure_future(ask(sidecar, stream=False)) for _ in range(10)]
-    await sidecar.until(lambda: len(upstream.seen) == 4 and admission.waiting() == 6)
-    for _ in range(20):
-        await asyncio.sleep(0.1)
-        assert (admission.in_flight(), len(upstream.seen)) == (4, 4)
-    holding.release.set()
-    assert await asyncio.gather(*tasks) == [200] * 10
+    head = b"POST %b HTTP/1.1\r\nHost: x\r\nContent-Length: 100000\r\n\r\n" % CHAT.encode()
+    for said in (head[:40], head, head + b"{" * 50_000):
+        _, writer = await asyncio.open_connection("127.0.0.1", sidecar.sidecar.data_port)
+        writer.write(said)
+        if said != head[:40]:
+            await sidecar.until(lambda: sidecar.sidecar.data.under_way == 1)
+        if said.endswith(b"{"):
+            await sidecar.until(lambda: admission.arriving_bytes == 50_000)
+        writer.transport.abort()
+        async with asyncio.timeout(AT_ONCE):
+            await sidecar.until(sidecar.at_rest)
+        assert admission.arriving_bytes == 0
+    assert upstream.seen == []
+
+
+async def test_who_leaves_while_everything_is_held_is_out_of_the_queue_at_once(serving, provider):
+    """In an outage one waits to be the probe and the others behind it; probing goes on without those who left."""
+    url, simulated = await provider(outages=((0.0, 4.0),), outage_status=503)
+    sidecar = await serving(dashscope_url=url)
+    admission = sidecar.sidecar.routes[0].admission
+    tasks = [asyncio.ensure_future(ask(sidecar, stream=number % 2 == 0)) for number in range(6)]
+    await sidecar.until(lambda: admission.waiting() == 6)
+    for task in tasks[:5]:
+        await leave(task)
+    async with asyncio.timeout(AT_ONCE):
+        await sidecar.until(lambda: admission.waiting() + admission.in_flight() == 1)
+    assert await tasks[5] == 200
+    assert simulated.counts.ended["answered"] == 1
     await sidecar.until(sidecar.at_rest)
+
+
+async def test_what_is_in_flight_here_is_so_at_a_provider_that_hangs_past_every_timer(serving, provider, monkeypatch):
+    """Timers of connections, addresses and listeners all run out, and at last the deadline: no permit is freed before."""
+    for timer in ("backends.connections.IDLE_SECONDS", "backends.connections._DNS_SECONDS",
+                  "sidecar.listener.KEEPALIVE_SECONDS", "sidecar.listener.FIRST_REQUEST_SECONDS"):  # fmt: skip
+        monkeypatch.setattr(timer, 0.2)
+    monkeypatch.setattr("backends.connections._CONNECT_SECONDS", 0.5)
+    url, simulated = await provider(latency_seconds=600.0)
+    sidecar = await serving(dashscope_url=url, max_concurrency=4, deadline=2.5)
+    admission = sidecar.sidecar.routes[0].admission
+    tasks = [asyncio.ensure_future(ask(sidecar, stream=number % 2 == 0)) for number in range(4)]
+    await sidecar.until(lambda: simulated.counts.in_flight == 4)
+    while not any(task.done() for task in tasks):
+        assert (admission.in_flight(), simulated.counts.in_flight) == (4, 4)
+        await asyncio.sleep(0.05)
+    assert await asyncio.gather(*tasks) == [504] * 4
+    async with asyncio.timeout(AT_ONCE):
+        await sidecar.until(lambda: simulated.counts.in_flight == 0)
+    await sidecar.until(sidecar.at_rest)
+
+
+async def test_a_keys_queue_and_a_models_lane_go_only_when_empty_and_idle():
+    """Everybody who waits is served, however many keys and models come and go beside it."""
+    queue, waiting, chance = FairQueue(), [], random.Random(3)
+    for number in range(5000):
+        one = Ticket(now=0.0, deadline=60.0, key=str(chance.randrange(40)), priority=chance.choice(list(Priority)))
+        queue.add(one)
+        waiting.append(one)
+        if chance.random() < 0.4:
+            queue.remove(waiting.pop(chance.randrange(len(waiting))))
+        if waiting and chance.random() < 0.5 and number % 700 > 100:
+            served = queue.head()
+            queue.take(served)
+            waiting.remove(served)
+    while (head := queue.head()) is not None:
+        queue.take(head)
+        waiting.remove(head)
+    assert waiting == []
+    assert not len(queue)
+    assert not any(group.keys or group.ring for group in queue._classes.values())
+
+    admission = Admission(concurrency=1)
+    now = admission.loop.time()
+
+    def enter(model):
+        return admission.enter(Ticket(now=now, deadline=now + 60.0, model=model))
+
+    flying = [enter(f"flying-{number}") for number in range(MOST_LANES // 2)]
+    behind = [enter(f"flying-{number}") for number in range(MOST_LANES // 2)]
+    for number in range(1000):
+        enter(f"passing-{number}").release(now)
+    assert len(admission.lanes) <= MOST_LANES
+    for permit in flying:
+        permit.release(now)
+    for permit in await asyncio.gather(*behind):
+        permit.release(now)
+    assert admission.in_flight() == admission.waiting() == 0
 
 
 async def test_10000_requests_with_every_kind_of_end_leave_nothing_behind():
