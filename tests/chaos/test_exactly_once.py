@@ -13,7 +13,7 @@ from running import CHAT, Process, samples
 from scripted_upstream import Upstream
 from wire import Fault, Wire
 
-SCALE = float(os.environ.get("CHAOS_SCALE", "0.25"))
+SCALE = float(os.environ.get("CHAOS_SCALE", "1"))
 REQUESTS = int(20_000 * SCALE)
 CALLERS = 48
 
@@ -27,8 +27,10 @@ async def test_every_request_is_answered_once_with_its_own_answer_and_every_upst
 
     async def script(link, seen):
         fate = chance.random()
-        if fate < 0.01:
-            await link.answer({"error": {"message": "overloaded"}}, status=500)
+        if fate < 0.0003:  # which closes admission for half a second
+            await link.answer({"error": {"message": "no room", "code": "ModelUnavailable"}}, status=503)
+        elif fate < 0.01:
+            await link.answer({"error": {"message": "it broke"}}, status=500)
         elif fate < 0.02:
             await link.answer({"error": {"message": "bad image", "code": "invalid_parameter"}}, status=400)
         else:
