@@ -120,10 +120,11 @@ async def test_a_stream_reaches_its_caller_before_its_batch_ends(local, tap):
     response.release()
 
 
-async def test_a_caller_that_hangs_up_frees_its_row(local, tap):
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_caller_that_hangs_up_frees_its_row(local, tap, stream):
     sidecar = await local()
     await tap.hold()
-    asking = asyncio.create_task(ask(sidecar, {**frame(), "max_tokens": 10**6}))
+    asking = asyncio.create_task(ask(sidecar, {**frame(stream=stream), "max_tokens": 10**6}))
     await until(lambda: tap.running)
     tap.let(3)
     await until(lambda: tap.steps == 3)
@@ -132,6 +133,29 @@ async def test_a_caller_that_hangs_up_frees_its_row(local, tap):
     await until(sidecar.at_rest)
     tap.let(2)
     await until(lambda: not tap.running)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_caller_that_hangs_up_while_it_waits_for_the_engine_is_never_computed(local, tap, stream):
+    """Its permit is back at once, though the engine is at work on another's batch."""
+    sidecar = await local(local_max_batch=1, max_concurrency=2)
+    await tap.hold()
+    first = asyncio.create_task(ask(sidecar))
+    await until(lambda: tap.running)
+    second = asyncio.create_task(ask(sidecar, frame(stream=stream)))
+    admission = sidecar.sidecar.routes[0].admission
+    await until(lambda: admission.in_flight() == 2)
+    second.cancel()
+    await asyncio.wait([second])
+    async with asyncio.timeout(1.0):
+        await sidecar.until(lambda: admission.in_flight() == 1)
+    tap.let(10**6)
+    await first
+    await until(lambda: not tap.running)
+    steps = tap.steps
+    await ask(sidecar)
+    await until(lambda: not tap.running)
+    assert tap.steps == 2 * steps, "the engine has worked for nobody"
 
 
 async def test_start_up_says_that_the_model_is_being_loaded(model_of, tap):
