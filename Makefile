@@ -7,6 +7,7 @@ export UV_PYTHON_DOWNLOADS := never
 # gigabytes of CUDA. TORCH_INDEX names the index to take it from, such as PyTorch's own of CPU builds; else pip's.
 TORCH := torch==2.13.0
 TORCH_INDEX ?=
+SBOM ?= dist/sbom.json
 
 .PHONY: help
 help: ## list the targets
@@ -47,7 +48,7 @@ $(UV):
 	@$(UV) pip install --quiet --python .venv-spy/bin/python py-spy==0.4.3
 	@touch $@
 
-.PHONY: dashboard image-local test-pod-local soak sbom setup demo demo-local test run lint parity bench bench-check flame scenarios live docs image test-pod clean
+.PHONY: audit dashboard image-local test-pod-local soak sbom setup demo demo-local test run lint parity bench bench-check flame scenarios live docs image test-pod clean
 setup: .venv/.ready ## set up .venv from the lock file
 
 demo: .venv/.ready ## show the main job end to end: no key, no GPU, no network service
@@ -93,7 +94,7 @@ docs: | $(UV) ## build the documentation site into site/, every link checked
 	@NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs --quiet build --strict && echo "see site/index.html"
 
 IMAGE := vlm-sidecar:0.1.0
-image: ## build the container image with buildah, or with docker: see docs/kubernetes.md
+image: sbom ## build the container image with buildah, or with docker: see docs/kubernetes.md
 	@if command -v buildah >/dev/null; then buildah build --isolation chroot --network host --tag $(IMAGE) $(IMAGE_OPTIONS) .; else docker build --tag $(IMAGE) $(IMAGE_OPTIONS) .; fi
 
 image-local: ## build the image with a model's libraries, torch for CUDA among them: several GB
@@ -116,8 +117,11 @@ soak: .venv/.ready ## three minutes under everything at once; what grows fails i
 	@PYTHONPATH=tests $(RUN)python bench/soak.py --seconds $(or $(SECONDS),180)
 
 sbom: .venv/.ready ## dist/sbom.json: what is shipped, from the lock file with its hashes, as CycloneDX
-	@mkdir -p dist
-	@$(UV) export --quiet --locked --no-dev --format cyclonedx1.5 --output-file dist/sbom.json >/dev/null
+	@mkdir -p $(dir $(SBOM))
+	@$(UV) export --quiet --locked --no-dev --format cyclonedx1.5 --output-file $(SBOM) >/dev/null
+
+audit: | $(UV) ## compare the lock file with known vulnerabilities, where their list can be reached
+	@.ci/audit
 
 dashboard: .venv/.ready ## build the Grafana dashboard, k8s/monitoring/dashboard.json
 	$(RUN)python k8s/monitoring/dashboard.py

@@ -1,4 +1,4 @@
-"""The kubelet's question is answered quickly, whatever the sidecar is busy with: else it would be killed for being busy."""
+"""The kubelet's question is answered at once, whatever the sidecar is busy with: it must not be killed for that."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ async def test_liveness_answers_at_once_with_a_full_queue_big_bodies_and_a_busy_
     async with Process(*options) as process, aiohttp.ClientSession(connector=connector) as client:
         async with Load(client, process.url + CHAT) as load:
             async with asyncio.timeout(30):
-                while not (load.ends["small", 503] and load.ends["small", 200] and load.ends["big", 503]):
+                while not (load.ends["small", 503] and load.ends["small", 200] and load.ends["big", 503]):  # noqa: ASYNC110
                     await asyncio.sleep(0.05)
             figures = []
             while len(figures) < RUNS and min(figures, default=1.0) >= P99_SECONDS:
