@@ -141,7 +141,7 @@ async def test_who_leaves_while_everything_is_held_is_out_of_the_queue_at_once(s
 
 
 async def test_what_is_in_flight_here_is_so_at_a_provider_that_hangs_past_every_timer(serving, provider, monkeypatch):
-    """Timers of connections, addresses and listeners run out, and at last the deadline: no permit is freed before it."""
+    """Timers of connections, addresses and listeners run out, at last the deadline: no permit is freed before that."""
     for timer in ("backends.connections.IDLE_SECONDS", "backends.connections._DNS_SECONDS",
                   "sidecar.listener.KEEPALIVE_SECONDS", "sidecar.listener.FIRST_REQUEST_SECONDS"):  # fmt: skip
         monkeypatch.setattr(timer, 0.2)
