@@ -12,7 +12,7 @@ class History:
     __slots__ = ("_bins", "_seconds")
 
     #: Width of a bin in seconds.
-    BIN = 0.25
+    BIN = 0.05
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds

@@ -16,8 +16,8 @@ class HoldKind(StrEnum):
     BILLING = "billing"
 
 
-#: Seconds to the first probe, the factor between probes, and the longest step. `limiting.md`, "hold".
-FIRST_STEP, GROWTH, LONGEST_STEP = 0.5, 1.5, 5.0
+#: Seconds to the first probe; the factor between probes, up to a step of so many seconds and beyond; the longest step.
+FIRST_STEP, GROWTH, SHORT_STEP, SLOW_GROWTH, LONGEST_STEP = 0.5, 2.0, 2.0, 1.25, 5.0
 BILLING_STEP = 30.0
 #: How long a Retry-After may put off the next probe: until the provider's word was found true, and after it was twice.
 LITTLE_TRUST, MUCH_TRUST = 5.0, 120.0
@@ -32,10 +32,12 @@ class Hold:
         "_asked",
         "_confirmed",
         "_step",
+        "_vain",
         "gap",
         "kind",
         "last_refused",
         "next_probe",
+        "passes",
         "probing",
         "reason",
         "since",
@@ -49,25 +51,47 @@ class Hold:
         self.probing = False
         self.gap = 0.0
         """Seconds from the last refusal to the probe that was taken, in the blackout before: what it takes to wait."""
+        self.passes = False
+        """A blackout ends by itself, as that of a window does, however often is asked meanwhile."""
         self._step = FIRST_STEP
         self.last_refused = 0.0
+        self._vain = 0.0  # the longest wait after a refusal that was refused too
         self._asked = 0.0  # the loop's time until which a Retry-After asked to wait
         self._confirmed = 0
 
     def close(
-        self, now: float, kind: HoldKind, reason: str, retry_after: float | None = None, jitter: float = 1.0
+        self,
+        now: float,
+        kind: HoldKind,
+        reason: str,
+        retry_after: float | None = None,
+        *,
+        jitter: float = 1.0,
+        expected: float = 0.0,
     ) -> None:
-        """Close, or stay closed after a probe that failed too. `jitter` is what the step is multiplied by."""
+        """
+        Close, or stay closed after a probe that failed too. `jitter` is what the step is multiplied by.
+
+        `expected` is when it should end; only what is near makes a difference.
+        """
         if self.kind is None:
             self.since = now
             self._asked = 0.0
-            self._step = max(FIRST_STEP, min(0.9 * self.gap, LONGEST_STEP)) if kind is HoldKind.BLACKOUT else FIRST_STEP
+            self._step = FIRST_STEP
+            if (
+                kind is HoldKind.BLACKOUT and not self.passes
+            ):  # as long as it took, or a little less, unless that was tried in vain
+                self._step = min(max(0.95 * self.gap, 1.01 * self._vain, FIRST_STEP), LONGEST_STEP)
         elif kind is self.kind:
-            self._step = min(self._step * GROWTH, LONGEST_STEP)
+            if kind is HoldKind.BLACKOUT:
+                self._vain = max(self._vain, now - self.last_refused)
+            self._step = min(self._step * (GROWTH if self._step < SHORT_STEP else SLOW_GROWTH), LONGEST_STEP)
         self.kind = kind
         self.reason = reason
         self.last_refused = now
         step = BILLING_STEP if kind is HoldKind.BILLING else self._step * jitter
+        if 0.0 < expected - now < 2.0 * step:
+            step = expected - now
         if retry_after is not None and isfinite(retry_after) and retry_after > 0:
             if not self._asked:
                 self._asked = now + retry_after
@@ -83,6 +107,8 @@ class Hold:
         """The provider takes work again; `probed_at` is when the probe that it took was sent."""
         if probed_at is not None and self.kind is HoldKind.BLACKOUT:
             self.gap = probed_at - self.last_refused
+            if self.gap <= self._vain:  # no penalty that begins anew with each refusal: it ends by itself
+                self._vain = 0.0
         if probed_at is not None and self._asked:
             early = self._asked - probed_at
             if early > 0.5 * (self._asked - self.since):

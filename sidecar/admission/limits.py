@@ -82,6 +82,7 @@ class Limits:
         """Seconds that an answer takes, smoothed."""
         self._latencies: deque[float] = deque(maxlen=64)
         self._answers = 0
+        self._p90 = 0.0  # of the latencies
         self._flying: dict[Attempt, None] = {}  # in the order in which they started
         self._failures = 0
         self._failed: set[Ticket] = set()
@@ -181,7 +182,8 @@ class Limits:
         self._latencies.append(seconds)
         self._answers += 1
         if self._answers % 16 == 1:
-            self._size_permits(now)
+            self._p90 = sorted(self._latencies)[int(len(self._latencies) * 0.9)]
+        self._size_permits(now)
 
     def throttled(self, attempt: Attempt, now: float, kind: str, reason: str, retry_after: float | None = None) -> None:
         """The provider refused the attempt because of a limit of this kind (`backends.base.ThrottleKind`)."""
@@ -194,16 +196,13 @@ class Limits:
                 self._close(now, HoldKind.CAPACITY, reason, retry_after)
             self._void(attempt, now)
             return
-        if attempt is self._probe:
-            if attempt.requests is not None:
-                attempt.requests.refused = True
-            self._void(attempt, now)
-            self._close(now, self.hold.kind or HoldKind.BLACKOUT, reason, retry_after)
-            return
         if attempt.requests is None or attempt.tokens is None:
             return
-        if self.hold.kind is not None:  # sent before everything was
-            self._void(attempt, now)
+        if self.hold.kind is not None:  # the probe, or what was sent before everything was refused
+            self.requests.refused_too(now, attempt.requests)
+            self.tokens.refused_too(now, attempt.tokens)
+            if attempt is self._probe:
+                self._close(now, self.hold.kind, reason, retry_after)
             return
         named = self._dimension(attempt, now, kind)
         if named == "growth":
@@ -252,8 +251,12 @@ class Limits:
 
     def _dimension(self, attempt: Attempt, now: float, kind: str) -> str:
         """What a refusal is booked to: what it names, unless something else explains it better."""
-        if kind in {"unknown", "request_rate"} and self.permits.suspect(now, attempt.started, attempt.beside):
-            return "concurrency"
+        if kind in {"unknown", "request_rate"}:
+            known = self.permits.learned < inf
+            if self.latency and self.permits.suspect(now, attempt.started, attempt.beside, self.latency):
+                if not known:
+                    self.requests.restart(now, 1.0)  # what was taken for its limit was none
+                return "concurrency"
         if kind == "unknown":
             # the dimension with the highest use of its own limit; requests while nothing is known
             used = self.tokens.use(now)
@@ -294,7 +297,8 @@ class Limits:
     def _close(self, now: float, kind: HoldKind, reason: str, retry_after: float | None = None) -> None:
         self._probe = None
         self.hold.probing = False
-        self.hold.close(now, kind, reason, retry_after, jitter=1.0 + 0.2 * self._random())
+        expected = self.requests.window_ends(now) if kind is HoldKind.BLACKOUT else now
+        self.hold.close(now, kind, reason, retry_after, jitter=1.0 + 0.2 * self._random(), expected=expected)
 
     def _opened(self, now: float) -> None:
         """A probe was taken: the provider takes work again."""
@@ -304,7 +308,8 @@ class Limits:
         if hold.kind is HoldKind.BLACKOUT:
             for controller in (self.requests, self.tokens):
                 if controller.state is not State.START:
-                    controller.recovered(now, hold.since, probe.started, hold.gap, probe.started - hold.last_refused)
+                    controller.recovered(now, hold.since, probe.started, probe.started - hold.last_refused)
+                    hold.passes = controller.windowed
         elif hold.kind is HoldKind.OUTAGE or self.requests.state is State.START:
             self.requests.restart(now, OUTAGE_SHARE)
         hold.open(probe.started)
@@ -318,8 +323,7 @@ class Limits:
         if self.requests.limit == inf:
             self.permits.size = MOST_CONCURRENCY
             return
-        p90 = sorted(self._latencies)[int(len(self._latencies) * 0.9)]
-        self.permits.size = min(max(ceil(2 * self.requests.pace(now) * p90), 8), MOST_CONCURRENCY)
+        self.permits.size = min(max(ceil(2 * self.requests.pace(now) * self._p90), 8), MOST_CONCURRENCY)
 
     # -- memory and operators ------------------------------------------------------------------------------
 

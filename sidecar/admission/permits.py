@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections import Counter, deque
 from math import inf
 
-#: Refusals, over this many seconds at least, that must all have met more in flight than accepted attempts did before
-#: concurrency is suspected: within a moment of each other they may as well tell of a rate that fell.
-SUSPECT_AFTER, SUSPECT_SECONDS = 4, 10.0
+#: Refusals, over so many seconds and times that of an answer at least, that must all have met more in flight than
+#: accepted attempts did before concurrency is suspected: within a moment of each other they may as well tell of a rate
+#: that fell, and until the first answers are back there are more in flight all the time.
+SUSPECT_AFTER, SUSPECT_SECONDS, SUSPECT_LATENCIES = 4, 10.0, 3.0
 
 
 class Permits:
@@ -76,21 +77,25 @@ class Permits:
         self.step = 0
         self._paid = 0.0
 
-    def suspect(self, now: float, sent_at: float, beside: int) -> bool:
+    def suspect(self, now: float, sent_at: float, beside: int, latency: float) -> bool:
         """
         A refusal named another limit, or none. True if concurrency explains the latest ones better.
 
         A rate refuses at any number in flight; a limit on concurrency only above what was taken, but for a few.
         """
-        if sent_at <= self._cut_at or self.learned < inf:
+        if self.learned < inf:
+            return beside >= self.learned
+        if sent_at <= self._cut_at:
             return False
         self._cut_at = now
         self._suspects.append((sent_at, beside))
-        if len(self._suspects) < SUSPECT_AFTER or sent_at - self._suspects[0][0] < SUSPECT_SECONDS:
+        seconds = sent_at - self._suspects[0][0]
+        if len(self._suspects) < SUSPECT_AFTER or seconds < max(SUSPECT_SECONDS, SUSPECT_LATENCIES * latency):
             return False
         least = min(beside for _, beside in self._suspects)
         if least < 2 or sum(count for at, count in self._taken.items() if at >= least) > SUSPECT_AFTER:
             self._taken.clear()  # what was once taken need not be so for ever
+            self._suspects.clear()
             return False
         self.learned = least
         return True

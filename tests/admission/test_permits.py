@@ -85,7 +85,9 @@ def test_vague_refusals_above_what_is_taken_are_put_down_to_concurrency():
     permits = Permits(100)
     for _ in range(50):
         permits.accepted(beside=5, bound=False)
-    found = [permits.suspect(5.0 * number + 0.5, 5.0 * number, beside=9) for number in range(SUSPECT_AFTER)]
+    found = [
+        permits.suspect(5.0 * number + 0.5, 5.0 * number, beside=9, latency=1.0) for number in range(SUSPECT_AFTER)
+    ]
     assert found == [False] * (SUSPECT_AFTER - 1) + [True]
     assert permits.learned == 9
 
@@ -94,7 +96,9 @@ def test_refusals_at_numbers_that_were_taken_before_are_not():
     permits = Permits(100)
     for _ in range(50):
         permits.accepted(beside=9, bound=False)
-    assert not any(permits.suspect(5.0 * number + 0.5, 5.0 * number, beside=9) for number in range(SUSPECT_AFTER))
+    assert not any(
+        permits.suspect(5.0 * number + 0.5, 5.0 * number, beside=9, latency=1.0) for number in range(SUSPECT_AFTER)
+    )
     assert permits.learned == inf
 
 
@@ -103,7 +107,9 @@ def test_refusals_within_a_moment_are_not_put_down_to_concurrency():
     permits = Permits(100)
     for _ in range(50):
         permits.accepted(beside=5, bound=False)
-    assert not any(permits.suspect(number + 0.5, float(number), beside=9) for number in range(SUSPECT_AFTER))
+    assert not any(
+        permits.suspect(number + 0.5, float(number), beside=9, latency=1.0) for number in range(SUSPECT_AFTER)
+    )
 
 
 def test_what_was_not_spent_on_probing_pays_for_looking_further_once_permits_hold_requests_back():
