@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from backends.registry import NAMES
 
@@ -33,6 +33,15 @@ def _auto(value: Any) -> Any:
     return None if isinstance(value, str) and value.strip().lower() == "auto" else value
 
 
+def _key(value: str) -> str:
+    """Less the line break that `echo` and files leave behind a key. What no header can carry is refused."""
+    key = value.strip()
+    if not (key.isascii() and key.isprintable()) or " " in key:
+        raise ValueError("must be one line of visible ASCII characters")
+    return key
+
+
+Key = Annotated[str, AfterValidator(_key)]
 Learned = Annotated[Annotated[float, Field(gt=0)] | None, BeforeValidator(_auto)]
 LearnedCount = Annotated[Annotated[int, Field(ge=1)] | None, BeforeValidator(_auto)]
 Port = Annotated[int, Field(ge=0, le=65535)]
@@ -64,7 +73,7 @@ class Settings(BaseModel):
     dashscope_native_url: str | None = Field(
         None, description="base URL of DashScope's own API. Default: derived, …/compatible-mode/v1 becomes …/api/v1"
     )
-    dashscope_api_key: str | None = Field(None, description="the provider's key")
+    dashscope_api_key: Key | None = Field(None, description="the provider's key")
     dashscope_api_key_file: Path | None = Field(
         None, description="file that holds the provider's key; read again when it changes"
     )
@@ -97,7 +106,7 @@ class Settings(BaseModel):
     key_header: Annotated[str, Field(pattern=r"^[A-Za-z0-9-]+$")] = Field(
         "X-Camera-Id", description="header that holds the fair-queue key"
     )
-    api_key: str | None = Field(None, description="bearer token that callers must send")
+    api_key: Key | None = Field(None, description="bearer token that callers must send")
     state_file: Path | None = Field(None, description="file where the learned limits survive a restart")
     shared_url: str | None = Field(None, description="redis://…: many sidecars share one account's quota")
     passthrough: bool = Field(False, description="other /v1 paths go to an HTTP upstream under the same admission")
@@ -170,7 +179,7 @@ def _one_line(error: ValidationError, origins: Mapping[str, str]) -> str:
     if first["type"] == "extra_forbidden":
         return f"{where}: {field} is no setting; the README lists them all"
     shown = "" if field in SECRETS else f" (it is {str(first['input'])[:80]!r})"
-    return f"{_named(field, where)}: {first['msg']}{shown}"
+    return f"{_named(field, where)}: {first['msg'].removeprefix('Value error, ')}{shown}"
 
 
 def _named(field: str, where: str) -> str:

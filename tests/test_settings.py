@@ -49,6 +49,14 @@ def test_an_empty_variable_is_as_good_as_none():
     assert load({}, {"SIDECAR_PORT": "", "SIDECAR_BACKEND": ""})[0].port == 8100
 
 
+def test_a_key_loses_its_line_break_and_one_that_no_header_can_carry_is_refused_unseen():
+    assert load({}, {"SIDECAR_DASHSCOPE_API_KEY": "sk-1\n", "SIDECAR_API_KEY": " c "})[0].dashscope_api_key == "sk-1"
+    for key in ("sk-1\r\nX-Evil: 1", "sk 1", "sk-\u2026"):
+        with pytest.raises(SettingsError, match="SIDECAR_DASHSCOPE_API_KEY: must be one line of visible") as caught:
+            load({}, {"SIDECAR_DASHSCOPE_API_KEY": key})
+        assert "sk" not in str(caught.value)
+
+
 def test_an_error_names_setting_value_and_source():
     with pytest.raises(SettingsError, match=r"SIDECAR_PORT \(from --port\): .*'x'"):
         load({"port": "x"}, {})
