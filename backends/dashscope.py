@@ -306,6 +306,8 @@ def _checked(url: str) -> str:
     parsed_url = URL(url)
     if parsed_url.scheme not in ("http", "https") or not parsed_url.host:
         raise ValueError(f"{url!r} is no http:// or https:// URL")
+    if "?" in url or "#" in url:
+        raise ValueError("a base URL has no query and no fragment: paths are put behind it")
     return url.rstrip("/")
 
 

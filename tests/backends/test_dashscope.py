@@ -349,6 +349,12 @@ def test_a_base_url_that_is_none_is_refused_by_name(url):
         DashScopeBackend(base_url=url)
 
 
+def test_a_base_url_with_a_query_is_refused_and_not_shown():
+    with pytest.raises(ValueError, match="no query") as caught:
+        DashScopeBackend(base_url="https://host/v1?api_key=secret")
+    assert "secret" not in str(caught.value)
+
+
 async def test_the_proxy_of_the_environment_is_used_as_the_official_sdks_do(upstream, monkeypatch):
     monkeypatch.setenv("http_proxy", upstream.origin)
     monkeypatch.setenv("no_proxy", "direct.example")
