@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from http import HTTPStatus
 
 from aiohttp import HttpVersion10, HttpVersion11, web
@@ -23,16 +22,16 @@ class Answer:
     __slots__ = ("_bodiless", "_head", "_status_line", "_writer", "keep_alive", "status")
 
     def __init__(
-        self, http: web.BaseRequest, status: int, headers: Mapping[str, str], *, length: int | None, close: bool
+        self, http: web.BaseRequest, status: int, head: CIMultiDict[str], *, length: int | None, close: bool
     ) -> None:
-        """`length` is that of the whole body in bytes, None for one that comes in pieces."""
+        """Takes `head` over. `length` is that of the whole body in bytes, None for one that comes in pieces."""
         version = http.version
         self.status = status
         self.keep_alive = http.keep_alive and not close
         self._status_line = f"HTTP/{version.major}.{version.minor} {status} {_REASONS.get(status, '')}"
         self._writer = http.writer
         self._bodiless = http.method == "HEAD" or status in _WITHOUT_BODY
-        head = self._head = CIMultiDict(headers)
+        self._head = head
         if length is None and not self._bodiless:
             if version >= HttpVersion11:
                 head["Transfer-Encoding"] = "chunked"

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from math import isfinite
 
 from aiohttp import web
+from multidict import CIMultiDict
 
 from backends.base import Dialect, Reply, Request
 
@@ -277,7 +278,9 @@ class Call:
     def _answer(self, status: int, headers: Mapping[str, str], *, length: int | None) -> Answer:
         # The caller's next request must not meet a socket that is just being closed, nor the rest of this body.
         close = self._dispatcher.draining or not self.http.content.is_eof()
-        return Answer(self.http, status, {**headers, **self._own_headers()}, length=length, close=close)
+        head = CIMultiDict(headers)
+        head.update(self._own_headers())  # in the place of the provider's, however it spells them
+        return Answer(self.http, status, head, length=length, close=close)
 
     def _own_headers(self) -> dict[str, str]:
         backend = (self.ticket and self.ticket.backend) or self._dispatcher.routes[0].name

@@ -8,7 +8,7 @@ import json
 import openai
 import pytest
 from running import CHAT, chat
-from scripted_upstream import CHAT_ANSWER
+from scripted_upstream import CHAT_ANSWER, Link, Seen
 
 
 @pytest.fixture
@@ -62,6 +62,16 @@ async def test_headers_pass_on_or_stay_behind(serving, scripted):
     assert (sent["x-request-id"], sent["traceparent"]) == ("r-1", trace)
     assert sent["authorization"] == "Bearer sk-provider"
     assert not {"cookie", "x-camera-id", "connection"} & sent.keys()
+
+
+async def test_the_callers_request_id_comes_back_and_not_the_providers_beside_it(serving, scripted):
+    async def script(link: Link, _: Seen) -> None:
+        await link.answer(CHAT_ANSWER, headers="x-request-id: of-the-provider\r\nTraceparent: t\r\n")
+
+    upstream = await scripted(script)
+    sidecar = await serving(dashscope_url=f"{upstream.origin}/v1")
+    async with sidecar.post(headers={"X-Request-Id": "r-1"}) as response:
+        assert response.headers.getall("X-Request-Id") == ["r-1"]
 
 
 async def test_compatible_mode_paths_and_models(serving, provider):
