@@ -34,8 +34,9 @@ _UNNOTICED_SECONDS = 2.0
 #: Seconds a resolved address is used for new connections: an upstream that moved is found again within this.
 _DNS_SECONDS = 10
 #: TCP keep-alive as DashScope's own SDK sets it: idle seconds, interval, probes. And the milliseconds after which a
-#: connection whose other end confirms nothing of what was sent is dead, which would else be a quarter of an hour.
-_KEEPALIVE = (("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 30), ("TCP_KEEPCNT", 3), ("TCP_USER_TIMEOUT", 20_000))
+#: connection is dead whose other end confirms nothing of what was sent, which would else be a quarter of an hour. No
+#: fewer: a server that is alive but busy leaves the end of a big body unread, and the kernel takes it for the same.
+_KEEPALIVE = (("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 30), ("TCP_KEEPCNT", 3), ("TCP_USER_TIMEOUT", 45_000))
 #: A longer body is written in slices of so many bytes, each when the last has left: TLS would else make a second copy.
 _SLICE = 256 * 1024
 #: Bytes of an answer that are read ahead of who takes them. A stream whose reader stops holds no more than twice these.

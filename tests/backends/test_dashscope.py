@@ -340,7 +340,7 @@ async def test_connections_are_probed_while_an_answer_is_awaited(upstream, backe
     client = made[0]
     assert client.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
     options = (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT, socket.TCP_USER_TIMEOUT)
-    assert [client.getsockopt(socket.IPPROTO_TCP, option) for option in options] == [60, 30, 3, 20_000]
+    assert [client.getsockopt(socket.IPPROTO_TCP, option) for option in options] == [60, 30, 3, 45_000]
 
 
 @pytest.mark.parametrize("url", ["dashscope.aliyuncs.com", "ftp://host/v1", "http://", ""])
