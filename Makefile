@@ -36,6 +36,11 @@ $(UV):
 	@$(UV) pip install --quiet --python .venv-sdk/bin/python dashscope==2.0.2
 	@touch $@
 
+.venv-compose/.ready: Makefile | $(UV)
+	@$(UV) venv --quiet --clear --python $(PYTHON) .venv-compose
+	@$(UV) pip install --quiet --python .venv-compose/bin/python podman-compose==1.6.0
+	@touch $@
+
 .venv-trio/.ready: Makefile | $(UV)
 	@$(UV) venv --quiet --clear --python $(PYTHON) .venv-trio
 	@$(UV) pip install --quiet --python .venv-trio/bin/python --no-deps trio-core==1.1.5
@@ -100,10 +105,10 @@ image: sbom ## build the container image with buildah, or with docker: see docs/
 image-local: ## build the image with a model's libraries, torch for CUDA among them: several GB
 	@$(MAKE) --no-print-directory image IMAGE=$(IMAGE)-local IMAGE_OPTIONS='--build-arg EXTRAS="--extra local" $(IMAGE_OPTIONS)'
 
-test-pod: .venv/.ready ## build the image and play the rendered pod with podman: needs Debian and root
+test-pod: .venv/.ready .venv-compose/.ready ## build the image and play the rendered pod with podman: needs Debian and root
 	.ci/pod-parts
 	$(MAKE) image IMAGE_OPTIONS="--quiet --pull=never"
-	$(RUN)pytest tests/k8s/pod.py
+	$(RUN)pytest tests/k8s/pod.py tests/k8s/example_pod.py
 
 test-pod-local: .venv/.ready ## the same with a tiny model in the sidecar, on the build of torch that pip brings
 	.ci/pod-parts
