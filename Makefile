@@ -132,5 +132,5 @@ dashboard: .venv/.ready ## build the Grafana dashboard, k8s/monitoring/dashboard
 	$(RUN)python k8s/monitoring/dashboard.py
 
 clean: ## remove what the targets above made
-	rm -rf site .uv .venv .venv-docs .tiny-model .venv-sdk .venv-trio .venv-spy .peers .parts .wheels .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis dist
+	rm -rf site .uv .venv .venv-docs .tiny-model .venv-sdk .venv-trio .venv-compose .venv-spy .peers .parts .wheels .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
