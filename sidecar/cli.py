@@ -26,7 +26,7 @@ log = logging.getLogger("sidecar")
 _EPILOG = """\
 to begin:
   vlm-sidecar demo                       see what it does; needs no key
-  export SIDECAR_DASHSCOPE_API_KEY=sk-…  for DashScope; any OpenAI-compatible server: SIDECAR_DASHSCOPE_URL
+  export SIDECAR_DASHSCOPE_API_KEY=sk-...  for DashScope; any OpenAI-compatible server: SIDECAR_DASHSCOPE_URL
   vlm-sidecar check                      try settings, network, key and model
   vlm-sidecar serve                      requests to http://127.0.0.1:8100/v1, live page at http://127.0.0.1:9464/
 
