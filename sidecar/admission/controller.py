@@ -21,17 +21,15 @@ from typing import Any
 
 from .blackout import Blackouts
 from .bucket import TokenBucket
+from .early import EarlyRefusals
+from .first import FirstBurst
 from .policer import Sent, rate_between
-from .ramp import SUREST, UNSUREST, Ramp
+from .ramp import SUREST, UNSUREST, VAGUE, Ramp
 from .start import START_CREDIT, Start
 from .states import CUTS, State
 
-#: Requests a second that any provider is taken to allow when a first refusal says nothing else.
-FLOOR = 2.0
-#: Seconds of the limit that a bucket is taken to hold when nothing is known of it, and at most.
-USUAL_BURST_SECONDS, MOST_BURST_SECONDS = 1.5, 6.0
-#: A first refusal within so many seconds shows a burst, and what came later a rate.
-FIRST_SECONDS = 5.0
+#: Seconds of the limit that a bucket is taken to hold at most.
+MOST_BURST_SECONDS = 6.0
 #: How uncertain a limit that was learned before a restart is at least.
 RECALLED = 0.1
 #: A refusal before this share of a ramp's length has come too early.
@@ -46,8 +44,8 @@ MOVED = 0.2
 MOST_REMEMBERED = 1000
 #: A refusal at so many times the rate that the credit explains makes a credit of less than so many requests doubtful.
 DOUBTFUL, SMALL_BURST = 1.2, 4.0
-#: Refusals below the learned limit within so many seconds mean that others use the account too, for so long.
-SHARED_AFTER, SHARED_WINDOW_SECONDS, SHARED_SECONDS = 5, 90.0, 240.0
+#: The account is taken to be shared for so long.
+SHARED_SECONDS = 240.0
 #: A limit that falls to this share twice within so many seconds did not: the bucket has credit that was not known of.
 FELL, FELL_AGAIN_SECONDS = 0.9, 240.0
 #: While shared: what a refusal leaves, and growth a second, the same for all, so that the larger shrinks towards equal
@@ -84,26 +82,18 @@ class RateController:
         self._cut_at = -inf
         self._grown_at = now
         # the first refusal
-        self._first = False  # its burst is still coming back
-        self._first_from = now
-        self._first_taken = 0.0
+        self._first: FirstBurst | None = None  # while its refusals are still coming back
         self._guessed = False  # nothing else is known
         self._doubted: tuple[float, float] | tuple[()] | None = None  # limit and burst that were; () once they hold
         # refusals that come too early
-        self._early = 0
-        self._early_at: deque[float] = deque(maxlen=SHARED_AFTER)
-        self._episode_at = now
-        self._episode: list[Sent] = []
+        self._early = EarlyRefusals()
         self._shared_until = -inf
-        self._before = inf  # the limit before the first of them
         self._fell_at = -inf
         # blackouts
         self._blackouts = Blackouts(now)
         self._barren = 0  # refusals with nothing taken between
         self._most = inf  # that a window allows, as a rate
-        self._least: float | None = (
-            None  # the lowest limit that explains a refusal that came too early and was punished
-        )
+        self._least: float | None = None  # that explains a refusal that came too early and was punished
 
     # -- the gate ------------------------------------------------------------------------------------------------------
 
@@ -173,9 +163,9 @@ class RateController:
         """It took another amount than was reserved."""
         self._bucket.take(now, amount - sent.amount)
         self._blackouts.history.add(sent.at, amount - sent.amount)
-        if self._first and self._first_from <= sent.at <= self._empty_at and not sent.refused:
-            self._first_taken += amount - sent.amount  # it was judged by what was reserved
-            self._guess()
+        if self._first is not None and self._first.holds(sent):
+            self._first.taken += amount - sent.amount  # it was judged by what was reserved
+            self.limit, self.burst = self._first.guess(self.typical)
         sent.amount = amount
 
     def refused(self, now: float, sent: Sent) -> bool:
@@ -187,18 +177,18 @@ class RateController:
         self.refused_too(now, sent)
         self.refusal_seconds += 0.3 * (now - sent.at - self.refusal_seconds)
         if sent.at <= self._cut_at:
-            if self._first:
-                self._first_taken -= sent.amount
-                self._guess()
+            if self._first is not None:
+                self._first.taken -= sent.amount
+                self.limit, self.burst = self._first.guess(self.typical)
                 self._begin()
             else:
                 self._ramp.refused()
             return False
         self._ramp.refused()
-        self._first = self.state is State.START
-        if self._first:
+        if self.state is State.START:
             self._first_refusal(now, sent)
         else:
+            self._first = None
             self._refusal(now, sent)
         self._cut_at = now
         if self._barren < 2:
@@ -208,7 +198,7 @@ class RateController:
         self._begin()
         self._fill(now)
         level = -self._cushion() if self._has_credit else 0.0
-        if self._first:
+        if self._first is not None:
             level -= (now - sent.at) * self.pace(now)  # as long again, to see what became of the rest of the burst
         self._bucket.take(now, self._bucket.level(now) - level)
         return self._barren >= 2 or self._blackouts.lost_seconds > 0 or self._blackouts.windowed
@@ -228,26 +218,12 @@ class RateController:
         )
 
     def _first_refusal(self, now: float, sent: Sent) -> None:
-        window = Start.WINDOW_SECONDS
-        seconds = sent.at - self._start.began
-        self._first_from = self._start.began if seconds <= FIRST_SECONDS else sent.at - window
-        self._first_taken = sum(one.amount for one in self._sent if one.at >= self._first_from and not one.refused)
+        first = FirstBurst(sent.at, self._start.began, self._sent)
+        self.limit, self.burst = first.guess(self.typical)
+        self._first = first if first.is_burst else None
         self._guessed = True
-        self._empty_at = sent.at
-        self._guess()
-        if seconds > FIRST_SECONDS:
-            self.limit = max(0.8 * self._first_taken / window, FLOOR * self.typical)
-            self._first = False
         self._unsure = UNSUREST
         self._to(now, State.ASSESS, "first refusal")
-
-    def _guess(self) -> None:
-        """The limit after the first refusal: so many seconds of it were taken, and what a bucket mostly holds."""
-        seconds = self._empty_at - self._first_from
-        self.limit = max(self._first_taken / (seconds + USUAL_BURST_SECONDS), FLOOR / (1.0 + seconds) * self.typical)
-        self.burst = self._first_taken - self.limit * seconds
-        if not self._has_credit:
-            self.burst = self.typical
 
     def _refusal(self, now: float, sent: Sent) -> None:
         """The limit from what was taken since the refusal before."""
@@ -265,18 +241,22 @@ class RateController:
         if self._blackouts.windowed:
             self._window_full(now, sent)
             return
-        low, high = rate_between(self._empty_at, taken, sent.at, sent.amount, self.burst)
+
+        def between(burst: float) -> tuple[float, float]:
+            return rate_between(self._empty_at, taken, sent.at, sent.amount, burst)
+
+        low, high = between(self.burst)
         small = 2.0 <= self.burst / self.typical < SMALL_BURST
         if self._doubted is None and small and pace > DOUBTFUL * high and not self._blackouts.lost_seconds:
             # The pace was far above: either the bucket gave all its credit for that, or it has none and the limit is
             # near the pace. Try that once; it is soon known to be wrong.
             self._doubted, self.burst = ((low + high) / 2, self.burst), self.typical
-            low, high = rate_between(self._empty_at, taken, sent.at, sent.amount, self.burst)
+            low, high = between(self.burst)
         for _ in range(2):  # a limit that has risen has mostly risen with its credit
             risen = (low + high) / 2 / self.limit
-            if risen < 1.0 + MOVED or self._unsure > 5 * SUREST or not self._has_credit:
+            if risen < 1.0 + MOVED or self._unsure > VAGUE or not self._has_credit:
                 break
-            low, high = rate_between(self._empty_at, taken, sent.at, sent.amount, risen * self.burst)
+            low, high = between(risen * self.burst)
         total = sum(one.amount for one in taken)
         if sum(one.amount for one in taken if one.bound) < 0.8 * total:
             high = inf  # seldom at the limit: how full the bucket was hangs on a burst that is known badly
@@ -292,11 +272,11 @@ class RateController:
             if self._blackouts.lost_seconds:
                 if not self._has_credit:  # else what was taken in close succession would have been refused
                     self.burst = 2.0 * self.typical
-                self._least = rate_between(self._empty_at, taken, sent.at, sent.amount, inf)[0]
+                self._least = between(inf)[0]
             else:
                 self._too_early(now, sent, taken)
             return
-        self._early = 0
+        self._early.count = 0
         width, middle = (high - low) / (low + high), (low + high) / 2
         if self._blackouts.lost_seconds:
             width = max(width, 0.5 * self.burst / total)  # for the burst is known badly
@@ -313,9 +293,9 @@ class RateController:
 
     def _learn(self, limit: float) -> None:
         """Another limit. Where the old one was known well, it has moved, and so may the credit, which goes with it."""
-        if self._unsure <= 5 * SUREST and abs(limit / self.limit - 1.0) > MOVED:
+        if self._unsure <= VAGUE and abs(limit / self.limit - 1.0) > MOVED:
             if self._ramp.moved():
-                self._early_at.clear()
+                self._early.forget()
             if self._has_credit:
                 self.burst = max(self.burst * limit / self.limit, 2.0 * self.typical)
         else:
@@ -329,39 +309,33 @@ class RateController:
 
     def _too_early(self, now: float, sent: Sent, taken: list[Sent]) -> None:
         """It came before the pace had reached the limit: chance, other users of the account, or a lower limit."""
-        self._early += 1
-        self._early_at.append(now)
-        if self._early == 1:
-            self._episode_at, self._episode = sent.at, []
-            self._before = self.limit
-        else:
-            self._episode += taken
-        if len(self._early_at) == SHARED_AFTER and self._early_at[0] > now - SHARED_WINDOW_SECONDS:
-            self._early_at.clear()
+        early = self._early
+        early.add(now, sent, taken, self.limit)
+        if early.often(now):
+            early.forget()
+            early.count = 0
             self._shared_until = now + SHARED_SECONDS
-            self._early = 0
             self.limit *= SHARED_CUT
             self._to(now, State.SHARED, "refused too often for one user of the account")
-        elif self._early == 2 and self._doubted:
+        elif early.count == 2 and self._doubted:
             (self.limit, self.burst), self._doubted = self._doubted, ()
-            self._unsure, self._early = 0.1, 0
+            self._unsure, early.count = RECALLED, 0
             self._to(now, State.ASSESS, "refused below the learned limit: there is a credit after all")
-        elif self._early <= len(CUTS):
-            self.limit *= CUTS[self._early - 1]
-            if self._unsure > 5 * SUREST and taken:
+        elif early.count <= len(CUTS):
+            self.limit *= CUTS[early.count - 1]
+            if self._unsure > VAGUE:
                 self.limit = min(self.limit, rate_between(self._empty_at, taken, sent.at, sent.amount, self.burst)[1])
             self._changed(now, "refused below the learned limit")
         else:
-            _, high = rate_between(self._episode_at, self._episode, sent.at, sent.amount, inf)
-            if high < FELL * self._before:
+            most = early.most(sent)
+            if most < FELL * early.limit_before:
                 if not self._has_credit and now < self._fell_at + FELL_AGAIN_SECONDS:
                     self.burst = 2.0 * self.typical  # what was taken between the two falls came out of credit
                 self._fell_at = now
-            self._learn(max(min(high, 0.9 * self.limit), LARGEST_CUT * self.limit))
+            self._learn(max(min(most, 0.9 * self.limit), LARGEST_CUT * self.limit))
             self._unsure = 0.15
-            self._early = 1
-            self._early_at.clear()
-            self._episode_at, self._episode = sent.at, []
+            early.forget()
+            early.begin(sent, self.limit)
             self._to(now, State.ASSESS, "refused again and again: the limit is lower")
 
     @property
@@ -388,7 +362,7 @@ class RateController:
         known = blackouts.windowed
         whole = blackouts.over(max(self._start.began, blackouts.began), closed_at, probed_at, step, self.typical)
         seconds = probed_at - closed_at
-        self._barren = self._early = 0
+        self._barren = self._early.count = 0
         if seconds * self.limit < PAUSE * self.typical:
             blackouts.lost_seconds = 0.0
         elif blackouts.windowed:
@@ -408,7 +382,7 @@ class RateController:
             self._unsure = max(self._unsure, 3 * SUREST)
             self._to(now, State.ASSESS, f"refused, and everything with it for {seconds:.1f} s")
         self._least = None
-        self._early_at.clear()
+        self._early.forget()
         self._begin()
         self._fill(now)
         self._bucket.take(now, self._bucket.level(now))

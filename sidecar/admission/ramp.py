@@ -104,7 +104,7 @@ class Ramp:
         share, longest = (RAMP_NO_CREDIT, 2 * LONGEST_SECONDS) if self._no_credit else (RAMP, LONGEST_SECONDS)
         length, sure = self._each * share * typical / self._budget, SUREST
         if lost:
-            length, longest, sure = max(length, lost / LOST_SHARE), LONGEST_LOSING_SECONDS, 5 * SUREST
+            length, longest, sure = max(length, lost / LOST_SHARE), LONGEST_LOSING_SECONDS, VAGUE
         elif not window:
             length *= self._haste
         length = min(max(length, SHORTEST_SECONDS * limit), longest * limit)
