@@ -1,6 +1,7 @@
 """Who goes next, and when: the product's heart. Pure asyncio and arithmetic; the clock is the event loop's."""
 
 from .admission import Admission
+from .arrivals import Arrival
 from .errors import (
     AccountClosed,
     DeadlineUnreachable,
@@ -19,6 +20,7 @@ __all__ = [
     "CAUSES",
     "AccountClosed",
     "Admission",
+    "Arrival",
     "Cause",
     "DeadlineUnreachable",
     "Draining",

@@ -11,6 +11,7 @@ from random import Random
 from types import TracebackType
 from typing import Any
 
+from .arrivals import Arrival, Arrivals
 from .errors import Draining, QueueFull, Superseded
 from .lane import Lane, Permit
 from .limits import Limits
@@ -55,8 +56,7 @@ class Admission:
         )
         self.lanes: OrderedDict[str, Lane] = OrderedDict()
         self.draining = False
-        self.arriving_bytes = 0
-        """Of bodies that are still being received; they share the bound on bytes with those that wait."""
+        self._arrivals = Arrivals(self.loop, queue_bytes, self.waiting_bytes)
 
     def permit(self, ticket: Ticket) -> PermitContext:
         """Wait the ticket's turn and hold a permit for the length of the block.
@@ -96,19 +96,13 @@ class Admission:
         """Attempts that hold a permit."""
         return sum(lane.limits.permits.in_flight for lane in self.lanes.values())
 
-    def receive(self, more_bytes: int, so_far: int) -> None:
-        """Count more bytes of a body of which `so_far` have been. Raises `QueueFull` where they find no room.
+    def arrival(self, reading: asyncio.Timeout) -> Arrival:
+        """Count a body while it is received, `with` this; see `Arrival`."""
+        return Arrival(self._arrivals, reading)
 
-        Whoever stops receiving takes what was counted off `arriving_bytes` again.
-        """
-        others = self.waiting_bytes() + self.arriving_bytes - so_far
-        if others and others + so_far + more_bytes > self._queue_bytes:
-            raise QueueFull(
-                f"{others} bytes are waiting or being received and {so_far + more_bytes} of this body do not fit into "
-                f"SIDECAR_QUEUE_BYTES = {self._queue_bytes}: try again after 1 s, send smaller images, or raise it",
-                retry_after=1.0,
-            )
-        self.arriving_bytes += more_bytes
+    def arriving_bytes(self) -> int:
+        """Bytes of bodies that are still being received."""
+        return self._arrivals.bytes
 
     def enter(self, ticket: Ticket) -> Permit | asyncio.Future[Permit]:
         """What `permit` does on entering, without the wait."""
@@ -139,13 +133,12 @@ class Admission:
                 "ask less often, or raise it",
                 retry_after=wait,
             )
-        held = self.waiting_bytes() + self.arriving_bytes
-        if held and held + ticket.size_bytes > self._queue_bytes:
+        if not self._arrivals.make_room(ticket.size_bytes):
             wait = lane.predicted_wait(self.loop.time(), ticket)
             raise QueueFull(
-                f"{held} bytes are waiting or being received and {ticket.size_bytes} more do not fit into "
-                f"SIDECAR_QUEUE_BYTES = {self._queue_bytes}: try again after {wait:.1f} s, send smaller images, or "
-                "raise it",
+                f"{self._arrivals.held()} bytes are waiting or being received and {ticket.size_bytes} more do not fit "
+                f"into SIDECAR_QUEUE_BYTES = {self._queue_bytes}: try again after {wait:.1f} s, send smaller images, "
+                "or raise it",
                 retry_after=wait,
             )
 

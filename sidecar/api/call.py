@@ -14,7 +14,7 @@ from multidict import CIMultiDict
 
 from backends.base import Dialect, Reply, Request
 
-from ..admission import Priority, Ticket
+from ..admission import Arrival, Priority, Ticket
 from ..dispatch import DeadlineExceeded, Dispatcher
 from ..telemetry import Outcome
 from ..tracing import Trace
@@ -83,28 +83,27 @@ class Call:
             await self._continue()
         if announced is not None and http.content.is_eof():
             return await http.content.read()
-        try:
-            async with asyncio.timeout_at(self._arrived + self.limits.deadline):
-                return await self._receive(most)
-        except TimeoutError:
-            raise InvalidRequest(
-                f"the body did not come within {self.limits.deadline:g} s: send it sooner, or raise SIDECAR_DEADLINE",
-                status=408,
-            ) from None
+        reading = asyncio.timeout_at(self._arrived + self.limits.deadline)
+        with self._dispatcher.routes[0].admission.arrival(reading) as arrival:
+            try:
+                async with reading:
+                    return await self._receive(arrival, most)
+            except TimeoutError:
+                raise arrival.refusal or InvalidRequest(
+                    f"the body did not come within {self.limits.deadline:g} s: send it sooner, or raise "
+                    "SIDECAR_DEADLINE",
+                    status=408,
+                ) from None
 
-    async def _receive(self, most: int) -> bytes:
-        """Read a body that is still on its way; what has come of it counts as waiting."""
-        admission = self._dispatcher.routes[0].admission
+    async def _receive(self, arrival: Arrival, most: int) -> bytes:
+        """Read a body that is still on its way."""
         body = bytearray()  # and no list of pieces: a body that comes byte by byte would be a list of millions
-        try:
-            async for piece in self.http.content.iter_any():
-                admission.receive(len(piece), len(body))
-                body += piece
-                if len(body) > most:
-                    raise _too_large(most, None)
-            return bytes(body)
-        finally:
-            admission.arriving_bytes -= len(body)
+        async for piece in self.http.content.iter_any():
+            arrival.add(len(piece))
+            body += piece
+            if len(body) > most:
+                raise _too_large(most, None)
+        return bytes(body)
 
     async def _continue(self) -> None:
         expect = self.http.headers["Expect"]

@@ -116,11 +116,11 @@ async def test_who_vanishes_while_sending_its_body_leaves_nothing_behind(serving
         if said != head[:40]:
             await sidecar.until(lambda: sidecar.sidecar.data.under_way == 1)
         if said.endswith(b"{"):
-            await sidecar.until(lambda: admission.arriving_bytes == 50_000)
+            await sidecar.until(lambda: admission.arriving_bytes() == 50_000)
         writer.transport.abort()
         async with asyncio.timeout(AT_ONCE):
             await sidecar.until(sidecar.at_rest)
-        assert admission.arriving_bytes == 0
+        assert admission.arriving_bytes() == 0
     assert upstream.seen == []
 
 

@@ -79,3 +79,31 @@ async def test_slow_uploads_are_refused_in_sum_before_memory_ends(scripted):
     refused = [answer for status, answer in ends if status == 503]
     assert refused
     assert all(b'"queue_full"' in answer and b"Retry-After: " in answer for answer in refused)
+
+
+async def test_uploads_that_stall_give_way_to_those_that_come(serving, scripted, monkeypatch):
+    """One caller that never finishes must not shut the others out until its deadline."""
+    monkeypatch.setattr("sidecar.admission.arrivals.STALLED_SECONDS", 0.2)
+    upstream = await scripted()
+    sidecar = await serving(dashscope_url=f"{upstream.origin}/v1", queue_bytes=4 * MIB)
+    admission = sidecar.sidecar.routes[0].admission
+    head = HEAD % (CHAT.encode(), 10 * MIB)
+    stalled = []
+    for _ in range(4):
+        stalled.append(await asyncio.open_connection("127.0.0.1", sidecar.sidecar.data_port))
+        stalled[-1][1].write(head + b"{" * (MIB - 1024))
+    await sidecar.until(lambda: admission.arriving_bytes() == 4 * MIB - 4096)
+    frame = chat()
+    frame["messages"][0]["content"][0]["image_url"]["url"] += "A" * (2 * MIB)
+    async with sidecar.post(frame) as response:  # nobody has stalled for long yet
+        assert response.status == 503
+    await asyncio.sleep(0.3)
+    async with sidecar.post(frame) as response:
+        assert response.status == 200, await response.text()
+    ends = [await asyncio.wait_for(reader.read(), BOUND) for reader, _ in stalled[:2]]
+    assert all(b"gave way to others" in end and b" 503 " in end for end in ends), "the first have had to"
+    assert admission.arriving_bytes() == 2 * (MIB - 1024), "no more than were needed"
+    for _, writer in stalled:
+        writer.transport.abort()
+    await sidecar.until(sidecar.at_rest)
+    assert admission.arriving_bytes() == 0
