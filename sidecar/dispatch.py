@@ -238,6 +238,8 @@ class Dispatcher:
             raise
         except Rejected as refusal:
             result = "client_error"
+            if refusal.status == 401:
+                self._telemetry.key_refused(name, refusal.message)
             if _is_about_account(refusal) and len(self.routes) > 1:
                 permit.account_refused(loop.time(), refusal.message)
             else:

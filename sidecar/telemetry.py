@@ -110,6 +110,7 @@ class Telemetry:
         )
         self._models: set[str] = set()
         self._codes: set[str] = set()
+        self._keyless: set[str] = set()  # backends whose provider refuses the key
         self.batch_size = Histogram(
             "sidecar_batch_size",
             "Requests in one batch of the local backend.",
@@ -130,6 +131,14 @@ class Telemetry:
     def attempt(self, backend: str, result: str) -> None:
         """One call to the backend ended."""
         self._attempts[backend, result].inc()
+        if result == "ok":
+            self._keyless.discard(backend)
+
+    def key_refused(self, backend: str, message: str) -> None:
+        """The provider refused our key. Logged once until it takes it: callers see a 401 and cannot know whose."""
+        if backend not in self._keyless:
+            self._keyless.add(backend)
+            log.warning("%s: %s. Is SIDECAR_DASHSCOPE_API_KEY a key of this provider and region?", backend, message)
 
     def throttled(self, backend: str, kind: str, code: str) -> None:
         """The provider refused a call because of a limit. An unknown code is logged once."""

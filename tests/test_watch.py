@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from running import BOUND, CHAT, Process, chat
+from scripted_upstream import CHAT_ANSWER
 
 from sidecar.history import FIELDS, POINTS, History
 
@@ -189,3 +190,19 @@ def test_however_long_it_runs_history_is_bounded_and_loses_no_count(seconds, eac
     assert sum(whole["span"]) == seconds == whole["t"][-1]
     assert sum(whole["sent"]) == sum(each + second % 3 for second in range(seconds))
     assert set(whole["in_flight"]) == {float(each)}
+
+
+async def test_a_refused_key_is_told_once_until_it_is_taken(serving, scripted, caplog):
+    statuses = iter((401, 401, 200, 401))
+
+    async def script(link, seen):
+        await link.answer(CHAT_ANSWER if (status := next(statuses)) == 200 else {"error": {}}, status=status)
+
+    upstream = await scripted(script)
+    sidecar = await serving(dashscope_url=f"{upstream.origin}/v1")
+    told = []
+    for expected in (401, 401, 200, 401):
+        async with sidecar.post() as response:
+            assert response.status == expected
+        told.append(caplog.text.count("SIDECAR_DASHSCOPE_API_KEY"))
+    assert told == [1, 1, 1, 2]

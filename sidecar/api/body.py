@@ -105,8 +105,8 @@ def look_at_messages(
 ) -> None:
     """Walk the messages, which are alike in both dialects, down to the parts of their content, which are not."""
     if not isinstance(messages, list) or not messages:
-        told = "an empty one" if messages == [] else kind_of(messages)
-        raise InvalidRequest(f"{where} must be a list of at least one message, not {told}", field=where)
+        told = "missing" if messages is None else "an empty one" if messages == [] else kind_of(messages)
+        raise InvalidRequest(f"{where} must be a list of at least one message; it is {told}", field=where)
     for index, message in enumerate(messages):
         at = f"{where}[{index}]"
         if not isinstance(message, dict):
