@@ -163,7 +163,7 @@ class Sidecar:
     def drain(self) -> None:
         """Take nothing new from now on; `run` ends when what was accepted is done. Again is nothing."""
         if not self._told_to_drain.is_set():
-            log.info("draining: %d requests are under way", self.data.under_way)
+            log.info("draining; requests under way: %d", self.data.under_way)
             self.health.draining = True
             for route in self._all_routes():
                 route.admission.draining = True
@@ -171,7 +171,7 @@ class Sidecar:
 
     def _on_signal(self) -> None:
         if self._told_to_drain.is_set():
-            log.warning("told to stop a second time: giving up on %d requests", self.data.under_way)
+            log.warning("told to stop a second time: giving up what is under way, requests: %d", self.data.under_way)
             self.data.give_up()
         self.drain()
 

@@ -195,3 +195,26 @@ async def test_the_page_may_load_only_its_own(serving):
         async with sidecar.client.get(sidecar.admin_url + path) as response:
             assert (response.status, response.content_type) == (200, kind)
             assert response.headers["Content-Security-Policy"].startswith("default-src 'none'")
+
+
+def test_every_word_stands_out_from_what_is_behind_it():
+    """WCAG 2.1's contrast for text, 4.5 : 1, in light and in dark."""
+    css = (PAGE / "page.css").read_text()
+    for theme in re.findall(r":root \{(.*?)\}", css, re.DOTALL):
+        colours = dict(re.findall(r"--(\w+): #(\w+);", theme))
+        for back in ("back", "card"):
+            for text in ("text", "dim", "blue", "green", "red", "orange"):
+                assert contrast(colours[text], colours[back]) >= 4.5, (text, back)
+
+
+def contrast(one: str, other: str) -> float:
+    """The ratio of two colours' relative luminances (WCAG 2.1, 1.4.3)."""
+
+    def luminance(colour):
+        short = len(colour) == 3
+        shares = [int(colour[at] * 2 if short else colour[2 * at : 2 * at + 2], 16) / 255 for at in range(3)]
+        linear = [share / 12.92 if share <= 0.04045 else ((share + 0.055) / 1.055) ** 2.4 for share in shares]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    darker, lighter = sorted((luminance(one), luminance(other)))
+    return (lighter + 0.05) / (darker + 0.05)
