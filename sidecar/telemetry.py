@@ -7,13 +7,15 @@ belongs to a `Telemetry` object, so two sidecars can live in one process.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Hashable
-from typing import Literal, TypeVar
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Literal
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
+from prometheus_client import CollectorRegistry, Gauge, Histogram, disable_created_metrics
 
 from backends.base import Throttled, Usage
 
+from . import series
 from .admission import Ticket
 from .tracing import Trace
 
@@ -40,21 +42,6 @@ _TOTALS = (
     ("sidecar_backend_duration_seconds", "seconds.upstream", None),
 )
 
-_Key = TypeVar("_Key", bound=Hashable)
-_Child = TypeVar("_Child")
-
-
-class _Children(dict[_Key, _Child]):
-    """Label children made on first use and kept: prometheus-client's own look-up costs more than the observation."""
-
-    def __init__(self, make: Callable[[_Key], _Child]) -> None:
-        super().__init__()
-        self._make = make
-
-    def __missing__(self, key: _Key) -> _Child:
-        child = self[key] = self._make(key)
-        return child
-
 
 class Telemetry:
     """Every metric that requests write. Gauges of what is (queues, limits) are read by `admin` when scraped."""
@@ -67,15 +54,17 @@ class Telemetry:
         self._on_trace = on_trace
         disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series beside every counter and histogram that nobody queries
 
-        self._metrics: dict[str, Counter | Histogram] = {}
+        self._metrics: dict[str, series.Counter | series.Histogram] = {}
 
-        def counter(name: str, text: str, labels: tuple[str, ...]) -> _Children[tuple[str, ...], Counter]:
-            metric = self._metrics[name] = Counter(name, text, labels, registry=registry)
-            return _Children(lambda values: metric.labels(*values))
+        def counter(name: str, text: str, labels: tuple[str, ...]) -> defaultdict[series.Labels, float]:
+            metric = self._metrics[name] = series.Counter(name, text, labels)
+            registry.register(metric)
+            return metric.by
 
-        def seconds(name: str, text: str, labels: tuple[str, ...]) -> _Children[tuple[str, ...], Histogram]:
-            metric = self._metrics[name] = Histogram(name, text, labels, buckets=BUCKETS, registry=registry)
-            return _Children(lambda values: metric.labels(*values))
+        def seconds(name: str, text: str, labels: tuple[str, ...]) -> series.Histogram:
+            metric = self._metrics[name] = series.Histogram(name, text, labels, BUCKETS)
+            registry.register(metric)
+            return metric
 
         self._requests = counter("sidecar_requests", "Requests by how they ended.", ("api", "backend", "outcome"))
         self._duration = seconds(
@@ -130,7 +119,7 @@ class Telemetry:
 
     def attempt(self, backend: str, result: str) -> None:
         """One call to the backend ended."""
-        self._attempts[backend, result].inc()
+        self._attempts[backend, result] += 1
         if result == "ok":
             self._keyless.discard(backend)
 
@@ -142,14 +131,14 @@ class Telemetry:
 
     def throttled(self, backend: str, kind: str, code: str) -> None:
         """The provider refused a call because of a limit. An unknown code is logged once."""
-        self._throttles[backend, kind].inc()
+        self._throttles[backend, kind] += 1
         if kind == "unknown" and code not in self._codes and len(self._codes) < MOST_MODELS:
             self._codes.add(code)
             log.warning("the provider refused with a code this version does not know: %.80r", code)
 
     def retry(self, backend: str, why: Exception) -> None:
         """A ticket goes back to the queue after an attempt that brought nothing."""
-        self._retries[backend, why.kind if isinstance(why, Throttled) else type(why).__name__].inc()
+        self._retries[backend, why.kind if isinstance(why, Throttled) else type(why).__name__] += 1
 
     def tokens(self, backend: str, model: str, usage: Usage | None) -> None:
         """The provider said what a call cost."""
@@ -160,31 +149,31 @@ class Telemetry:
                 model = "other"
             else:
                 self._models.add(model)
-        self._tokens[backend, model, "input"].inc(usage.input_tokens)
-        self._tokens[backend, model, "output"].inc(usage.output_tokens)
+        self._tokens[backend, model, "input"] += usage.input_tokens
+        self._tokens[backend, model, "output"] += usage.output_tokens
 
     def finished(self, ticket: Ticket, api: str, backend: str, outcome: Outcome) -> None:
         """A ticket has ended, whichever way, and its watch is stopped."""
         seconds = ticket.stopwatch.seconds
-        self._requests[api, backend, outcome].inc()
-        exemplar = {"trace_id": ticket.trace_id} if ticket.trace_id else None
-        self._duration[api, backend, outcome].observe(sum(seconds.values()), exemplar)
-        self._queue_wait[backend, ticket.priority.name.lower()].observe(seconds["queue"], exemplar)
+        self._requests[api, backend, outcome] += 1
+        trace_id = ticket.trace_id
+        self._duration.observe((api, backend, outcome), sum(seconds.values()), trace_id)
+        self._queue_wait.observe((backend, ticket.priority.name.lower()), seconds["queue"], trace_id)
         if ticket.cause_seconds is not None:
             for cause, spent in ticket.cause_seconds.items():
                 if spent > 0:
-                    self._causes[backend, cause].inc(spent)
+                    self._causes[backend, cause] += spent
         if ticket.attempts:
-            self._lock_wait[(backend,)].observe(seconds["lock"])
+            self._lock_wait.observe((backend,), seconds["lock"])
             if seconds["first_byte"] > 0:
-                self._first_byte[(backend,)].observe(seconds["first_byte"])
-                self._backend_duration[(backend,)].observe(ticket.stopwatch.upstream_seconds)
+                self._first_byte.observe((backend,), seconds["first_byte"])
+                self._backend_duration.observe((backend,), ticket.stopwatch.upstream_seconds)
         if self._on_trace is not None and isinstance(ticket.stopwatch, Trace):
             self._on_trace(ticket, ticket.stopwatch, api, outcome)
 
     def invalid(self, api: str, backend: str) -> None:
         """A request that never became a ticket: its own fault."""
-        self._requests[api, backend, "invalid"].inc()
+        self._requests[api, backend, "invalid"] += 1
 
     def totals(self) -> dict[str, dict[str, float]]:
         """What the metrics have counted since the start, by backend: `requests.ok`, `waited.token_rate`, …
