@@ -101,7 +101,9 @@ class Settings(BaseModel):
         25.0, description="seconds to finish what was accepted after SIGTERM"
     )
     queue_size: Annotated[int, Field(ge=1)] = Field(2000, description="most requests that wait")
-    queue_bytes: Annotated[int, Field(ge=1)] = Field(256 * 1024 * 1024, description="most bytes that wait")
+    queue_bytes: Annotated[int, Field(ge=1)] = Field(
+        256 * 1024 * 1024, description="most bytes that wait, those of bodies still being received among them"
+    )
     max_body_bytes: Annotated[int, Field(ge=1)] = Field(14 * 1024 * 1024, description="largest request body in bytes")
     key_header: Annotated[str, Field(pattern=r"^[A-Za-z0-9-]+$")] = Field(
         "X-Camera-Id", description="header that holds the fair-queue key"
