@@ -154,7 +154,7 @@ class Sidecar:
         gc.freeze()  # what start-up made is never garbage: no collection need walk it again
         names = ",".join(route.name for route in self.routes)
         if "simulated" in names:
-            log.warning("SIMULATED answers: no provider is configured. Set SIDECAR_DASHSCOPE_API_KEY to serve for real")
+            log.warning("SIMULATED: the backend 'simulated' makes its answers up; SIDECAR_DASHSCOPE_API_KEY ends that")
         log.info(
             "vlm-sidecar %s serves %s on %s:%d, probes and metrics on %s:%d",
             __version__, names, settings.host, self.data_port, settings.admin_host, self.admin_port,

@@ -133,7 +133,7 @@ def picture(view: View, *, width: int, paint: Paint = _plain) -> list[str]:
     head = f"vlm-sidecar {status['version']}  up {duration(status['uptime_seconds'])}  "
     lines = [paint(_cut(head, width), "bold") + paint(_cut(state, width), "green" if status["ready"] else "red")]
     if status["simulated"]:
-        lines.append(paint("SIMULATED answers: no provider is configured", "yellow"))
+        lines.append(paint(_cut("SIMULATED: answers of the backend 'simulated' are made up", width), "yellow"))
     for backend in status["backends"]:
         lines += ["", *_backend(view, backend, width, paint)]
     if status["throttles"]:

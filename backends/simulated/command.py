@@ -29,7 +29,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         profile = profile_from(args)
     except ValueError as error:
-        print(f"vlm-sidecar simulate: {error}", file=sys.stderr)
+        print(f"vlm-sidecar simulate: {error} (--help shows what it takes)", file=sys.stderr)
         return 2
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(_serve(profile, args.host, args.port, args.api_key))

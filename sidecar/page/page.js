@@ -93,7 +93,7 @@ class View {
     $("figcaption", figure).textContent = ended ? `An answer takes ${whole.toFixed(2)} s, mean of the last 10 s` : "No answer in the last 10 s";
     fill(stack, parts.map(({colour, seconds}) => {
       const piece = element("i", {class: colour});
-      piece.style.flexGrow = seconds;
+      piece.style.flexGrow = 100 * seconds / (whole || 1);  // a sum below 1 would leave room
       return piece;
     }));
     const told = parts.map(({text, seconds}) => `${text} ${seconds.toFixed(2)} s`);
