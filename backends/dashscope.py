@@ -339,4 +339,6 @@ def _not_json(response: Response) -> ServerFailed:
 def _strerror(error: BaseException) -> str:
     if isinstance(error, ConnectionError) and error.errno:
         return os.strerror(error.errno)  # asyncio's own text names an address in the place of the reason
+    if isinstance(error, aiohttp.ServerDisconnectedError):
+        return "the server closed it"
     return (isinstance(error, OSError) and error.strerror) or type(error).__name__
