@@ -49,6 +49,7 @@ class Answer:
     async def write_whole(self, body: bytes) -> None:
         """Write head and body at once. Raises `ConnectionError` where nobody is left to read, as all of these do."""
         await self._writer.write_headers(self._status_line, self._head)
+        self._writer.length = 0  # of what may follow: an error after this must not run into the next answer
         await self._writer.write_eof(b"" if self._bodiless else body)
 
     async def begin(self) -> None:
