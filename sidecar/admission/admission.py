@@ -13,7 +13,7 @@ from typing import Any
 
 from .arrivals import Arrival, Arrivals
 from .errors import Draining, QueueFull, Superseded
-from .lane import Lane, Permit
+from .lane import KEPT_SHARE, Lane, Permit
 from .limits import Limits
 from .ticket import Priority, Ticket
 
@@ -121,24 +121,29 @@ class Admission:
                 raise superseded
             lane.refuse(other, superseded)
         if not ticket.returned:
+            lane.recognise(ticket)
             self._check_bounds(lane, ticket)
         return lane.enter(ticket)
 
     def _check_bounds(self, lane: Lane, ticket: Ticket) -> None:
-        waiting = self.waiting()
-        if waiting >= self._queue_size:
-            wait = lane.predicted_wait(self.loop.time(), ticket)
+        now = self.loop.time()
+        waiting, size = self.waiting(), ticket.size_bytes
+        room = max(min(self._queue_size, self._queue_bytes // max(size, 1)), 1)
+        kept = min(lane.kept(now, ticket), int(KEPT_SHARE * room)) if waiting else 0
+        if waiting + kept >= self._queue_size:
+            wait = lane.promise(now, ticket, room)
+            about_to_come = f" and {kept} are about to come back as they were told" if kept else ""
             raise QueueFull(
-                f"{waiting} requests are waiting, as many as SIDECAR_QUEUE_SIZE allows: try again after {wait:.1f} s, "
-                "ask less often, or raise it",
+                f"{waiting} requests are waiting{about_to_come}, as many as SIDECAR_QUEUE_SIZE allows: "
+                f"try again after {wait:.0f} s, ask less often, or raise it",
                 retry_after=wait,
             )
-        if not self._arrivals.make_room(ticket.size_bytes):
-            wait = lane.predicted_wait(self.loop.time(), ticket)
+        if not self._arrivals.make_room(size):
+            wait = lane.promise(now, ticket, room)
             raise QueueFull(
-                f"{self._arrivals.held()} bytes are waiting or being received and {ticket.size_bytes} more do not fit "
-                f"into SIDECAR_QUEUE_BYTES = {self._queue_bytes}: try again after {wait:.1f} s, send smaller images, "
-                "or raise it",
+                f"{self._arrivals.held()} bytes are waiting or being received and {size} more do not fit into "
+                f"SIDECAR_QUEUE_BYTES = {self._queue_bytes}: try again after {wait:.0f} s, send smaller images, or "
+                "raise it",
                 retry_after=wait,
             )
 

@@ -445,9 +445,13 @@ class RateController:
 
     # -- for operators -------------------------------------------------------------------------------------------------
 
+    def rate(self, now: float) -> float:
+        """The accepted amount a second, of late."""
+        return self._start.rate(now)
+
     def use(self, now: float) -> float:
         """The accepted rate as a share of the limit; 0 while no limit is known."""
-        return 0.0 if self.limit == inf else self._start.rate(now) / self.limit
+        return 0.0 if self.limit == inf else self.rate(now) / self.limit
 
     def status(self, now: float) -> dict[str, Any]:
         """What was learned, and when and why it last changed."""

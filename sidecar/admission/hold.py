@@ -92,11 +92,17 @@ class Hold:
         step = BILLING_STEP if kind is HoldKind.BILLING else self._step * jitter
         if 0.0 < expected - now < 2.0 * step:
             step = expected - now
-        if retry_after is not None and isfinite(retry_after) and retry_after > 0:
-            if not self._asked:
-                self._asked = now + retry_after
-            step = min(max(step, retry_after), max(self.trust, step))
         self.next_probe = now + step
+        self.heard(now, retry_after)
+
+    def heard(self, now: float, retry_after: float | None) -> None:
+        """
+        A refusal asks to wait so many seconds: the newest word counts. It may put the next probe off, as far as it is
+        trusted, and never brings it forward.
+        """
+        if retry_after is not None and isfinite(retry_after) and retry_after > 0:
+            self._asked = now + retry_after
+            self.next_probe = max(self.next_probe, now + min(retry_after, self.trust))
 
     @property
     def trust(self) -> float:

@@ -12,6 +12,7 @@ from math import inf
 from .errors import AccountClosed, DeadlineUnreachable, NotAdmitted
 from .hold import HoldKind
 from .limits import Attempt, Limits
+from .promises import Promises
 from .queue import FairQueue
 from .ticket import CAUSES, Cause, Ticket
 
@@ -19,6 +20,8 @@ from .ticket import CAUSES, Cause, Ticket
 LOOK_AGAIN_SECONDS = 0.25
 #: A key's backlog counts as servable in time while a newcomer would be answered within this share of its deadline.
 SERVABLE_SHARE = 0.5
+#: Room is kept for those who were told to come back within so many seconds, and at most this share of a bound.
+SOON_SECONDS, KEPT_SHARE = 3.0, 0.5
 _WAY_OUT = (
     "ask less often, allow more time (X-Request-Timeout), or let a newer frame take an older one's place "
     "(X-Queue-Policy: latest)"
@@ -75,6 +78,7 @@ class Lane:
         now = loop.time()
         self._loop = loop
         self.queue = FairQueue()
+        self.promises = Promises()
         self.limits = limits
         self._timer: asyncio.TimerHandle | None = None
         self._held_seconds = [0.0] * len(CAUSES)
@@ -115,11 +119,11 @@ class Lane:
         wait = self._soonest(now, ticket)
         if wait + latency > SERVABLE_SHARE * left and self.queue.overload(ticket.priority, ticket.key):
             wait = self._soonest(now, ticket)
-        if wait + latency > left:
+        if wait + latency + min(self._kept_seconds(now, ticket), KEPT_SHARE * left) > left:
             raise DeadlineUnreachable(
                 f"the wait ahead is about {wait:.1f} s and an answer takes {latency:.1f} s, "
                 f"but only {left:.1f} s are left: {_WAY_OUT}",
-                retry_after=self.predicted_wait(now, ticket),
+                retry_after=self.promise(now, ticket),
             )
 
     def leave(self, ticket: Ticket) -> None:
@@ -223,6 +227,27 @@ class Lane:
     def _wait_when_open(self, now: float, ticket: Ticket) -> float:
         return self.limits.seconds_for(now, ticket, *self.queue.ahead_of(ticket))
 
+    # -- those who are sent away, and come back -----------------------------------------------------------------------
+
+    def recognise(self, ticket: Ticket) -> None:
+        """See whether this newcomer was told to come back now."""
+        ticket.promised = self.promises.redeem(self._loop.time(), ticket.key)
+
+    def promise(self, now: float, ticket: Ticket, room: float = inf) -> float:
+        """Seconds after which this ticket's caller gets in if it asks again; of so many as find room at once."""
+        per_second = min(self.limits.throughput(now, ticket), KEPT_SHARE * room)
+        return self.promises.make(now, ticket.key, self.predicted_wait(now, ticket), per_second)
+
+    def kept(self, now: float, ticket: Ticket) -> int:
+        """Places that this newcomer must leave to those who are about to come back."""
+        if ticket.promised or not len(self.promises):
+            return 0
+        return self.promises.due(now, SOON_SECONDS + 1.0 / self.limits.throughput(now, ticket))
+
+    def _kept_seconds(self, now: float, ticket: Ticket) -> float:
+        kept = self.kept(now, ticket)
+        return kept / self.limits.throughput(now, ticket) if kept else 0.0
+
     # -- the account of causes -----------------------------------------------------------------------------------------
 
     def _left(self, ticket: Ticket, now: float) -> None:
@@ -241,7 +266,7 @@ class Lane:
                 DeadlineUnreachable(
                     f"it waited {now - since:.1f} s of {ticket.deadline - since:.1f} s, and can no longer be answered "
                     f"in time, held by {self.cause or 'turn'}: {_WAY_OUT}",
-                    retry_after=self.predicted_wait(now, ticket),
+                    retry_after=self.promise(now, ticket),
                 ),
             )
             self.admit(now)

@@ -30,6 +30,10 @@ PATIENCE_SECONDS = 0.5
 #: LLM tokens of an answer until one was seen.
 USUAL_OUTPUT = 100.0
 MOST_CONCURRENCY = 1024
+#: The share that is sure of a pace at which no limit was met yet.
+UNTRIED_SHARE = 0.25
+#: An answer is taken to last so many seconds until there was one.
+USUAL_SECONDS = 1.0
 
 
 class Attempt:
@@ -156,6 +160,16 @@ class Limits:
             wait = max(wait, missing * self.latency / self.permits.allowed)
         return wait
 
+    def throughput(self, now: float, ticket: Ticket) -> float:
+        """Attempts a second, each like this ticket, that can start for certain."""
+        pace = self.permits.allowed / (self.latency or USUAL_SECONDS)
+        if not self._paced:
+            return pace
+        requests = self.requests.pace(now)
+        if self.requests.limit == inf:
+            requests = max(UNTRIED_SHARE * requests, self.requests.rate(now))
+        return min(pace, requests, self.tokens.pace(now) / self.cost(ticket), self.growth.allowed(now))
+
     @property
     def failing(self) -> bool:
         """The provider fails request after request: none of them is to blame."""
@@ -194,6 +208,8 @@ class Limits:
         if kind == "capacity":
             if attempt is self._probe or self.hold.kind is None:
                 self._close(now, HoldKind.CAPACITY, reason, retry_after)
+            else:
+                self.hold.heard(now, retry_after)
             self._void(attempt, now)
             return
         if attempt.requests is None or attempt.tokens is None:
@@ -203,6 +219,8 @@ class Limits:
             self.tokens.refused_too(now, attempt.tokens)
             if attempt is self._probe:
                 self._close(now, self.hold.kind, reason, retry_after)
+            else:
+                self.hold.heard(now, retry_after)
             return
         named = self._dimension(attempt, now, kind)
         if named == "growth":

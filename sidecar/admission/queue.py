@@ -3,7 +3,7 @@ The fair queue: whose turn it is. Knows nothing of limits, time or futures; `Lan
 
 Three levels, each flat in the number of keys and tickets: priority classes share by weight, the keys within a class
 share by deficit round robin (Shreedhar & Varghese, 1995) over cost, and within a key order is earliest deadline first
-while the backlog can be served in time, newest first when it cannot.
+while the backlog can be served in time, newest first when it cannot (but first those who were told to come back now).
 
 The round robin is the *surplus* variant: a key is served while its deficit is positive and may overdraw it by one
 ticket, so a quantum need not be as large as the largest ticket, and one camera's huge frame never makes the quantum of
@@ -30,7 +30,18 @@ WEIGHTS: dict[Priority, int] = {Priority.HIGH: 8, Priority.NORMAL: 3, Priority.L
 class _KeyQueue:
     """One key's tickets within one class."""
 
-    __slots__ = ("_by_deadline", "_calm_below", "_waiting", "cost", "deficit", "key", "latest", "place", "returned")
+    __slots__ = (
+        "_by_deadline",
+        "_calm_below",
+        "_waiting",
+        "cost",
+        "deficit",
+        "key",
+        "latest",
+        "place",
+        "promised",
+        "returned",
+    )
 
     def __init__(self, key: str) -> None:
         self.key = key
@@ -39,6 +50,7 @@ class _KeyQueue:
         self.cost = 0.0  # of all that waits
         self.place = 0  # in the ring: consecutive numbers from its head to its tail
         self.returned: deque[Ticket] = deque()
+        self.promised: OrderedDict[int, Ticket] = OrderedDict()  # of those that wait; not behind newer ones
         self._waiting: OrderedDict[int, Ticket] = OrderedDict()  # in order of arrival
         self._calm_below = 0  # newest first until fewer than this are left; 0: earliest deadline first
         self._by_deadline: list[tuple[float, int]] = []  # a heap; entries whose ticket has left are skipped
@@ -53,6 +65,8 @@ class _KeyQueue:
         if ticket.returned:
             self.returned.append(ticket)
             return
+        if ticket.promised:
+            self.promised[number] = ticket
         self._waiting[number] = ticket
         heappush(self._by_deadline, (ticket.deadline, number))
 
@@ -64,6 +78,8 @@ class _KeyQueue:
         if self.returned:
             return self.returned[0]
         if self._calm_below:
+            if self.promised:
+                return self.promised[next(iter(self.promised))]
             return self._waiting[next(reversed(self._waiting))]
         while self._by_deadline[0][1] not in self._waiting:
             heappop(self._by_deadline)
@@ -84,18 +100,19 @@ class _KeyQueue:
             self.returned.remove(ticket)
             return
         del self._waiting[number]
+        self.promised.pop(number, None)
         if len(self._by_deadline) > 2 * len(self._waiting) + 16:
             self._by_deadline = [entry for entry in self._by_deadline if entry[1] in self._waiting]
             heapify(self._by_deadline)
 
     def ahead_of(self, deadline: float) -> tuple[int, float]:
         """How many would be served before a newcomer with this deadline, and what they cost."""
-        if not self._calm_below:
+        if self._calm_below:
+            earlier = [*map(_cost, self.promised.values())]
+        else:
             if self._waiting and deadline >= next(reversed(self._waiting.values())).deadline:
                 return len(self), self.cost  # the common case: everybody has the same budget
             earlier = [_cost(ticket) for ticket in self._waiting.values() if ticket.deadline <= deadline]
-        else:
-            earlier = []
         earlier += map(_cost, self.returned)
         return len(earlier), sum(earlier)
 

@@ -68,6 +68,7 @@ class Ticket:
         "model",
         "permit",
         "priority",
+        "promised",
         "returned",
         "size_bytes",
         "stopwatch",
@@ -107,6 +108,8 @@ class Ticket:
         """Where it was last sent."""
         self.returned = False
         """It was refused upstream and goes back to the head of its key's queue."""
+        self.promised = False
+        """Its caller was sent away, and told to come back now."""
         self.streaming = False
         """A part of the answer may have reached the caller: there is no other attempt after this."""
         self.cause_seconds: dict[Cause, float] | None = None

@@ -53,6 +53,23 @@ def test_an_unproved_retry_after_is_believed_for_seconds_only(word):
     assert hold.next_probe == LITTLE_TRUST
 
 
+def test_the_newest_retry_after_counts_and_not_the_first():
+    hold = Hold()
+    hold.close(0.0, HoldKind.CAPACITY, "busy", retry_after=4.0)
+    hold.close(4.0, HoldKind.CAPACITY, "busy", retry_after=2.0)
+    assert hold.next_probe == 6.0
+    hold.heard(5.0, 3.0)
+    assert hold.next_probe == 8.0
+
+
+def test_a_shorter_word_never_brings_the_next_probe_forward():
+    hold = Hold()
+    hold.close(0.0, HoldKind.CAPACITY, "busy", retry_after=4.0)
+    for shorter in (1.0, 0.0, None):
+        hold.heard(0.5, shorter)
+        assert hold.next_probe == 4.0
+
+
 @pytest.mark.parametrize("word", [None, 0.0, -5.0, nan, inf, -inf])
 def test_what_is_no_time_to_wait_changes_nothing(word):
     hold = Hold()

@@ -1,0 +1,123 @@
+"""Who is sent away is told when to come back, and a place is kept for that."""
+
+import asyncio
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bench.obedient import CASES, play
+from bench.sim import clock
+from sidecar.admission import Admission, QueueFull, Ticket
+from sidecar.admission.promises import LATE_SECONDS, LONGEST_SECONDS, SHARE, Promises
+
+#: Where capacity is known or soon found: bounds of the queue, deadlines, both orders, and sustained overload.
+OBEYED = (
+    "burst of 200, 10/s, 20 may wait",
+    "burst of 300, 10/s, deadline 10 s",
+    "100 callers, 10 keys, 10/s, 20 may wait",
+    "60 callers, 4 at a time, 10 may wait",
+    "40 callers, pinned to 4, 5 may wait",
+    "200 callers, 5/s, deadline 10 s",
+    "200 callers, 10 keys, 5/s, deadline 10 s",
+    "1.5 x 10/s arrive for 2 minutes",
+    "3 x 10/s arrive for 1 minute, 50 may wait",
+    "1.5 x 10/s arrive, half obey",
+)
+
+
+@pytest.mark.parametrize("name", OBEYED)
+def test_who_comes_back_as_told_gets_in(name):
+    (case,) = (case for case in CASES if case.name == name)
+    outcome = play(case, 1)
+    assert outcome.again.total() > 100
+    assert outcome.got_in >= 0.95, outcome
+
+
+def told(promises, count, *, now=0.0, key=lambda number: "a", wait=0.0, per_second=5.0):
+    return [promises.make(now, key(number), wait, per_second) for number in range(count)]
+
+
+@given(
+    count=st.integers(1, 200),
+    per_second=st.floats(0.1, 50.0),
+    keys=st.integers(1, 200),
+    wait=st.floats(0.0, 30.0),
+)
+def test_those_sent_away_at_once_come_back_no_faster_than_they_can_be_served(count, per_second, keys, wait):
+    seconds = told(Promises(), count, key=lambda number: str(number % keys), wait=wait, per_second=per_second)
+    assert min(seconds) >= max(wait, 1)
+    window = max(1.0, 1.0 / (SHARE * per_second))
+    for end in set(seconds):
+        if end < LONGEST_SECONDS:
+            crowd = sum(end - window < one <= end for one in seconds)
+            assert crowd <= SHARE * per_second * window + 1
+
+
+def test_a_camera_that_was_often_sent_away_does_not_put_the_others_off():
+    promises = Promises()
+    assert max(told(promises, 500)) > 60
+    assert promises.make(0.0, "b", 0.0, 5.0) <= 2
+
+
+def test_a_promise_is_kept_once_for_its_key_and_not_for_ever():
+    promises = Promises()
+    (seconds,) = told(promises, 1)
+    assert not promises.redeem(seconds - 0.5, "a")
+    assert promises.due(seconds - 0.5, 1.0) == 1
+    assert not promises.redeem(seconds, "b")
+    assert promises.redeem(seconds + LATE_SECONDS, "a")
+    assert not promises.redeem(seconds + LATE_SECONDS, "a")
+    told(promises, 1, now=100.0)
+    assert not promises.redeem(101.1 + LATE_SECONDS, "a")
+    assert len(promises) == 0
+
+
+@given(
+    moves=st.lists(
+        st.tuples(st.sampled_from("abc"), st.booleans(), st.floats(0.0, 3.0), st.floats(0.0, 20.0)), max_size=60
+    )
+)
+def test_every_promise_is_redeemed_by_its_key_or_forgotten(moves):
+    promises, now, owed = Promises(), 0.0, Counter()
+    for key, comes, pause, wait in moves:
+        now += pause
+        if comes and promises.redeem(now, key):
+            owed[key] -= 1
+            assert owed[key] >= 0
+        elif not comes:
+            promises.make(now, key, wait, 2.0)
+            owed[key] += 1
+        assert 0 <= promises.due(now, 5.0) <= len(promises) <= owed.total()
+    promises.due(now + LONGEST_SECONDS + 10.0, 0.0)
+    assert len(promises) == 0
+
+
+def test_a_newcomer_leaves_the_last_places_to_those_who_are_about_to_come_back():
+    async def main():
+        loop = asyncio.get_running_loop()
+        admission = Admission(concurrency=1, queue_size=4)
+
+        def enter(key):
+            return admission.enter(Ticket(now=loop.time(), deadline=loop.time() + 1e6, key=key, model="m"))
+
+        under_way = enter("a")
+        waiting = [enter("a") for _ in range(4)]
+        with pytest.raises(QueueFull) as refusal:
+            enter("b")
+        under_way.release(loop.time())
+        await asyncio.sleep(refusal.value.retry_after - 0.5)
+        assert admission.waiting() == 3
+        with pytest.raises(QueueFull, match="about to come back"):
+            enter("c")
+        await asyncio.sleep(0.5)
+        waiting.append(enter("b"))
+
+        async def served(entry):
+            (await entry).release(loop.time())
+
+        await asyncio.gather(*map(served, waiting))
+        assert (admission.in_flight(), admission.waiting()) == (0, 0)
+
+    clock.run(main())
