@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import itertools
 import json
 import socket
 
@@ -170,3 +171,35 @@ def test_requests_that_come_in_one_write_are_answered_in_turn(process, count, cu
     answer = send(process.port, data + (one % count)[: cut % 40], end=True)
     ids = [line.split(b": ")[1] for line in answer.splitlines() if line.lower().startswith(b"x-request-id: ")]
     assert ids == [b"%d" % number for number in range(count)][: len(ids)]
+
+
+@FUZZ
+@given(
+    cuts=st.lists(st.integers(1, 400), max_size=8),
+    chunked=st.booleans(),
+    pieces=st.lists(st.integers(1, 600), max_size=6),
+)
+def test_a_good_body_is_understood_however_it_is_cut(process, cuts, chunked, pieces):
+    """Into chunks of HTTP's, and into what the network makes of it."""
+    body = json.dumps(chat()).encode()
+    if chunked:
+        edges = [0, *sorted({cut for cut in cuts if cut < len(body)}), len(body)]
+        parts = [body[start:end] for start, end in itertools.pairwise(edges)]
+        framed = b"".join(b"%x;ext=1\r\n%b\r\n" % (len(part), part) for part in parts) + b"0\r\nX-Trailer: 1\r\n\r\n"
+        data = b"POST %b HTTP/1.1\r\nHost: x\r\nConnection: close\r\nTransfer-Encoding: chunked\r\n\r\n%b"
+        data %= (CHAT.encode(), framed)
+    else:
+        data = http(CHAT, body)
+    with socket.create_connection(("127.0.0.1", process.port), timeout=10) as connection:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        at = 0
+        for piece in pieces:
+            connection.sendall(data[at : at + piece])
+            at += piece
+        connection.sendall(data[at:])
+        answer = b""
+        while piece := connection.recv(65536):
+            answer += piece
+    status, text = judged(answer)
+    assert status == 200, answer
+    assert b'"choices"' in text

@@ -1,0 +1,76 @@
+"""Bodies on their way in: bounded in sum, every byte given back, and nobody that sends gives way."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bench.sim import clock
+from sidecar.admission import QueueFull
+from sidecar.admission.arrivals import STALLED_SECONDS, Arrival, Arrivals
+
+BOUND = 100
+
+
+async def body(arrivals, pieces):
+    """Receive pieces of so many bytes, each after so many seconds; gives how it ended."""
+    loop = asyncio.get_running_loop()
+    heard = loop.time()
+    try:
+        async with asyncio.timeout(1e6) as reading:
+            with Arrival(arrivals, reading) as arrival:
+                for seconds, more in pieces:
+                    await asyncio.sleep(seconds)
+                    heard = loop.time()
+                    arrival.add(more)
+        return "whole"
+    except QueueFull:
+        return "refused"
+    except TimeoutError:
+        assert arrival.refusal is not None
+        assert loop.time() - heard >= STALLED_SECONDS
+        return "gave way"
+
+
+PIECES = st.lists(st.tuples(st.floats(0.0, 3.0), st.integers(1, 60)), min_size=1, max_size=5)
+
+
+@settings(max_examples=200, deadline=None)
+@given(bodies=st.lists(PIECES, min_size=1, max_size=8), waiting=st.integers(0, 80))
+def test_what_is_received_stays_within_the_bound_and_is_given_back(bodies, waiting):
+    async def main():
+        loop = asyncio.get_running_loop()
+        arrivals = Arrivals(loop, BOUND, lambda: waiting)
+        tasks = [loop.create_task(body(arrivals, pieces)) for pieces in bodies]
+        while not all(task.done() for task in tasks):
+            await asyncio.sleep(0.01)
+            alone = waiting == 0 and len(arrivals._heard) == 1
+            assert alone or arrivals.held() <= max(BOUND, waiting)
+        ends = await asyncio.gather(*tasks)
+        assert (arrivals.bytes, len(arrivals._heard)) == (0, 0)
+        if waiting + sum(more for pieces in bodies for _, more in pieces) <= BOUND:
+            assert set(ends) == {"whole"}
+
+    clock.run(main())
+
+
+def test_a_body_that_wakes_in_the_turn_in_which_it_gave_way_is_refused_and_counted_once():
+    async def main():
+        loop = asyncio.get_running_loop()
+        arrivals = Arrivals(loop, BOUND, lambda: 0)
+        with pytest.raises(TimeoutError):  # which the API tells as its refusal
+            async with asyncio.timeout(60.0) as reading:
+                with Arrival(arrivals, reading) as slow:
+                    slow.add(80)
+                    await asyncio.sleep(STALLED_SECONDS)
+                    assert arrivals.make_room(50)
+                    with pytest.raises(QueueFull, match="gave way"):
+                        slow.add(10)
+                    assert arrivals.bytes == 0
+                    await asyncio.sleep(1.0)
+        assert arrivals.bytes == 0
+
+    clock.run(main())
