@@ -134,20 +134,25 @@ async def test_who_opens_connections_and_says_nothing_is_cut_off(serving, monkey
     assert connections == 1
 
 
-async def test_the_admin_listener_takes_so_many_connections_and_serves_on(serving, monkeypatch):
-    monkeypatch.setattr("sidecar.app._MOST_WATCHERS", 5)
+@pytest.mark.parametrize(
+    ("listener", "bound", "path"), [("data", "_MOST_CALLERS", "/health"), ("admin", "_MOST_WATCHERS", "/livez")]
+)
+async def test_a_listener_takes_so_many_connections_and_serves_on(serving, monkeypatch, listener, bound, path):
+    monkeypatch.setattr(f"sidecar.app.{bound}", 5)
     sidecar = await serving()
-    held = [await asyncio.open_connection("127.0.0.1", sidecar.sidecar.admin_port) for _ in range(5)]
-    reader, writer = await asyncio.open_connection("127.0.0.1", sidecar.sidecar.admin_port)
+    port = getattr(sidecar.sidecar, f"{listener}_port")
+    held = [await asyncio.open_connection("127.0.0.1", port) for _ in range(5)]
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
     async with asyncio.timeout(5):
         assert await reader.read() == b""
     writer.close()
     for _, other in held:
         other.transport.abort()
+    server = getattr(sidecar.sidecar, f"_{listener}_listener")._runner.server
     async with asyncio.timeout(5):
-        while sidecar.sidecar._admin_listener._runner.server.connections:  # noqa: ASYNC110
+        while server.connections:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
-    async with sidecar.client.get(f"{sidecar.admin_url}/livez") as response:
+    async with sidecar.client.get(f"http://127.0.0.1:{port}{path}") as response:
         assert response.status == 200
 
 
