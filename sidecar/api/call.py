@@ -70,7 +70,7 @@ class Call:
     # -- in ------------------------------------------------------------------------------------------------------------
 
     async def read(self) -> bytes:
-        """The whole body. Raises `InvalidRequest` (413) before reading one that is announced or grows too large."""
+        """The whole body. Raises `InvalidRequest` (413, an announced size before it is read) or `QueueFull`."""
         http, most = self.http, self.limits.max_body_bytes
         announced = http.content_length
         if announced is not None and announced > most:
