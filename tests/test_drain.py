@@ -57,6 +57,8 @@ async def test_sigterm_with_8_in_flight_and_50_queued_loses_none(client, provide
         status, code, headers = await ask(client, process)
         assert (status, code, headers["Retry-After"]) == (503, "draining", "1")
         assert headers["Connection"] == "close"
+        async with client.get(f"{process.url}/health") as response:
+            assert response.status == 503, "a load balancer that asks the data port must not send more"
         assert [answer[:2] for answer in await asyncio.gather(*tasks)] == [(200, "ok")] * 58
         assert await process.ended() == 0
         assert simulated.counts.ended["answered"] == 58

@@ -67,6 +67,11 @@ class Call:
         self._loop = asyncio.get_running_loop()
         self._arrived = self._loop.time()
 
+    @property
+    def draining(self) -> bool:
+        """Nothing new is taken."""
+        return self._dispatcher.draining
+
     # -- in ------------------------------------------------------------------------------------------------------------
 
     async def read(self) -> bytes:
@@ -276,7 +281,7 @@ class Call:
 
     def _answer(self, status: int, headers: Mapping[str, str], *, length: int | None) -> Answer:
         # The caller's next request must not meet a socket that is just being closed, nor the rest of this body.
-        close = self._dispatcher.draining or not self.http.content.is_eof()
+        close = self.draining or not self.http.content.is_eof()
         head = CIMultiDict(headers)
         head.update(self._own_headers())  # in the place of the provider's, however it spells them
         return Answer(self.http, status, head, length=length, close=close)

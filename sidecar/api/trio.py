@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from backends.base import Rejected, Request
 from backends.images import base64_size, image_tokens
 
-from ..admission import Ticket
+from ..admission import Draining, Ticket
 from .answer import Answer
 from .body import CHARS_PER_TOKEN, UNKNOWN_IMAGE_TOKENS
 from .call import Call
@@ -109,7 +109,9 @@ async def status(call: Call) -> Answer:
 
 
 async def health(call: Call) -> Answer:
-    """`GET /health`: that this process serves, and for how many seconds it has."""
+    """`GET /health`: that this process serves, and for how many seconds it has; 503 in a drain, for load balancers."""
+    if call.draining:
+        raise Draining("the sidecar is shutting down and takes no new work: try again in 1 s", retry_after=1.0)
     uptime = int(time.monotonic() - _LOADED)
     return await _respond(call, {"status": "ok", "service": "trio-core-inference", "uptime_s": uptime})
 
