@@ -164,7 +164,7 @@ class Telemetry:
                 if spent > 0:
                     self._causes[backend, cause] += spent
         if ticket.attempts:
-            self._lock_wait.observe((backend,), seconds["lock"])
+            self._lock_wait.observe((backend,), seconds["lock"], trace_id)
             if seconds["first_byte"] > 0:
                 self._first_byte.observe((backend,), seconds["first_byte"])
                 self._backend_duration.observe((backend,), ticket.stopwatch.upstream_seconds)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 
+import aiohttp
 import pytest
 import yaml
 from real_parts import real_part
@@ -28,7 +29,7 @@ class Monitored:
         self.alertmanager = f"http://127.0.0.1:{alertmanager}"
 
     async def get(self, url, **params):
-        async with self.sidecar.client.get(url, params=params) as response:
+        async with self.sidecar.client.get(url, params=params, raise_for_status=True) as response:
             return await response.json()
 
     async def until(self, look):
@@ -38,7 +39,7 @@ class Monitored:
                 try:
                     if found := await look():
                         return found
-                except OSError:
+                except (OSError, aiohttp.ClientResponseError):
                     pass  # it is still starting
                 await asyncio.sleep(0.2)
 
@@ -77,6 +78,7 @@ async def monitored(tmp_path):
             [
                 real_part("prometheus"), "--config.file=prometheus.yaml", "--storage.tsdb.path=tsdb",
                 f"--web.listen-address=127.0.0.1:{ports[0]}", "--rules.alert.resend-delay=1s",
+                "--enable-feature=exemplar-storage",
             ],
             [
                 real_part("prometheus-alertmanager"), "--config.file=alertmanager.yaml", "--storage.path=am",
