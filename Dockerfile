@@ -1,4 +1,4 @@
-# Slim by default. With a model of its own: --build-arg EXTRAS="--extra local", which is torch for CUDA; for another
+# Slim by default. With a model of its own: --build-arg EXTRAS="--extra local", which is torch for CUDA. For another
 # build of torch, in uv's words: --build-arg EXTRAS="--extra crops --group local" --build-arg TORCH="--index-url URL torch".
 ARG PYTHON=python:3.11-slim
 
@@ -7,7 +7,7 @@ RUN python3 -m venv /uv && /uv/bin/pip install --no-cache-dir uv==0.13.9
 ENV UV_PROJECT_ENVIRONMENT=/opt/vlm-sidecar UV_PYTHON_DOWNLOADS=never UV_LINK_MODE=copy UV_COMPILE_BYTECODE=1
 WORKDIR /src
 COPY pyproject.toml uv.lock README.md ./
-ARG EXTRAS=""
+ARG EXTRAS="--extra crops --extra otel"
 # Dependencies first: this layer is kept until the lock file changes.
 # hadolint ignore=SC2086
 RUN /uv/bin/uv sync --no-cache --locked --no-default-groups --no-install-project ${EXTRAS}

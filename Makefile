@@ -103,7 +103,7 @@ image: sbom ## build the container image with buildah, or with docker: see docs/
 	@if command -v buildah >/dev/null; then buildah build --isolation chroot --network host --tag $(IMAGE) $(IMAGE_OPTIONS) .; else docker build --tag $(IMAGE) $(IMAGE_OPTIONS) .; fi
 
 image-local: ## build the image with a model's libraries, torch for CUDA among them: several GB
-	@$(MAKE) --no-print-directory image IMAGE=$(IMAGE)-local IMAGE_OPTIONS='--build-arg EXTRAS="--extra local" $(IMAGE_OPTIONS)'
+	@$(MAKE) --no-print-directory image IMAGE=$(IMAGE)-local IMAGE_OPTIONS='--build-arg EXTRAS="--extra local --extra otel" $(IMAGE_OPTIONS)'
 
 test-pod: .venv/.ready .venv-compose/.ready ## build the image and play the rendered pod with podman: needs Debian and root
 	.ci/pod-parts
@@ -115,7 +115,7 @@ test-pod-local: .venv/.ready ## the same with a tiny model in the sidecar, on th
 	rm -rf .wheels
 	.uv/bin/pip download --quiet --no-deps --dest .wheels $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH)
 	$(MAKE) image IMAGE=$(IMAGE)-local IMAGE_OPTIONS='--quiet --pull=never --volume $(CURDIR)/.wheels:/wheels:ro \
-		--build-arg EXTRAS="--extra crops --group local" --build-arg TORCH="--find-links /wheels $(TORCH)"'
+		--build-arg EXTRAS="--extra crops --extra otel --group local" --build-arg TORCH="--find-links /wheels $(TORCH)"'
 	$(RUN)pytest tests/k8s/pod_local.py
 
 soak: .venv/.ready ## three minutes under everything at once; what grows fails it (SECONDS=3600: an hour)

@@ -99,6 +99,10 @@ def test_nothing_installs_or_compiles_in_the_image() -> None:
     assert in_image(script).strip() == "[] None"
 
 
+def test_the_slim_image_draws_crops_and_sends_spans() -> None:
+    assert in_image("import PIL.Image, sidecar.spans; print('has them')").strip() == "has them"
+
+
 def test_the_image_is_nobody_and_drains_when_stopped() -> None:
     (image,) = json.loads(podman("image", "inspect", IMAGE))
     assert image["Config"]["User"] == "10001:10001"
