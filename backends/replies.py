@@ -19,14 +19,18 @@ def parsed(data: bytes) -> object:
         return None
 
 
+#: No context is longer. A count beyond this is a slip, and would upset what is learned of the token rate.
+_MOST_TOKENS = 10_000_000
+
+
 def usage_of(payload: object) -> Usage | None:
-    """Read `usage` from an answer in either dialect; None if it names no counts."""
+    """Read `usage` from an answer in either dialect; None if it names no counts, or none that can be."""
     usage = payload.get("usage") if isinstance(payload, dict) else None
     if not isinstance(usage, dict):
         return None
     given = usage.get("prompt_tokens", usage.get("input_tokens"))
     made = usage.get("completion_tokens", usage.get("output_tokens", 0))
-    if isinstance(given, int) and isinstance(made, int) and given >= 0 and made >= 0:
+    if isinstance(given, int) and isinstance(made, int) and 0 <= given <= _MOST_TOKENS and 0 <= made <= _MOST_TOKENS:
         return Usage(input_tokens=given, output_tokens=made)
     return None
 

@@ -36,7 +36,8 @@ class TokenBucket:
         if self.rate == inf:
             return 0.0
         missing = min(amount, self.capacity) - self.level(now)
-        if missing <= 1e-9 * amount:  # a timer that fires a rounding error early must not find the door shut
+        # A timer that fires a rounding error early, of amounts or of seconds, must not find the door shut.
+        if missing <= 1e-9 * max(amount, self.rate):
             return 0.0
         return missing / self.rate if self.rate > 0 else inf
 

@@ -123,8 +123,11 @@ class Limits:
         return None, now
 
     def cost(self, ticket: Ticket) -> float:
-        """LLM tokens that the ticket will take: its input as far as it can be told, and an answer of usual length."""
-        return ticket.tokens * self._correction + self._output
+        """LLM tokens that the ticket will take: its input as far as it can be told, and an answer of usual length.
+
+        At least 1: of what costs nothing, no rate can be told.
+        """
+        return max(ticket.tokens * self._correction + self._output, 1.0)
 
     def start(self, now: float, ticket: Ticket, bound: Cause | None) -> Attempt:
         """One attempt goes out. `bound` is the gate that held the queue since the last one; None if none did."""
@@ -298,7 +301,7 @@ class Limits:
     def _settle(self, attempt: Attempt, now: float, input_tokens: int, output_tokens: int) -> None:
         """Put what it cost in the place of what was reserved, and reserve better."""
         if attempt.tokens is not None:
-            self.tokens.settle(now, attempt.tokens, float(input_tokens + output_tokens))
+            self.tokens.settle(now, attempt.tokens, max(float(input_tokens + output_tokens), 1.0))
         self._output += (0.1 if self._told else 1.0) * (output_tokens - self._output)
         # The ratio of the means, and not the mean of the ratios: large requests count for what they cost.
         self._told = 0.9 * self._told + attempt.ticket.tokens

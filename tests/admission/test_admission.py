@@ -76,6 +76,23 @@ def test_every_ticket_ends_once_and_every_permit_comes_back_whoever_leaves_when(
     clock.run(main())
 
 
+def test_a_provider_that_counts_no_tokens_and_refuses_by_them_is_borne():
+    async def main():
+        loop = asyncio.get_running_loop()
+        admission = Admission()
+        for number in range(30):
+            ticket = Ticket(now=loop.time(), deadline=loop.time() + 600.0, model="m")
+            async with admission.permit(ticket) as permit:
+                await asyncio.sleep(0.1)
+                if number in (10, 20):
+                    permit.throttled(loop.time(), "token_rate", "refused")
+                else:
+                    permit.accepted(loop.time(), (0, 0))
+        assert admission.lane("m").limits.tokens.limit > 0
+
+    clock.run(main())
+
+
 def test_while_everything_is_refused_only_one_probe_goes_out_at_a_time():
     """An outage of a minute: nothing but single probes, at most one a half second."""
 

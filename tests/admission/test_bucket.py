@@ -82,3 +82,10 @@ def test_at_rate_zero_what_is_not_there_never_comes():
     bucket = TokenBucket(0.0, 0.0, 1.0)
     bucket.take(0.0)
     assert bucket.wait(1e9) == inf
+
+
+@given(now=st.floats(1.0, 1e6), missing=st.floats(1e-12, 1e-6), rate=st.floats(1e3, 1e6))
+def test_a_wait_that_no_clock_could_tell_is_none(now, missing, rate):
+    bucket = TokenBucket(now, rate, 1e6)
+    bucket.take(now, 1e6 - 1.0 + missing)
+    assert bucket.wait(now, 1.0) == 0.0 or now + bucket.wait(now, 1.0) > now
