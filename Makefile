@@ -70,11 +70,12 @@ test: .venv/.torch .venv-sdk/.ready ## set up and pass every test, those of the 
 run: .venv/.ready ## start the sidecar for real (settings from the environment)
 	@$(RUN)vlm-sidecar serve
 
-lint: .venv/.ready ## ruff, strict types, and the arrows of the architecture
+lint: .venv/.ready ## ruff, strict types, the arrows of the architecture, and the Dockerfile
 	$(RUN)ruff check .
 	$(RUN)ruff format --check .
 	$(RUN)mypy
 	$(RUN)lint-imports --no-cache
+	$(RUN)hadolint Dockerfile
 
 parity: .venv/.ready .venv-trio/.ready ## ask trio-core 1.1.5 itself, record its answers, print what is different here
 	$(RUN)python tests/parity/record.py .venv-trio/bin/python

@@ -103,6 +103,17 @@ ROWS: dict[str, list[tuple[str, str, bool, list[tuple[str, str]]]]] = {
             [('process_resident_memory_bytes{namespace=~"$namespace"} and on (pod) sidecar_build_info', "{{pod}}")],
         ),
         (
+            "Processor, of one core",
+            "percentunit",
+            False,
+            [
+                (
+                    'rate(process_cpu_seconds_total{namespace=~"$namespace"}RATE) and on (pod) sidecar_build_info',
+                    "{{pod}}",
+                )
+            ],
+        ),
+        (
             "Event loop lag, p99",
             "s",
             False,

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from real_parts import ROOT
 from rendering import K8S, OVERLAYS, container, deployment, pod_spec, render, settings
 
 from sidecar.settings import PREFIX, load
@@ -177,6 +180,27 @@ def test_only_a_labelled_deployment_gets_a_sidecar_and_keeps_what_it_has(tmp_pat
         "vlm-sidecar": "injected",
     }
     assert by_name["other"]["spec"]["template"] == template
+
+
+def test_the_kustomizations_of_the_document_put_it_into_an_app(tmp_path: Path) -> None:
+    (block,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "kubernetes.md").read_text(), re.DOTALL)
+    for file in block.split("---\n"):
+        name = file.split()[1].rstrip(",")
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(file)
+    shutil.copytree(K8S, tmp_path / "k8s")
+    template = {"metadata": {"labels": {"app": "a"}}, "spec": {"containers": [{"name": "a", "image": "a"}]}}
+    app = {
+        "apiVersion": "apps/v1",
+        "kind": "Deployment",
+        "metadata": {"name": "your-app"},
+        "spec": {"selector": {"matchLabels": {"app": "a"}}, "template": template},
+    }
+    (tmp_path / "app" / "your-app.yaml").write_text(yaml.safe_dump(app))
+    objects = render(tmp_path)
+    assert container(pod_spec(objects), "vlm-sidecar", "initContainers")["image"] == "REGISTRY/vlm-sidecar:0.1.0"
+    assert settings(objects)["SIDECAR_DEADLINE"] == "30"
+    assert settings(objects)["SIDECAR_BACKEND"] == "dashscope"
 
 
 def _kustomization(folder: Path, **content: Any) -> None:
