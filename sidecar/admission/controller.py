@@ -28,6 +28,8 @@ from .ramp import SUREST, UNSUREST, VAGUE, Ramp
 from .start import START_CREDIT, Start
 from .states import CUTS, State
 
+#: ... and the least that a limit can be after many: one in an hour.
+LEAST = 1 / 3600
 #: Seconds of the limit that a bucket is taken to hold at most.
 MOST_BURST_SECONDS = 6.0
 #: How uncertain a limit that was learned before a restart is at least.
@@ -206,6 +208,7 @@ class RateController:
     def _begin(self) -> None:
         """Begin a new ramp with what is known now."""
         blackouts = self._blackouts
+        self.limit = max(self.limit, LEAST * self.typical)
         self._ramp.begin(
             self.limit,
             self.burst,

@@ -11,6 +11,8 @@ from sidecar.admission import Admission, NotAdmitted, Ticket
 
 VERDICTS = ("accepted", "request_rate", "token_rate", "growth", "concurrency", "capacity", "unknown", "failed", "none")
 
+USAGES = (None, (120, 30), (0, 0), (10_000_000, 10_000_000))
+
 
 async def one(admission, number, verdict, seconds, ends):
     loop = asyncio.get_running_loop()
@@ -22,7 +24,7 @@ async def one(admission, number, verdict, seconds, ends):
                 assert lane.limits.permits.in_flight >= 1
             await asyncio.sleep(seconds)
             if verdict == "accepted":
-                permit.accepted(loop.time(), (120, 30))
+                permit.accepted(loop.time(), USAGES[number % len(USAGES)])
             elif verdict == "failed":
                 permit.failed(loop.time(), "broken")
             elif verdict != "none":
