@@ -187,7 +187,8 @@ class Limits:
         self._failed.clear()
         if attempt is self._probe:
             self._opened(now)
-        self.permits.accepted(attempt.beside, attempt.bound == "concurrency")
+        if attempt.beside < self.permits.learned or self._was_surely_beside(attempt):
+            self.permits.accepted(attempt.beside, attempt.bound == "concurrency")
         if attempt.requests is not None:
             self.requests.accepted(now, attempt.requests)
         if attempt.tokens is not None:
@@ -273,9 +274,9 @@ class Limits:
     def _dimension(self, attempt: Attempt, now: float, kind: str) -> str:
         """What a refusal is booked to: what it names, unless something else explains it better."""
         if kind in {"unknown", "request_rate"}:
-            known = self.permits.learned < inf
+            known = self.permits.learned
             if self.latency and self.permits.suspect(now, attempt.started, attempt.beside, self.latency):
-                if not known:
+                if self.permits.learned < known:
                     self.requests.restart(now, 1.0)  # what was taken for its limit was none
                 return "concurrency"
         if kind == "unknown":
@@ -291,6 +292,15 @@ class Limits:
             if later:
                 other.beside -= 1
             later = later or other is refused
+
+    def _was_surely_beside(self, taken: Attempt) -> bool:
+        """Whether none that went out before, beyond what is allowed too, may yet turn out to have been refused."""
+        for other in self._flying:
+            if other is taken:
+                break
+            if other.beside >= self.permits.learned:
+                return False
+        return True
 
     def _void(self, attempt: Attempt, now: float) -> None:
         if attempt.requests is not None:

@@ -56,8 +56,7 @@ class Permits:
 
     def accepted(self, beside: int, bound: bool) -> None:
         """An attempt that had so many beside it was taken. `bound`: it had to wait for a permit."""
-        if self.learned == inf:
-            self._taken[beside] += 1
+        self._taken[beside] += 1
         if beside >= self.learned:  # more than was thought: the limit has risen, look further and faster
             self.learned = beside + 1
             self.step = max(2 * self.step, 1)
@@ -83,8 +82,8 @@ class Permits:
 
         A rate refuses at any number in flight; a limit on concurrency only above what was taken, but for a few.
         """
-        if self.learned < inf:
-            return beside >= self.learned
+        if beside >= self.learned:
+            return True
         if sent_at <= self._cut_at:
             return False
         self._cut_at = now
@@ -93,9 +92,10 @@ class Permits:
         if len(self._suspects) < SUSPECT_AFTER or seconds < max(SUSPECT_SECONDS, SUSPECT_LATENCIES * latency):
             return False
         least = min(beside for _, beside in self._suspects)
-        if least < 2 or sum(count for at, count in self._taken.items() if at >= least) > SUSPECT_AFTER:
+        if least < 1 or sum(count for at, count in self._taken.items() if at >= least) > SUSPECT_AFTER:
             self._taken.clear()  # what was once taken need not be so for ever
             self._suspects.clear()
             return False
         self.learned = least
+        self._suspects.clear()
         return True

@@ -1,11 +1,15 @@
 """Permits: how many may be in flight, and what a provider that limits that number shows."""
 
+from dataclasses import replace
 from math import inf
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from backends.simulated import Profile
+from bench.sim.systems import Sidecar
+from bench.sim.table import Scenario, play, saturated
 from sidecar.admission import Ticket
 from sidecar.admission.limits import Limits
 from sidecar.admission.permits import SUSPECT_AFTER, Permits
@@ -138,3 +142,30 @@ def test_permits_follow_the_pace_however_long_it_has_run():
     limits.requests.limit = 100.0
     answer(200, 220)
     assert limits.permits.size > 5 * few
+
+
+VAGUE = Profile(
+    requests_per_second=inf,
+    latency_seconds=0.5,
+    latency_sigma=0.3,
+    refusal_latency_seconds=0.05,
+    vague_refusals=True,
+)
+
+
+@pytest.mark.parametrize(
+    ("how", "found"),
+    [
+        ({"concurrency": 12}, 12),
+        ({"concurrency": 1, "latency_seconds": 2.0}, 1),
+        ({"concurrency": 12, "refusal_latency_seconds": 1.0, "refusal_latency_spread_seconds": 0.3}, 12),
+        ({"concurrency": 15, "changes": ((100.0, {"concurrency": 6.0}),)}, 6),
+        ({"concurrency": 6, "changes": ((100.0, {"concurrency": 15.0}),)}, 15),
+        ({"requests_per_second": 10, "burst_requests": 1}, inf),
+        ({"requests_per_second": 3, "burst_requests": 1, "latency_seconds": 1.0}, inf),
+        ({"requests_per_second": 10, "burst_requests": 10}, inf),
+    ],
+)
+def test_a_limit_on_concurrency_that_no_refusal_names_is_found_and_a_rate_is_not_taken_for_one(how, found):
+    scenario = Scenario("", "", replace(VAGUE, **how), saturated(60), lambda *_: [], seconds=500.0, deadline=120.0)
+    assert play(scenario, 1, Sidecar).system.lane.limits.permits.learned == found
