@@ -124,10 +124,10 @@ class DataServer:
                 call.outcome = "cancelled"
                 raise
         finally:
-            call.finish()
             self._tasks.discard(task)
             if not self._tasks:
                 self._idle.set()
+            call.finish()
             if self._access_log:
                 _log_access(call, path)
         return response
