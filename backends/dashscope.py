@@ -181,6 +181,8 @@ class DashScopeBackend:
 
     async def _refusal(self, response: Response) -> BackendError:
         """Read an answer that is no 2xx and say what it means."""
+        if response.status < 200:
+            return ServerFailed(f"the provider answered {response.status}: it would speak another protocol than HTTP")
         if response.status < 400:
             return ServerFailed(
                 f"the provider answered {response.status}, a redirect: it is not followed, the key would go with it. "
