@@ -59,6 +59,9 @@ class Sidecar:
         self.waits: list[tuple[float, float]] = []
         """Of each answered request that had to wait: the predicted seconds in the queue, and the real ones."""
         self._dispatcher = Dispatcher([Route(SimulatedBackend(provider), self.admission)], self.telemetry)
+        self._dispatcher._random.seed(
+            provider.profile.seed
+        )  # the pauses before retries too: a run is the same each time
 
     @property
     def lane(self) -> Lane:

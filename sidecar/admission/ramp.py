@@ -18,7 +18,7 @@ VAGUE = 0.05
 RAMP, RAMP_NO_CREDIT = 1.0, 1.4
 #: Beyond its length the credit of a bucket is spent at this share above the limit at least and at most: between them so
 #: that no more than one further request goes out until the refusal is back.
-LEAST_EXCESS, MOST_EXCESS = 0.05, 0.3
+LEAST_EXCESS, MOST_EXCESS = 0.05, 0.1
 #: No refusal means that the limit has risen when so many times the credit was spent; without credit, so far on the
 #: ramp.
 SPENT, RISEN_NO_CREDIT = 1.2, 1.15
@@ -72,7 +72,7 @@ class Ramp:
         """The limit is where it was: look again later than this time."""
         if self._unsure <= VAGUE:
             self._haste = min(self._haste * HASTE_LEFT, 1.0)
-            self._each += 0.3 * (min(max(self._refusals, 1), MOST_EACH) - self._each)
+            self._each += 0.5 * (min(max(self._refusals, 1), MOST_EACH) - self._each)
         self._refusals = 0
 
     def begin(
@@ -106,7 +106,8 @@ class Ramp:
         if lost:
             length, longest, sure = max(length, lost / LOST_SHARE), LONGEST_LOSING_SECONDS, VAGUE
         elif not window:
-            length *= self._haste
+            # each probe of one that is slow to refuse costs many refusals
+            length *= min(self._haste * max(1.0, 0.5 * limit * refusal_seconds / typical), 1.0)
         length = min(max(length, SHORTEST_SECONDS * limit), longest * limit)
         self._length = max(length * sure / unsure, 2 * typical, window)
         self._sent = self.spent = 0.0
