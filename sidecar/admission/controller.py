@@ -413,7 +413,7 @@ class RateController:
         elif self.state is State.SHARED:
             self.limit *= exp(SHARED_GROWTH * seconds)
         else:
-            if self._ramp.height() > 1.0 and self.pace(now) > MOST_AHEAD * self._of_late(now) + 3.0 * self.typical:
+            if self._ramp.along >= 1.0 and self.pace(now) > MOST_AHEAD * self._of_late(now) + 3.0 * self.typical:
                 seconds = 0.0  # something else holds most of them back
             self._ramp.grow(seconds, amount, self.typical)
             if self.state is State.STEADY and self._ramp.along > 0.7:

@@ -35,4 +35,9 @@ class History:
     def since(self, at: float) -> float:
         """The amount from then on."""
         number = floor(at / self.BIN)
-        return sum(amount for one, amount in self._bins if one >= number)
+        total = 0.0
+        for one, amount in reversed(self._bins):  # the newest first: what is asked for is mostly of late
+            if one < number:
+                break
+            total += amount
+        return total
