@@ -241,7 +241,8 @@ async def test_a_stream_that_begins_before_the_upload_ends_and_is_reset_with_it(
     await ended.wait()
     assert reply.chunks is not None
     await anext(reply.chunks)
-    await asyncio.sleep(0.02)  # the reader is slow: the upload breaks first
+    async with asyncio.timeout(BOUND):
+        await reply.chunks._response._sending  # whose exception nobody else would fetch: it has none
     with pytest.raises(Unreachable):
         await anext(reply.chunks)
     await reply.aclose()
