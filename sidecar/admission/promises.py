@@ -17,6 +17,8 @@ SHARE = 0.9
 LATE_SECONDS, EARLY_SECONDS = 2.0, 0.001
 #: Nobody is sent away for longer, whatever the backlog; and so many are remembered at most.
 LONGEST_SECONDS, MOST = 3600, 4096
+#: Seconds that are looked at for one that is not crowded: what sending one caller away may cost.
+MOST_LATER = 100
 
 
 class Promises:
@@ -44,8 +46,8 @@ class Promises:
         ahead = min(own + others * (own + 1), len(self._later))
         told = max(ceil(min(wait + ahead / pace, LONGEST_SECONDS)), 1)
         # Each is told from another wait, and rounded up: some seconds would be crowded.
-        window = max(1.0, 1.0 / pace)
-        while told < LONGEST_SECONDS and self._crowd(now + told, window, 2 * (own + 1)) >= pace * window:
+        window, latest = max(1.0, 1.0 / pace), min(told + MOST_LATER, LONGEST_SECONDS)
+        while told < latest and self._crowd(now + told, window, 2 * (own + 1)) >= pace * window:
             told += 1
         if len(self._later) < MOST:
             insort(self._later, (now + told, key))

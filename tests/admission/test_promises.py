@@ -40,7 +40,7 @@ def told(promises, count, *, now=0.0, key=lambda number: "a", wait=0.0, per_seco
 
 
 @given(
-    count=st.integers(1, 200),
+    count=st.integers(1, 100),
     per_second=st.floats(0.1, 50.0),
     keys=st.integers(1, 200),
     wait=st.floats(0.0, 30.0),
