@@ -2,6 +2,7 @@
 
 import asyncio
 from contextlib import suppress
+from math import inf
 
 import pytest
 from hypothesis import given, settings
@@ -216,5 +217,59 @@ def test_a_frame_that_comes_back_refused_gives_way_to_the_newer_one_that_waits()
             admission.enter(old)
         (await new).release(loop.time())
         assert admission.waiting() == 0
+
+    clock.run(main())
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    down=st.floats(0.5, 20.0),
+    window=st.booleans(),
+    callers=st.integers(1, 30),
+    concurrency=st.none() | st.integers(1, 6),
+)
+def test_nothing_starts_in_a_hold_but_one_probe_at_a_time_and_never_more_than_permits_allow(
+    seed, down, window, callers, concurrency
+):
+    profile = Profile(
+        requests_per_second=inf if window else 5.0,
+        window_requests=20.0 if window else inf,
+        window_seconds=7.0,
+        outages=((5.0, 5.0 + down),),
+        latency_seconds=0.3,
+        refusal_latency_seconds=0.1,
+        error_share=0.05,
+        seed=seed,
+    )
+
+    async def main():
+        loop = asyncio.get_running_loop()
+        provider = Provider(profile)
+        provider.begin()
+        sidecar = Sidecar(provider, **({} if concurrency is None else {"concurrency": concurrency}))
+        limits = sidecar.lane.limits
+        start, probes = limits.start, []
+
+        def watched(now, ticket, bound):
+            if limits.hold.kind is not None:
+                probes.append(now)
+                assert limits.hold.may_probe(now)
+            else:
+                assert limits.permits.in_flight < limits.permits.allowed
+            return start(now, ticket, bound)
+
+        limits.start = watched
+
+        async def one(number):
+            with suppress(NotAdmitted, BackendError, DeadlineExceeded):
+                await sidecar.ask(Ask(str(number % 4), loop.time() + 30.0))
+
+        async with asyncio.TaskGroup() as tasks:
+            for number in range(12 * callers):
+                tasks.create_task(one(number))
+                await asyncio.sleep(1.0 / callers)
+        assert probes or down < 10.0 or callers < 10  # or nothing here was tested
+        assert (sidecar.admission.in_flight(), sidecar.admission.waiting()) == (0, 0)
 
     clock.run(main())
