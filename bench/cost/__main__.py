@@ -85,8 +85,8 @@ def _write(figures: list[Figure], made: list[str], picture: str, busy: float) ->
     RATIOS.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n")
     PICTURE.write_text(picture)
     head = (
-        f"`make bench` on {_machine()}, at commit {commit}; medians of {side_by_side.ROUNDS} rounds; "
-        f"load average before it {busy:.1f}, which is other work."
+        f"`make bench` on {_machine()}, at commit {commit}; medians of {side_by_side.ROUNDS} rounds. "
+        f"Load average before it {busy:.1f}, which is other work; it ran at nice {os.nice(0)}."
     )
     page = "\n\n".join([head, *made, "![What each proxy costs](images/performance.svg)"])
     report.PAGE.write_text(report.between(report.PAGE.read_text(), "make bench", page))
