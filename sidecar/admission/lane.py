@@ -21,7 +21,7 @@ LOOK_AGAIN_SECONDS = 0.25
 #: A key's backlog counts as servable in time while a newcomer would be answered within this share of its deadline.
 SERVABLE_SHARE = 0.5
 #: Room is kept for those who were told to come back within so many seconds, and at most this share of a bound.
-SOON_SECONDS, KEPT_SHARE = 3.0, 0.5
+SOON_SECONDS, KEPT_SHARE = 4.0, 0.5
 _WAY_OUT = (
     "ask less often, allow more time (X-Request-Timeout), or let a newer frame take an older one's place "
     "(X-Queue-Policy: latest)"
