@@ -21,6 +21,8 @@ from .ticket import Priority, Ticket
 
 #: A key whose backlog could not be served in time has caught up when one in so many of it is left.
 CALM_SHARE = 8
+#: Those who come back as they were told are spaced: more than so many of one key are a flood that passes for them.
+MOST_PROMISED = 8
 #: Rounds that a key sits out at most for one ticket, however large: what `head` may have to walk.
 MOST_ROUNDS = 256
 #: Share of each priority class while all are waiting.
@@ -78,8 +80,9 @@ class _KeyQueue:
         if self.returned:
             return self.returned[0]
         if self._calm_below:
-            if self.promised:
-                return self.promised[next(iter(self.promised))]
+            if self.promised:  # in order; but of a flood that passes for them the newest, as ever
+                many = len(self.promised) > MOST_PROMISED
+                return self.promised[next(reversed(self.promised) if many else iter(self.promised))]
             return self._waiting[next(reversed(self._waiting))]
         while self._by_deadline[0][1] not in self._waiting:
             heappop(self._by_deadline)
@@ -105,10 +108,10 @@ class _KeyQueue:
             self._by_deadline = [entry for entry in self._by_deadline if entry[1] in self._waiting]
             heapify(self._by_deadline)
 
-    def ahead_of(self, deadline: float) -> tuple[int, float]:
+    def ahead_of(self, deadline: float, *, promised: bool) -> tuple[int, float]:
         """How many would be served before a newcomer with this deadline, and what they cost."""
         if self._calm_below:
-            earlier = [*map(_cost, self.promised.values())]
+            earlier = [] if promised else [*map(_cost, self.promised.values())]
         else:
             if self._waiting and deadline >= next(reversed(self._waiting.values())).deadline:
                 return len(self), self.cost  # the common case: everybody has the same budget
@@ -287,7 +290,7 @@ class FairQueue:
         queue = group.keys.get(ticket.key)
         requests, own, deficit, rest = 0.0, 0.0, 0.0, group.cost
         if queue is not None:
-            requests, own = queue.ahead_of(ticket.deadline)
+            requests, own = queue.ahead_of(ticket.deadline, promised=ticket.promised)
             deficit, rest = queue.deficit, group.cost - queue.cost
         rounds = max((own - deficit) // self._quantum, 0.0)
         turns = group.turns_before(queue) + rounds * (group.active - bool(queue))
