@@ -23,6 +23,7 @@ OBEYED = (
     "200 callers, 10 keys, 5/s, deadline 10 s",
     "1.5 x 10/s arrive for 2 minutes",
     "3 x 10/s arrive for 1 minute, 50 may wait",
+    "1.5 x 10/s arrive, half obey",
 )
 
 
