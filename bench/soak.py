@@ -22,7 +22,7 @@ from backends.simulated import PROVIDER, Profile, serve
 
 CAMERAS = 9
 #: Growth of resident memory between the second and the last quarter that is no leak: arenas and pools fill up. Runs of
-#: three minutes on two cores grew by 2, 13 and 22 MB; 4 KB lost with each of the 12,000 requests between are more than this.
+#: three minutes on two cores grew by 2, 13 and 22 MB; 4 KB lost with each of the 12,000 requests between are more.
 MEMORY_BYTES = 40 * 1024 * 1024
 #: A shorter run says nothing of memory: its second quarter is still warm-up, in which pools and caches fill.
 WARM_UP_SECONDS = 150
