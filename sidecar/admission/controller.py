@@ -28,7 +28,7 @@ from .ramp import SUREST, UNSUREST, VAGUE, Ramp
 from .start import START_CREDIT, Start
 from .states import CUTS, State
 
-#: ... and the least that a limit can be after many: one in an hour.
+#: The least that a limit can be, in usual requests a second: one in an hour.
 LEAST = 1 / 3600
 #: Seconds of the limit that a bucket is taken to hold at most.
 MOST_BURST_SECONDS = 6.0
@@ -136,6 +136,11 @@ class RateController:
             self._bucket.set(now, self.pace(now), min(START_CREDIT * self.typical, max(self.ceiling, self.typical)))
         else:
             self._bucket.set(now, self.pace(now), max(self.burst - self._cushion(), self.typical))
+
+    def _empty(self, now: float) -> None:
+        """Nothing is saved up: what the provider's bucket holds is not known, or is nothing."""
+        self._fill(now)
+        self._bucket.take(now, self._bucket.level(now))
 
     def _cushion(self) -> float:
         """What is left in the provider's bucket, so that chance (other callers, uneven ways) does not empty it."""
@@ -387,8 +392,7 @@ class RateController:
         self._least = None
         self._early.forget()
         self._begin()
-        self._fill(now)
-        self._bucket.take(now, self._bucket.level(now))
+        self._empty(now)
 
     def restart(self, now: float, share: float) -> None:
         """Go on after a pause, such as an outage, at that share of the limit, and rise from there."""
@@ -398,8 +402,7 @@ class RateController:
         self._sent.clear()
         self._empty_at = now
         self._ramp.end(share)
-        self._fill(now)
-        self._bucket.take(now, self._bucket.level(now))
+        self._empty(now)
 
     # -- the ramp ------------------------------------------------------------------------------------------------------
 
@@ -443,8 +446,7 @@ class RateController:
         self._empty_at = self._cut_at = now
         self._to(now, State.ASSESS, "remembered from before the restart")
         self._begin()
-        self._fill(now)
-        self._bucket.take(now, self._bucket.level(now))
+        self._empty(now)
 
     # -- for operators -------------------------------------------------------------------------------------------------
 
