@@ -1,4 +1,4 @@
-"""Which event loops the tests of this folder run on."""
+"""Which event loops the tests of this folder run on, and the upstream that most of them ask."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 
 import pytest
 import uvloop
+from scripted_upstream import Upstream
 
 
 def pytest_asyncio_loop_factories(item: pytest.Item) -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]]:
@@ -14,3 +15,9 @@ def pytest_asyncio_loop_factories(item: pytest.Item) -> Mapping[str, Callable[[]
     if item.path.name in {"test_connections.py", "test_dashscope_faults.py", "test_simulated_server.py"}:
         return {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
     return {"asyncio": asyncio.new_event_loop}
+
+
+@pytest.fixture
+async def upstream():
+    async with Upstream() as running:
+        yield running

@@ -22,12 +22,6 @@ BODY = b'{"choices": 1}'
 
 
 @pytest.fixture
-async def upstream():
-    async with Upstream() as running:
-        yield running
-
-
-@pytest.fixture
 async def connected(caplog):
     """Makes started backends. In the end they hold no connection, and nothing was logged: no task's lost exception."""
     made = []

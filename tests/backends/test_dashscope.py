@@ -10,18 +10,12 @@ import sys
 import tracemalloc
 
 import pytest
-from scripted_upstream import BOUND, CHAT_ANSWER, Link, Seen, Upstream
+from scripted_upstream import BOUND, CHAT_ANSWER, Link, Seen
 
 from backends.base import BackendError, BillingRefused, Rejected, Request, Throttled, Timings, Usage
 from backends.dashscope import DashScopeBackend
 
 NATIVE_PATH = "/services/aigc/multimodal-generation/generation"
-
-
-@pytest.fixture
-async def upstream():
-    async with Upstream() as running:
-        yield running
 
 
 @pytest.fixture

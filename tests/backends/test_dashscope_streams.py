@@ -9,17 +9,11 @@ import json
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from scripted_upstream import BOUND, Link, Seen, Upstream
+from scripted_upstream import BOUND, Link, Seen
 
 from backends.base import BackendError, Rejected, Reply, Request, ServerFailed, Throttled, Timings, Unreachable, Usage
 from backends.dashscope import DashScopeBackend
 from backends.replies import StreamWatch
-
-
-@pytest.fixture
-async def upstream():
-    async with Upstream() as running:
-        yield running
 
 
 @pytest.fixture
