@@ -20,6 +20,7 @@ from aiohttp.http import HttpProcessingError, StreamWriter
 from yarl import URL
 
 from backends.base import Timings
+from backends.headers import head_of
 
 if TYPE_CHECKING:
     from aiohttp.connector import AddrInfoType, Connection
@@ -113,7 +114,9 @@ class Upstream:
             if "Proxy-Authorization" in self._way.headers:  # the connector has read it from the proxy's URL
                 headers["Proxy-Authorization"] = self._way.headers["Proxy-Authorization"]
             try:
-                response = await _ask(connection, method, _head(method, self._prefix + path, headers), body)
+                response = await _ask(
+                    connection, method, head_of(f"{method} {self._prefix}{path} HTTP/1.1", headers), body
+                )
             except BaseException as error:
                 _cut(connection)
                 soon = self._clock() - timings.work_started < _UNNOTICED_SECONDS
@@ -213,14 +216,6 @@ async def _send_slices(protocol: ResponseHandler, body: bytes) -> None:
     with contextlib.suppress(ConnectionError):
         for start in range(0, len(body), _SLICE):
             await writer.write(view[start : start + _SLICE])
-
-
-def _head(method: str, target: str, headers: CIMultiDict[str]) -> bytes:
-    lines = [f"{method} {target} HTTP/1.1", *map(": ".join, headers.items()), "\r\n"]
-    head = "\r\n".join(lines)
-    if not len(lines) == head.count("\n") == head.count("\r"):
-        raise ValueError("a line break in a header would begin another one")
-    return head.encode(errors="surrogateescape")
 
 
 def _cut(connection: Connection) -> None:

@@ -1,4 +1,4 @@
-"""Which of a provider's response headers may reach the caller."""
+"""Headers: which of a provider's may reach the caller, and how a message's head is written."""
 
 from __future__ import annotations
 
@@ -19,3 +19,12 @@ def end_to_end(headers: Mapping[str, str]) -> dict[str, str]:
 
 def _is_passed(name: str) -> bool:
     return name in _PASSED or name.startswith(_PASSED_PREFIXES)
+
+
+def head_of(first_line: str, headers: Mapping[str, str]) -> bytes:
+    """The head of an HTTP message. Raises `ValueError` for a line break in it, which would begin another header."""
+    lines = [first_line, *map(": ".join, headers.items()), "\r\n"]
+    head = "\r\n".join(lines)
+    if not len(lines) == head.count("\n") == head.count("\r"):
+        raise ValueError("a line break in a header would begin another one")
+    return head.encode(errors="surrogateescape")

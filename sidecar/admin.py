@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import ipaddress
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import orjson
-from aiohttp import web
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 
+from .answer import Answer
 from .health import Health
 from .history import FIELDS
+from .listener import Handler, HttpRequest
 from .watch import Watch
 
 log = logging.getLogger("sidecar")
@@ -28,6 +29,7 @@ PAGE = {
 _PAGE_FOLDER = Path(__file__).with_name("page")
 #: Live views at once: each costs a connection, and some JSON a second.
 MOST_VIEWERS = 16
+_JSON = {"Content-Type": "application/json"}
 
 
 class AdminServer:
@@ -48,7 +50,7 @@ class AdminServer:
         self._drain = drain
         self._watch = watch
         self._viewers = 0
-        self._paths: dict[str, tuple[str, Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]]] = {
+        self._paths: dict[str, tuple[str, Handler]] = {
             "/metrics": ("GET", self._metrics),
             "/startupz": ("GET", self._startupz),
             "/readyz": ("GET", self._readyz),
@@ -60,40 +62,42 @@ class AdminServer:
             **dict.fromkeys(PAGE, ("GET", self._get_page)),
         }
 
-    async def __call__(self, http: web.BaseRequest) -> web.StreamResponse:
+    async def __call__(self, http: HttpRequest) -> Answer:
         """Answer one request."""
         path = http.raw_path.partition("?")[0]
         method, handle = self._paths.get(path, ("", None))
         if handle is None:
             known = ", ".join(path for path in self._paths if path not in PAGE)
-            return _text(404, f"there is nothing at {path[:200]!r}; the admin listener has {known}")
+            return await _text(http, 404, f"there is nothing at {path[:200]!r}; the admin listener has {known}")
         if http.method != method and (http.method, method) != ("HEAD", "GET"):
-            return _text(405, f"{path} takes {method}")
+            return await _text(http, 405, f"{path} takes {method}")
         return await handle(http)
 
-    async def _metrics(self, http: web.BaseRequest) -> web.StreamResponse:
+    async def _metrics(self, http: HttpRequest) -> Answer:
         encode, content_type = choose_encoder(",".join(http.headers.getall("Accept", [])))
-        return web.Response(body=encode(self._registry), headers={"Content-Type": content_type})
+        return await _respond(http, 200, encode(self._registry), {"Content-Type": content_type})
 
-    async def _startupz(self, http: web.BaseRequest) -> web.StreamResponse:
+    async def _startupz(self, http: HttpRequest) -> Answer:
         started = self._health.started
-        return _text(200 if started else 503, "started" if started else self._health.unready_reason() or "starting")
+        return await _text(
+            http, 200 if started else 503, "started" if started else self._health.unready_reason() or "starting"
+        )
 
-    async def _readyz(self, http: web.BaseRequest) -> web.StreamResponse:
+    async def _readyz(self, http: HttpRequest) -> Answer:
         """A throttled or absent upstream is told in the body: the pod is as ready as it can be."""
         reason = self._health.unready_reason()
         if reason is not None:
-            return _text(503, reason)
+            return await _text(http, 503, reason)
         upstream = [line for line in map(_upstream_line, self._status()["backends"]) if line]
-        return _text(200, "\n".join(["ready", *upstream]))
+        return await _text(http, 200, "\n".join(["ready", *upstream]))
 
-    async def _livez(self, http: web.BaseRequest) -> web.StreamResponse:
-        return _text(200, "alive")
+    async def _livez(self, http: HttpRequest) -> Answer:
+        return await _text(http, 200, "alive")
 
-    async def _get_status(self, http: web.BaseRequest) -> web.StreamResponse:
-        return web.Response(body=orjson.dumps(self._status()), content_type="application/json")
+    async def _get_status(self, http: HttpRequest) -> Answer:
+        return await _respond(http, 200, orjson.dumps(self._status()), _JSON)
 
-    async def _get_page(self, http: web.BaseRequest) -> web.StreamResponse:
+    async def _get_page(self, http: HttpRequest) -> Answer:
         """The live page, which may load nothing from anywhere else, nor be shown inside another one."""
         name, content_type = PAGE[http.raw_path.partition("?")[0]]
         body = (_PAGE_FOLDER / name).read_bytes()  # a few kilobytes that the system has in memory
@@ -104,29 +108,26 @@ class AdminServer:
             "Cache-Control": "no-cache",
             "X-Content-Type-Options": "nosniff",
         }
-        return web.Response(body=body, headers=headers)
+        return await _respond(http, 200, body, headers)
 
-    async def _get_history(self, http: web.BaseRequest) -> web.StreamResponse:
-        return web.Response(body=orjson.dumps(self._told()), content_type="application/json")
+    async def _get_history(self, http: HttpRequest) -> Answer:
+        return await _respond(http, 200, orjson.dumps(self._told()), _JSON)
 
-    async def _get_events(self, http: web.BaseRequest) -> web.StreamResponse:
+    async def _get_events(self, http: HttpRequest) -> Answer:
         """Server-sent events: `start` with everything since the start, then `tick` once a second."""
         if self._viewers >= MOST_VIEWERS:
-            return _text(503, f"{MOST_VIEWERS} live views are open, as many as there may be")
+            return await _text(http, 503, f"{MOST_VIEWERS} live views are open, as many as there may be")
         self._viewers += 1
         try:
-            response = web.StreamResponse(
-                headers={"Content-Type": "text/event-stream", "Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-            )
-            await response.prepare(http)
-            if http.method == "HEAD":
-                return response
-            await response.write(b"retry: 1000\n" + _event("start", self._told()))
-            while await self._watch.next_look():
-                points = {name: history.recent[-1] for name, history in self._watch.history.items()}
-                await response.write(_event("tick", {"status": self._status(), "points": points}))
-            await response.write_eof()
-            return response
+            headers = {"Content-Type": "text/event-stream", "Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+            answer = Answer(http, 200, headers, length=None)
+            if http.method != "HEAD":
+                await answer.write(b"retry: 1000\n" + _event("start", self._told()))
+                while await self._watch.next_look():
+                    points = {name: history.recent[-1] for name, history in self._watch.history.items()}
+                    await answer.write(_event("tick", {"status": self._status(), "points": points}))
+            await answer.write_eof()
+            return answer
         finally:
             self._viewers -= 1
 
@@ -141,22 +142,33 @@ class AdminServer:
             },
         }
 
-    async def _post_drain(self, http: web.BaseRequest) -> web.StreamResponse:
+    async def _post_drain(self, http: HttpRequest) -> Answer:
         """From this machine only, and from no web page: a browser tells by these headers that it asks for one."""
         if not _is_loopback(http.remote):
-            return _text(403, "drain is taken from loopback only")
-        if "Origin" in http.headers or "Sec-Fetch-Site" in http.headers or not _names_this_host(http.host):
-            return _text(403, "drain is not taken from a web page")
+            return await _text(http, 403, "drain is taken from loopback only")
+        if (
+            "Origin" in http.headers
+            or "Sec-Fetch-Site" in http.headers
+            or not _names_this_host(http.headers.get("Host", ""))
+        ):
+            return await _text(http, 403, "drain is not taken from a web page")
         self._drain()
-        return _text(202, "draining")
+        return await _text(http, 202, "draining")
 
 
 def _event(name: str, data: Any) -> bytes:
     return b"event: %b\ndata: %b\n\n" % (name.encode(), orjson.dumps(data))
 
 
-def _text(status: int, text: str) -> web.Response:
-    return web.Response(status=status, text=text + "\n", headers={"Cache-Control": "no-store"})
+async def _respond(http: HttpRequest, status: int, body: bytes, headers: Mapping[str, str]) -> Answer:
+    answer = Answer(http, status, headers, length=len(body))
+    await answer.write_whole(body)
+    return answer
+
+
+async def _text(http: HttpRequest, status: int, text: str) -> Answer:
+    headers = {"Content-Type": "text/plain; charset=utf-8", "Cache-Control": "no-store"}
+    return await _respond(http, status, f"{text}\n".encode(), headers)
 
 
 def _upstream_line(backend: dict[str, Any]) -> str:
@@ -164,9 +176,9 @@ def _upstream_line(backend: dict[str, Any]) -> str:
     return "\n".join(f"{backend['name']} on hold for {lane['model']}: {lane['hold']['reason']}" for lane in held)
 
 
-def _is_loopback(remote: str | None) -> bool:
+def _is_loopback(remote: str) -> bool:
     try:
-        address = ipaddress.ip_address(remote or "")
+        address = ipaddress.ip_address(remote)
     except ValueError:
         return False
     mapped = getattr(address, "ipv4_mapped", None)

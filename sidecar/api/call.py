@@ -9,16 +9,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import isfinite
 
-from aiohttp import web
-from multidict import CIMultiDict
-
 from backends.base import Dialect, Reply, Request
 
 from ..admission import Arrival, Priority, Ticket
+from ..answer import Answer
 from ..dispatch import DeadlineExceeded, Dispatcher
+from ..listener import HttpRequest
 from ..telemetry import Outcome
 from ..tracing import Trace
-from .answer import Answer
 from .errors import Api, InvalidRequest, Problem, body_of, headers_of
 
 _PRIORITIES = {"high": Priority.HIGH, "normal": Priority.NORMAL, "low": Priority.LOW}
@@ -48,7 +46,7 @@ class Call:
 
     def __init__(
         self,
-        http: web.BaseRequest,
+        http: HttpRequest,
         api: Api,
         dispatcher: Dispatcher,
         limits: Limits,
@@ -87,7 +85,7 @@ class Call:
         if "Expect" in http.headers:
             await self._continue()
         if announced is not None and http.content.is_eof():
-            return await http.content.read()
+            return http.content.read_nowait()
         reading = asyncio.timeout_at(self._arrived + self.limits.deadline)
         with self._dispatcher.routes[0].admission.arrival(reading) as arrival:
             try:
@@ -114,8 +112,7 @@ class Call:
         expect = self.http.headers["Expect"]
         if expect.lower() != "100-continue":
             raise InvalidRequest(f"Expect: {expect!r} is not understood; only 100-continue is", status=417)
-        await self.http.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        self.http.writer.output_size = 0  # nothing of the answer itself is out yet
+        self.http.connection.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def identify(self) -> None:
         """Take over the caller's request id, or make one."""
@@ -272,7 +269,6 @@ class Call:
         assert self.ticket is not None and reply.chunks is not None  # noqa: S101  `ask` was given both
         switch, clock = self.ticket.stopwatch.switch, self._loop.time
         self.response = answer = self._answer(reply.status, reply.headers, length=None)
-        await answer.begin()
         async for chunk in reply.chunks:
             switch("write", clock())
             await answer.write(chunk)
@@ -281,17 +277,18 @@ class Call:
 
     def _answer(self, status: int, headers: Mapping[str, str], *, length: int | None) -> Answer:
         # The caller's next request must not meet a socket that is just being closed, nor the rest of this body.
-        close = self.draining or not self.http.content.is_eof()
-        head = CIMultiDict(headers)
-        head.update(self._own_headers())  # in the place of the provider's, however it spells them
-        return Answer(self.http, status, head, length=length, close=close)
+        if self.draining or not self.http.content.is_eof():
+            self.http.keep_alive = False
+        own = self._own_headers()  # in the place of the provider's, however it spells them
+        others = {name: value for name, value in headers.items() if name.title() not in own}
+        return Answer(self.http, status, others | own, length=length)
 
     def _own_headers(self) -> dict[str, str]:
         backend = (self.ticket and self.ticket.backend) or self._dispatcher.routes[0].name
         headers = {"X-Request-Id": self.request_id, "X-Sidecar-Backend": backend}
         trace = self.http.headers.get("traceparent")
         if trace is not None and trace.isascii():  # what is not could not be written
-            headers["traceparent"] = trace
+            headers["Traceparent"] = trace
         ticket = self.ticket
         if ticket is not None:
             headers["X-Sidecar-Attempts"] = str(ticket.attempts)

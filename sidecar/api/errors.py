@@ -12,6 +12,7 @@ from backends.base import BackendError, BillingRefused, Rejected, Throttled
 
 from ..admission import AccountClosed, DeadlineUnreachable, Draining, NotAdmitted, QueueFull, Superseded
 from ..dispatch import DeadlineExceeded
+from ..listener import NotHTTP
 from ..telemetry import Outcome
 
 Api = Literal["openai", "trio", "native"]
@@ -77,6 +78,8 @@ def problem_of(error: Exception, api: Api) -> Problem:
     match error:
         case InvalidRequest():
             return Problem(error.status, error.code, error.message, "invalid", field=error.field, detail=error.detail)
+        case NotHTTP():  # in the midst of a body
+            return Problem(400, "invalid_request", str(error), "invalid")
         case BillingRefused() | AccountClosed():
             text = f"the provider refuses the account: {error.message}; {_SETTLE}"
             return Problem(502, "upstream_billing", text, "error", retry_after=getattr(error, "retry_after", None))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .answer import Answer
+from ..answer import Answer
 from .body import Asked, image_of, kind_of, look_at, look_at_messages, model_of, with_model
 from .call import Call
 from .errors import InvalidRequest

@@ -9,7 +9,7 @@ from urllib.parse import unquote
 
 import orjson
 
-from .answer import Answer
+from ..answer import Answer
 from .body import CHARS_PER_TOKEN
 from .call import Call
 from .errors import InvalidRequest

@@ -12,12 +12,11 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from aiohttp import web
-
 from ..admission import Draining
+from ..answer import Answer
 from ..dispatch import Dispatcher
+from ..listener import HttpRequest
 from . import native, openai, trio
-from .answer import Answer
 from .call import TRACE, Call, Limits
 from .errors import Api, InvalidRequest, problem_of
 from .passthrough import passthrough
@@ -93,14 +92,14 @@ class DataServer:
         """Wait until no request is under way."""
         await self._idle.wait()
 
-    async def __call__(self, http: web.BaseRequest) -> Answer:
+    async def __call__(self, http: HttpRequest) -> Answer:
         """Answer one request."""
         path = http.raw_path.partition("?")[0]
         methods = ENDPOINTS.get(path)
         endpoint = methods.get(http.method) if methods else self._elsewhere(path)
         call = Call(http, endpoint.api if endpoint else _api_of(path), self._dispatcher, self._limits, self._detector)
         task = asyncio.current_task()
-        assert task is not None  # noqa: S101  aiohttp runs every handler in one
+        assert task is not None  # noqa: S101  the listener runs every handler in one
         self._tasks.add(task)
         self._idle.clear()
         try:
@@ -113,7 +112,7 @@ class DataServer:
             call.outcome = "ok" if response.status < 400 else call.outcome
         except asyncio.CancelledError:
             call.outcome = "cancelled"
-            if not self._given_up or _is_gone(http):
+            if not self._given_up or http.is_gone:
                 raise
             task.uncancel()
             response = await self._answer(call, Draining(_CUT_OFF, retry_after=1.0))
@@ -138,7 +137,7 @@ class DataServer:
         return _PASSTHROUGH if passes else None
 
     async def _answer(self, call: Call, error: Exception) -> Answer:
-        if isinstance(error, ConnectionError) and _is_gone(call.http):
+        if isinstance(error, ConnectionError) and call.http.is_gone:
             raise error  # the caller hung up: there is nobody to answer
         problem = problem_of(error, call.api)
         call.outcome = problem.outcome
@@ -148,7 +147,7 @@ class DataServer:
             )
         return await call.fail(problem)
 
-    def _check_bearer(self, http: web.BaseRequest) -> None:
+    def _check_bearer(self, http: HttpRequest) -> None:
         given = http.headers.get("Authorization", "")
         scheme, _, token = given.partition(" ")
         assert self._api_key is not None  # noqa: S101  the caller looked
@@ -162,11 +161,6 @@ class DataServer:
                 code="unauthorized",
                 field="Authorization",
             )
-
-
-def _is_gone(http: web.BaseRequest) -> bool:
-    """The caller has hung up."""
-    return http.transport is None or http.transport.is_closing()
 
 
 def _api_of(path: str) -> Api:

@@ -16,7 +16,7 @@ from backends.base import Rejected, Request
 from backends.images import base64_size, image_tokens
 
 from ..admission import Draining, Ticket
-from .answer import Answer
+from ..answer import Answer
 from .body import CHARS_PER_TOKEN, UNKNOWN_IMAGE_TOKENS
 from .call import Call
 from .errors import InvalidRequest

@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from sidecar.api.answer import Answer
+from sidecar.answer import Answer
 from sidecar.listener import Listener
 
 BOUND = 10.0
@@ -32,14 +32,13 @@ async def wire():
 
 
 async def whole(http):
-    answer = Answer(http, int(http.path[1:]), {"Content-Type": "text/plain"}, length=5, close=False)
+    answer = Answer(http, int(http.raw_path[1:]), {"Content-Type": "text/plain"}, length=5)
     await answer.write_whole(b"hello")
     return answer
 
 
 async def pieces(http):
-    answer = Answer(http, 200, {"Content-Type": "text/event-stream"}, length=None, close=False)
-    await answer.begin()
+    answer = Answer(http, 200, {"Content-Type": "text/event-stream"}, length=None)
     await answer.write(b"one")
     await answer.write(b"two")
     await answer.write_eof()

@@ -130,7 +130,7 @@ async def test_who_opens_connections_and_says_nothing_is_cut_off(serving, monkey
     async with sidecar.client.get(f"{sidecar.admin_url}/livez") as response:
         await response.read()
         await asyncio.sleep(0.5)  # a connection that has been of use is kept longer
-    connections = len(sidecar.sidecar._admin_listener._runner.server.connections)
+    connections = len(sidecar.sidecar._admin_listener.connections)
     assert connections == 1
 
 
@@ -148,7 +148,7 @@ async def test_a_listener_takes_so_many_connections_and_serves_on(serving, monke
     writer.close()
     for _, other in held:
         other.transport.abort()
-    server = getattr(sidecar.sidecar, f"_{listener}_listener")._runner.server
+    server = getattr(sidecar.sidecar, f"_{listener}_listener")
     async with asyncio.timeout(5):
         while server.connections:  # noqa: ASYNC110
             await asyncio.sleep(0.01)

@@ -1,0 +1,72 @@
+"""An answer on its way to the caller, whole or in pieces."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from http import HTTPStatus
+from typing import TYPE_CHECKING
+
+from aiohttp import HttpVersion10, HttpVersion11
+from aiohttp.helpers import rfc822_formatted_time
+
+from backends.headers import head_of
+
+if TYPE_CHECKING:
+    from .listener import HttpRequest
+
+_REASONS = {status.value: status.phrase for status in HTTPStatus}
+_WITHOUT_BODY = (204, 304)
+
+
+class Answer:
+    """What answers a request. Its head goes out with the body, or with the first piece of one.
+
+    Writing raises `ConnectionError` where nobody is left to read.
+    """
+
+    __slots__ = ("_bodiless", "_chunked", "_ended", "_head", "_http", "status")
+
+    def __init__(self, http: HttpRequest, status: int, headers: Mapping[str, str], *, length: int | None) -> None:
+        """`length` is that of the whole body in bytes, None for one that comes in pieces."""
+        version = http.version
+        self.status = status
+        self._http = http
+        self._bodiless = http.method == "HEAD" or status in _WITHOUT_BODY
+        self._chunked = length is None and not self._bodiless and version >= HttpVersion11
+        self._ended = False
+        head = {**headers, "Date": rfc822_formatted_time()}
+        if self._chunked:
+            head["Transfer-Encoding"] = "chunked"
+        elif length is not None and status not in _WITHOUT_BODY:
+            head["Content-Length"] = str(length)
+        elif not self._bodiless:
+            http.keep_alive = False  # the end of the connection will be the end of the answer
+        if not http.keep_alive:
+            head["Connection"] = "close"
+        elif version == HttpVersion10:
+            head["Connection"] = "keep-alive"
+        self._head = head_of(f"HTTP/{version.major}.{version.minor} {status} {_REASONS.get(status, '')}", head)
+
+    async def write_whole(self, body: bytes) -> None:
+        """Write head and body at once. What is written after that is nothing: it would run into the next answer."""
+        self._ended = True
+        await self._write(b"" if self._bodiless else body)
+
+    async def write(self, piece: bytes) -> None:
+        """Write a piece, and wait while the caller does not read."""
+        if piece and not self._ended:
+            piece = b"" if self._bodiless else piece
+            await self._write(b"%x\r\n%b\r\n" % (len(piece), piece) if self._chunked else piece)
+
+    async def write_eof(self) -> None:
+        """End the answer. Again is nothing."""
+        if not self._ended:
+            self._ended = True
+            await self._write(b"0\r\n\r\n" if self._chunked else b"")
+
+    async def _write(self, data: bytes) -> None:
+        head, self._head = self._head, b""
+        self._http.begun = True
+        self._http.connection.write(head + data)
+        if self._http.connection.writing_paused:
+            await self._http.connection.drain()
