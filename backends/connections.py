@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+from collections import deque
 from functools import partial
 from typing import TYPE_CHECKING
 from urllib.request import getproxies, proxy_bypass
@@ -49,22 +50,17 @@ class NotHTTP(aiohttp.ClientError):
     """What came back is no HTTP."""
 
 
-class Pool(aiohttp.TCPConnector):
-    """Connections that idle and those in use, without a limit: admission decides how many."""
+class Connector(aiohttp.TCPConnector):
+    """Makes connections, without a limit: admission decides how many. Those that idle are kept by their `Upstream`."""
 
     def __init__(self) -> None:
-        super().__init__(
-            limit=0, keepalive_timeout=IDLE_SECONDS, ttl_dns_cache=_DNS_SECONDS, socket_factory=_watched_socket
-        )
+        super().__init__(limit=0, ttl_dns_cache=_DNS_SECONDS, socket_factory=_watched_socket)
         self.timeout = aiohttp.ClientTimeout(connect=_CONNECT_SECONDS)
         self._factory = partial(_Protocol, loop=self._loop)  # type: ignore[assignment]  # partial is invariant
 
 
 class _Protocol(ResponseHandler):
     """A connection."""
-
-    used = False
-    """A request went out on it before."""
 
     def resume_reading(self, resume_parser: bool = True) -> None:
         """Read on after a pause. aiohttp calls this after every read of a body, and would parse nothing each time."""
@@ -81,12 +77,14 @@ class _Protocol(ResponseHandler):
 class Upstream:
     """One base URL, and the way there. To be made in the event loop."""
 
-    def __init__(self, pool: Pool, base: str) -> None:
+    def __init__(self, connector: Connector, base: str) -> None:
         """Raises ValueError where the environment names a proxy that cannot be spoken to."""
         url = URL(base)
         proxy = environment_proxy(url)
-        self._pool = pool
-        loop = asyncio.get_running_loop()
+        self._connector = connector
+        self._idle: deque[tuple[Connection, float]] = deque()  # since when, the longest first
+        self._timer: asyncio.TimerHandle | None = None  # looks for those that have idled for too long
+        self._loop = loop = asyncio.get_running_loop()
         self._clock = loop.time
         self._way = ClientRequest("GET", url, proxy=proxy, loop=loop)  # all that `connect` reads
         self._headers = {"Host": self._way.headers["Host"], "Accept": "*/*", "Accept-Encoding": "identity"}
@@ -114,9 +112,8 @@ class Upstream:
             if "Proxy-Authorization" in self._way.headers:  # the connector has read it from the proxy's URL
                 headers["Proxy-Authorization"] = self._way.headers["Proxy-Authorization"]
             try:
-                response = await _ask(
-                    connection, method, head_of(f"{method} {self._prefix}{path} HTTP/1.1", headers), body
-                )
+                head = head_of(f"{method} {self._prefix}{path} HTTP/1.1", headers)
+                response = await self._ask(connection, method, head, body)
             except BaseException as error:
                 _cut(connection)
                 soon = self._clock() - timings.work_started < _UNNOTICED_SECONDS
@@ -128,30 +125,75 @@ class Upstream:
                 return response
 
     async def _connect(self, *, new_only: bool) -> tuple[Connection, bool]:
-        """Take a connection from the pool or make one; whether it was used before."""
-        while True:
-            try:
-                connection = await self._pool.connect(self._way, [], self._pool.timeout)
-            except TimeoutError as error:
-                raise aiohttp.ConnectionTimeoutError(f"{self._pool.timeout.connect:g}") from error
+        """Take a connection that idles or make one; whether it was used before."""
+        while self._idle:
+            connection, since = self._idle.pop()
             protocol = connection.protocol
-            assert isinstance(protocol, _Protocol)  # noqa: S101  the pool made it
-            reused = protocol.used
-            # Where one pooled connection was dead, the others are not to be trusted. Nor is one on which something has
+            # Where one idle connection was dead, the others are not to be trusted. Nor is one on which something has
             # come while it idled: that would be taken for the answer to this request.
-            if not (reused and (new_only or protocol.should_close)):
-                protocol.used = True
-                return connection, reused
+            doubtful = new_only or self._clock() - since > IDLE_SECONDS
+            if protocol is not None and protocol.is_connected() and not (doubtful or protocol.should_close):
+                return connection, True
             connection.close()
+        try:
+            return await self._connector.connect(self._way, [], self._connector.timeout), False
+        except TimeoutError as error:
+            raise aiohttp.ConnectionTimeoutError(f"{self._connector.timeout.connect:g}") from error
+
+    async def _ask(self, connection: Connection, method: str, head: bytes, body: bytes) -> Response:
+        """Write a request and wait for the head of its answer."""
+        protocol = connection.protocol
+        assert protocol is not None and protocol.transport is not None  # noqa: S101  it has just been handed out
+        protocol.set_response_params(skip_payload=method == "HEAD", read_until_eof=True, read_bufsize=_READ_AHEAD_BYTES)
+        sending = None
+        if len(body) <= _SLICE:
+            protocol.transport.writelines((head, body))
+        else:
+            protocol.transport.write(head)
+            sending = asyncio.ensure_future(_send_slices(protocol, body))
+        heard = False
+        try:
+            while True:
+                message, content = await protocol.read()
+                if not 100 <= message.code < 200 or message.code == 101:
+                    return Response(self, connection, message, content, sending)
+                heard = True
+        except BaseException as error:
+            if sending is not None:
+                sending.cancel()
+            if isinstance(error, HttpProcessingError):
+                raise NotHTTP from error
+            if heard and isinstance(error, aiohttp.ClientError):
+                raise aiohttp.ClientPayloadError from error  # it was alive: nothing to send again
+            raise
+
+    def keep(self, connection: Connection) -> None:
+        """The answer on it is read: it may serve another request."""
+        self._idle.append((connection, self._clock()))
+        if self._timer is None:
+            self._timer = self._loop.call_later(IDLE_SECONDS, self._close_idle)
+
+    def _close_idle(self) -> None:
+        while self._idle and self._clock() - self._idle[0][1] >= IDLE_SECONDS:
+            self._idle.popleft()[0].close()
+        self._timer = self._loop.call_later(IDLE_SECONDS, self._close_idle) if self._idle else None
+
+    def close(self) -> None:
+        """Close the connections that idle."""
+        if self._timer is not None:
+            self._timer.cancel()
+        while self._idle:
+            self._idle.pop()[0].close()
 
 
 class Response:
-    """An upstream's answer: its head, and its body as it comes. Its connection is pooled again once that is read."""
+    """An upstream's answer: its head, and its body as it comes. Its connection is free again once that is read."""
 
-    __slots__ = ("_connection", "_sending", "content", "headers", "status")
+    __slots__ = ("_connection", "_sending", "_should_close", "_upstream", "content", "headers", "status")
 
     def __init__(
         self,
+        upstream: Upstream,
         connection: Connection,
         message: RawResponseMessage,
         content: aiohttp.StreamReader,
@@ -160,8 +202,10 @@ class Response:
         self.status = message.code
         self.headers = message.headers
         self.content = content
-        self._connection = connection
+        self._upstream = upstream
+        self._connection: Connection | None = connection
         self._sending = sending
+        self._should_close = message.should_close
         content.on_eof(self._release)
 
     @property
@@ -170,43 +214,20 @@ class Response:
         return self.headers.get("Content-Type", "").partition(";")[0].strip().lower()
 
     def drop(self) -> None:
-        """Close the connection at once if it is still ours; that of a body read to its end is back in the pool."""
-        if self._sending is not None:
-            self._sending.cancel()
-        _cut(self._connection)
+        """Close the connection at once if it is still ours; that of a body read to its end may serve another by now."""
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            if self._sending is not None:
+                self._sending.cancel()
+            _cut(connection)
 
     def _release(self) -> None:
-        if self._sending is not None and not self._sending.done():  # answered before the request was read
+        early = self._sending is not None and not self._sending.done()  # answered before the request was read
+        if early or self._should_close:
             self.drop()
-        self._connection.release()
-
-
-async def _ask(connection: Connection, method: str, head: bytes, body: bytes) -> Response:
-    """Write a request and wait for the head of its answer."""
-    protocol = connection.protocol
-    assert protocol is not None and protocol.transport is not None  # noqa: S101  it has just been handed out
-    protocol.set_response_params(skip_payload=method == "HEAD", read_until_eof=True, read_bufsize=_READ_AHEAD_BYTES)
-    sending = None
-    if len(body) <= _SLICE:
-        protocol.transport.writelines((head, body))
-    else:
-        protocol.transport.write(head)
-        sending = asyncio.ensure_future(_send_slices(protocol, body))
-    heard = False
-    try:
-        while True:
-            message, content = await protocol.read()
-            if not 100 <= message.code < 200 or message.code == 101:
-                return Response(connection, message, content, sending)
-            heard = True
-    except BaseException as error:
-        if sending is not None:
-            sending.cancel()
-        if isinstance(error, HttpProcessingError):
-            raise NotHTTP from error
-        if heard and isinstance(error, aiohttp.ClientError):
-            raise aiohttp.ClientPayloadError from error  # it was alive: nothing to send again
-        raise
+        elif self._connection is not None:
+            self._upstream.keep(self._connection)
+            self._connection = None
 
 
 async def _send_slices(protocol: ResponseHandler, body: bytes) -> None:

@@ -24,7 +24,7 @@ from backends.base import (
     Timings,
     Unreachable,
 )
-from backends.connections import NotHTTP, Pool, Response, Upstream
+from backends.connections import Connector, NotHTTP, Response, Upstream
 from backends.headers import end_to_end
 from backends.native import send_native
 from backends.refusals import classify
@@ -68,7 +68,7 @@ class DashScopeBackend:
             native_url = self._base.removesuffix(_COMPATIBLE_PATH) + _NATIVE_PATH
         self._native = None if native_url is None else _checked(native_url)
         self._host = URL(self._base).host or ""
-        self._pool: Pool | None = None
+        self._connector: Connector | None = None
         self._upstreams: dict[str, Upstream] = {}
 
     def account(self) -> str:
@@ -79,18 +79,20 @@ class DashScopeBackend:
 
     async def start(self) -> None:
         """Open the connection pool. The provider itself is not asked: it may come later than we do."""
-        self._pool = Pool()
+        self._connector = Connector()
         try:
-            self._upstreams = {base: Upstream(self._pool, base) for base in (self._base, self._native) if base}
+            self._upstreams = {base: Upstream(self._connector, base) for base in (self._base, self._native) if base}
         except ValueError as error:
             await self.close()
             raise BackendError(str(error)) from error
 
     async def close(self) -> None:
-        """Close the pool."""
-        if self._pool is not None:
-            await self._pool.close()
-            self._pool = None
+        """Close the connections."""
+        for upstream in self._upstreams.values():
+            upstream.close()
+        if self._connector is not None:
+            await self._connector.close()
+            self._connector = None
             self._upstreams = {}
 
     async def send(self, request: Request, timings: Timings) -> Reply:

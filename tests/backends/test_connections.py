@@ -21,6 +21,14 @@ OK = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
 BODY = b'{"choices": 1}'
 
 
+def idle(backend):
+    return [connection for upstream in backend._upstreams.values() for connection, _ in upstream._idle]
+
+
+def in_use(backend):
+    return len(backend._connector._acquired) - len(idle(backend))
+
+
 @pytest.fixture
 async def connected(caplog):
     """Makes started backends. In the end they hold no connection, and nothing was logged: no task's lost exception."""
@@ -34,7 +42,7 @@ async def connected(caplog):
 
     yield connect
     for backend in made:
-        assert not backend._pool._acquired, "a connection was not given back"
+        assert not in_use(backend), "a connection was not given back"
         await backend.close()
     assert caplog.text == ""
 
@@ -100,7 +108,7 @@ async def test_an_answer_that_nobody_asked_for_is_nobodys(backend, upstream, tog
     upstream.script = twice
     assert b"first" in (await send(backend)).body
     async with asyncio.timeout(BOUND):
-        while any(not protocol.should_close for pooled in backend._pool._conns.values() for protocol, _ in pooled):  # noqa: ASYNC110
+        while any(not connection.protocol.should_close for connection in idle(backend)):  # noqa: ASYNC110
             await asyncio.sleep(0.001)  # until the stray answer is there
     assert b"mine" in (await send(backend)).body
     assert connections(upstream) == [0, 1]
@@ -294,7 +302,7 @@ async def test_cancelled_at_any_turn_of_the_loop_a_request_leaves_nothing(upstre
             break
         sending.cancel()
         await asyncio.gather(sending, return_exceptions=True)
-        assert not backend._pool._acquired
+        assert not in_use(backend)
     assert sending.done() and turns > 3
     assert (await send(backend)).status == 200
     assert not any("_send_slices" in repr(task) for task in asyncio.all_tasks())
