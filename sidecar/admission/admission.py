@@ -126,8 +126,10 @@ class Admission:
         return lane.enter(ticket)
 
     def _check_bounds(self, lane: Lane, ticket: Ticket) -> None:
-        now = self.loop.time()
         waiting, size = self.waiting(), ticket.size_bytes
+        if not waiting and not self._arrivals.bytes:
+            return  # one always finds room alone
+        now = self.loop.time()
         room = max(min(self._queue_size, self._queue_bytes // max(size, 1)), 1)
         kept = min(lane.kept(now, ticket), int(KEPT_SHARE * room)) if waiting else 0
         if waiting + kept >= self._queue_size:

@@ -75,10 +75,13 @@ class RateController:
         self.changed_why = "nothing was refused yet"
         self.refusal_seconds = 0.05
         """How long a refusal takes to come back, smoothed."""
+        self._unpaced = dormant and ceiling == inf
+        """Whatever comes may go: nothing need be counted yet."""
         self._ramp = Ramp(budget)
         self._unsure = UNSUREST
         self._start = Start(dormant=dormant)
         self._bucket = TokenBucket(now, inf, START_CREDIT * typical)
+        self._filled_at = -inf
         self._sent: deque[Sent] = deque()  # since the last refusal
         self._empty_at = now  # when the provider's bucket was last known to be empty: the last refusal's send time
         self._cut_at = -inf
@@ -107,6 +110,8 @@ class RateController:
 
     def wait(self, now: float, amount: float) -> float:
         """Seconds until `amount` may be sent; 0 for now."""
+        if self._unpaced:
+            return 0.0
         self._fill(now)
         return self._bucket.wait(now, amount)
 
@@ -118,11 +123,13 @@ class RateController:
 
     def sent(self, now: float, amount: float, bound: bool) -> Sent:
         """One attempt goes out. `bound`: it had to wait for this dimension, so more would have been sent."""
-        self._fill(now)
-        if bound:
-            self._grow(now, amount)
+        if not self._unpaced:
+            if now != self._filled_at:  # `wait` has, in the turn in which it let this one through
+                self._fill(now)
+            if bound:
+                self._grow(now, amount)
+            self._bucket.take(now, amount)
         self._grown_at = now
-        self._bucket.take(now, amount)
         self._start.sent(now)
         self._blackouts.history.add(now, amount)
         one = Sent(now, amount, bound)
@@ -132,6 +139,7 @@ class RateController:
         return one
 
     def _fill(self, now: float) -> None:
+        self._filled_at = now
         if self.state is State.START:
             self._bucket.set(now, self.pace(now), min(START_CREDIT * self.typical, max(self.ceiling, self.typical)))
         else:
@@ -473,6 +481,7 @@ class RateController:
 
     def _to(self, now: float, state: State, why: str) -> None:
         self.state = state
+        self._unpaced = False
         self._changed(now, why)
 
     def _changed(self, now: float, why: str) -> None:

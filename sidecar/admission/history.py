@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import deque
-from math import floor
 
 
 class History:
@@ -20,8 +19,11 @@ class History:
 
     def add(self, at: float, amount: float) -> None:
         """Add what was sent, or take off what was refused (a negative amount)."""
-        number = floor(at / self.BIN)
+        number = int(at / self.BIN)
         bins = self._bins
+        if bins and bins[-1][0] == number:
+            bins[-1][1] += amount
+            return
         if not bins or bins[-1][0] < number:
             bins.append([number, amount])
             while bins[0][0] < number - self._seconds / self.BIN:
@@ -34,7 +36,7 @@ class History:
 
     def since(self, at: float) -> float:
         """The amount from then on."""
-        number = floor(at / self.BIN)
+        number = int(at / self.BIN)
         total = 0.0
         for one, amount in reversed(self._bins):  # the newest first: what is asked for is mostly of late
             if one < number:

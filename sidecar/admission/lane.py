@@ -231,7 +231,8 @@ class Lane:
 
     def recognise(self, ticket: Ticket) -> None:
         """See whether this newcomer was told to come back now."""
-        ticket.promised = self.promises.redeem(self._loop.time(), ticket.key)
+        if len(self.promises):
+            ticket.promised = self.promises.redeem(self._loop.time(), ticket.key)
 
     def promise(self, now: float, ticket: Ticket, room: float = inf) -> float:
         """Seconds after which this ticket's caller gets in if it asks again; of so many as find room at once."""

@@ -42,7 +42,7 @@ class Permits:
     @property
     def free(self) -> bool:
         """One more attempt may start."""
-        return self.in_flight < self.allowed
+        return self.in_flight < self.size and self.in_flight < self.learned + self.step
 
     def take(self) -> int:
         """Count one attempt as in flight; returns how many there were beside it."""

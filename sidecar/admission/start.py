@@ -56,7 +56,7 @@ class Start:
 
     def pace(self, now: float) -> float:
         """Requests a second that may go out; infinite for unpaced."""
-        if self._dormant or self.began == inf:
+        if self._dormant or self._unanswered < START_CREDIT or self.began == inf:
             return inf
         steps = (now - self.began) / CREDIT_STEP_SECONDS
         if self._unanswered < min(START_CREDIT * 2.0 ** min(steps, 8.0), MOST_UNANSWERED):
