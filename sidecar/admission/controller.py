@@ -23,8 +23,10 @@ from .blackout import Blackouts
 from .bucket import TokenBucket
 from .early import EarlyRefusals
 from .first import FirstBurst
+from .fit import Fit
 from .policer import Sent, rate_between
 from .ramp import SUREST, UNSUREST, VAGUE, Ramp
+from .shared import CUT, GROWTH, SHARED_SECONDS, Below, Climb
 from .start import START_CREDIT, Start
 from .states import CUTS, State
 
@@ -44,15 +46,6 @@ MOST_AHEAD, LATE_SECONDS = 2.0, 1.5
 MOVED = 0.2
 #: Sends remembered at most: beyond this many since a refusal, the rate is known better than it will stay true.
 MOST_REMEMBERED = 1000
-#: A refusal at so many times the rate that the credit explains makes a credit of less than so many requests doubtful.
-DOUBTFUL, SMALL_BURST = 1.2, 4.0
-#: The account is taken to be shared for so long.
-SHARED_SECONDS = 240.0
-#: A limit that falls to this share twice within so many seconds did not: the bucket has credit that was not known of.
-FELL, FELL_AGAIN_SECONDS = 0.9, 240.0
-#: While shared: what a refusal leaves, and growth a second, the same for all, so that the larger shrinks towards equal
-#: shares (Chiu & Jain, 1989: it meets refusals in proportion to what it sends).
-SHARED_CUT, SHARED_GROWTH = 0.8, 0.012
 #: A blackout in which less than so many requests would have gone out is a pause between two of them.
 PAUSE = 3.0
 
@@ -89,11 +82,12 @@ class RateController:
         # the first refusal
         self._first: FirstBurst | None = None  # while its refusals are still coming back
         self._guessed = False  # nothing else is known
-        self._doubted: tuple[float, float] | tuple[()] | None = None  # limit and burst that were; () once they hold
         # refusals that come too early
         self._early = EarlyRefusals()
+        self._fit = Fit()
         self._shared_until = -inf
-        self._fell_at = -inf
+        self._climb: Climb | None = None  # while refusals come at any pace
+        self._below = Below()
         # blackouts
         self._blackouts = Blackouts(now)
         self._barren = 0  # refusals with nothing taken between
@@ -130,6 +124,9 @@ class RateController:
                 self._grow(now, amount)
             self._bucket.take(now, amount)
         self._grown_at = now
+        self._below.calls += 1
+        if self._climb is not None:
+            self._climbed(now, self._climb)
         self._start.sent(now)
         self._blackouts.history.add(now, amount)
         one = Sent(now, amount, bound)
@@ -163,6 +160,8 @@ class RateController:
     def accepted(self, now: float, sent: Sent) -> None:
         """The provider took it."""
         self._start.answered(now, sent.amount)
+        if self._climb is not None:
+            self._climb.accepted()
 
     def void(self, now: float, sent: Sent) -> None:
         """It ended, and says nothing of this limit."""
@@ -200,11 +199,19 @@ class RateController:
                 self._ramp.refused()
             return False
         self._ramp.refused()
+        if self._climb is not None:
+            self._climb.refused(sent.at)
+            return self._climb.in_vain
         if self.state is State.START:
             self._first_refusal(now, sent)
         else:
             self._first = None
+            burst, limit, pace = self.burst, self.limit, self.pace(now)
             self._refusal(now, sent)
+            if pace <= limit and self.burst == burst:
+                self._below.add(limit)
+            if self._in_vain(now):
+                return False
         self._cut_at = now
         if self._barren < 2:
             self._empty_at = sent.at
@@ -217,6 +224,24 @@ class RateController:
             level -= (now - sent.at) * self.pace(now)  # as long again, to see what became of the rest of the burst
         self._bucket.take(now, self._bucket.level(now) - level)
         return self._barren >= 2 or self._blackouts.lost_seconds > 0 or self._blackouts.windowed
+
+    def _in_vain(self, now: float) -> bool:
+        """Whether refusals come at any pace; then what counts is what a pace brings."""
+        if self._blackouts.windowed or self._guessed or not (below := self._below.in_vain()):
+            return False
+        self.limit, share = below
+        self._climb = Climb(now, share)
+        self._to(now, State.SHARED, "refused at any pace: others use the account too")
+        return True
+
+    def _climbed(self, now: float, climb: Climb) -> None:
+        """One more call went out while refusals come at any pace."""
+        self.limit *= climb.sent(now, self.refusal_seconds)
+        if climb.needless:
+            self._climb = None
+            self._unsure = RECALLED
+            self._to(now, State.ASSESS, "the account seems to be ours alone again")
+            self._begin()
 
     def _begin(self) -> None:
         """Begin a new ramp with what is known now."""
@@ -248,7 +273,7 @@ class RateController:
         pace = self._unbounded_pace()
         if self.state is State.SHARED:
             if now < self._shared_until:
-                self.limit *= SHARED_CUT
+                self.limit *= CUT
                 self._changed(now, "refused while others share the account")
                 return
             self._to(now, State.ASSESS, "the account seems to be ours alone again")
@@ -258,16 +283,13 @@ class RateController:
             self._window_full(now, sent)
             return
 
+        if self._refit(now, sent, taken):
+            return
+
         def between(burst: float) -> tuple[float, float]:
             return rate_between(self._empty_at, taken, sent.at, sent.amount, burst)
 
         low, high = between(self.burst)
-        small = 2.0 <= self.burst / self.typical < SMALL_BURST
-        if self._doubted is None and small and pace > DOUBTFUL * high and not self._blackouts.lost_seconds:
-            # The pace was far above: either the bucket gave all its credit for that, or it has none and the limit is
-            # near the pace. Try that once; it is soon known to be wrong.
-            self._doubted, self.burst = ((low + high) / 2, self.burst), self.typical
-            low, high = between(self.burst)
         for _ in range(2):  # a limit that has risen has mostly risen with its credit
             risen = (low + high) / 2 / self.limit
             if risen < 1.0 + MOVED or self._unsure > VAGUE or not self._has_credit:
@@ -307,6 +329,22 @@ class RateController:
         self._unsure = min(max(width, SUREST), UNSUREST)
         self._to(now, State.ASSESS if self._unsure > 3 * SUREST else State.STEADY, f"refused at {pace:.3g}/s")
 
+    def _refit(self, now: float, sent: Sent, taken: list[Sent]) -> bool:
+        """Whether another burst, and only that, explains the last few refusals; then it is learned, with the limit."""
+        self._fit.add(self._empty_at, taken, sent)
+        if self._blackouts.lost_seconds or self._guessed:
+            self._fit.forget()
+            return False
+        another = self._fit.another(self.burst, self.typical)
+        if another is None:
+            return False
+        self.burst, low, high = another
+        self.limit = (low + high) / 2
+        self._unsure = min(max((high - low) / (low + high), 3 * SUREST), UNSUREST)
+        self._least, self._early.count = None, 0
+        self._to(now, State.ASSESS, "refused: the bucket holds more or less than was thought")
+        return True
+
     def _learn(self, limit: float) -> None:
         """Another limit. Where the old one was known well, it has moved, and so may the credit, which goes with it."""
         if self._unsure <= VAGUE and abs(limit / self.limit - 1.0) > MOVED:
@@ -331,12 +369,8 @@ class RateController:
             early.forget()
             early.count = 0
             self._shared_until = now + SHARED_SECONDS
-            self.limit *= SHARED_CUT
+            self.limit *= CUT
             self._to(now, State.SHARED, "refused too often for one user of the account")
-        elif early.count == 2 and self._doubted:
-            (self.limit, self.burst), self._doubted = self._doubted, ()
-            self._unsure, early.count = RECALLED, 0
-            self._to(now, State.ASSESS, "refused below the learned limit: there is a credit after all")
         elif early.count <= len(CUTS):
             self.limit *= CUTS[early.count - 1]
             if self._unsure > VAGUE:
@@ -344,10 +378,6 @@ class RateController:
             self._changed(now, "refused below the learned limit")
         else:
             most = early.most(sent)
-            if most < FELL * early.limit_before:
-                if not self._has_credit and now < self._fell_at + FELL_AGAIN_SECONDS:
-                    self.burst = 2.0 * self.typical  # what was taken between the two falls came out of credit
-                self._fell_at = now
             self._learn(max(min(most, 0.9 * self.limit), LARGEST_CUT * self.limit))
             self._unsure = 0.15
             early.forget()
@@ -379,7 +409,7 @@ class RateController:
         whole = blackouts.over(max(self._start.began, blackouts.began), closed_at, probed_at, step, self.typical)
         seconds = probed_at - closed_at
         self._barren = self._early.count = 0
-        if seconds * self.limit < PAUSE * self.typical:
+        if self._climb is not None or seconds * self.limit < PAUSE * self.typical:
             blackouts.lost_seconds = 0.0
         elif blackouts.windowed:
             whole = max(whole, 0.02 * self.typical)
@@ -415,14 +445,18 @@ class RateController:
     # -- the ramp ------------------------------------------------------------------------------------------------------
 
     def _unbounded_pace(self) -> float:
+        if self._climb is not None:
+            return self.limit * self._climb.factor
         return self.limit if self.state is State.SHARED else self.limit * self._ramp.height()
 
     def _grow(self, now: float, amount: float) -> None:
         seconds = min(now - self._grown_at, 0.5)
         if self.state is State.START:
             self._start.grow(seconds)
+        elif self._climb is not None:
+            pass
         elif self.state is State.SHARED:
-            self.limit *= exp(SHARED_GROWTH * seconds)
+            self.limit *= exp(GROWTH * seconds)
         else:
             if self._ramp.along >= 1.0 and self.pace(now) > MOST_AHEAD * self._of_late(now) + 3.0 * self.typical:
                 seconds = 0.0  # something else holds most of them back

@@ -1,0 +1,134 @@
+"""An account that others use too: no limit of one's own can be learned, only a share be kept.
+
+Two kinds of refusal come then. Those that the pace brings become fewer when it falls: additive growth, and a cut for
+each, let all who share shrink or grow towards equal shares (Chiu & Jain, 1989). But where a bucket has little credit, a
+call is refused whenever another's came just before, however seldom one asks. Against those it is no help to be slower:
+what counts is whether a faster pace brings more, so two paces take turns (`Climb`).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from math import exp
+
+#: The account is taken to be shared for so long.
+SHARED_SECONDS = 240.0
+#: What a refusal leaves, and growth a second, the same for all who share, so that the larger shrinks.
+CUT, GROWTH = 0.8, 0.012
+
+#: So many refusals at a pace below the learned limit, within so many calls, come at any pace. So do they within more
+#: calls, the last three of them within so many, if the limit was down to this share by then: it did not help.
+OFTEN, OFTEN_CALLS = 7, 30
+SLOWER, SLOWER_CALLS, LATE_CALLS = 0.75, 70, 25
+
+
+class Below:
+    """Refusals at a pace below the limit that was learned: each is chance, or a lower limit, or nobody's fault."""
+
+    __slots__ = ("_refusals", "calls")
+
+    def __init__(self) -> None:
+        self.calls = 0
+        """Calls that went out."""
+        self._refusals: deque[tuple[int, float]] = deque(maxlen=OFTEN)
+
+    def add(self, limit: float) -> None:
+        """One more, at this limit."""
+        self._refusals.append((self.calls, limit))
+
+    def in_vain(self) -> tuple[float, float] | None:
+        """If they come at any pace: the highest limit of late, and the share of calls that was refused."""
+        refusals = self._refusals
+        if len(refusals) < OFTEN:
+            return None
+        since = self.calls - refusals[0][0]
+        highest = max(limit for _, limit in refusals)
+        third, limit = refusals[-3]
+        slower = since <= SLOWER_CALLS and self.calls - third <= LATE_CALLS and limit <= SLOWER * highest
+        if since > OFTEN_CALLS and not slower:
+            return None
+        refusals.clear()
+        return highest, OFTEN / (since + 1)
+
+
+class Climb:
+    """
+    A pace that goes where more is taken, whatever share of it is refused.
+
+    Blocks of calls go out a little above and a little below the pace in turn. Beyond what there is, more calls bring
+    only more refusals: the share that is refused grows by as much as the pace. Below that it stays what it is. The
+    pace moves by where it is between the two.
+    """
+
+    #: How far above and below, as a logarithm.
+    APART = 0.25
+    #: A block is of so many calls at least, and lasts for so many times that of a refusal.
+    CALLS, REFUSALS = 8, 2.0
+    #: What the past weighs after each pair of blocks.
+    KEPT = 0.7
+    #: How far the pace moves at most after a pair of blocks: before it went down for the first time, and then.
+    FIRST_STEP, STEP = 0.5, 0.1
+    #: A policer refuses nothing below its limit: then there is no need for this.
+    CLEAN_SHARE, CLEAN_CALLS = 0.04, 20.0
+
+    #: No more than this share is others' doing.
+    MOST_REFUSED = 0.6
+
+    __slots__ = ("_began", "_block", "_calls", "_first", "_high", "_refused", "_row", "_share")
+
+    def __init__(self, now: float, share: float) -> None:
+        """`share` of the calls before were refused."""
+        self._began = now
+        self._block = 0
+        self._high = True
+        self._first = True
+        self._calls, self._refused = [0.0, 0.0], [0.0, 0.0]  # below, above
+        self._share = share  # of the latest calls that were refused
+        self._row = 0
+
+    @property
+    def factor(self) -> float:
+        """The pace of the present block, as a share of the limit."""
+        return exp(self.APART if self._high else -self.APART)
+
+    def sent(self, now: float, refusal_seconds: float) -> float:
+        """One call goes out. Returns what the limit is multiplied by."""
+        self._calls[self._high] += 1.0
+        self._block += 1
+        if self._block < self.CALLS or now < self._began + self.REFUSALS * refusal_seconds:
+            return 1.0
+        self._block, self._began, self._high = 0, now, not self._high
+        return self._step() if self._high else 1.0
+
+    def _step(self) -> float:
+        low, high = (refused / calls for refused, calls in zip(self._refused, self._calls, strict=True))
+        taken = max(1.0 - (low + high) / 2, 0.1)
+        steep = min(max((high - low) / (2 * self.APART * taken), 0.0), 1.0)  # 1: more calls, and no more is taken
+        much = low > self.MOST_REFUSED
+        self._first = self._first and steep < 0.5
+        self._calls = [self.KEPT * calls for calls in self._calls]
+        self._refused = [self.KEPT * refused for refused in self._refused]
+        if much:
+            return exp(-self.FIRST_STEP)
+        return exp((self.FIRST_STEP if self._first else self.STEP) * (1.0 - 2.0 * steep))
+
+    def accepted(self) -> None:
+        """One call was taken."""
+        self._row = 0
+        self._share *= 0.95
+
+    def refused(self, sent_at: float) -> None:
+        """A call that was sent at that time was refused."""
+        self._row += 1
+        self._share += 0.05 * (1.0 - self._share)
+        self._refused[self._high if sent_at >= self._began else not self._high] += 1.0
+
+    @property
+    def in_vain(self) -> bool:
+        """More were refused in a row than chance explains."""
+        return max(self._share, 0.1) ** self._row < 1e-4
+
+    @property
+    def needless(self) -> bool:
+        """What is slow enough is not refused."""
+        return self._calls[0] >= self.CLEAN_CALLS and self._refused[0] <= self.CLEAN_SHARE * self._calls[0]
