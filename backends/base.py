@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 #: Which API a body is written in: OpenAI's chat completions, or DashScope's native generation.
 Dialect = Literal["openai", "native"]
@@ -48,8 +48,7 @@ class Timings:
     """The first byte of the answer was there."""
 
 
-@dataclass(frozen=True, slots=True)
-class Usage:
+class Usage(NamedTuple):
     """LLM tokens as the provider counted them."""
 
     input_tokens: int

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 
 _PASSED = frozenset({"content-type", "content-language", "x-request-id", "request-id", "traceparent", "retry-after"})
 _PASSED_PREFIXES = ("x-dashscope-", "openai-", "x-ratelimit-")
@@ -14,10 +15,12 @@ def end_to_end(headers: Mapping[str, str]) -> dict[str, str]:
     An allow-list, so that `Set-Cookie`, hop-by-hop headers, lengths, encodings and whatever a gateway adds tomorrow
     stay behind.
     """
-    return {name: value for name, value in headers.items() if _is_passed(name.lower())}
+    return {name: value for name, value in headers.items() if _is_passed(name)}
 
 
+@lru_cache(512)
 def _is_passed(name: str) -> bool:
+    name = name.lower()
     return name in _PASSED or name.startswith(_PASSED_PREFIXES)
 
 

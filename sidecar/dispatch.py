@@ -215,8 +215,7 @@ class Dispatcher:
                         await reply.aclose()
             if reply.failure is not None:
                 raise reply.failure
-            usage = reply.usage
-            permit.accepted(loop.time(), (usage.input_tokens, usage.output_tokens) if usage is not None else None)
+            permit.accepted(loop.time(), reply.usage)
             route.succeeded()
             result = "ok"
             self._telemetry.tokens(name, request.model, reply.usage)

@@ -16,7 +16,7 @@ from prometheus_client import CollectorRegistry, Gauge, Histogram, disable_creat
 from backends.base import Throttled, Usage
 
 from . import series
-from .admission import Ticket
+from .admission import Priority, Ticket
 from .tracing import Trace
 
 log = logging.getLogger("sidecar")
@@ -29,6 +29,9 @@ Outcome = Literal[
 BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 1.5, 2.5, 5, 10, 15, 30, 45, 60, 90, 120)
 #: Model names that get a label of their own; later ones are `other`, so that a caller cannot grow the series.
 MOST_MODELS = 20
+
+#: The priorities as labels.
+_PRIORITIES = {priority: priority.name.lower() for priority in Priority}
 
 #: What `totals` reads: metric, what it is called there, and the label that tells its values apart.
 _TOTALS = (
@@ -158,7 +161,7 @@ class Telemetry:
         self._requests[api, backend, outcome] += 1
         trace_id = ticket.trace_id
         self._duration.observe((api, backend, outcome), sum(seconds.values()), trace_id)
-        self._queue_wait.observe((backend, ticket.priority.name.lower()), seconds["queue"], trace_id)
+        self._queue_wait.observe((backend, _PRIORITIES[ticket.priority]), seconds["queue"], trace_id)
         if ticket.cause_seconds is not None:
             for cause, spent in ticket.cause_seconds.items():
                 if spent > 0:

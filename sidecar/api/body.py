@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,9 +18,9 @@ CHARS_PER_TOKEN = 3.5
 UNKNOWN_IMAGE_TOKENS = 1250
 #: First bytes, in base64, of images whose size we do not read but providers take: BMP, TIFF, and HEIC or AVIF boxes.
 _OTHER_IMAGES = ("Qk", "SUkq", "TU0A", "AAAA")
-_BASE64 = b";base64,"
-#: Base64 characters of an image that are kept to look at; whole groups of four.
-_LOOKED_AT_CHARS = 8192
+_BASE64, _BACKSLASH = b";base64,", ord("\\")
+#: Base64 characters of an image that are kept to look at, at first and if that does not do; whole groups of four.
+_LOOKED_AT_CHARS = (1024, 8192)
 
 
 @dataclass(slots=True)
@@ -52,27 +51,31 @@ def look_at(body: bytes, read: Callable[[dict[str, Any]], Asked]) -> Asked:
 
     Raises `InvalidRequest` that names the field. What is not looked at is the provider's.
     """
-    short = _abridged(body)
-    if short is not body:
-        with contextlib.suppress(InvalidRequest):  # an image's size may stand further on: then the whole body tells
+    for chars in _LOOKED_AT_CHARS:
+        short = _abridged(body, chars)
+        if short is body:
+            break
+        try:
             return read(json_object(short))
+        except InvalidRequest:  # an image's size may stand further on: then the whole body tells
+            continue
     return read(json_object(body))
 
 
-def _abridged(body: bytes) -> bytes:
+def _abridged(body: bytes, chars: int) -> bytes:
     """The same JSON with long base64 cut down to its beginning, where an image's size nearly always is.
 
-    To parse a frame's 100 KB only to find that size costs more than anything else here. A string with an escape in it
-    is left alone: its end is not the next quote.
+    To parse a frame's 100 KB only to find that size costs more than anything else here. A string is left alone whose
+    beginning has an escape in it, which might be cut in two, or whose end is not the next quote.
     """
     pieces: list[bytes] = []
     done = 0
     at = body.find(_BASE64)
     while at >= 0:
         end = body.find(b'"', at)
-        if end < 0 or body.find(b"\\", at, end) >= 0:
+        keep = at + len(_BASE64) + chars
+        if end < 0 or body[end - 1] == _BACKSLASH or body.find(b"\\", at, min(keep, end)) >= 0:
             return body
-        keep = at + len(_BASE64) + _LOOKED_AT_CHARS
         if end > keep:
             pieces.append(body[done:keep])
             done = end

@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from math import isfinite
 
 from backends.base import Dialect, Reply, Request
@@ -178,11 +179,7 @@ class Call:
 
     def passed_on(self) -> dict[str, str]:
         """The caller's headers that go to the provider."""
-        passed = {
-            name: value
-            for name, value in self.http.headers.items()
-            if ((lower := name.lower()) in _PASSED_ON or lower.startswith(_DASHSCOPE)) and value.isascii()
-        }
+        passed = {name: value for name, value in self.http.headers.items() if _goes_on(name) and value.isascii()}
         passed["X-Request-Id"] = self.request_id
         return passed
 
@@ -306,6 +303,12 @@ class Call:
             self._dispatcher.finish(self.ticket, self.api, self.outcome)
         elif self.outcome == "invalid":
             self._dispatcher.invalid(self.api)
+
+
+@lru_cache(512)
+def _goes_on(name: str) -> bool:
+    name = name.lower()
+    return name in _PASSED_ON or name.startswith(_DASHSCOPE)
 
 
 def _too_large(most: int, announced: int | None) -> InvalidRequest:
