@@ -13,15 +13,15 @@ def end_to_end(headers: Mapping[str, str]) -> dict[str, str]:
     """Keep what means something to the caller: the type, request ids, the provider's own headers.
 
     An allow-list, so that `Set-Cookie`, hop-by-hop headers, lengths, encodings and whatever a gateway adds tomorrow
-    stay behind.
+    stay behind. Names are spelled `Like-This`, however they came: ours can take the place of the provider's.
     """
-    return {name: value for name, value in headers.items() if _is_passed(name)}
+    return {name: value for given, value in headers.items() if (name := _passed_as(given)) is not None}
 
 
 @lru_cache(512)
-def _is_passed(name: str) -> bool:
-    name = name.lower()
-    return name in _PASSED or name.startswith(_PASSED_PREFIXES)
+def _passed_as(given: str) -> str | None:
+    name = given.lower()
+    return given.title() if name in _PASSED or name.startswith(_PASSED_PREFIXES) else None
 
 
 def head_of(first_line: str, headers: Mapping[str, str]) -> bytes:

@@ -161,7 +161,7 @@ def _event(name: str, data: Any) -> bytes:
 
 
 async def _respond(http: HttpRequest, status: int, body: bytes, headers: Mapping[str, str]) -> Answer:
-    answer = Answer(http, status, headers, length=len(body))
+    answer = Answer(http, status, {**headers}, length=len(body))
     await answer.write_whole(body)
     return answer
 

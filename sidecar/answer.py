@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from http import HTTPStatus
 from typing import TYPE_CHECKING
 
@@ -26,15 +25,15 @@ class Answer:
 
     __slots__ = ("_bodiless", "_chunked", "_ended", "_head", "_http", "status")
 
-    def __init__(self, http: HttpRequest, status: int, headers: Mapping[str, str], *, length: int | None) -> None:
-        """`length` is that of the whole body in bytes, None for one that comes in pieces."""
+    def __init__(self, http: HttpRequest, status: int, head: dict[str, str], *, length: int | None) -> None:
+        """Takes over `head`, the headers. `length` of the whole body is in bytes, None for one that comes in pieces."""
         version = http.version
         self.status = status
         self._http = http
         self._bodiless = http.method == "HEAD" or status in _WITHOUT_BODY
         self._chunked = length is None and not self._bodiless and version >= HttpVersion11
         self._ended = False
-        head = {**headers, "Date": rfc822_formatted_time()}
+        head["Date"] = rfc822_formatted_time()
         if self._chunked:
             head["Transfer-Encoding"] = "chunked"
         elif length is not None and status not in _WITHOUT_BODY:

@@ -87,6 +87,7 @@ class Dispatcher:
     def __init__(self, routes: Sequence[Route], telemetry: Telemetry) -> None:
         self.routes = routes
         self._telemetry = telemetry
+        self._now = routes[0].admission.loop.time
         self._random = random.Random()  # noqa: S311  jitter, not a secret
 
     @property
@@ -115,7 +116,6 @@ class Dispatcher:
         its permit, and returned when that is done. Raises `NotAdmitted` (queue), `BackendError` (what the provider
         said, never a throttling one), or `DeadlineExceeded`.
         """
-        loop = asyncio.get_running_loop()
         watch = ticket.stopwatch
         failed_attempts = 0
         last_failure: BackendError | None = None
@@ -126,13 +126,13 @@ class Dispatcher:
             ticket.backend = route.name
             try:
                 async with route.admission.permit(ticket) as permit:
-                    watch.switch("lock", loop.time())
+                    watch.switch("lock", self._now())
                     try:
                         reply = await self._attempt(route, permit, request, on_stream)
                     except BaseException:
-                        watch.switch("queue", loop.time())
+                        watch.switch("queue", self._now())
                         raise
-                    watch.switch("write", loop.time())
+                    watch.switch("write", self._now())
                     return reply
             except NotAdmitted as refusal:
                 if isinstance(refusal, Draining | Superseded):
@@ -178,7 +178,7 @@ class Dispatcher:
         """The first route that would answer the ticket in time; None if there is none."""
         if len(self.routes) == 1:
             return None
-        now = asyncio.get_running_loop().time()
+        now = self._now()
         return next((route for route in self.routes if route not in given_up and route.takes(ticket, now)), None)
 
     def _let_others_move(self, route: Route, model: str) -> None:
@@ -192,7 +192,6 @@ class Dispatcher:
         self, route: Route, permit: Permit, request: Request, on_stream: Callable[[Reply], Awaitable[None]] | None
     ) -> Reply:
         """Make one attempt and tell admission and the metrics what it was told."""
-        loop = asyncio.get_running_loop()
         ticket, name = permit.ticket, route.name
         trace = ticket.stopwatch if isinstance(ticket.stopwatch, Trace) else None
         if trace is not None:
@@ -204,7 +203,7 @@ class Dispatcher:
                 try:
                     reply = await route.backend.send(request, timings)
                 finally:
-                    self._note(ticket, timings, loop.time())
+                    self._note(ticket, timings, self._now())
                 if reply.chunks is not None:
                     if on_stream is None:
                         raise TypeError("a streaming reply needs on_stream")
@@ -215,7 +214,7 @@ class Dispatcher:
                         await reply.aclose()
             if reply.failure is not None:
                 raise reply.failure
-            permit.accepted(loop.time(), reply.usage)
+            permit.accepted(self._now(), reply.usage)
             route.succeeded()
             result = "ok"
             self._telemetry.tokens(name, request.model, reply.usage)
@@ -227,12 +226,12 @@ class Dispatcher:
             ) from timeout
         except Throttled as refusal:
             result = "throttled"
-            permit.throttled(loop.time(), refusal.kind, refusal.message, refusal.retry_after)
+            permit.throttled(self._now(), refusal.kind, refusal.message, refusal.retry_after)
             self._telemetry.throttled(name, refusal.kind, refusal.code)
             raise
         except BillingRefused as refusal:
             result = "throttled"
-            permit.account_refused(loop.time(), refusal.message)
+            permit.account_refused(self._now(), refusal.message)
             self._telemetry.throttled(name, "billing", refusal.code)
             raise
         except Rejected as refusal:
@@ -240,18 +239,18 @@ class Dispatcher:
             if refusal.status == 401:
                 self._telemetry.key_refused(name, refusal.message)
             if _is_about_account(refusal) and len(self.routes) > 1:
-                permit.account_refused(loop.time(), refusal.message)
+                permit.account_refused(self._now(), refusal.message)
             else:
-                permit.accepted(loop.time())
+                permit.accepted(self._now())
                 route.answered()
             raise
         except ServerFailed as failure:
             result = "server_error"
-            permit.failed(loop.time(), failure.message)
+            permit.failed(self._now(), failure.message)
             raise
         except Unreachable as failure:
             result = "connect_error"
-            permit.failed(loop.time(), failure.message)
+            permit.failed(self._now(), failure.message)
             raise
         finally:
             self._telemetry.attempt(name, result)
@@ -262,7 +261,7 @@ class Dispatcher:
 
     def finish(self, ticket: Ticket, api: str, outcome: Outcome) -> None:
         """The ticket's last byte is out, or it has failed: stop its watch and write its record, once."""
-        ticket.stopwatch.stop(asyncio.get_running_loop().time())
+        ticket.stopwatch.stop(self._now())
         self._telemetry.finished(ticket, api, ticket.backend or self.routes[0].name, outcome)
 
     def invalid(self, api: str) -> None:
@@ -271,13 +270,12 @@ class Dispatcher:
 
     async def _jitter(self, ticket: Ticket, failed_attempts: int) -> None:
         """Wait a little without a permit, on the account of `hold`."""
-        loop = asyncio.get_running_loop()
-        begun = loop.time()
+        begun = self._now()
         longest = min(RETRY_STEP_SECONDS * 2.0 ** (failed_attempts - 1), max(ticket.deadline - begun, 0.0))
         try:
             await asyncio.sleep(self._random.uniform(0.0, longest))
         finally:
-            ticket.add_cause("hold", loop.time() - begun)
+            ticket.add_cause("hold", self._now() - begun)
 
     @staticmethod
     def _note(ticket: Ticket, timings: Timings, now: float) -> None:

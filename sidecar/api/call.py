@@ -276,9 +276,7 @@ class Call:
         # The caller's next request must not meet a socket that is just being closed, nor the rest of this body.
         if self.draining or not self.http.content.is_eof():
             self.http.keep_alive = False
-        own = self._own_headers()  # in the place of the provider's, however it spells them
-        others = {name: value for name, value in headers.items() if name.title() not in own}
-        return Answer(self.http, status, others | own, length=length)
+        return Answer(self.http, status, {**headers, **self._own_headers()}, length=length)
 
     def _own_headers(self) -> dict[str, str]:
         backend = (self.ticket and self.ticket.backend) or self._dispatcher.routes[0].name

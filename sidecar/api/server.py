@@ -98,8 +98,8 @@ class DataServer:
         methods = ENDPOINTS.get(path)
         endpoint = methods.get(http.method) if methods else self._elsewhere(path)
         call = Call(http, endpoint.api if endpoint else _api_of(path), self._dispatcher, self._limits, self._detector)
-        task = asyncio.current_task()
-        assert task is not None  # noqa: S101  the listener runs every handler in one
+        task = http.connection.task
+        assert task is not None  # noqa: S101  this runs in it
         self._tasks.add(task)
         self._idle.clear()
         try:
