@@ -63,9 +63,19 @@ class Answer:
             self._ended = True
             await self._write(b"0\r\n\r\n" if self._chunked else b"")
 
+    def end_with(self, piece: bytes) -> None:
+        """End an answer that went wrong, without waiting for a caller who may have stopped reading."""
+        if not self._ended:
+            self._ended = True
+            piece = b"" if self._bodiless else piece
+            self._send(b"%x\r\n%b\r\n0\r\n\r\n" % (len(piece), piece) if self._chunked else piece)
+
     async def _write(self, data: bytes) -> None:
+        self._send(data)
+        if self._http.connection.writing_paused:
+            await self._http.connection.drain()
+
+    def _send(self, data: bytes) -> None:
         head, self._head = self._head, b""
         self._http.begun = True
         self._http.connection.write(head + data)
-        if self._http.connection.writing_paused:
-            await self._http.connection.drain()

@@ -25,8 +25,9 @@ from .answer import Answer
 
 log = logging.getLogger("sidecar")
 
-#: A connection that was idle for so long is closed. Longer than any client's own limit (httpx 5 s, aiohttp 15 s), so
-#: that it is the client who closes, and never under a request that is on its way.
+#: A connection that was idle for so long is closed, and one whose caller takes nothing of an answer for so long. Longer
+#: than any client's own limit (httpx 5 s, aiohttp 15 s), so that it is the client who closes, and never under a request
+#: that is on its way.
 KEEPALIVE_SECONDS = 75.0
 #: Seconds for which the rest of a refused body is read and thrown away: a caller who is still sending sees a reset
 #: instead of the answer if the connection is closed under it.
@@ -106,7 +107,7 @@ class Connection(BaseProtocol):
             READ_BUFFER_BYTES,
             payload_exception=ClientPayloadError,
             auto_decompress=False,
-            max_msg_queue_size=MOST_PIPELINED,
+            max_msg_queue_size=1 + MOST_PIPELINED,  # and the one that is being answered
         )
         super().__init__(loop, parser)
         self.task: asyncio.Task[None] | None = None
@@ -163,14 +164,19 @@ class Connection(BaseProtocol):
         if self._reading_paused:
             super().resume_reading(resume_parser)
 
+    def pause_writing(self) -> None:
+        """Too much is kept that the caller does not take: see `drain`."""
+        super().pause_writing()
+        self._closes_at = self._loop.time() + KEEPALIVE_SECONDS
+
     def _close_if_idle(self) -> None:
         now = self._loop.time()
-        if self.task is not None:
+        if self.task is not None and not self.writing_paused:
             self._closes_at = now + KEEPALIVE_SECONDS
         if now < self._closes_at:
             self._timer = self._loop.call_at(self._closes_at, self._close_if_idle)
         elif self.transport is not None:
-            self.transport.close()
+            self.transport.abort()
 
     # -- through -------------------------------------------------------------------------------------------------------
 
@@ -191,7 +197,6 @@ class Connection(BaseProtocol):
 
     async def _answer_one(self, message: RawRequestMessage | NotHTTP, content: StreamReader) -> bool:
         """Answer a request, or what is none; whether the connection can take another."""
-        self._make_room()
         if isinstance(message, NotHTTP):
             self._refuse("400 Bad Request", "invalid_request", "invalid_request_error", str(message))
             return False
@@ -209,10 +214,18 @@ class Connection(BaseProtocol):
             return False
         if not content.is_eof():
             await self._linger(content)
-        return http.keep_alive and content.is_eof()
+        if not (http.keep_alive and content.is_eof()):
+            return False
+        self._make_room()
+        return True
 
     def _make_room(self) -> None:
-        """One request less waits: let the parser find the next one, where it had to stop."""
+        """
+        One request less is here: let the parser find the next one, where it had to stop.
+
+        Not before its body is whole: only then does the parser count it, and one that is taken off before counts for
+        ever.
+        """
         assert self._parser is not None  # noqa: S101  it was made with one
         self._parser.message_consumed()
         if self._buffer_paused and len(self._waiting) <= MOST_PIPELINED // 2:
@@ -238,7 +251,10 @@ class Connection(BaseProtocol):
     async def drain(self) -> None:
         """Wait while too much is kept that the caller does not take. Raises `ConnectionError` if it hung up."""
         if self._paused:
-            await self._drain_helper()
+            try:
+                await self._drain_helper()
+            finally:
+                self._drain_waiter = None  # aiohttp leaves a cancelled one there, and who waits next is cancelled too
 
     def _refuse(self, status: str, code: str, kind: str, message: str) -> None:
         body = orjson.dumps({"error": {"message": message, "type": kind, "code": code, "param": None}})

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from math import isfinite
 
+from aiohttp import HttpVersion11
+
 from backends.base import Dialect, Reply, Request
 
 from ..admission import Arrival, Priority, Ticket
@@ -113,7 +115,8 @@ class Call:
         expect = self.http.headers["Expect"]
         if expect.lower() != "100-continue":
             raise InvalidRequest(f"Expect: {expect!r} is not understood; only 100-continue is", status=417)
-        self.http.connection.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        if self.http.version >= HttpVersion11:
+            self.http.connection.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def identify(self) -> None:
         """Take over the caller's request id, or make one."""
@@ -251,9 +254,10 @@ class Call:
             self.ticket.stopwatch.switch("write", self._loop.time())
         if self.response is None:
             return await self.respond(problem.status, body, headers_of(problem))
-        if not self._error_told:
-            await self.response.write(self._error_frame(problem, body))
-        await self.response.write_eof()
+        if self._error_told:
+            await self.response.write_eof()
+        else:
+            self.response.end_with(self._error_frame(problem, body))
         return self.response
 
     def _error_frame(self, problem: Problem, body: bytes) -> bytes:

@@ -168,6 +168,19 @@ async def test_a_caller_that_waits_for_100_continue_gets_it(serving):
         assert response.status == 200
 
 
+async def test_an_old_client_is_not_told_to_continue(serving):
+    """It would take that for its answer: HTTP/1.0 has none before the last."""
+    sidecar = await serving()
+    body = json.dumps(chat()).encode()
+    reader, writer = await asyncio.open_connection("127.0.0.1", sidecar.sidecar.data_port)
+    writer.write(b"POST %b HTTP/1.0\r\nExpect: 100-continue\r\nContent-Length: %d\r\n\r\n" % (CHAT.encode(), len(body)))
+    writer.write(body)
+    async with asyncio.timeout(10):
+        answer = await reader.read()
+    writer.close()
+    assert answer.startswith(b"HTTP/1.0 200 OK\r\n")
+
+
 async def test_an_unreachable_upstream_is_502_and_names_the_host(serving):
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))  # bound, never listening: nobody else gets the port meanwhile

@@ -103,3 +103,22 @@ async def test_a_slow_reader_slows_the_provider_and_memory_stays(serving, script
             size += len(data)
         assert sent >= 40_000_000
     await sidecar.until(sidecar.at_rest)
+
+
+async def test_a_stream_whose_reader_has_stopped_ends_at_its_deadline(serving, scripted):
+    """The error is for whoever may yet read; nobody waits for that."""
+
+    async def script(link, _):
+        await link.start_stream()
+        while True:
+            await link.chunk(event("x" * 65_000))
+
+    upstream = await scripted(script)
+    sidecar = await serving(dashscope_url=f"{upstream.origin}/v1")
+    async with sidecar.post(chat(stream=True), headers={"X-Request-Timeout": "1"}) as response:
+        await response.content.readany()
+        await sidecar.until(sidecar.at_rest)
+        metrics = await sidecar.metrics()
+        assert metrics['sidecar_requests_total{api="openai",backend="dashscope",outcome="deadline"}'] == 1
+        *_, last = (await response.read()).split(b"\n\n", -1)[:-1]
+        assert b"deadline_exceeded" in last
