@@ -22,7 +22,7 @@ from typing import Any
 from .blackout import Blackouts
 from .bucket import TokenBucket
 from .early import EarlyRefusals
-from .first import FirstBurst
+from .first import USUAL_BURST_SECONDS, FirstBurst
 from .fit import Fit
 from .policer import Sent, rate_between
 from .ramp import SUREST, UNSUREST, VAGUE, Ramp
@@ -44,6 +44,9 @@ LARGEST_CUT = 0.3
 MOST_AHEAD, LATE_SECONDS = 2.0, 1.5
 #: A limit that is another by this share has moved.
 MOVED = 0.2
+#: Growth of a first guess while nothing contradicts it: a second, where refusals come back at once; how much less for
+#: each second that they take; and from one request to the next at most.
+SEARCH, SEARCH_CAUTION, SEARCH_PER_REQUEST = 2.0, 5.0, 0.35
 #: Sends remembered at most: beyond this many since a refusal, the rate is known better than it will stay true.
 MOST_REMEMBERED = 1000
 #: A blackout in which less than so many requests would have gone out is a pause between two of them.
@@ -82,6 +85,7 @@ class RateController:
         # the first refusal
         self._first: FirstBurst | None = None  # while its refusals are still coming back
         self._guessed = False  # nothing else is known
+        self._searching = False  # and the provider's bucket was empty, so that whatever is taken shows more
         # refusals that come too early
         self._early = EarlyRefusals()
         self._fit = Fit()
@@ -112,6 +116,8 @@ class RateController:
     def seconds_for(self, now: float, amount: float) -> float:
         """Seconds until so much in all may have been sent, at the pace of now."""
         self._fill(now)
+        if self._guessed:
+            return 0.0  # nobody is refused upon a guess
         missing = amount - self._bucket.level(now)
         return missing / self.pace(now) if missing > 0 else 0.0
 
@@ -179,7 +185,7 @@ class RateController:
         self._blackouts.history.add(sent.at, amount - sent.amount)
         if self._first is not None and self._first.holds(sent):
             self._first.taken += amount - sent.amount  # it was judged by what was reserved
-            self.limit, self.burst = self._first.guess(self.typical)
+            self._guess(self._first)
         sent.amount = amount
 
     def refused(self, now: float, sent: Sent) -> bool:
@@ -193,8 +199,9 @@ class RateController:
         if sent.at <= self._cut_at:
             if self._first is not None:
                 self._first.taken -= sent.amount
-                self.limit, self.burst = self._first.guess(self.typical)
+                self._guess(self._first)
                 self._begin()
+                self._drain(now, 0.0)
             else:
                 self._ramp.refused()
             return False
@@ -213,17 +220,27 @@ class RateController:
             if self._in_vain(now):
                 return False
         self._cut_at = now
-        if self._barren < 2:
+        if self._barren and self._guessed:
+            self._none_until(sent.at)
+        elif self._barren < 2:
             self._empty_at = sent.at
             while self._sent and self._sent[0].at <= sent.at:
                 self._sent.popleft()
         self._begin()
-        self._fill(now)
-        level = -self._cushion() if self._has_credit else 0.0
-        if self._first is not None:
-            level -= (now - sent.at) * self.pace(now)  # as long again, to see what became of the rest of the burst
-        self._bucket.take(now, self._bucket.level(now) - level)
+        # after the first one as long again, to see what became of the rest of the burst
+        self._drain(now, now - sent.at if self._first is not None else 0.0)
         return self._barren >= 2 or self._blackouts.lost_seconds > 0 or self._blackouts.windowed
+
+    def _none_until(self, at: float) -> None:
+        """Nothing was taken from the first refusal to this one: the limit is below one request in that time."""
+        most = self.typical / (at - self._empty_at)
+        self.limit = max(min(self.limit, most), self.burst / USUAL_BURST_SECONDS if self._has_credit else 0.0)
+
+    def _drain(self, now: float, pause: float) -> None:
+        """The provider's bucket is empty, and so is this one; for `pause` seconds it gives nothing."""
+        self._fill(now)
+        level = -self._cushion() if self._has_credit and not self._guessed else 0.0
+        self._bucket.take(now, self._bucket.level(now) - level + pause * self.pace(now))
 
     def _in_vain(self, now: float) -> bool:
         """Whether refusals come at any pace; then what counts is what a pace brings."""
@@ -260,11 +277,16 @@ class RateController:
 
     def _first_refusal(self, now: float, sent: Sent) -> None:
         first = FirstBurst(sent.at, self._start.began, self._sent)
-        self.limit, self.burst = first.guess(self.typical)
+        self._guess(first)
         self._first = first if first.is_burst else None
-        self._guessed = True
+        self._guessed = self._searching = first.is_burst
         self._unsure = UNSUREST
         self._to(now, State.ASSESS, "first refusal")
+
+    def _guess(self, first: FirstBurst) -> None:
+        """The limit and the burst from the first burst alone; the limit where the search begins."""
+        self.limit, self.burst = first.guess(self.typical)
+        self.limit = max(self.limit, first.quick(self.typical, self.refusal_seconds))
 
     def _refusal(self, now: float, sent: Sent) -> None:
         """The limit from what was taken since the refusal before."""
@@ -296,17 +318,18 @@ class RateController:
                 break
             low, high = between(risen * self.burst)
         total = sum(one.amount for one in taken)
-        if sum(one.amount for one in taken if one.bound) < 0.8 * total:
+        guessed = self._guessed
+        if not guessed and sum(one.amount for one in taken if one.bound) < 0.8 * total:
             high = inf  # seldom at the limit: how full the bucket was hangs on a burst that is known badly
             if not sent.bound and self._has_credit:
                 self.burst = max(0.85 * self.burst, self.typical)
                 self.limit = max(self.limit, min(low, pace))
                 self._changed(now, "refused within a burst")
                 return
-        self._guessed, self._least = False, None
         high = min(high, pace)
         low = min(low, high)
-        if self._ramp.along < EARLY:
+        self._guessed, self._searching, self._least = False, False, None
+        if self._ramp.along < EARLY and not guessed:
             if self._blackouts.lost_seconds:
                 if not self._has_credit:  # else what was taken in close succession would have been refused
                     self.burst = 2.0 * self.typical
@@ -316,11 +339,13 @@ class RateController:
             return
         self._early.count = 0
         width, middle = (high - low) / (low + high), (low + high) / 2
+        if self._unsure >= UNSUREST:  # as high as that leaves: few calls hardly bound it from below
+            middle = max(middle, high / (1.0 + UNSUREST))
         if self._blackouts.lost_seconds:
             width = max(width, 0.5 * self.burst / total)  # for the burst is known badly
         elif self._has_credit and self._ramp.spent + self.typical >= self.burst:  # as much was spent, and perhaps more
             self.burst = min(1.05 * self.burst, MOST_BURST_SECONDS * self.limit)
-        if low <= self.limit <= high:
+        if not guessed and low <= self.limit <= high:
             self.limit += self._unsure / (self._unsure + width) * (middle - self.limit)
             width = min(width, 0.6 * self._unsure)
             self._ramp.confirmed()
@@ -408,6 +433,9 @@ class RateController:
         known = blackouts.windowed
         whole = blackouts.over(max(self._start.began, blackouts.began), closed_at, probed_at, step, self.typical)
         seconds = probed_at - closed_at
+        if self._guessed and self._barren:
+            self._none_until(probed_at - step)
+            self._searching = not self._has_credit
         self._barren = self._early.count = 0
         if self._climb is not None or seconds * self.limit < PAUSE * self.typical:
             blackouts.lost_seconds = 0.0
@@ -415,7 +443,7 @@ class RateController:
             whole = max(whole, 0.02 * self.typical)
             self.limit = (min(max(whole, self.limit), max(self._most, whole)) + whole) / 2 if known else whole
             self._unsure = min(max(blackouts.unsure, SUREST), RECALLED)
-            self._guessed, self._most = False, inf
+            self._guessed, self._searching, self._most = False, False, inf
             self._sent.clear()
             self._empty_at = probed_at
             self._to(now, State.ASSESS, f"everything was refused for {seconds:.1f} s")
@@ -453,6 +481,8 @@ class RateController:
         seconds = min(now - self._grown_at, 0.5)
         if self.state is State.START:
             self._start.grow(seconds)
+        elif self._searching:
+            self.limit *= exp(min(SEARCH / (1.0 + SEARCH_CAUTION * self.refusal_seconds) * seconds, SEARCH_PER_REQUEST))
         elif self._climb is not None:
             pass
         elif self.state is State.SHARED:

@@ -9,6 +9,8 @@ from .start import Start
 
 #: Requests a second that any provider is taken to allow when a first refusal at once says nothing else.
 FLOOR = 2.0
+#: A bucket may be small and yet fill quickly: more is looked for from so many requests a second on.
+QUICK = 32.0
 #: Seconds of the limit that a bucket is taken to hold when nothing is known of it.
 USUAL_BURST_SECONDS = 1.5
 #: A first refusal within so many seconds shows a burst, and what came later a rate,
@@ -45,3 +47,14 @@ class FirstBurst:
         if not self.is_burst:
             limit = max(LASTING * self.taken / seconds, FLOOR * typical)
         return limit, burst if burst >= 2.0 * typical else typical
+
+    def quick(self, typical: float, refusal_seconds: float) -> float:
+        """
+        The limit from which on to look for a higher one: the fewer were taken, the less do they tell of the rate.
+
+        No more goes out than one before each refusal is back.
+        """
+        if not self.is_burst:
+            return 0.0
+        per_second = min(QUICK / max(self.taken / typical, 1.0), 1.0 / refusal_seconds)
+        return per_second * typical / (1.0 + self._until - self._since)

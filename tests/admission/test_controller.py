@@ -125,9 +125,38 @@ def test_a_burst_of_refusals_counts_once_by_its_send_times():
         control.refused(0.05, sent)
     assert control.burst == pytest.approx(10.0)
     limit = control.limit
-    late = control.sent(0.06, 1.0, bound=True)
+    late = control.sent(0.06, 1.0, bound=False)
     control.accepted(0.5, late)
     assert control.limit == limit
+
+
+def after_a_first_burst(taken):
+    control = RateController(0.0)
+    for sent in [control.sent(0.0, 1.0, bound=False) for _ in range(16)][taken:]:
+        control.refused(0.05, sent)
+    return control
+
+
+def test_after_a_small_first_burst_the_pace_rises_quickly_while_nothing_contradicts_it():
+    control, now = after_a_first_burst(taken=1), 0.05
+    while now < 1.0:
+        now += control.wait(now, 1.0) + 1e-6
+        control.accepted(now, control.sent(now, 1.0, bound=True))
+    assert control.pace(now) > 50.0
+
+
+def test_where_nothing_was_taken_since_the_first_refusal_the_limit_is_below_one_in_that_time():
+    control = after_a_first_burst(taken=1)
+    assert control.limit > 5.0
+    control.refused(0.25, control.sent(0.2, 1.0, bound=True))
+    assert control.limit == pytest.approx(5.0)
+    control.refused(0.65, control.sent(0.6, 1.0, bound=True))
+    assert control.limit == pytest.approx(1 / 0.6)
+
+
+def test_a_guess_refuses_nobody():
+    control = after_a_first_burst(taken=1)
+    assert control.seconds_for(0.05, 1000.0) == 0.0
 
 
 def test_the_ceiling_is_kept_and_a_lower_limit_is_learned_below_it():

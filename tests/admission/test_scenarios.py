@@ -4,7 +4,8 @@ from statistics import median
 
 import pytest
 
-from bench.sim.table import SYSTEMS, TABLE, play
+from backends.simulated import Profile
+from bench.sim.table import SYSTEMS, TABLE, Scenario, play
 
 GATED = ("1", "3", "4", "6", "9", "13", "14")
 
@@ -22,3 +23,16 @@ def test_a_scenario_meets_its_targets(scenario):
         if not (median(values) >= target if at_least else median(values) <= target)
     }
     assert not missed
+
+
+@pytest.mark.parametrize(("quota", "burst"), [(1.5, 3), (3.0, 3), (6.0, 3), (12.0, 3), (24.0, 3), (12.0, 1)])
+def test_no_frame_is_lost_while_the_limit_is_learned(quota, burst):
+    """Ten cameras send at the same instant, three times, nine tenths of a quota that nobody knows."""
+    period = 10 / (0.9 * quota)
+    profile = Profile(requests_per_second=quota, burst_requests=burst, latency_seconds=0.38 * period)
+    scenario = Scenario(
+        "", "", profile, lambda run: run.volleys(period, 1), lambda *_: [], seconds=2.5 * period, deadline=2.16 * period
+    )
+    run = play(scenario, 1, SYSTEMS["sidecar"]).runs[0]
+    assert len(run.records) == 30
+    assert run.share_ok() == 1.0
