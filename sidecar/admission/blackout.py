@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from math import ceil
+from math import inf
 
 from .history import History
 
@@ -10,22 +10,31 @@ from .history import History
 WINDOW_SECONDS = 60.0
 #: A blackout longer than this, and than so many of the last wait, is no penalty that begins anew with each refusal.
 LONGEST_PENALTY_SECONDS, LONGEST_PENALTY_STEPS = 10.0, 4.0
-#: Amounts that differ by less than this share are the same, if they are of so many requests at least.
-SAME, FEW = 0.04, 12.0
-#: An end fits to those before when it is off by less than this share of a window.
+#: Amounts that differ by less than this share, or by less than a request, are the same, if of so many requests.
+SAME, FEW = 0.02, 6.0
+#: What took longer than a window by more than this share did not fill one.
 FITS = 0.25
-#: A window that held less than this share of the one before was none.
+#: The end of a window is looked for at least so much later each time, as a share of it.
+SHORTEST_LOOK = 0.02
+#: What held less than this share of a window was none.
 LESS = 0.6
 
 
 class Blackouts:
-    """Remembers what was taken between them, and what the last one cost."""
+    """
+    Remembers what was taken between them, and what the last one cost.
 
-    __slots__ = ("_first_end", "_taken", "began", "history", "lost_seconds", "unsure", "window", "window_seconds",
-                 "windowed")  # fmt: skip
+    Of a window is known what it holds, and the bounds of its length. Whether it is fixed or slides makes no difference
+    at an even pace: what it holds was taken since some time, and nothing is until that time is one length ago.
+    """
+
+    __slots__ = (
+        "_full_at", "_least", "_most", "_refused_at", "_since", "began", "history", "lost_seconds", "window",
+        "windowed",
+    )  # fmt: skip
 
     def __init__(self, now: float) -> None:
-        self.history = History(WINDOW_SECONDS + 10.0)
+        self.history = History(2.0 * WINDOW_SECONDS + 10.0)
         self.began = now
         """When the provider took something again after the one before; when sending began, if there was none."""
         self.lost_seconds = 0.0
@@ -33,58 +42,100 @@ class Blackouts:
         self.windowed = False
         """The quota is one of windows."""
         self.window = 0.0
-        """What such a window holds."""
-        self.window_seconds = WINDOW_SECONDS
-        """... and how long it is."""
-        self.unsure = 1.0
-        """How well that rate is known, as a share."""
-        self._taken = 0.0  # before the last one
-        self._first_end = now  # of a window, from which its length is measured
+        """What such a window holds, or would if the last blackout was one's end."""
+        self._least, self._most = 0.0, WINDOW_SECONDS  # seconds of a window
+        self._since: float | None = None  # the present one is used up, and was begun then
+        self._full_at = now
+        self._refused_at = now  # the last refusal's send time
 
-    def over(self, began: float, closed_at: float, probed_at: float, step: float, typical: float) -> float:
+    @property
+    def rate(self) -> float:
+        """What a window allows, a second."""
+        return self.window / self._seconds
+
+    @property
+    def unsure(self) -> float:
+        """How well that rate is known, as a share."""
+        return (self._most - self._least) / (self._most + self._least)
+
+    @property
+    def _seconds(self) -> float:
+        return (self._least + self._most) / 2
+
+    def refused(self, at: float, amount: float) -> None:
+        """What was sent at that time was not taken."""
+        self.history.add(at, -amount)
+        self._refused_at = max(at, self._refused_at)
+
+    def ended(self, closed_at: float, probed_at: float, step: float, typical: float) -> float:
         """
         Everything was refused from `closed_at` until a probe sent at `probed_at`, `step` after the last refused one.
 
-        Gives the rate at which was taken since the one before, this one included: what a window allows, if it was one.
-        It is one if it was long, or if as much was taken before it as before the one before.
+        Gives the rate at which was taken since the one before, this one included.
+        It was a window's if it was long, or if as much was taken before it as before the one before.
         """
-        ended = probed_at - 0.5 * step  # or so
-        seconds = ended - began
-        taken = self.history.since(max(began, ended - self.window_seconds)) - typical
+        taken = self.history.since(self.began) - typical
+        seconds = probed_at - self.began
         long = probed_at - closed_at > max(LONGEST_PENALTY_SECONDS, LONGEST_PENALTY_STEPS * step)
-        same = taken >= FEW * typical and abs(taken - self._taken) <= SAME * taken and seconds <= WINDOW_SECONDS
-        if not self.windowed:
-            if same or long:
-                self._find(ended, min(seconds, WINDOW_SECONDS))
-        elif taken < LESS * self._taken and not long:
-            self.windowed, self.window_seconds = False, WINDOW_SECONDS
+        if self.windowed:
+            if taken < LESS * self.window and not long:
+                self.windowed = False
+            elif self._since is not None:
+                self._between(self._refused_at - self._since, probed_at - self._since)
+        elif seconds > WINDOW_SECONDS + step:
+            if long:
+                self.windowed, self.window = True, self.history.since(probed_at - WINDOW_SECONDS) - typical
+                self._least = self._most = WINDOW_SECONDS
         else:
-            self._refine(ended, seconds, same)
-        self.unsure = 0.5 * typical / max(taken, typical) + 0.25 * step / self.window_seconds
-        self.began, self._taken = ended, taken
-        self.lost_seconds, self.window = (0.0, 1.3 * taken) if self.windowed else (step, 0.0)
-        return taken / max(min(seconds, self.window_seconds), 1e-3)
+            same = self._same(taken, typical)
+            if not same:
+                self.window, self._least, self._most = taken, 0.0, inf
+            self._between(self._refused_at - self.began, seconds)
+            self.windowed = (same or long) and taken >= typical
+        self.began, self._since = probed_at, None
+        self.lost_seconds = 0.0 if self.windowed else step
+        return taken / max(min(seconds, WINDOW_SECONDS), 1e-3)
 
-    def _find(self, ended: float, seconds: float) -> None:
-        self.windowed, self.window_seconds, self._first_end = True, seconds, ended
+    def full(self, at: float, typical: float) -> float | None:
+        """The window is used up, as a refusal shows that was sent at that time. When the next begins, if it fits."""
+        if self._since is not None and (next_at := self.history.next(self._full_at)) is not None:
+            self._between(self._least, max(next_at - self._since, self._least))  # nothing was refused then
+        self._full_at = at
+        since = self._since = self.history.back(at, self.window)
+        if since is None or at - since > (1.0 + FITS) * self._most:
+            self.windowed = False
+            return None
+        before = self.history.back(since, self.window + typical)
+        # no more than that was taken in the window before, though nothing was refused
+        self._between(at - since, max(self._most if before is None else since - before, at - since))
+        return since + self._seconds
 
-    def _refine(self, ended: float, seconds: float, same: bool) -> None:
-        """One more window was seen to end: the length from all those since the first, if it fits."""
-        since = ended - self._first_end
-        passed = round(since / self.window_seconds)
-        if passed and abs(since - passed * self.window_seconds) < FITS * self.window_seconds:
-            self.window_seconds = since / passed
-        elif same:
-            self._find(ended, seconds)
+    def risen(self, now: float, typical: float) -> bool:
+        """More was taken than was thought to be allowed. Whether that fits to a window, a little shorter."""
+        since = self.history.back(now, self.window + typical)
+        if since is None or now - since < (1.0 - FITS) * self._least:
+            self.windowed = False
         else:
-            self._first_end = ended
+            self._between(min(self._least, now - since), now - since)
+        return self.windowed
 
-    def ends(self, now: float) -> float:
-        """When the present window ends; `now` where there are none."""
-        if not self.windowed:
+    def _between(self, least: float, most: float) -> None:
+        """Seconds that a window lasts at least and at most. What was thought counts as far as it agrees."""
+        if least < self._most and most > self._least:
+            least, most = max(least, self._least), min(most, self._most)
+        self._least, self._most = least, max(most, least + History.BIN)
+
+    def _same(self, taken: float, typical: float) -> bool:
+        return taken >= FEW * typical and abs(taken - self.window) <= max(SAME * taken, 0.5 * typical)
+
+    def ends(self, now: float, typical: float) -> float:
+        """When best to look whether the window that is used up has ended; `now` where there is none."""
+        since = self._since
+        if since is None and not self.windowed and self._same(self.history.since(self.began), typical):
+            since = self.began
+        if since is None:
             return now
-        return self.began + ceil((now - self.began) / self.window_seconds) * self.window_seconds
-
-    def full(self, now: float) -> float:
-        """The rate at which was taken in the time of a window."""
-        return self.history.since(now - self.window_seconds) / self.window_seconds
+        last = since + self._most
+        if last <= now:
+            return now
+        return max((max(now, since + self._least) + last) / 2, now + SHORTEST_LOOK * self._most)

@@ -95,7 +95,7 @@ class RateController:
         # blackouts
         self._blackouts = Blackouts(now)
         self._barren = 0  # refusals with nothing taken between
-        self._most = inf  # that a window allows, as a rate
+        self._rest_until = now  # a window is used up until then
         self._least: float | None = None  # that explains a refusal that came too early and was punished
 
     # -- the gate ------------------------------------------------------------------------------------------------------
@@ -177,7 +177,7 @@ class RateController:
         """It was refused when everything was, which says nothing new."""
         sent.refused = True
         self._start.answered(now, 0.0)
-        self._blackouts.history.add(sent.at, -sent.amount)
+        self._blackouts.refused(sent.at, sent.amount)
 
     def settle(self, now: float, sent: Sent, amount: float) -> None:
         """It took another amount than was reserved."""
@@ -227,9 +227,14 @@ class RateController:
             while self._sent and self._sent[0].at <= sent.at:
                 self._sent.popleft()
         self._begin()
+        if self._blackouts.windowed:
+            self._fill(now)
+            left = self.typical - max(self._rest_until - now, 0.0) * self.pace(now)
+            self._bucket.take(now, self._bucket.level(now) - left)
+            return self._barren >= 1
         # after the first one as long again, to see what became of the rest of the burst
         self._drain(now, now - sent.at if self._first is not None else 0.0)
-        return self._barren >= 2 or self._blackouts.lost_seconds > 0 or self._blackouts.windowed
+        return self._barren >= 2 or self._blackouts.lost_seconds > 0
 
     def _none_until(self, at: float) -> None:
         """Nothing was taken from the first refusal to this one: the limit is below one request in that time."""
@@ -272,7 +277,7 @@ class RateController:
             self.refusal_seconds,
             # what is only guessed is soon to be known better, whatever that costs
             lost=0.0 if self._guessed else max(blackouts.lost_seconds * self.limit - 0.7 * self.burst, 0.0),
-            window=blackouts.window,
+            window=blackouts.window if blackouts.windowed else 0.0,
         )
 
     def _first_refusal(self, now: float, sent: Sent) -> None:
@@ -301,8 +306,7 @@ class RateController:
             self._to(now, State.ASSESS, "the account seems to be ours alone again")
         if not taken:
             return  # the bucket was empty, and still is
-        if self._blackouts.windowed:
-            self._window_full(now, sent)
+        if self._blackouts.windowed and self._window_full(now, sent):
             return
 
         if self._refit(now, sent, taken):
@@ -381,10 +385,28 @@ class RateController:
             self._ramp.confirmed()
         self.limit = limit
 
-    def _window_full(self, now: float, sent: Sent) -> None:
-        """The rest of the window brings nothing, and what was taken in the time of one is the most that it allows."""
-        self._most = self._blackouts.full(sent.at)
+    def _window_full(self, now: float, sent: Sent) -> bool:
+        """Whether a window is used up: then the next brings more, and not before."""
+        next_at = self._blackouts.full(sent.at, self.typical)
+        if next_at is None:
+            return False
+        self._learn_window()
+        self._rest_until = next_at
         self._to(now, State.STEADY, "a window is used up")
+        return True
+
+    def _window_risen(self, now: float) -> None:
+        """A window holds more than was thought, or there never was one."""
+        if self._blackouts.risen(now, self.typical):
+            self._learn_window()
+            self._begin()
+        else:
+            self._begin()
+            self._ramp.end(1.0)
+
+    def _learn_window(self) -> None:
+        self.limit = self._blackouts.rate
+        self._unsure = min(max(self._blackouts.unsure, SUREST), UNSUREST)
 
     def _too_early(self, now: float, sent: Sent, taken: list[Sent]) -> None:
         """It came before the pace had reached the limit: chance, other users of the account, or a lower limit."""
@@ -416,7 +438,7 @@ class RateController:
 
     def window_ends(self, now: float) -> float:
         """When the present window ends; `now` where there are none."""
-        return self._blackouts.ends(now)
+        return self._blackouts.ends(now, self.typical)
 
     # -- blackouts -----------------------------------------------------------------------------------------------------
 
@@ -430,23 +452,23 @@ class RateController:
         nearly, where a refusal was punished that should not have come yet.
         """
         blackouts = self._blackouts
-        known = blackouts.windowed
-        whole = blackouts.over(max(self._start.began, blackouts.began), closed_at, probed_at, step, self.typical)
+        blackouts.began = max(self._start.began, blackouts.began)
+        whole = blackouts.ended(closed_at, probed_at, step, self.typical)
         seconds = probed_at - closed_at
         if self._guessed and self._barren:
             self._none_until(probed_at - step)
             self._searching = not self._has_credit
         self._barren = self._early.count = 0
-        if self._climb is not None or seconds * self.limit < PAUSE * self.typical:
+        if self._climb is not None:
             blackouts.lost_seconds = 0.0
         elif blackouts.windowed:
-            whole = max(whole, 0.02 * self.typical)
-            self.limit = (min(max(whole, self.limit), max(self._most, whole)) + whole) / 2 if known else whole
-            self._unsure = min(max(blackouts.unsure, SUREST), RECALLED)
-            self._guessed, self._searching, self._most = False, False, inf
+            self._learn_window()
+            self._guessed = self._searching = False
             self._sent.clear()
             self._empty_at = probed_at
             self._to(now, State.ASSESS, f"everything was refused for {seconds:.1f} s")
+        elif seconds * self.limit < PAUSE * self.typical:
+            blackouts.lost_seconds = 0.0
         else:
             if self._guessed:
                 self.limit = max(self.limit, whole)
@@ -491,6 +513,8 @@ class RateController:
             if self._ramp.along >= 1.0 and self.pace(now) > MOST_AHEAD * self._of_late(now) + 3.0 * self.typical:
                 seconds = 0.0  # something else holds most of them back
             self._ramp.grow(seconds, amount, self.typical)
+            if self._blackouts.windowed and self._ramp.risen:
+                self._window_risen(now)
             if self.state is State.STEADY and self._ramp.along > 0.7:
                 self._to(now, State.PROBE, "the pace is above the limit, to see whether it has risen")
 

@@ -43,3 +43,23 @@ class History:
                 break
             total += amount
         return total
+
+    def back(self, at: float, amount: float) -> float | None:
+        """The time from which on so much was sent until `at`; None if less was."""
+        number = int(at / self.BIN)
+        for one, more in reversed(self._bins):
+            if one <= number:
+                amount -= more
+                if amount <= 0.0:
+                    return one * self.BIN
+        return None
+
+    def next(self, at: float) -> float | None:
+        """When something was sent next after that time."""
+        number, found = int(at / self.BIN), None
+        for one, amount in reversed(self._bins):
+            if one <= number:
+                break
+            if amount > 0:
+                found = (one + 1) * self.BIN
+        return found

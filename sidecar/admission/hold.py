@@ -17,7 +17,7 @@ class HoldKind(StrEnum):
 
 
 #: Seconds to the first probe; the factor between probes, up to a step of so many seconds and beyond; the longest step.
-FIRST_STEP, GROWTH, SHORT_STEP, SLOW_GROWTH, LONGEST_STEP = 0.5, 2.0, 2.0, 1.25, 5.0
+FIRST_STEP, GROWTH, SHORT_STEP, SLOW_GROWTH, LONGEST_STEP = 0.5, 2.0, 4.0, 1.25, 5.0
 BILLING_STEP = 30.0
 #: How long a Retry-After may put off the next probe: until the provider's word was found true, and after it was twice.
 LITTLE_TRUST, MUCH_TRUST = 5.0, 120.0
@@ -78,10 +78,8 @@ class Hold:
             self.since = now
             self._asked = 0.0
             self._step = FIRST_STEP
-            if (
-                kind is HoldKind.BLACKOUT and not self.passes
-            ):  # as long as it took, or a little less, unless that was tried in vain
-                self._step = min(max(0.95 * self.gap, 1.01 * self._vain, FIRST_STEP), LONGEST_STEP)
+            if kind is HoldKind.BLACKOUT and not self.passes:  # as long as it took, unless that was tried in vain
+                self._step = min(max(self.gap, 1.01 * self._vain, FIRST_STEP), LONGEST_STEP)
         elif kind is self.kind:
             if kind is HoldKind.BLACKOUT:
                 self._vain = max(self._vain, now - self.last_refused)

@@ -26,8 +26,6 @@ SPENT, RISEN_NO_CREDIT = 1.2, 1.15
 RISE = 0.35
 #: ... at most by this share from one request to the next: at half a request a second, a second is no time,
 RISE_PER_REQUEST = 0.08
-#: ... and so much slower where a window was used up before: it takes all until it takes nothing.
-WINDOW_CAUTION = 8.0
 #: A ramp's length in seconds is held within these, since a limit may move: too slow for a small one is no use either.
 SHORTEST_SECONDS, LONGEST_SECONDS = 4.0, 100.0
 #: Where each refusal begins a blackout, this share of the quota may be lost to probing, and a ramp may take so long.
@@ -43,7 +41,7 @@ class Ramp:
 
     __slots__ = (
         "_budget", "_caution", "_credit", "_each", "_eager", "_excess", "_haste", "_length", "_no_credit", "_refusals",
-        "_sent", "_unsure", "rise", "spent",
+        "_sent", "_unsure", "_vague", "rise", "spent",
     )  # fmt: skip
 
     def __init__(self, budget: float) -> None:
@@ -92,15 +90,15 @@ class Ramp:
         `lost` is what each refusal costs where it is punished; `window` is what a window holds where one was used up.
         """
         self._unsure = unsure
-        self._no_credit = burst < 2.0 * typical
+        self._no_credit = burst < 2.0 * typical and not window
         self._credit = SPENT * burst + typical
         self._excess = min(max(typical / (limit * max(refusal_seconds, 1e-3)), LEAST_EXCESS), MOST_EXCESS)
         self._caution = 1.0 + refusal_seconds
         self._eager = (self._excess / MOST_EXCESS) ** 2  # a refusal that is long in coming is not to be hurried
+        self._vague = unsure / UNSUREST if unsure > VAGUE else 0.0
         if window:
-            self._caution *= WINDOW_CAUTION
-            self._eager = 1.0
-            self._credit, self._excess = window, LEAST_EXCESS
+            self._eager = self._vague = 0.0
+            self._credit, self._excess = 2.0 * max(LEAST_EXCESS, unsure) * window + typical, LEAST_EXCESS
         share, longest = (RAMP_NO_CREDIT, 2 * LONGEST_SECONDS) if self._no_credit else (RAMP, LONGEST_SECONDS)
         length, sure = self._each * share * typical / self._budget, SUREST
         if lost:
@@ -123,6 +121,11 @@ class Ramp:
         """How far on the ramp, as a share of its length."""
         return self._sent / self._length
 
+    @property
+    def risen(self) -> bool:
+        """More was sent above the limit than is allowed, if it is what it was."""
+        return self.spent >= self._credit
+
     def height(self) -> float:
         """The pace as a share of the limit."""
         along = self.along
@@ -141,8 +144,5 @@ class Ramp:
         if self._no_credit:
             risen = float(self.along >= RISEN_NO_CREDIT)
         else:
-            risen = max(
-                self._eager * self.spent / self._credit, self._unsure / UNSUREST if self._unsure > VAGUE else 0.0
-            )
-            risen = 1.0 if self.spent >= self._credit else min(risen, 1.0)
+            risen = 1.0 if self.risen else min(max(self._eager * self.spent / self._credit, self._vague), 1.0)
         self.rise *= exp(risen * min(RISE / self._caution * seconds, RISE_PER_REQUEST * amount / typical))

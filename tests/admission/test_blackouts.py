@@ -12,6 +12,7 @@ from bench.sim.table import SYSTEMS, Scenario, play, poisson, saturated, share
 from sidecar.admission.blackout import Blackouts
 from sidecar.admission.controller import RateController
 from sidecar.admission.first import FirstBurst
+from sidecar.admission.history import History
 from sidecar.admission.policer import Sent
 from sidecar.admission.ramp import UNSUREST, Ramp
 
@@ -66,17 +67,33 @@ def test_windows_of_any_length_are_known_after_two_of_them(held, seconds, pace, 
     """All of a window goes out early in it; a probe `late` after its end, and not later, finds the next."""
     blackouts, start = Blackouts(0.0), 0.0
     gap = seconds / (pace * held)
-    for number in (1, 2, 3):
+    for number in (1, 2):
         for call in range(held):
             blackouts.history.add(start + call * gap, 1.0)
         closed, start = start + held * gap, number * seconds + late
+        blackouts.history.add(start - 2 * late, 1.0)
+        blackouts.refused(start - 2 * late, 1.0)
         blackouts.history.add(start, 1.0)  # the probe
-        rate = blackouts.over(blackouts.began, closed, start, 2 * late, 1.0)
+        blackouts.ended(closed, start, 2 * late, 1.0)
         blackouts.history.add(start, -1.0)  # sent again as the first of its window, above
     assert blackouts.windowed
-    assert blackouts.window_seconds == pytest.approx(seconds, rel=0.1)
-    assert rate == pytest.approx(held / seconds, rel=0.15)
-    assert blackouts.ends(start) - start <= blackouts.window_seconds
+    assert blackouts.window == held
+    assert blackouts.unsure <= (1.1 * late + History.BIN) / seconds
+    assert blackouts.rate == pytest.approx(held / seconds, rel=2 * (late + History.BIN) / seconds)
+
+
+@given(held=st.integers(8, 300), seconds=st.floats(2.0, 60.0), excess=st.floats(0.01, 0.1))
+def test_a_refusal_at_an_even_pace_tells_how_long_a_window_is(held, seconds, excess):
+    """What is sent a little too fast into a window that slides is refused when the first of it is as old as one."""
+    blackouts = Blackouts(0.0)
+    blackouts.windowed, blackouts.window = True, float(held)
+    gap = seconds / (held * (1.0 + excess))
+    calls = held * 5 // 2
+    for call in range(calls):
+        blackouts.history.add(10.0 + call * gap, 1.0)
+    blackouts.full(10.0 + calls * gap, 1.0)
+    assert blackouts.rate == pytest.approx(held / (held * gap), rel=1.5 / held + 0.1 / seconds)
+    assert 10.0 + calls * gap <= blackouts.full(10.0 + calls * gap, 1.0) <= 10.0 + (calls + 1) * gap + 0.1
 
 
 def test_a_penalty_is_no_window():
@@ -84,7 +101,7 @@ def test_a_penalty_is_no_window():
     for start, taken in ((0.0, 30), (12.0, 55), (30.0, 44)):
         for call in range(taken):
             blackouts.history.add(start + 0.1 * call, 1.0)
-        blackouts.over(start, start + 8.0, start + 10.2, 2.2, 1.0)
+        blackouts.ended(start + 8.0, start + 10.2, 2.2, 1.0)
     assert not blackouts.windowed
     assert blackouts.lost_seconds == pytest.approx(2.2)
 

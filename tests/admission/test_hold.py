@@ -119,4 +119,4 @@ def test_a_blackout_begins_with_the_wait_that_the_last_one_took():
     hold.close(0.5, HoldKind.BLACKOUT, "all used")
     hold.open(2.5)
     hold.close(10.0, HoldKind.BLACKOUT, "all used")
-    assert hold.next_probe == pytest.approx(10.0 + 0.95 * 2.0)
+    assert hold.next_probe == pytest.approx(10.0 + 2.0)
