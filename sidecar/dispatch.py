@@ -34,6 +34,8 @@ RETRY_RESERVE = 10.0
 MOST_FAILED_ATTEMPTS = 3
 #: Full jitter: a retry waits between 0 and this many seconds, doubled for each failure before.
 RETRY_STEP_SECONDS = 0.5
+#: Before a request is given up: are others failing too? Then it is not to blame, and waits until the provider is back.
+LOOK_AROUND_SECONDS = 1.0
 
 
 class DeadlineExceeded(Exception):
@@ -52,7 +54,8 @@ class Route:
         self.admission = admission
         self.ready_reason = ready_reason
         self._retries = RETRY_RESERVE
-        self._answered = False  # it has answered before: failures are an outage then, not a wrong address
+        self.has_answered = False
+        """Failures are an outage then, and not a wrong address."""
 
     def takes(self, ticket: Ticket, now: float) -> bool:
         """Whether the ticket would be answered here before its deadline, as far as can be told."""
@@ -60,16 +63,16 @@ class Route:
 
     def answered(self) -> None:
         """An attempt brought an answer, if only that the request is at fault."""
-        self._answered = True
+        self.has_answered = True
 
     def succeeded(self) -> None:
         """An attempt brought a whole answer."""
-        self._answered = True
+        self.has_answered = True
         self._retries = min(self._retries + RETRY_SHARE, RETRY_RESERVE)
 
     def is_out(self, ticket: Ticket) -> bool:
         """Whether this is an outage, or the beginning of one; a provider that never answered may be a wrong address."""
-        return self._answered and self.admission.lane(ticket.model).limits.failing
+        return self.has_answered and self.admission.lane(ticket.model).limits.failing
 
     def may_retry(self, ticket: Ticket, failed_attempts: int) -> bool:
         """Whether another attempt here may help, and is within the budget, which it then uses."""
@@ -162,7 +165,10 @@ class Dispatcher:
                 else:
                     given_up.append(route)
                     if self._choose(ticket, given_up) is None:
-                        raise
+                        await self._pause(ticket, LOOK_AROUND_SECONDS if route.has_answered else 0.0)
+                        if not route.is_out(ticket):
+                            raise
+                        given_up.remove(route)
                     failed_attempts = 0
             except (BillingRefused, Rejected) as refusal:
                 if ticket.streaming or not _is_about_account(refusal):
@@ -269,11 +275,14 @@ class Dispatcher:
         self._telemetry.invalid(api, self.routes[0].name)
 
     async def _jitter(self, ticket: Ticket, failed_attempts: int) -> None:
+        longest = RETRY_STEP_SECONDS * 2.0 ** (failed_attempts - 1)
+        await self._pause(ticket, self._random.uniform(0.0, min(longest, max(ticket.deadline - self._now(), 0.0))))
+
+    async def _pause(self, ticket: Ticket, seconds: float) -> None:
         """Wait a little without a permit, on the account of `hold`."""
         begun = self._now()
-        longest = min(RETRY_STEP_SECONDS * 2.0 ** (failed_attempts - 1), max(ticket.deadline - begun, 0.0))
         try:
-            await asyncio.sleep(self._random.uniform(0.0, longest))
+            await asyncio.sleep(min(seconds, max(ticket.deadline - begun, 0.0)))
         finally:
             ticket.add_cause("hold", self._now() - begun)
 

@@ -16,6 +16,7 @@ from backends.base import BackendError
 from backends.simulated import Profile, Provider, SimulatedBackend
 from bench.sim import clock
 from bench.sim.systems import MODEL, Ask
+from bench.sim.table import SYSTEMS, Scenario, play, poisson
 from sidecar.admission import Admission, NotAdmitted, Ticket
 from sidecar.dispatch import DeadlineExceeded, Dispatcher, Route
 from sidecar.telemetry import Telemetry
@@ -84,3 +85,11 @@ def test_half_a_minute_of_failures_is_not_multiplied_and_no_herd_follows(status,
         ends = Counter(end for at, end in requests if at >= TO + FOUND_SECONDS)
         assert ends["ok"] >= 0.95 * ends.total(), ends
         assert ends["ok"] > CALLERS, ends
+
+
+def test_the_first_requests_that_an_outage_meets_wait_for_its_end():
+    """Their attempts may fail before anybody else's has: they are given up only once it is seen that others' do not."""
+    profile = Profile(latency_seconds=0.5, outages=((5.0, 15.0),))
+    scenario = Scenario("", "", profile, poisson(5.0), lambda *_: [], seconds=20.0)
+    for seed in range(20):
+        assert set(play(scenario, seed, SYSTEMS["sidecar"]).runs[0].outcomes()) == {"ok"}
