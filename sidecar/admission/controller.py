@@ -84,7 +84,8 @@ class RateController:
         self._grown_at = now
         # the first refusal
         self._first: FirstBurst | None = None  # while its refusals are still coming back
-        self._guessed = False  # nothing else is known
+        self.guessed = False
+        """The limit is a guess from the first burst, and may well be far off."""
         self._searching = False  # and the provider's bucket was empty, so that whatever is taken shows more
         # refusals that come too early
         self._early = EarlyRefusals()
@@ -116,8 +117,6 @@ class RateController:
     def seconds_for(self, now: float, amount: float) -> float:
         """Seconds until so much in all may have been sent, at the pace of now."""
         self._fill(now)
-        if self._guessed:
-            return 0.0  # nobody is refused upon a guess
         missing = amount - self._bucket.level(now)
         return missing / self.pace(now) if missing > 0 else 0.0
 
@@ -220,7 +219,7 @@ class RateController:
             if self._in_vain(now):
                 return False
         self._cut_at = now
-        if self._barren and self._guessed:
+        if self._barren and self.guessed:
             self._none_until(sent.at)
         elif self._barren < 2:
             self._empty_at = sent.at
@@ -244,12 +243,12 @@ class RateController:
     def _drain(self, now: float, pause: float) -> None:
         """The provider's bucket is empty, and so is this one; for `pause` seconds it gives nothing."""
         self._fill(now)
-        level = -self._cushion() if self._has_credit and not self._guessed else 0.0
+        level = -self._cushion() if self._has_credit and not self.guessed else 0.0
         self._bucket.take(now, self._bucket.level(now) - level + pause * self.pace(now))
 
     def _in_vain(self, now: float) -> bool:
         """Whether refusals come at any pace; then what counts is what a pace brings."""
-        if self._blackouts.windowed or self._guessed or not (below := self._below.in_vain()):
+        if self._blackouts.windowed or self.guessed or not (below := self._below.in_vain()):
             return False
         self.limit, share = below
         self._climb = Climb(now, share)
@@ -276,7 +275,7 @@ class RateController:
             self._unsure,
             self.refusal_seconds,
             # what is only guessed is soon to be known better, whatever that costs
-            lost=0.0 if self._guessed else max(blackouts.lost_seconds * self.limit - 0.7 * self.burst, 0.0),
+            lost=0.0 if self.guessed else max(blackouts.lost_seconds * self.limit - 0.7 * self.burst, 0.0),
             window=blackouts.window if blackouts.windowed else 0.0,
         )
 
@@ -284,7 +283,7 @@ class RateController:
         first = FirstBurst(sent.at, self._start.began, self._sent)
         self._guess(first)
         self._first = first if first.is_burst else None
-        self._guessed = self._searching = first.is_burst
+        self.guessed = self._searching = first.is_burst
         self._unsure = UNSUREST
         self._to(now, State.ASSESS, "first refusal")
 
@@ -322,7 +321,7 @@ class RateController:
                 break
             low, high = between(risen * self.burst)
         total = sum(one.amount for one in taken)
-        guessed = self._guessed
+        guessed = self.guessed
         if not guessed and sum(one.amount for one in taken if one.bound) < 0.8 * total:
             high = inf  # seldom at the limit: how full the bucket was hangs on a burst that is known badly
             if not sent.bound and self._has_credit:
@@ -332,7 +331,7 @@ class RateController:
                 return
         high = min(high, pace)
         low = min(low, high)
-        self._guessed, self._searching, self._least = False, False, None
+        self.guessed, self._searching, self._least = False, False, None
         if self._ramp.along < EARLY and not guessed:
             if self._blackouts.lost_seconds:
                 if not self._has_credit:  # else what was taken in close succession would have been refused
@@ -361,7 +360,7 @@ class RateController:
     def _refit(self, now: float, sent: Sent, taken: list[Sent]) -> bool:
         """Whether another burst, and only that, explains the last few refusals; then it is learned, with the limit."""
         self._fit.add(self._empty_at, taken, sent)
-        if self._blackouts.lost_seconds or self._guessed:
+        if self._blackouts.lost_seconds or self.guessed:
             self._fit.forget()
             return False
         another = self._fit.another(self.burst, self.typical)
@@ -455,7 +454,7 @@ class RateController:
         blackouts.began = max(self._start.began, blackouts.began)
         whole = blackouts.ended(closed_at, probed_at, step, self.typical)
         seconds = probed_at - closed_at
-        if self._guessed and self._barren:
+        if self.guessed and self._barren:
             self._none_until(probed_at - step)
             self._searching = not self._has_credit
         self._barren = self._early.count = 0
@@ -463,14 +462,14 @@ class RateController:
             blackouts.lost_seconds = 0.0
         elif blackouts.windowed:
             self._learn_window()
-            self._guessed = self._searching = False
+            self.guessed = self._searching = False
             self._sent.clear()
             self._empty_at = probed_at
             self._to(now, State.ASSESS, f"everything was refused for {seconds:.1f} s")
         elif seconds * self.limit < PAUSE * self.typical:
             blackouts.lost_seconds = 0.0
         else:
-            if self._guessed:
+            if self.guessed:
                 self.limit = max(self.limit, whole)
             elif self._least is not None:
                 self.limit = min(max(whole, self._least, (1.0 - 1.5 * self._unsure) * self.limit), self.limit)

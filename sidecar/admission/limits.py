@@ -30,7 +30,7 @@ PATIENCE_SECONDS = 0.5
 #: LLM tokens of an answer until one was seen.
 USUAL_OUTPUT = 100.0
 MOST_CONCURRENCY = 1024
-#: The share that is sure of a pace at which no limit was met yet.
+#: The share that is sure of a pace at which no limit was met yet, or but one that is guessed.
 UNTRIED_SHARE = 0.25
 #: An answer is taken to last so many seconds until there was one.
 USUAL_SECONDS = 1.0
@@ -169,7 +169,7 @@ class Limits:
         if not self._paced:
             return pace
         requests = self.requests.pace(now)
-        if self.requests.limit == inf:
+        if self.requests.limit == inf or self.requests.guessed:
             requests = max(UNTRIED_SHARE * requests, self.requests.rate(now))
         return min(pace, requests, self.tokens.pace(now) / self.cost(ticket), self.growth.allowed(now))
 

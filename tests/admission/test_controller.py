@@ -154,11 +154,6 @@ def test_where_nothing_was_taken_since_the_first_refusal_the_limit_is_below_one_
     assert control.limit == pytest.approx(1 / 0.6)
 
 
-def test_a_guess_refuses_nobody():
-    control = after_a_first_burst(taken=1)
-    assert control.seconds_for(0.05, 1000.0) == 0.0
-
-
 def test_the_ceiling_is_kept_and_a_lower_limit_is_learned_below_it():
     world = World(rate=5.0, burst=5.0, ceiling=8.0)
     world.run(1.0)
