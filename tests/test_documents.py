@@ -12,7 +12,6 @@ import os
 import re
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +21,7 @@ import yaml
 from real_parts import PARTS, real_part
 
 from sidecar.cli import _MORE, _parser
+from sidecar.demo.processes import free_port
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/**/*.md")])
@@ -122,12 +122,6 @@ async def test_its_commands_run(document, provider, tmp_path):
                 os.killpg(bash.pid, signal.SIGKILL)  # of its own session: it and what it started
             await bash.wait()
     assert status == 0, (tmp_path / "printed").read_text()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def test_nothing_is_typed_outside_of_a_block_that_runs():

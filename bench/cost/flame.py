@@ -14,9 +14,10 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
-from bench.cost.processes import ROOT, free_port, process, sidecar, wire
+from bench.cost.processes import ROOT, process, sidecar, wire
 from bench.cost.report import IMAGES, PAGE, between
 from bench.cost.side_by_side import KINDS, bodies
+from sidecar.demo.processes import free_port
 
 SPY = ROOT / ".venv-spy" / "bin" / "py-spy"
 SECONDS = 8

@@ -13,7 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.cost.processes import ROOT, free_port
+from bench.cost.processes import ROOT
+from sidecar.demo.processes import free_port
 
 FOLDER = ROOT / ".peers"
 

@@ -71,12 +71,6 @@ def sidecar(port: int, upstream: int, *options: str, admin: int = 0) -> list[str
     ]  # fmt: skip
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def tree(pid: int) -> list[int]:
     """The process and all its descendants."""
     children = Path(f"/proc/{pid}/task").glob("*/children")

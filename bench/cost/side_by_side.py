@@ -10,9 +10,10 @@ import time
 from dataclasses import dataclass
 
 from bench.cost.peers import PEERS, Missing
-from bench.cost.processes import NotStarted, cpu_seconds, free_port, process, resident_bytes, sidecar, wire
+from bench.cost.processes import NotStarted, cpu_seconds, process, resident_bytes, sidecar, wire
 from sidecar.demo.cameras import body_of
 from sidecar.demo.frames import frame
+from sidecar.demo.processes import free_port
 
 KINDS = ("small", "frame", "stream")
 CONNECTIONS = (1, 16)

@@ -38,7 +38,7 @@ async def sidecar(upstream: str, client: aiohttp.ClientSession) -> AsyncIterator
 
     Raises `DemoError`.
     """
-    port, admin_port = _free_port(), _free_port()
+    port, admin_port = free_port(), free_port()
     admin_url = f"http://127.0.0.1:{admin_port}"
     listeners = ("--port", str(port), "--admin-host", "127.0.0.1", "--admin-port", str(admin_port))
     options = ("--backend", "dashscope", "--dashscope-url", upstream, "--log-level", "error")
@@ -101,7 +101,8 @@ async def _stop(process: Process) -> None:
     await process.wait()
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Give a port of the loopback that nobody has at the moment."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

@@ -9,7 +9,6 @@ import contextlib
 import json
 import os
 import re
-import socket
 import subprocess
 import urllib.parse
 import urllib.request
@@ -20,6 +19,8 @@ from typing import Any
 import pytest
 from pod import podman, until
 from real_parts import ROOT, real_part
+
+from sidecar.demo.processes import free_port
 
 EXAMPLES = ROOT / "examples"
 PROMETHEUS = "docker.io/prom/prometheus:v3.5.0"
@@ -48,11 +49,7 @@ def buildah(*arguments: str) -> str:
 
 def on_free_ports(text: str, pattern: str) -> tuple[str, dict[int, int]]:
     """The same text with other ports of the host, and which took the place of which."""
-    free: dict[int, int] = {}
-    for port in map(int, re.findall(pattern, text)):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            free[port] = probe.getsockname()[1]
+    free = {port: free_port() for port in map(int, re.findall(pattern, text))}
     return re.sub(pattern, lambda found: found[0].replace(found[1], str(free[int(found[1])]), 1), text), free
 
 

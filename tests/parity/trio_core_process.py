@@ -5,19 +5,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import socket
 import subprocess
 from collections.abc import AsyncIterator
 
 import aiohttp
 
+from sidecar.demo.processes import free_port
+
 
 @contextlib.asynccontextmanager
 async def trio_core(python: str, **settings: str) -> AsyncIterator[tuple[str, int]]:
     """Run its inference server with these `TRIO_` settings; gives its URL and its process id."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     code = f"from trio_core.api.inference_server import main; main('127.0.0.1', {port}, 'critical')"
     process = subprocess.Popen([python, "-c", code], env=environ_of(settings), stderr=subprocess.DEVNULL)
     try:

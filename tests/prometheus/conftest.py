@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 
 import aiohttp
 import pytest
@@ -11,13 +10,9 @@ import yaml
 from real_parts import real_part
 from rules import spec
 
+from sidecar.demo.processes import free_port
+
 BOUND = 30.0
-
-
-def free_port():
-    with socket.socket() as bound:
-        bound.bind(("127.0.0.1", 0))
-        return bound.getsockname()[1]
 
 
 class Monitored:
