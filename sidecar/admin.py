@@ -122,11 +122,14 @@ class AdminServer:
             headers = {"Content-Type": "text/event-stream", "Cache-Control": "no-store", "X-Accel-Buffering": "no"}
             answer = Answer(http, 200, headers, length=None)
             if http.method != "HEAD":
-                await answer.write(b"retry: 1000\n" + _event("start", self._told()))
+                answer.write(b"retry: 1000\n" + _event("start", self._told()))
+                await answer.drain()
                 while await self._watch.next_look():
                     points = {name: history.recent[-1] for name, history in self._watch.history.items()}
-                    await answer.write(_event("tick", {"status": self._status(), "points": points}))
-            await answer.write_eof()
+                    answer.write(_event("tick", {"status": self._status(), "points": points}))
+                    await answer.drain()
+            answer.write_eof()
+            await answer.drain()
             return answer
         finally:
             self._viewers -= 1
@@ -162,7 +165,8 @@ def _event(name: str, data: Any) -> bytes:
 
 async def _respond(http: HttpRequest, status: int, body: bytes, headers: Mapping[str, str]) -> Answer:
     answer = Answer(http, status, {**headers}, length=len(body))
-    await answer.write_whole(body)
+    answer.write_whole(body)
+    await answer.drain()
     return answer
 
 

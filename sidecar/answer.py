@@ -20,7 +20,7 @@ _WITHOUT_BODY = (204, 304)
 class Answer:
     """What answers a request. Its head goes out with the body, or with the first piece of one.
 
-    Writing raises `ConnectionError` where nobody is left to read.
+    Writing and draining raise `ConnectionError` where nobody is left to read.
     """
 
     __slots__ = ("_bodiless", "_chunked", "_ended", "_head", "_http", "status")
@@ -46,33 +46,31 @@ class Answer:
             head["Connection"] = "keep-alive"
         self._head = head_of(f"HTTP/{version.major}.{version.minor} {status} {_REASONS.get(status, '')}", head)
 
-    async def write_whole(self, body: bytes) -> None:
+    def write_whole(self, body: bytes) -> None:
         """Write head and body at once. What is written after that is nothing: it would run into the next answer."""
         self._ended = True
-        await self._write(b"" if self._bodiless else body)
+        self._send(b"" if self._bodiless else body)
 
-    async def write(self, piece: bytes) -> None:
-        """Write a piece, and wait while the caller does not read."""
+    def write(self, piece: bytes) -> None:
+        """Write a piece, or keep what the caller does not take yet."""
         if piece and not self._ended:
             piece = b"" if self._bodiless else piece
-            await self._write(b"%x\r\n%b\r\n" % (len(piece), piece) if self._chunked else piece)
+            self._send(b"%x\r\n%b\r\n" % (len(piece), piece) if self._chunked else piece)
 
-    async def write_eof(self) -> None:
+    def write_eof(self) -> None:
         """End the answer. Again is nothing."""
         if not self._ended:
             self._ended = True
-            await self._write(b"0\r\n\r\n" if self._chunked else b"")
+            self._send(b"0\r\n\r\n" if self._chunked else b"")
 
-    def end_with(self, piece: bytes) -> None:
-        """End an answer that went wrong, without waiting for a caller who may have stopped reading."""
-        if not self._ended:
-            self._ended = True
-            piece = b"" if self._bodiless else piece
-            self._send(b"%x\r\n%b\r\n0\r\n\r\n" % (len(piece), piece) if self._chunked else piece)
+    @property
+    def is_paused(self) -> bool:
+        """Too much is kept that the caller does not take: `drain` would wait."""
+        return self._http.connection.writing_paused
 
-    async def _write(self, data: bytes) -> None:
-        self._send(data)
-        if self._http.connection.writing_paused:
+    async def drain(self) -> None:
+        """Wait while too much is kept."""
+        if self.is_paused:
             await self._http.connection.drain()
 
     def _send(self, data: bytes) -> None:

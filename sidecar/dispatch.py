@@ -90,7 +90,8 @@ class Dispatcher:
     def __init__(self, routes: Sequence[Route], telemetry: Telemetry) -> None:
         self.routes = routes
         self._telemetry = telemetry
-        self._now = routes[0].admission.loop.time
+        self.now = routes[0].admission.loop.time
+        """The time, on the loop's clock."""
         self._random = random.Random()  # noqa: S311  jitter, not a secret
 
     @property
@@ -129,13 +130,13 @@ class Dispatcher:
             ticket.backend = route.name
             try:
                 async with route.admission.permit(ticket) as permit:
-                    watch.switch("lock", self._now())
+                    watch.switch("lock", self.now())
                     try:
                         reply = await self._attempt(route, permit, request, on_stream)
                     except BaseException:
-                        watch.switch("queue", self._now())
+                        watch.switch("queue", self.now())
                         raise
-                    watch.switch("write", self._now())
+                    watch.switch("write", self.now())
                     return reply
             except NotAdmitted as refusal:
                 if isinstance(refusal, Draining | Superseded):
@@ -184,7 +185,7 @@ class Dispatcher:
         """The first route that would answer the ticket in time; None if there is none."""
         if len(self.routes) == 1:
             return None
-        now = self._now()
+        now = self.now()
         return next((route for route in self.routes if route not in given_up and route.takes(ticket, now)), None)
 
     def _let_others_move(self, route: Route, model: str) -> None:
@@ -209,7 +210,7 @@ class Dispatcher:
                 try:
                     reply = await route.backend.send(request, timings)
                 finally:
-                    self._note(ticket, timings, self._now())
+                    self._note(ticket, timings, self.now())
                 if reply.chunks is not None:
                     if on_stream is None:
                         raise TypeError("a streaming reply needs on_stream")
@@ -220,7 +221,7 @@ class Dispatcher:
                         await reply.aclose()
             if reply.failure is not None:
                 raise reply.failure
-            permit.accepted(self._now(), reply.usage)
+            permit.accepted(self.now(), reply.usage)
             route.succeeded()
             result = "ok"
             self._telemetry.tokens(name, request.model, reply.usage)
@@ -232,12 +233,12 @@ class Dispatcher:
             ) from timeout
         except Throttled as refusal:
             result = "throttled"
-            permit.throttled(self._now(), refusal.kind, refusal.message, refusal.retry_after)
+            permit.throttled(self.now(), refusal.kind, refusal.message, refusal.retry_after)
             self._telemetry.throttled(name, refusal.kind, refusal.code)
             raise
         except BillingRefused as refusal:
             result = "throttled"
-            permit.account_refused(self._now(), refusal.message)
+            permit.account_refused(self.now(), refusal.message)
             self._telemetry.throttled(name, "billing", refusal.code)
             raise
         except Rejected as refusal:
@@ -245,18 +246,18 @@ class Dispatcher:
             if refusal.status == 401:
                 self._telemetry.key_refused(name, refusal.message)
             if _is_about_account(refusal) and len(self.routes) > 1:
-                permit.account_refused(self._now(), refusal.message)
+                permit.account_refused(self.now(), refusal.message)
             else:
-                permit.accepted(self._now())
+                permit.accepted(self.now())
                 route.answered()
             raise
         except ServerFailed as failure:
             result = "server_error"
-            permit.failed(self._now(), failure.message)
+            permit.failed(self.now(), failure.message)
             raise
         except Unreachable as failure:
             result = "connect_error"
-            permit.failed(self._now(), failure.message)
+            permit.failed(self.now(), failure.message)
             raise
         finally:
             self._telemetry.attempt(name, result)
@@ -267,7 +268,7 @@ class Dispatcher:
 
     def finish(self, ticket: Ticket, api: str, outcome: Outcome) -> None:
         """The ticket's last byte is out, or it has failed: stop its watch and write its record, once."""
-        ticket.stopwatch.stop(self._now())
+        ticket.stopwatch.stop(self.now())
         self._telemetry.finished(ticket, api, ticket.backend or self.routes[0].name, outcome)
 
     def invalid(self, api: str) -> None:
@@ -276,15 +277,15 @@ class Dispatcher:
 
     async def _jitter(self, ticket: Ticket, failed_attempts: int) -> None:
         longest = RETRY_STEP_SECONDS * 2.0 ** (failed_attempts - 1)
-        await self._pause(ticket, self._random.uniform(0.0, min(longest, max(ticket.deadline - self._now(), 0.0))))
+        await self._pause(ticket, self._random.uniform(0.0, min(longest, max(ticket.deadline - self.now(), 0.0))))
 
     async def _pause(self, ticket: Ticket, seconds: float) -> None:
         """Wait a little without a permit, on the account of `hold`."""
-        begun = self._now()
+        begun = self.now()
         try:
             await asyncio.sleep(min(seconds, max(ticket.deadline - begun, 0.0)))
         finally:
-            ticket.add_cause("hold", self._now() - begun)
+            ticket.add_cause("hold", self.now() - begun)
 
     @staticmethod
     def _note(ticket: Ticket, timings: Timings, now: float) -> None:

@@ -250,11 +250,10 @@ class Connection(BaseProtocol):
 
     async def drain(self) -> None:
         """Wait while too much is kept that the caller does not take. Raises `ConnectionError` if it hung up."""
-        if self._paused:
-            try:
-                await self._drain_helper()
-            finally:
-                self._drain_waiter = None  # aiohttp leaves a cancelled one there, and who waits next is cancelled too
+        try:
+            await self._drain_helper()
+        finally:
+            self._drain_waiter = None  # aiohttp leaves a cancelled one there, and who waits next is cancelled too
 
     def _refuse(self, status: str, code: str, kind: str, message: str) -> None:
         body = orjson.dumps({"error": {"message": message, "type": kind, "code": code, "param": None}})

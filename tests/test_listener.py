@@ -74,7 +74,8 @@ async def told(http):
     body = http.raw_path.encode()
     http.keep_alive = http.keep_alive and http.content.is_eof()
     answer = Answer(http, 200, {}, length=len(body))
-    await answer.write_whole(body)
+    answer.write_whole(body)
+    await answer.drain()
     return answer
 
 
@@ -108,7 +109,8 @@ async def test_a_pipelining_caller_who_reads_nothing_is_answered_no_further(line
     async def big(http):
         nonlocal answered
         answer = Answer(http, 200, {}, length=MB)
-        await answer.write_whole(b"x" * MB)
+        answer.write_whole(b"x" * MB)
+        await answer.drain()
         answered += 1
         return answer
 
@@ -133,7 +135,8 @@ async def test_a_caller_who_takes_nothing_of_its_answer_is_cut_off(line, monkeyp
         answer = Answer(http, 200, {}, length=None)
         try:
             while True:
-                await answer.write(b"x" * MB)
+                answer.write(b"x" * MB)
+                await answer.drain()
         finally:
             ended.append(http)
 

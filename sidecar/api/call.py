@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import os
+import random
 import re
-from collections.abc import Mapping
+from collections.abc import Awaitable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from math import isfinite
@@ -65,8 +65,8 @@ class Call:
         self.response: Answer | None = None
         self._error_told = False
         self._dispatcher = dispatcher
-        self._loop = asyncio.get_running_loop()
-        self._arrived = self._loop.time()
+        self._now = dispatcher.now
+        self._arrived = self._now()
 
     @property
     def draining(self) -> bool:
@@ -122,7 +122,7 @@ class Call:
         """Take over the caller's request id, or make one."""
         given = self.http.headers.get("X-Request-Id")
         fits = given is not None and 0 < len(given) <= 128 and given.isascii() and given.isprintable()
-        self.request_id = given if given is not None and fits else os.urandom(16).hex()
+        self.request_id = given if given is not None and fits else random.randbytes(16).hex()  # noqa: S311  no secret
         if given is not None and not fits:
             raise InvalidRequest(
                 f"X-Request-Id must be 1 to 128 printable ASCII characters, not these {len(given)}",
@@ -132,7 +132,7 @@ class Call:
     def admit(self, *, model: str, tokens: float, size_bytes: int) -> Ticket:
         """Make the ticket from the headers. Raises `InvalidRequest` that names the header."""
         headers = self.http.headers
-        now = self._loop.time()
+        now = self._now()
         key = headers.get(self.limits.key_header, "")
         if len(key) > LONGEST_KEY:
             raise InvalidRequest(
@@ -188,9 +188,9 @@ class Call:
 
     # -- through -------------------------------------------------------------------------------------------------------
 
-    async def ask(self, request: Request, ticket: Ticket) -> Reply:
+    def ask(self, request: Request, ticket: Ticket) -> Awaitable[Reply]:
         """Bring the answer. A streaming one has been written to the caller when this returns."""
-        return await self._dispatcher.run(ticket, request, self._stream)
+        return self._dispatcher.run(ticket, request, self._stream)
 
     async def forward(
         self,
@@ -221,7 +221,8 @@ class Call:
         if reply.chunks is None:
             return await self.respond(reply.status, reply.body, reply.headers)
         assert self.response is not None  # noqa: S101  `ask` wrote it
-        await self.response.write_eof()
+        self.response.write_eof()
+        await self.response.drain()
         return self.response
 
     async def detect(self, request: Request, ticket: Ticket, detector: Dispatcher) -> Reply:
@@ -244,20 +245,20 @@ class Call:
     async def respond(self, status: int, body: bytes, headers: Mapping[str, str]) -> Answer:
         """Write a whole answer."""
         self.response = answer = self._answer(status, headers, length=len(body))
-        await answer.write_whole(body)
+        answer.write_whole(body)
+        await answer.drain()
         return answer
 
     async def fail(self, problem: Problem) -> Answer:
         """Write an error; into the stream if one has begun."""
         body = body_of(problem, self.api, self.request_id)
         if self.ticket is not None:
-            self.ticket.stopwatch.switch("write", self._loop.time())
+            self.ticket.stopwatch.switch("write", self._now())
         if self.response is None:
             return await self.respond(problem.status, body, headers_of(problem))
-        if self._error_told:
-            await self.response.write_eof()
-        else:
-            self.response.end_with(self._error_frame(problem, body))
+        if not self._error_told:
+            self.response.write(self._error_frame(problem, body))
+        self.response.write_eof()  # and no wait for a caller who may have stopped reading
         return self.response
 
     def _error_frame(self, problem: Problem, body: bytes) -> bytes:
@@ -268,12 +269,14 @@ class Call:
     async def _stream(self, reply: Reply) -> None:
         """Write a streaming answer chunk by chunk. A caller who reads slowly slows the provider: nothing piles up."""
         assert self.ticket is not None and reply.chunks is not None  # noqa: S101  `ask` was given both
-        switch, clock = self.ticket.stopwatch.switch, self._loop.time
+        switch, clock = self.ticket.stopwatch.switch, self._now
         self.response = answer = self._answer(reply.status, reply.headers, length=None)
         async for chunk in reply.chunks:
-            switch("write", clock())
-            await answer.write(chunk)
-            switch("body", clock())
+            answer.write(chunk)
+            if answer.is_paused:  # else that took no time
+                switch("write", clock())
+                await answer.drain()
+                switch("body", clock())
         self._error_told = reply.failure is not None  # the provider's own frame has passed
 
     def _answer(self, status: int, headers: Mapping[str, str], *, length: int | None) -> Answer:
@@ -291,7 +294,7 @@ class Call:
         ticket = self.ticket
         if ticket is not None:
             headers["X-Sidecar-Attempts"] = str(ticket.attempts)
-            total = ticket.stopwatch.stop(self._loop.time())
+            total = ticket.stopwatch.stop(self._now())
             seconds = ticket.stopwatch.seconds
             headers["Server-Timing"] = (
                 f"queue;dur={seconds['queue'] * 1e3:.2f}, lock;dur={seconds['lock'] * 1e3:.2f}, "

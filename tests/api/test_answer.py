@@ -33,15 +33,15 @@ async def wire():
 
 async def whole(http):
     answer = Answer(http, int(http.raw_path[1:]), {"Content-Type": "text/plain"}, length=5)
-    await answer.write_whole(b"hello")
+    answer.write_whole(b"hello")
     return answer
 
 
 async def pieces(http):
     answer = Answer(http, 200, {"Content-Type": "text/event-stream"}, length=None)
-    await answer.write(b"one")
-    await answer.write(b"two")
-    await answer.write_eof()
+    answer.write(b"one")
+    answer.write(b"two")
+    answer.write_eof()
     return answer
 
 
@@ -63,8 +63,8 @@ async def test_a_whole_answer_says_its_length_and_the_connection_lives_on(wire):
 async def test_what_is_written_after_a_whole_answer_does_not_run_into_the_next(wire):
     async def talkative(http):
         answer = await whole(http)
-        await answer.write(b"data: an error that came too late\n\n")
-        await answer.write_eof()
+        answer.write(b"data: an error that came too late\n\n")
+        answer.write_eof()
         return answer
 
     received = await wire(talkative, request("GET", "/200"), request("GET", "/201", headers=LAST))
