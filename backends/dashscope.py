@@ -198,10 +198,10 @@ class DashScopeBackend:
             _log.info("the body of an answer %d could not be read: %s", response.status, type(error).__name__)
         return classify(response.status, response.headers, body)
 
-    async def _reply(self, response: Response, request: Request) -> Reply:
+    def _reply(self, response: Response, request: Request) -> Awaitable[Reply]:
         if request.stream and response.content_type == "text/event-stream":
-            return await self._stream(response)
-        return await self._whole(response, request)
+            return self._stream(response)
+        return self._whole(response, request)
 
     async def _whole(self, response: Response, request: Request) -> Reply:
         body = await _read(response, _BODY_LIMIT)

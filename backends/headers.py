@@ -26,8 +26,9 @@ def _passed_as(given: str) -> str | None:
 
 def head_of(first_line: str, headers: Mapping[str, str]) -> bytes:
     """The head of an HTTP message. Raises `ValueError` for a line break in it, which would begin another header."""
-    lines = [first_line, *map(": ".join, headers.items()), "\r\n"]
-    head = "\r\n".join(lines)
-    if not len(lines) == head.count("\n") == head.count("\r"):
+    head = first_line
+    for name, value in headers.items():
+        head += f"\r\n{name}: {value}"
+    if not len(headers) == head.count("\n") == head.count("\r"):
         raise ValueError("a line break in a header would begin another one")
-    return head.encode(errors="surrogateescape")
+    return f"{head}\r\n\r\n".encode(errors="surrogateescape")

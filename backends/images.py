@@ -7,7 +7,7 @@ from math import ceil, floor, sqrt
 
 #: Base64 characters of a data URL that are looked at first: most sizes are in the first few hundred bytes, nearly all
 #: of the others (behind EXIF data) in the first few KB.
-_PREFIX_CHARS = (1024, 8192)
+_PREFIX_CHARS = (512, 8192)
 
 #: JPEG markers that open a frame and so hold its size: SOF0..SOF15 without DHT (C4), JPG (C8) and DAC (CC).
 _JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}

@@ -44,6 +44,9 @@ _LAG_STEP_SECONDS = 0.25
 #: Connections at a time of the data listener, and of the admin listener, which other pods can reach.
 _MOST_CALLERS = 4096
 _MOST_WATCHERS = 128
+#: Objects that may live on before the garbage collector looks at them. What a request leaves behind for a while, such
+#: as what was sent and when, is no garbage; Python's own 700 are soon there.
+_GARBAGE_OBJECTS = 10_000
 #: What answers to requests that the drain's time was too short for may take.
 _LAST_WORDS_SECONDS = 2.0
 
@@ -152,6 +155,7 @@ class Sidecar:
         self.health.started = True
         gc.collect()
         gc.freeze()  # what start-up made is never garbage: no collection need walk it again
+        gc.set_threshold(_GARBAGE_OBJECTS)
         names = ",".join(route.name for route in self.routes)
         if "simulated" in names:
             log.warning("SIMULATED: the backend 'simulated' makes its answers up; SIDECAR_DASHSCOPE_API_KEY ends that")

@@ -180,7 +180,8 @@ class RateController:
 
     def settle(self, now: float, sent: Sent, amount: float) -> None:
         """It took another amount than was reserved."""
-        self._bucket.take(now, amount - sent.amount)
+        if not self._unpaced:
+            self._bucket.take(now, amount - sent.amount)
         self._blackouts.history.add(sent.at, amount - sent.amount)
         if self._first is not None and self._first.holds(sent):
             self._first.taken += amount - sent.amount  # it was judged by what was reserved

@@ -36,7 +36,8 @@ class Start:
 
     def sent(self, now: float) -> None:
         """A request goes out."""
-        self.began = min(self.began, now)
+        if self.began == inf:
+            self.began = now
         self._unanswered += 1
 
     def again(self, now: float) -> None:
@@ -48,7 +49,8 @@ class Start:
         self._unanswered -= 1
         self._answers.append((now, amount))
         self._total += amount
-        self._expire(now)
+        if self._answers[0][0] < now - self.WINDOW_SECONDS:
+            self._expire(now)
 
     def grow(self, seconds: float) -> None:
         """So long the pace was what held requests back."""

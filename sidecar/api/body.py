@@ -20,7 +20,7 @@ UNKNOWN_IMAGE_TOKENS = 1250
 _OTHER_IMAGES = ("Qk", "SUkq", "TU0A", "AAAA")
 _BASE64, _BACKSLASH = b";base64,", ord("\\")
 #: Base64 characters of an image that are kept to look at, at first and if that does not do; whole groups of four.
-_LOOKED_AT_CHARS = (1024, 8192)
+_LOOKED_AT_CHARS = (512, 8192)
 
 
 @dataclass(slots=True)
