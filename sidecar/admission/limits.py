@@ -140,7 +140,8 @@ class Limits:
             attempt.requests = self.requests.sent(now, 1.0, bound == "request_rate")
             self.growth.sent(now, bound == "growth")
             cost = self.cost(ticket)
-            self.tokens.typical += 0.05 * (cost - self.tokens.typical)
+            share = 0.05 if self._answers else 1.0 / self.permits.in_flight  # the mean of all until the first answer
+            self.tokens.typical += share * (cost - self.tokens.typical)
             attempt.tokens = self.tokens.sent(now, cost, bound == "token_rate")
         return attempt
 

@@ -5,7 +5,7 @@ from statistics import median
 import pytest
 
 from backends.simulated import Profile
-from bench.sim.table import SYSTEMS, TABLE, Scenario, play
+from bench.sim.table import SYSTEMS, TABLE, Scenario, play, saturated, share
 
 GATED = ("1", "3", "4", "6", "9", "13", "14")
 
@@ -36,3 +36,10 @@ def test_no_frame_is_lost_while_the_limit_is_learned(quota, burst):
     run = play(scenario, 1, SYSTEMS["sidecar"]).runs[0]
     assert len(run.records) == 30
     assert run.share_ok() == 1.0
+
+
+@pytest.mark.parametrize(("per_second", "burst"), [(226.0, 400.0), (120.0, 450.0)])
+def test_a_token_quota_that_holds_one_call_at_once_is_used(per_second, burst):
+    profile = Profile(tokens_per_second=per_second, burst_tokens=burst, latency_seconds=0.3)
+    scenario = Scenario("", "", profile, saturated(20), lambda *_: [], seconds=900.0, deadline=600.0)
+    assert share(play(scenario, 1, SYSTEMS["sidecar"]), play(scenario, 1, SYSTEMS["oracle"])) > 0.94
