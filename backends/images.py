@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import binascii
 from math import ceil, floor, sqrt
+from struct import Struct
 
 #: Base64 characters of a data URL that are looked at first: most sizes are in the first few hundred bytes, nearly all
 #: of the others (behind EXIF data) in the first few KB.
 _PREFIX_CHARS = (512, 8192)
 
+#: How a JPEG segment begins: 0xFF, its marker, and its length.
+_JPEG_SEGMENT = Struct(">BBH")
 #: JPEG markers that open a frame and so hold its size: SOF0..SOF15 without DHT (C4), JPG (C8) and DAC (CC).
 _JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 #: JPEG markers without a length: TEM, RST0..RST7 and SOI.
@@ -36,9 +39,9 @@ def image_size(data: bytes) -> tuple[int, int] | None:
 def _jpeg_size(data: bytes) -> tuple[int, int] | None:
     at = 2
     while at + 9 <= len(data):
-        if data[at] != 0xFF:
+        lead, marker, length = _JPEG_SEGMENT.unpack_from(data, at)
+        if lead != 0xFF:
             return None
-        marker = data[at + 1]
         if marker == 0xFF:  # a fill byte before the marker
             at += 1
         elif marker in _JPEG_FRAMES:
@@ -48,7 +51,7 @@ def _jpeg_size(data: bytes) -> tuple[int, int] | None:
         elif marker in {0xDA, 0xD9}:  # the picture itself, or its end, without a frame before it
             return None
         else:
-            at += 2 + int.from_bytes(data[at + 2 : at + 4])
+            at += 2 + length
     return None
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from http import HTTPStatus
 from typing import TYPE_CHECKING
 
-from aiohttp import HttpVersion10, HttpVersion11
+from aiohttp import HttpVersion, HttpVersion10, HttpVersion11
 from aiohttp.helpers import rfc822_formatted_time
 
 from backends.headers import head_of
@@ -15,6 +16,11 @@ if TYPE_CHECKING:
 
 _REASONS = {status.value: status.phrase for status in HTTPStatus}
 _WITHOUT_BODY = (204, 304)
+
+
+@lru_cache(64)
+def _first_line(version: HttpVersion, status: int) -> str:
+    return f"HTTP/{version.major}.{version.minor} {status} {_REASONS.get(status, '')}"
 
 
 class Answer:
@@ -44,7 +50,7 @@ class Answer:
             head["Connection"] = "close"
         elif version == HttpVersion10:
             head["Connection"] = "keep-alive"
-        self._head = head_of(f"HTTP/{version.major}.{version.minor} {status} {_REASONS.get(status, '')}", head)
+        self._head = head_of(_first_line(version, status), head)
 
     def write_whole(self, body: bytes) -> None:
         """Write head and body at once. What is written after that is nothing: it would run into the next answer."""
