@@ -161,7 +161,7 @@ class DashScopeBackend:
         try:
             if response.status // 100 == 2:
                 return await read(response)
-            refusal = await self._refusal(response)
+            raise await self._refusal(response)  # noqa: TRY301  with a name here it would hold the frame that holds it
         except BaseException as error:
             response.drop()
             if isinstance(error, aiohttp.ClientError):
@@ -169,9 +169,6 @@ class DashScopeBackend:
             if isinstance(error, BackendError):
                 self._mask(error)
             raise
-        response.drop()
-        self._mask(refusal)
-        raise refusal
 
     def _mask(self, error: BackendError) -> None:
         """A provider that quotes the key back must not show it to the caller, nor to who reads the log."""
@@ -299,6 +296,7 @@ class _Chunks:
 
     async def aclose(self) -> None:
         self._settle()
+        del self._reply  # which holds us
         self._response.drop()
 
     def _settle(self) -> None:

@@ -122,6 +122,8 @@ class Dispatcher:
         """
         watch = ticket.stopwatch
         failed_attempts = 0
+        # Without its traceback, and not kept where it is raised: that holds this frame, and they would keep each other,
+        # and with them the body, until the next collection of garbage.
         last_failure: BackendError | None = None
         route = self.routes[0]
         given_up: list[Route] = []  # have had their chance at this ticket
@@ -146,16 +148,18 @@ class Dispatcher:
                     if self._choose(ticket, given_up) is None:
                         late = isinstance(refusal, DeadlineUnreachable)
                         if late and isinstance(last_failure, ServerFailed | Unreachable):
-                            raise last_failure from None
+                            try:
+                                raise last_failure from None
+                            finally:
+                                last_failure = None
                         raise
                 ticket.returned = True
                 continue
             except Throttled as refusal:
                 if ticket.streaming:
                     raise
-                last_failure = refusal
+                last_failure = refusal.with_traceback(None)
             except (ServerFailed, Unreachable) as failure:
-                last_failure = failure
                 failed_attempts += 1
                 if ticket.streaming:
                     raise
@@ -171,13 +175,14 @@ class Dispatcher:
                             raise
                         given_up.remove(route)
                     failed_attempts = 0
+                last_failure = failure.with_traceback(None)
             except (BillingRefused, Rejected) as refusal:
                 if ticket.streaming or not _is_about_account(refusal):
                     raise
-                last_failure = refusal
                 given_up.append(route)
                 if self._choose(ticket, given_up) is None:
                     raise
+                last_failure = refusal.with_traceback(None)
             ticket.returned = True
             self._telemetry.retry(route.name, last_failure)
 

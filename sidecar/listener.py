@@ -187,8 +187,8 @@ class Connection(BaseProtocol):
             while self._waiting and goes_on:
                 goes_on = False
                 goes_on = await self._answer_one(*self._waiting.popleft())
-        except ConnectionError:
-            pass  # the caller hung up
+        except (ConnectionError, asyncio.CancelledError):
+            pass  # the caller hung up; a task that ended so would keep the error, and with it all that was under way
         finally:
             self.task = None
             self._closes_at = self._loop.time() + KEEPALIVE_SECONDS

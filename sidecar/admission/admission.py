@@ -180,6 +180,8 @@ class PermitContext:
             else:
                 self._admission.lane(ticket.model).leave(ticket)
             raise
+        finally:
+            del entry  # it may hold an error that holds this frame: they would keep each other, and the body
         return self._permit
 
     async def __aexit__(

@@ -143,6 +143,7 @@ class Lane:
         self._left(ticket, now)
         if ticket.permit is not None and not ticket.permit.done():
             ticket.permit.set_exception(why)
+            ticket.permit = None
 
     def refuse_all(self, why: NotAdmitted) -> None:
         """Empty the queue and tell every caller why."""
