@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from math import inf
 
 from .history import History
@@ -29,7 +30,7 @@ class Blackouts:
     """
 
     __slots__ = (
-        "_full_at", "_least", "_most", "_refused_at", "_since", "began", "history", "lost_seconds", "window",
+        "_before", "_full_at", "_least", "_most", "_refused_at", "_since", "began", "history", "lost_seconds", "window",
         "windowed",
     )  # fmt: skip
 
@@ -45,6 +46,7 @@ class Blackouts:
         """What such a window holds, or would if the last blackout was one's end."""
         self._least, self._most = 0.0, WINDOW_SECONDS  # seconds of a window
         self._since: float | None = None  # the present one is used up, and was begun then
+        self._before: deque[tuple[float, float, float]] = deque(maxlen=2)  # what blackouts showed
         self._full_at = now
         self._refused_at = now  # the last refusal's send time
 
@@ -72,7 +74,8 @@ class Blackouts:
         Everything was refused from `closed_at` until a probe sent at `probed_at`, `step` after the last refused one.
 
         Gives the rate at which was taken since the one before, this one included.
-        It was a window's if it was long, or if as much was taken before it as before the one before.
+        It was a window's if it was long, or if as much was taken before it as before one of the last two: where a fixed
+        window ended in between, more was.
         """
         taken = self.history.since(self.began) - typical
         seconds = probed_at - self.began
@@ -87,11 +90,17 @@ class Blackouts:
                 self.windowed, self.window = True, self.history.since(probed_at - WINDOW_SECONDS) - typical
                 self._least = self._most = WINDOW_SECONDS
         else:
-            same = self._same(taken, typical)
-            if not same:
-                self.window, self._least, self._most = taken, 0.0, inf
-            self._between(self._refused_at - self.began, seconds)
-            self.windowed = (same or long) and taken >= typical
+            least = self._refused_at - self.began
+            same = (
+                (window, at_least, at_most)
+                for window, at_least, at_most in self._before
+                if self._same(taken, window, typical) and at_least < seconds and least < at_most
+            )
+            before = next(same, None)
+            self.window, self._least, self._most = before or (taken, 0.0, inf)
+            self._between(least, seconds)
+            self.windowed = (before is not None or long) and taken >= typical
+            self._before.appendleft((self.window, self._least, self._most))
         self.began, self._since = probed_at, None
         self.lost_seconds = 0.0 if self.windowed else step
         return taken / max(min(seconds, WINDOW_SECONDS), 1e-3)
@@ -125,13 +134,13 @@ class Blackouts:
             least, most = max(least, self._least), min(most, self._most)
         self._least, self._most = least, max(most, least + History.BIN)
 
-    def _same(self, taken: float, typical: float) -> bool:
-        return taken >= FEW * typical and abs(taken - self.window) <= max(SAME * taken, 0.5 * typical)
+    def _same(self, taken: float, window: float, typical: float) -> bool:
+        return taken >= FEW * typical and abs(taken - window) <= max(SAME * taken, 0.5 * typical)
 
     def ends(self, now: float, typical: float) -> float:
         """When best to look whether the window that is used up has ended; `now` where there is none."""
         since = self._since
-        if since is None and not self.windowed and self._same(self.history.since(self.began), typical):
+        if since is None and not self.windowed and self._same(self.history.since(self.began), self.window, typical):
             since = self.began
         if since is None:
             return now

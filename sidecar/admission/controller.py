@@ -221,7 +221,7 @@ class RateController:
                 return False
         self._cut_at = now
         if self._barren and self.guessed:
-            self._none_until(sent.at)
+            self._none_for(sent.at - self._empty_at)
         elif self._barren < 2:
             self._empty_at = sent.at
             while self._sent and self._sent[0].at <= sent.at:
@@ -236,9 +236,9 @@ class RateController:
         self._drain(now, now - sent.at if self._first is not None else 0.0)
         return self._barren >= 2 or self._blackouts.lost_seconds > 0
 
-    def _none_until(self, at: float) -> None:
-        """Nothing was taken from the first refusal to this one: the limit is below one request in that time."""
-        most = self.typical / (at - self._empty_at)
+    def _none_for(self, seconds: float) -> None:
+        """So long nothing was taken after a refusal: the limit is below one request in that time."""
+        most = self.typical / seconds
         self.limit = max(min(self.limit, most), self.burst / USUAL_BURST_SECONDS if self._has_credit else 0.0)
 
     def _drain(self, now: float, pause: float) -> None:
@@ -456,7 +456,7 @@ class RateController:
         whole = blackouts.ended(closed_at, probed_at, step, self.typical)
         seconds = probed_at - closed_at
         if self.guessed and self._barren:
-            self._none_until(probed_at - step)
+            self._none_for(step)  # each refusal may have begun it anew
             self._searching = not self._has_credit
         self._barren = self._early.count = 0
         if self._climb is not None:

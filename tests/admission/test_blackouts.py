@@ -96,6 +96,19 @@ def test_a_refusal_at_an_even_pace_tells_how_long_a_window_is(held, seconds, exc
     assert 10.0 + calls * gap <= blackouts.full(10.0 + calls * gap, 1.0) <= 10.0 + (calls + 1) * gap + 0.1
 
 
+def test_windows_are_known_though_one_of_them_ended_between_two_blackouts():
+    blackouts = Blackouts(0.0)
+    for start, taken, probed_at in ((0.0, 140, 11.0), (11.0, 250, 21.0), (21.0, 140, 31.0)):
+        for call in range(taken):
+            blackouts.history.add(start + 0.02 * call, 1.0)
+        blackouts.refused(probed_at - 2.0, 0.0)
+        blackouts.history.add(probed_at, 1.0)  # the probe
+        blackouts.ended(probed_at - 4.0, probed_at, 2.0, 1.0)
+        blackouts.history.add(probed_at, -1.0)  # sent again as the first of its window, above
+        assert blackouts.windowed == (start == 21.0)
+    assert blackouts.window == 140
+
+
 def test_a_penalty_is_no_window():
     blackouts = Blackouts(0.0)
     for start, taken in ((0.0, 30), (12.0, 55), (30.0, 44)):
