@@ -1,7 +1,4 @@
-"""The data listener: finds the endpoint, checks the bearer, and turns whatever happens into an answer.
-
-aiohttp's low-level server: no router and no middlewares on the way of a frame.
-"""
+"""The data listener: finds the endpoint, checks the bearer, and turns whatever happens into an answer."""
 
 from __future__ import annotations
 
