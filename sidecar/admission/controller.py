@@ -23,10 +23,10 @@ from .blackout import Blackouts
 from .bucket import TokenBucket
 from .early import EarlyRefusals
 from .first import USUAL_BURST_SECONDS, FirstBurst
-from .fit import Fit
+from .fit import SMALL, Fit
 from .policer import Sent, rate_between
 from .ramp import SUREST, UNSUREST, VAGUE, Ramp
-from .shared import CUT, GROWTH, SHARED_SECONDS, Below, Climb
+from .shared import CUT, EPISODE_SECONDS, GROWTH, SHARED_SECONDS, Climb, Refusals
 from .start import START_CREDIT, Start
 from .states import CUTS, State
 
@@ -92,7 +92,7 @@ class RateController:
         self._fit = Fit()
         self._shared_until = -inf
         self._climb: Climb | None = None  # while refusals come at any pace
-        self._below = Below()
+        self._refusals = Refusals()
         # blackouts
         self._blackouts = Blackouts(now)
         self._barren = 0  # refusals with nothing taken between
@@ -129,7 +129,7 @@ class RateController:
                 self._grow(now, amount)
             self._bucket.take(now, amount)
         self._grown_at = now
-        self._below.calls += 1
+        self._refusals.calls += 1
         if self._climb is not None:
             self._climbed(now, self._climb)
         self._start.sent(now)
@@ -207,16 +207,23 @@ class RateController:
             return False
         self._ramp.refused()
         if self._climb is not None:
+            before = self._climb.in_vain
             self._climb.refused(sent.at)
+            if self._climb.in_vain and not before:
+                self.limit *= CUT
             return self._climb.in_vain
         if self.state is State.START:
             self._first_refusal(now, sent)
         else:
             self._first = None
             burst, limit, pace = self.burst, self.limit, self.pace(now)
+            # a first guess, a share, or a pace that was punished says nothing of other paces
+            counts = not self.guessed and self.state is not State.SHARED and not self._blackouts.lost_seconds
+            known = self._unsure < RECALLED
             self._refusal(now, sent)
-            if pace <= limit and self.burst == burst:
-                self._below.add(limit)
+            below = pace <= limit and self.burst == burst
+            if counts and (known or below):
+                self._refusals.add(limit, below=below)
             if self._in_vain(now):
                 return False
         self._cut_at = now
@@ -249,7 +256,9 @@ class RateController:
 
     def _in_vain(self, now: float) -> bool:
         """Whether refusals come at any pace; then what counts is what a pace brings."""
-        if self._blackouts.windowed or self.guessed or not (below := self._below.in_vain()):
+        if self._blackouts.windowed or self.guessed or self.burst > SMALL * self.typical:
+            return False  # a larger bucket refuses only whoever is too fast
+        if not (below := self._refusals.in_vain()):
             return False
         self.limit, share = below
         self._climb = Climb(now, share)
@@ -258,7 +267,7 @@ class RateController:
 
     def _climbed(self, now: float, climb: Climb) -> None:
         """One more call went out while refusals come at any pace."""
-        self.limit *= climb.sent(now, self.refusal_seconds)
+        self.limit *= climb.sent(now, self.refusal_seconds, self.pace(now) / self.typical)
         if climb.needless:
             self._climb = None
             self._unsure = RECALLED
@@ -300,8 +309,9 @@ class RateController:
         pace = self._unbounded_pace()
         if self.state is State.SHARED:
             if now < self._shared_until:
-                self.limit *= CUT
-                self._changed(now, "refused while others share the account")
+                if now > self.changed_at + EPISODE_SECONDS:
+                    self.limit *= CUT
+                    self._changed(now, "refused while others share the account")
                 return
             self._to(now, State.ASSESS, "the account seems to be ours alone again")
         if not taken:

@@ -9,6 +9,8 @@ from math import inf
 #: accepted attempts did before concurrency is suspected: within a moment of each other they may as well tell of a rate
 #: that fell, and until the first answers are back there are more in flight all the time.
 SUSPECT_AFTER, SUSPECT_SECONDS, SUSPECT_LATENCIES = 4, 10.0, 3.0
+#: No more than this share of the accepted had as many beside them: four refusals that all do would otherwise be chance.
+CHANCE = 0.1
 
 
 class Permits:
@@ -92,7 +94,8 @@ class Permits:
         if len(self._suspects) < SUSPECT_AFTER or seconds < max(SUSPECT_SECONDS, SUSPECT_LATENCIES * latency):
             return False
         least = min(beside for _, beside in self._suspects)
-        if least < 1 or sum(count for at, count in self._taken.items() if at >= least) > SUSPECT_AFTER:
+        above = sum(count for at, count in self._taken.items() if at >= least)
+        if least < 1 or above > min(SUSPECT_AFTER, CHANCE * self._taken.total()):
             self._taken.clear()  # what was once taken need not be so for ever
             self._suspects.clear()
             return False

@@ -69,8 +69,9 @@ class Ramp:
     def confirmed(self) -> None:
         """The limit is where it was: look again later than this time."""
         if self._unsure <= VAGUE:
+            if self._haste == 1.0:  # what it took to learn a limit says nothing of what it takes to probe it
+                self._each += 0.5 * (min(max(self._refusals, 1), MOST_EACH) - self._each)
             self._haste = min(self._haste * HASTE_LEFT, 1.0)
-            self._each += 0.5 * (min(max(self._refusals, 1), MOST_EACH) - self._each)
         self._refusals = 0
 
     def begin(

@@ -9,12 +9,14 @@ what counts is whether a faster pace brings more, so two paces take turns (`Clim
 from __future__ import annotations
 
 from collections import deque
-from math import exp
+from math import exp, inf
 
 #: The account is taken to be shared for so long.
 SHARED_SECONDS = 240.0
 #: What a refusal leaves, and growth a second, the same for all who share, so that the larger shrinks.
 CUT, GROWTH = 0.8, 0.012
+#: Refusals within so many seconds are one event: somebody looks for more than there is.
+EPISODE_SECONDS = 2.0
 
 #: So many refusals at a pace below the learned limit, within so many calls, come at any pace. So do they within more
 #: calls, the last three of them within so many, if the limit was down to this share by then: it did not help.
@@ -22,33 +24,37 @@ OFTEN, OFTEN_CALLS = 7, 30
 SLOWER, SLOWER_CALLS, LATE_CALLS = 0.75, 70, 25
 
 
-class Below:
-    """Refusals at a pace below the limit that was learned: each is chance, or a lower limit, or nobody's fault."""
+class Refusals:
+    """The latest ones: whether a slower pace was of any use."""
 
-    __slots__ = ("_refusals", "calls")
+    __slots__ = ("_all", "_below", "calls")
 
     def __init__(self) -> None:
         self.calls = 0
         """Calls that went out."""
-        self._refusals: deque[tuple[int, float]] = deque(maxlen=OFTEN)
+        self._all: deque[tuple[int, float]] = deque(maxlen=OFTEN)
+        self._below: deque[int] = deque(maxlen=OFTEN)
 
-    def add(self, limit: float) -> None:
-        """One more, at this limit."""
-        self._refusals.append((self.calls, limit))
+    def add(self, limit: float, *, below: bool) -> None:
+        """One more at this limit; `below`: at a pace that should have been slow enough."""
+        self._all.append((self.calls, limit))
+        if below:
+            self._below.append(self.calls)
 
     def in_vain(self) -> tuple[float, float] | None:
         """If they come at any pace: the highest limit of late, and the share of calls that was refused."""
-        refusals = self._refusals
-        if len(refusals) < OFTEN:
+        if len(self._all) < OFTEN:
             return None
-        since = self.calls - refusals[0][0]
-        highest = max(limit for _, limit in refusals)
-        third, limit = refusals[-3]
-        slower = since <= SLOWER_CALLS and self.calls - third <= LATE_CALLS and limit <= SLOWER * highest
-        if since > OFTEN_CALLS and not slower:
+        began, _ = self._all[0]
+        third, limit = self._all[-3]
+        highest = max(limit for _, limit in self._all)
+        slower = self.calls - began <= SLOWER_CALLS and self.calls - third <= LATE_CALLS and limit <= SLOWER * highest
+        often = len(self._below) == OFTEN and self.calls - self._below[0] <= OFTEN_CALLS
+        if not often and not slower:
             return None
-        refusals.clear()
-        return highest, OFTEN / (since + 1)
+        self._all.clear()
+        self._below.clear()
+        return highest, OFTEN / (self.calls - began + 1)
 
 
 class Climb:
@@ -64,24 +70,32 @@ class Climb:
     APART = 0.25
     #: A block is of so many calls at least, and lasts for so many times that of a refusal.
     CALLS, REFUSALS = 8, 2.0
+    #: The first ones of a block meet what the block before has left.
+    SETTLES = 2
+    #: The pace is what holds calls back if it brings more than this share of what it allows.
+    BINDS = 0.7
     #: What the past weighs after each pair of blocks.
-    KEPT = 0.7
+    KEPT = 0.8
     #: How far the pace moves at most after a pair of blocks: before it went down for the first time, and then.
     FIRST_STEP, STEP = 0.5, 0.1
     #: A policer refuses nothing below its limit: then there is no need for this.
-    CLEAN_SHARE, CLEAN_CALLS = 0.04, 20.0
+    CLEAN_SHARE, CLEAN_CALLS = 0.04, 25.0
 
     #: No more than this share is others' doing.
     MOST_REFUSED = 0.6
 
-    __slots__ = ("_began", "_block", "_calls", "_first", "_high", "_refused", "_row", "_share")
+    __slots__ = (
+        "_began", "_block", "_calls", "_first", "_high", "_paced", "_refused", "_row", "_settled", "_share",
+    )  # fmt: skip
 
     def __init__(self, now: float, share: float) -> None:
         """`share` of the calls before were refused."""
         self._began = now
+        self._settled = inf
         self._block = 0
         self._high = True
         self._first = True
+        self._paced = True
         self._calls, self._refused = [0.0, 0.0], [0.0, 0.0]  # below, above
         self._share = share  # of the latest calls that were refused
         self._row = 0
@@ -91,14 +105,23 @@ class Climb:
         """The pace of the present block, as a share of the limit."""
         return exp(self.APART if self._high else -self.APART)
 
-    def sent(self, now: float, refusal_seconds: float) -> float:
-        """One call goes out. Returns what the limit is multiplied by."""
-        self._calls[self._high] += 1.0
+    def sent(self, now: float, refusal_seconds: float, pace: float) -> float:
+        """One call goes out, at this pace if that is what held it back. Returns what the limit is multiplied by."""
         self._block += 1
-        if self._block < self.CALLS or now < self._began + self.REFUSALS * refusal_seconds:
+        if self._block == self.SETTLES:
+            self._settled = now
+        elif self._block > self.SETTLES:
+            self._calls[self._high] += 1.0
+        seconds = now - self._began
+        if self._block < self.CALLS or seconds < self.REFUSALS * refusal_seconds:
             return 1.0
-        self._block, self._began, self._high = 0, now, not self._high
-        return self._step() if self._high else 1.0
+        self._paced = self._paced and self._block > self.BINDS * pace * seconds
+        self._block, self._began, self._settled, self._high = 0, now, inf, not self._high
+        if not self._high:
+            return 1.0
+        step = self._step() if self._paced else 1.0
+        self._paced = True
+        return step
 
     def _step(self) -> float:
         low, high = (refused / calls for refused, calls in zip(self._refused, self._calls, strict=True))
@@ -121,7 +144,10 @@ class Climb:
         """A call that was sent at that time was refused."""
         self._row += 1
         self._share += 0.05 * (1.0 - self._share)
-        self._refused[self._high if sent_at >= self._began else not self._high] += 1.0
+        if sent_at < self._began:
+            self._refused[not self._high] += 1.0
+        elif sent_at > self._settled:
+            self._refused[self._high] += 1.0
 
     @property
     def in_vain(self) -> bool:
