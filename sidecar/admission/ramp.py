@@ -27,7 +27,7 @@ RISE = 0.35
 #: ... at most by this share from one request to the next: at half a request a second, a second is no time,
 RISE_PER_REQUEST = 0.08
 #: A ramp's length in seconds is held within these, since a limit may move: too slow for a small one is no use either.
-SHORTEST_SECONDS, LONGEST_SECONDS = 4.0, 100.0
+SHORTEST_SECONDS, LONGEST_SECONDS = 4.0, 160.0
 #: Where each refusal begins a blackout, this share of the quota may be lost to probing, and a ramp may take so long.
 LOST_SHARE, LONGEST_LOSING_SECONDS = 0.02, 600.0
 #: Refusals to the end of a ramp that make the next one longer at most.
