@@ -437,7 +437,7 @@ class RateController:
             most = early.most(sent)
             self._learn(max(min(most, 0.9 * self.limit), LARGEST_CUT * self.limit))
             self._unsure = 0.15
-            early.forget()
+            early.explained()
             early.begin(sent, self.limit)
             self._to(now, State.ASSESS, "refused again and again: the limit is lower")
 

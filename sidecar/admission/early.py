@@ -9,6 +9,8 @@ from .policer import Sent, rate_between
 
 #: So many within so many seconds mean that others use the account too.
 SHARED_AFTER, SHARED_WINDOW_SECONDS = 5, 90.0
+#: So many of them are not forgotten when a lower limit explains them.
+KEPT = 2
 
 
 class EarlyRefusals:
@@ -46,6 +48,11 @@ class EarlyRefusals:
     def forget(self) -> None:
         """What came of late has been explained."""
         self._times.clear()
+
+    def explained(self) -> None:
+        """By a limit that is lower; if there are more all the same, others are likelier than one that falls again."""
+        while len(self._times) > KEPT:
+            self._times.popleft()
 
     def most(self, sent: Sent) -> float:
         """The highest limit that explains the episode, up to this refusal."""
