@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 
 import aiohttp
 import pytest
@@ -81,14 +82,16 @@ async def monitored(tmp_path):
             ],
         )  # fmt: skip
         for command in commands:
-            processes.append(  # noqa: PERF401  one that does not start must not hide those that have
-                await asyncio.create_subprocess_exec(
-                    *command, cwd=tmp_path, stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.DEVNULL
+            with (tmp_path / f"{Path(command[0]).name}.log").open("wb") as log:
+                processes.append(  # one that does not start must not hide those that have
+                    await asyncio.create_subprocess_exec(*command, cwd=tmp_path, stdout=log, stderr=log)
                 )
-            )
         return Monitored(sidecar, *ports)
 
     yield start
+    ended = [process for process in processes if process.returncode is not None]
     for process in processes:
-        process.kill()
-        await process.wait()
+        if process not in ended:
+            process.kill()
+            await process.wait()
+    assert not ended, "\n".join(log.read_text() for log in tmp_path.glob("*.log"))
