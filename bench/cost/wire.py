@@ -227,6 +227,7 @@ async def pace(port: int, per_second: float, seconds: float, body: bytes) -> dic
     for number in range(round(per_second * seconds)):
         await asyncio.sleep(max(began + number / per_second - time.perf_counter(), 0))
         free = next((client for client in clients if not client.busy), None)
+        clients.append(clients.pop(0))  # in turn: one that never asks is closed after some seconds
         if free is None:
             late += 1
         else:
