@@ -149,8 +149,12 @@ class RateController:
 
     def _empty(self, now: float) -> None:
         """Nothing is saved up: what the provider's bucket holds is not known, or is nothing."""
+        self._set_level(now, 0.0)
+
+    def _set_level(self, now: float, amount: float) -> None:
+        """So much may be sent at once, whatever it was; what is below nothing has to flow in first."""
         self._fill(now)
-        self._bucket.take(now, self._bucket.level(now))
+        self._bucket.take(now, self._bucket.level(now) - amount)
 
     def _cushion(self) -> float:
         """What is left in the provider's bucket, so that chance (other callers, uneven ways) does not empty it."""
@@ -235,9 +239,7 @@ class RateController:
                 self._sent.popleft()
         self._begin()
         if self._blackouts.windowed:
-            self._fill(now)
-            left = self.typical - max(self._rest_until - now, 0.0) * self.pace(now)
-            self._bucket.take(now, self._bucket.level(now) - left)
+            self._set_level(now, self.typical - max(self._rest_until - now, 0.0) * self.pace(now))
             return self._barren >= 1
         # after the first one as long again, to see what became of the rest of the burst
         self._drain(now, now - sent.at if self._first is not None else 0.0)
@@ -250,9 +252,8 @@ class RateController:
 
     def _drain(self, now: float, pause: float) -> None:
         """The provider's bucket is empty, and so is this one; for `pause` seconds it gives nothing."""
-        self._fill(now)
         level = -self._cushion() if self._has_credit and not self.guessed else 0.0
-        self._bucket.take(now, self._bucket.level(now) - level + pause * self.pace(now))
+        self._set_level(now, level - pause * self.pace(now))
 
     def _in_vain(self, now: float) -> bool:
         """Whether refusals come at any pace; then what counts is what a pace brings."""
