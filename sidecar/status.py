@@ -99,5 +99,5 @@ def _rate(learned: RateController, unit: str, now: float) -> str:
         return f"their pace, {pace}: the provider's limit is not known yet"
     return (
         f"the provider's {unit.removesuffix('s')} limit: {number(learned.limit)} {unit}/s, "
-        f"learned {duration(now - learned.changed_at)} ago, paced at {number(learned.pace(now))}"
+        f"learned {duration(now - learned.estimate.changed_at)} ago, paced at {number(learned.pace(now))}"
     )

@@ -147,7 +147,7 @@ class Watch:
         if moved or not everyday:
             self._told[learned] = (state, learned.limit)
             limit = "unknown" if learned.limit == inf else f"{learned.limit:.3g} {unit}/s"
-            log.info("%s: the limit of %s is %s (%s): %s", backend, model, limit, state, learned.changed_why)
+            log.info("%s: the limit of %s is %s (%s): %s", backend, model, limit, state, learned.estimate.changed_why)
 
     def _summarise(self, now: float) -> None:
         """One line for all refusals since the last one."""

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections import deque
 from math import inf
 
+from .estimate import SUREST, Estimate
 from .history import History
+from .policer import Interval
+from .states import State
 
 #: A window that was used up is taken to be at most so long: quotas are told by the minute.
 WINDOW_SECONDS = 60.0
@@ -19,6 +22,8 @@ FITS = 0.25
 SHORTEST_LOOK = 0.02
 #: What held less than this share of a window was none.
 LESS = 0.6
+#: A blackout in which less than so many requests would have gone out is a pause between two of them.
+PAUSE = 3.0
 
 
 class Blackouts:
@@ -30,8 +35,8 @@ class Blackouts:
     """
 
     __slots__ = (
-        "_before", "_full_at", "_least", "_most", "_refused_at", "_since", "began", "history", "lost_seconds", "window",
-        "windowed",
+        "_before", "_full_at", "_least", "_most", "_refused_at", "_since", "barren", "began", "explained_by", "history",
+        "lost_seconds", "next_at", "window", "windowed",
     )  # fmt: skip
 
     def __init__(self, now: float) -> None:
@@ -44,6 +49,12 @@ class Blackouts:
         """The quota is one of windows."""
         self.window = 0.0
         """What such a window holds, or would if the last blackout was one's end."""
+        self.next_at = now
+        """When the next window begins, if one is used up."""
+        self.barren = 0
+        """Refusals with nothing taken between."""
+        self.explained_by: float | None = None
+        """The least limit that explains the refusal that is punished, if that came too early."""
         self._least, self._most = 0.0, WINDOW_SECONDS  # seconds of a window
         self._since: float | None = None  # the present one is used up, and was begun then
         self._before: deque[tuple[float, float, float]] = deque(maxlen=2)  # what blackouts showed
@@ -105,27 +116,57 @@ class Blackouts:
         self.lost_seconds = 0.0 if self.windowed else step
         return taken / max(min(seconds, WINDOW_SECONDS), 1e-3)
 
-    def full(self, at: float, typical: float) -> float | None:
-        """The window is used up, as a refusal shows that was sent at that time. When the next begins, if it fits."""
+    def early(self, interval: Interval, estimate: Estimate) -> None:
+        """A refusal came too early that is likely to be punished: what it says counts as far as that agrees."""
+        if not estimate.has_credit:  # else what was taken in close succession would have been refused
+            estimate.burst = 2.0 * estimate.typical
+        self.explained_by = interval.rate(inf)[0]
+
+    def learn(self, now: float, seconds: float, whole: float, estimate: Estimate, *, guessed: bool) -> None:
+        """What the last one, of so many seconds, says of the limit; at `whole` was taken, blackout and all."""
+        if self.windowed:
+            estimate.know(self.rate, self.unsure)
+            estimate.to(now, State.ASSESS, f"everything was refused for {seconds:.1f} s")
+        elif seconds * estimate.limit < PAUSE * estimate.typical:
+            self.lost_seconds = 0.0
+        else:
+            if guessed:
+                estimate.limit = max(estimate.limit, whole)
+            elif self.explained_by is not None:
+                limit = max(whole, self.explained_by, (1.0 - 1.5 * estimate.unsure) * estimate.limit)
+                estimate.know(min(limit, estimate.limit), 1.5 * estimate.unsure)
+            estimate.unsure = max(estimate.unsure, 3 * SUREST)
+            estimate.to(now, State.ASSESS, f"refused, and everything with it for {seconds:.1f} s")
+
+    def lost(self, estimate: Estimate) -> float:
+        """What each refusal costs, beyond what a burst makes good."""
+        return max(self.lost_seconds * estimate.limit - 0.7 * estimate.burst, 0.0)
+
+    def full(self, now: float, at: float, estimate: Estimate) -> bool:
+        """Whether a refusal that was sent at that time fits to a window that is used up; then `next_at` is known."""
         if self._since is not None and (next_at := self.history.next(self._full_at)) is not None:
             self._between(self._least, max(next_at - self._since, self._least))  # nothing was refused then
         self._full_at = at
         since = self._since = self.history.back(at, self.window)
         if since is None or at - since > (1.0 + FITS) * self._most:
             self.windowed = False
-            return None
-        before = self.history.back(since, self.window + typical)
+            return False
+        before = self.history.back(since, self.window + estimate.typical)
         # no more than that was taken in the window before, though nothing was refused
         self._between(at - since, max(self._most if before is None else since - before, at - since))
-        return since + self._seconds
+        self.next_at = since + self._seconds
+        estimate.know(self.rate, self.unsure)
+        estimate.to(now, State.STEADY, "a window is used up")
+        return True
 
-    def risen(self, now: float, typical: float) -> bool:
+    def risen(self, now: float, estimate: Estimate) -> bool:
         """More was taken than was thought to be allowed. Whether that fits to a window, a little shorter."""
-        since = self.history.back(now, self.window + typical)
+        since = self.history.back(now, self.window + estimate.typical)
         if since is None or now - since < (1.0 - FITS) * self._least:
             self.windowed = False
         else:
             self._between(min(self._least, now - since), now - since)
+            estimate.know(self.rate, self.unsure)
         return self.windowed
 
     def _between(self, least: float, most: float) -> None:

@@ -11,7 +11,9 @@ from __future__ import annotations
 from collections import deque
 from math import inf
 
-from .policer import Sent, rate_between
+from .estimate import SUREST, Estimate
+from .policer import Interval
+from .states import State
 
 #: So many refusals are to be explained, with no more than so many calls between any two of them.
 REFUSALS, MOST_CALLS = 4, 60
@@ -29,39 +31,40 @@ class Fit:
     __slots__ = ("_between",)
 
     def __init__(self) -> None:
-        self._between: deque[tuple[float, list[Sent], Sent]] = deque(maxlen=REFUSALS)
-
-    def add(self, empty_at: float, taken: list[Sent], refused: Sent) -> None:
-        """One more refusal; the bucket was empty at `empty_at`, and gave `taken` since."""
-        self._between.append((empty_at, taken, refused))
+        self._between: deque[Interval] = deque(maxlen=REFUSALS)
 
     def forget(self) -> None:
         """What came before does not count: the limit has moved, or other rules were at work."""
         self._between.clear()
 
-    def another(self, burst: float, typical: float) -> tuple[float, float, float] | None:
+    def refused(self, now: float, interval: Interval, estimate: Estimate) -> bool:
         """
-        Another burst, and the lowest and highest limit with it.
+        One more. Whether another burst, and only that, explains them; then it is learned, with the limit.
 
-        None if the present one explains the refusals, or if none does: then the limit has moved, and only the last
-        refusal counts from now on.
+        If none does, the limit has moved, and only the last refusal counts from now on.
         """
+        self._between.append(interval)
+        burst, typical = estimate.burst, estimate.typical
         if len(self._between) < 2 or burst > SMALL * typical or self._bounds(burst) is not None:
-            return None
-        if any(len(taken) > MOST_CALLS for _, taken, _ in self._between):
-            return None
+            return False
+        if any(len(interval.taken) > MOST_CALLS for interval in self._between):
+            return False
         for factor in TRIED:
             tried = factor * burst
             if tried >= typical and (bounds := self._bounds(tried)) is not None:
-                return tried, *bounds
+                low, high = bounds
+                estimate.burst = tried
+                estimate.know((low + high) / 2, (high - low) / (low + high), surest=3 * SUREST)
+                estimate.to(now, State.ASSESS, "refused: the bucket holds more or less than was thought")
+                return True
         while len(self._between) > 1:
             self._between.popleft()
-        return None
+        return False
 
     def _bounds(self, burst: float) -> tuple[float, float] | None:
         low, high = 0.0, inf
-        for empty_at, taken, refused in self._between:
-            least, most = rate_between(empty_at, taken, refused.at, refused.amount, burst)
+        for interval in self._between:
+            least, most = interval.rate(burst)
             low, high = max(low, least), min(high, most)
             if low > (1.0 + MEET) * high:
                 return None

@@ -44,6 +44,10 @@ class History:
             total += amount
         return total
 
+    def rate(self, now: float, seconds: float) -> float:
+        """The amount a second, in the last few seconds."""
+        return self.since(now - seconds) / seconds
+
     def back(self, at: float, amount: float) -> float | None:
         """The time from which on so much was sent until `at`; None if less was."""
         number = int(at / self.BIN)

@@ -141,7 +141,8 @@ class Limits:
             self.growth.sent(now, bound == "growth")
             cost = self.cost(ticket)
             share = 0.05 if self._answers else 1.0 / self.permits.in_flight  # the mean of all until the first answer
-            self.tokens.typical += share * (cost - self.tokens.typical)
+            usual = self.tokens.estimate
+            usual.typical += share * (cost - usual.typical)
             attempt.tokens = self.tokens.sent(now, cost, bound == "token_rate")
         return attempt
 
@@ -361,7 +362,7 @@ class Limits:
 
     def learned(self) -> dict[str, dict[str, float]]:
         """What is worth remembering over a restart, by dimension. Rates are a second."""
-        known = {"requests": self.requests.learned(), "tokens": self.tokens.learned()}
+        known = {"requests": self.requests.estimate.learned(), "tokens": self.tokens.estimate.learned()}
         if self.permits.learned < inf:
             known["concurrency"] = {"limit": self.permits.learned}
         return {dimension: values for dimension, values in known.items() if values is not None}

@@ -11,8 +11,12 @@ Linux' BBR estimates a policer's rate in the same way (`lt_bw` in net/ipv4/tcp_b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from math import inf
+
+#: Sends remembered at most: beyond this many since a refusal, the rate is known better than it will stay true.
+MOST_REMEMBERED = 1000
 
 
 class Sent:
@@ -26,6 +30,58 @@ class Sent:
         self.bound = bound
         """It had to wait for this dimension: more would have been sent."""
         self.refused = False
+
+
+class Interval:
+    """Between two refusals: the first left the bucket empty at `start`, and it gave `taken` until it refused one."""
+
+    __slots__ = ("refused", "start", "taken", "total")
+
+    def __init__(self, start: float, taken: list[Sent], refused: Sent) -> None:
+        self.start = start
+        self.taken = taken
+        self.refused = refused
+        self.total = sum(one.amount for one in taken)
+
+    def rate(self, burst: float) -> tuple[float, float]:
+        """The lowest and the highest rate that explain it; see `rate_between`."""
+        return rate_between(self.start, self.taken, self.refused.at, self.refused.amount, burst)
+
+    @property
+    def mostly_bound(self) -> bool:
+        """It was used to the limit, but for a fifth."""
+        return sum(one.amount for one in self.taken if one.bound) >= 0.8 * self.total
+
+
+class Trace:
+    """What was sent since the provider's bucket was last known to be empty: since the last refusal, mostly."""
+
+    __slots__ = ("_sent", "start")
+
+    def __init__(self, now: float) -> None:
+        self.start = now
+        """When it was empty."""
+        self._sent: deque[Sent] = deque()
+
+    def __iter__(self) -> Iterator[Sent]:
+        return iter(self._sent)
+
+    def add(self, one: Sent) -> None:
+        """One more. Where they are too many, what the bucket held before the later half is taken to be nothing."""
+        self._sent.append(one)
+        if len(self._sent) > MOST_REMEMBERED:
+            for _ in range(MOST_REMEMBERED // 2):
+                self.start = self._sent.popleft().at
+
+    def until(self, refused: Sent) -> Interval:
+        """What was taken since then, until this one was refused."""
+        return Interval(self.start, [one for one in self._sent if not one.refused and one.at <= refused.at], refused)
+
+    def emptied(self, at: float) -> None:
+        """The bucket was empty at that time too, so that what was sent before shows nothing more."""
+        self.start = at
+        while self._sent and self._sent[0].at <= at:
+            self._sent.popleft()
 
 
 def level_after(start: float, level: float, sent: Sequence[Sent], *, at: float, rate: float, burst: float) -> float:

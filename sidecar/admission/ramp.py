@@ -10,10 +10,8 @@ from __future__ import annotations
 
 from math import exp
 
-#: A ramp begins at this share below the limit, at least and at most.
-SUREST, UNSUREST = 0.01, 0.3
-#: What is less sure than that is vague: more may be allowed, whatever was spent.
-VAGUE = 0.05
+from .estimate import SUREST, UNSUREST, VAGUE, Estimate
+
 #: A ramp's length as a share of the calls that pay for one refusal.
 RAMP, RAMP_NO_CREDIT = 1.0, 1.4
 #: Beyond its length the credit of a bucket is spent at this share above the limit at least and at most: between them so
@@ -53,7 +51,6 @@ class Ramp:
         self._refusals = 0  # since a ramp ended as it should
         self._each = 1.0  # refusals that it takes to end one, smoothed
         self._haste = FIRST_HASTE
-        self.begin(1.0, 1.0, 1.0, UNSUREST, 0.0)
 
     def refused(self) -> None:
         """One refusal."""
@@ -74,23 +71,14 @@ class Ramp:
             self._haste = min(self._haste * HASTE_LEFT, 1.0)
         self._refusals = 0
 
-    def begin(
-        self,
-        limit: float,
-        burst: float,
-        typical: float,
-        unsure: float,
-        refusal_seconds: float,
-        *,
-        lost: float = 0.0,
-        window: float = 0.0,
-    ) -> None:
+    def begin(self, estimate: Estimate, refusal_seconds: float, *, lost: float = 0.0, window: float = 0.0) -> None:
         """
-        Start again at the foot: the limit is known to within a share of `unsure`.
+        Start again at the foot, with what is known now.
 
         `lost` is what each refusal costs where it is punished; `window` is what a window holds where one was used up.
         """
-        self._unsure = unsure
+        limit, burst, typical = estimate.limit, estimate.burst, estimate.typical
+        unsure = self._unsure = estimate.unsure
         self._no_credit = burst < 2.0 * typical and not window
         self._credit = SPENT * burst + typical
         self._excess = min(max(typical / (limit * max(refusal_seconds, 1e-3)), LEAST_EXCESS), MOST_EXCESS)

@@ -11,6 +11,10 @@ from __future__ import annotations
 from collections import deque
 from math import exp, inf
 
+from .estimate import RECALLED, Estimate
+from .fit import SMALL
+from .states import State
+
 #: The account is taken to be shared for so long.
 SHARED_SECONDS = 240.0
 #: What a refusal leaves, and growth a second, the same for all who share, so that the larger shrinks.
@@ -24,37 +28,80 @@ OFTEN, OFTEN_CALLS = 7, 30
 SLOWER, SLOWER_CALLS, LATE_CALLS = 0.75, 70, 25
 
 
-class Refusals:
-    """The latest ones: whether a slower pace was of any use."""
+class Share:
+    """Whether others use the account, as refusals show it, and what the pace does then."""
 
-    __slots__ = ("_all", "_below", "calls")
+    __slots__ = ("_all", "_below", "_calls", "_until", "climb")
 
     def __init__(self) -> None:
-        self.calls = 0
-        """Calls that went out."""
+        self.climb: Climb | None = None
+        """While refusals come at any pace."""
+        self._calls = 0  # that went out
+        self._until = -inf
         self._all: deque[tuple[int, float]] = deque(maxlen=OFTEN)
         self._below: deque[int] = deque(maxlen=OFTEN)
 
-    def add(self, limit: float, *, below: bool) -> None:
-        """One more at this limit; `below`: at a pace that should have been slow enough."""
-        self._all.append((self.calls, limit))
-        if below:
-            self._below.append(self.calls)
+    def begin(self, now: float, estimate: Estimate) -> None:
+        """Refusals come too often for one user of the account."""
+        self._until = now + SHARED_SECONDS
+        estimate.limit *= CUT
+        estimate.to(now, State.SHARED, "refused too often for one user of the account")
 
-    def in_vain(self) -> tuple[float, float] | None:
-        """If they come at any pace: the highest limit of late, and the share of calls that was refused."""
-        if len(self._all) < OFTEN:
-            return None
+    def refused(self, now: float, estimate: Estimate) -> bool:
+        """A refusal while others share the account, which shows no limit. False if that is over, and it does."""
+        if now >= self._until:
+            estimate.to(now, State.ASSESS, "the account seems to be ours alone again")
+            return False
+        if now > estimate.changed_at + EPISODE_SECONDS:
+            estimate.limit *= CUT
+            estimate.changed(now, "refused while others share the account")
+        return True
+
+    @property
+    def factor(self) -> float:
+        """The pace as a share of the limit."""
+        return 1.0 if self.climb is None else self.climb.factor
+
+    def growth(self, seconds: float) -> float:
+        """What the limit is multiplied by after so many seconds in which it held calls back."""
+        return exp(GROWTH * seconds) if self.climb is None else 1.0
+
+    def add(self, limit: float, *, below: bool) -> None:
+        """One refusal while the account was ours alone; `below`: at a pace that should have been slow enough."""
+        self._all.append((self._calls, limit))
+        if below:
+            self._below.append(self._calls)
+
+    def in_vain(self, now: float, estimate: Estimate) -> bool:
+        """Whether refusals come at any pace; then what counts is what a pace brings."""
+        if len(self._all) < OFTEN or estimate.burst > SMALL * estimate.typical:
+            return False  # a larger bucket refuses only whoever is too fast
         began, _ = self._all[0]
         third, limit = self._all[-3]
         highest = max(limit for _, limit in self._all)
-        slower = self.calls - began <= SLOWER_CALLS and self.calls - third <= LATE_CALLS and limit <= SLOWER * highest
-        often = len(self._below) == OFTEN and self.calls - self._below[0] <= OFTEN_CALLS
+        slower = self._calls - began <= SLOWER_CALLS and self._calls - third <= LATE_CALLS and limit <= SLOWER * highest
+        often = len(self._below) == OFTEN and self._calls - self._below[0] <= OFTEN_CALLS
         if not often and not slower:
-            return None
+            return False
         self._all.clear()
         self._below.clear()
-        return highest, OFTEN / (self.calls - began + 1)
+        self.climb = Climb(now, OFTEN / (self._calls - began + 1))
+        estimate.limit = highest
+        estimate.to(now, State.SHARED, "refused at any pace: others use the account too")
+        return True
+
+    def sent(self, now: float, estimate: Estimate, refusal_seconds: float, pace: float) -> bool:
+        """One more call goes out, at this pace. Whether that ends a climb: no refusals come any more."""
+        self._calls += 1
+        if self.climb is None:
+            return False
+        estimate.limit *= self.climb.sent(now, refusal_seconds, pace / estimate.typical)
+        if not self.climb.needless:
+            return False
+        self.climb = None
+        estimate.unsure = RECALLED
+        estimate.to(now, State.ASSESS, "the account seems to be ours alone again")
+        return True
 
 
 class Climb:
@@ -140,14 +187,16 @@ class Climb:
         self._row = 0
         self._share *= 0.95
 
-    def refused(self, sent_at: float) -> None:
-        """A call that was sent at that time was refused."""
+    def refused(self, sent_at: float) -> float:
+        """A call that was sent at that time was refused. Returns what the limit is multiplied by."""
+        before = self.in_vain
         self._row += 1
         self._share += 0.05 * (1.0 - self._share)
         if sent_at < self._began:
             self._refused[not self._high] += 1.0
         elif sent_at > self._settled:
             self._refused[self._high] += 1.0
+        return CUT if self.in_vain and not before else 1.0
 
     @property
     def in_vain(self) -> bool:

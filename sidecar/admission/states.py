@@ -18,7 +18,3 @@ class State(StrEnum):
     """The pace is above the limit, to see whether it has risen."""
     SHARED = "shared"
     """Others use the account too: no limit of one's own can be learned, only a share be kept."""
-
-
-#: What a refusal that comes too early takes off, the first and the second time; the third time it is measured.
-CUTS = (0.985, 0.94)

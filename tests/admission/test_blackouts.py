@@ -11,10 +11,17 @@ from backends.simulated import Profile
 from bench.sim.table import SYSTEMS, Scenario, play, poisson, saturated, share
 from sidecar.admission.blackout import Blackouts
 from sidecar.admission.controller import RateController
+from sidecar.admission.estimate import UNSUREST, Estimate
 from sidecar.admission.first import FirstBurst
 from sidecar.admission.history import History
 from sidecar.admission.policer import Sent
-from sidecar.admission.ramp import UNSUREST, Ramp
+from sidecar.admission.ramp import Ramp
+
+
+def known(limit, burst, unsure):
+    estimate = Estimate(0.0, 1.0)
+    estimate.limit, estimate.burst, estimate.unsure = limit, burst, unsure
+    return estimate
 
 
 def bucket(rate, **more):
@@ -87,13 +94,17 @@ def test_a_refusal_at_an_even_pace_tells_how_long_a_window_is(held, seconds, exc
     """What is sent a little too fast into a window that slides is refused when the first of it is as old as one."""
     blackouts = Blackouts(0.0)
     blackouts.windowed, blackouts.window = True, float(held)
+    estimate = Estimate(0.0, 1.0)
     gap = seconds / (held * (1.0 + excess))
     calls = held * 5 // 2
     for call in range(calls):
         blackouts.history.add(10.0 + call * gap, 1.0)
-    blackouts.full(10.0 + calls * gap, 1.0)
+    at = 10.0 + calls * gap
+    blackouts.full(at, at, estimate)
     assert blackouts.rate == pytest.approx(held / (held * gap), rel=1.5 / held + 0.1 / seconds)
-    assert 10.0 + calls * gap <= blackouts.full(10.0 + calls * gap, 1.0) <= 10.0 + (calls + 1) * gap + 0.1
+    assert blackouts.full(at, at, estimate)
+    assert at <= blackouts.next_at <= at + gap + 0.1
+    assert estimate.limit == blackouts.rate
 
 
 def test_windows_are_known_though_one_of_them_ended_between_two_blackouts():
@@ -138,7 +149,7 @@ def test_a_ramp_begins_below_the_limit_only_rises_and_comes_to_its_end(
     limit, burst_seconds, unsure, refusal_seconds, lost
 ):
     ramp = Ramp(0.005)
-    ramp.begin(limit, max(limit * burst_seconds, 1.0), 1.0, unsure, refusal_seconds, lost=lost)
+    ramp.begin(known(limit, max(limit * burst_seconds, 1.0), unsure), refusal_seconds, lost=lost)
     height = ramp.height()
     assert height == pytest.approx(1.0 - unsure)
     for _ in range(20_000):
@@ -152,7 +163,7 @@ def test_a_ramp_begins_below_the_limit_only_rises_and_comes_to_its_end(
 
 def test_a_limit_that_moved_is_looked_at_again_sooner_and_later_each_time_it_stays():
     def calls():
-        ramp.begin(10.0, 10.0, 1.0, 0.01, 0.05)
+        ramp.begin(known(10.0, 10.0, 0.01), 0.05)
         count = 0
         while ramp.along < 1.0:
             ramp.grow(0.1, 1.0, 1.0)
@@ -176,7 +187,8 @@ def test_a_limit_that_moved_is_looked_at_again_sooner_and_later_each_time_it_sta
 def test_a_first_burst_is_explained_by_the_limit_and_the_credit_that_it_gives(seconds, taken):
     sent = [Sent(seconds * number / taken, 1.0, bound=False) for number in range(taken)]
     first = FirstBurst(seconds, 0.0, sent)
-    limit, burst = first.guess(1.0)
+    estimate = Estimate(0.0, 1.0)
+    first.guess(estimate, refusal_seconds=inf)  # so that nothing is looked for beyond
     assert first.is_burst
-    assert limit * seconds + burst == pytest.approx(taken)
-    assert 0.0 < limit < inf
+    assert estimate.limit * seconds + estimate.burst == pytest.approx(taken)
+    assert 0.0 < estimate.limit < inf

@@ -74,7 +74,7 @@ def test_the_first_refusal_leads_from_start_to_assess_and_shows_the_burst():
     world = World(rate=10.0, burst=7.0)
     world.run(0.06)
     assert world.control.state is State.ASSESS
-    assert world.control.burst == pytest.approx(7.0, abs=1.0)
+    assert world.control.estimate.burst == pytest.approx(7.0, abs=1.0)
 
 
 def test_assess_leads_to_steady_once_the_limit_is_known_well():
@@ -123,7 +123,7 @@ def test_a_burst_of_refusals_counts_once_by_its_send_times():
     burst = [control.sent(0.0, 1.0, bound=False) for _ in range(16)]
     for sent in burst[10:]:
         control.refused(0.05, sent)
-    assert control.burst == pytest.approx(10.0)
+    assert control.estimate.burst == pytest.approx(10.0)
     limit = control.limit
     late = control.sent(0.06, 1.0, bound=False)
     control.accepted(0.5, late)
@@ -178,7 +178,7 @@ def test_a_bucket_with_credit_that_was_taken_for_one_without_is_found_out():
     world.bucket.level = 0.0
     world.control.recall(0.0, 1.2, 1.0)
     world.run(1800.0)
-    assert world.control.burst > 1.2
+    assert world.control.estimate.burst > 1.2
     assert world.refused <= 0.01 * world.calls
     assert world.control.limit == pytest.approx(1.2, rel=0.05)
 

@@ -139,7 +139,7 @@ def test_permits_follow_the_pace_however_long_it_has_run():
 
     answer(0, 200)
     few = limits.permits.size
-    limits.requests.limit = 100.0
+    limits.requests.estimate.limit = 100.0
     answer(200, 220)
     assert limits.permits.size > 5 * few
 

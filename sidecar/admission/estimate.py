@@ -1,0 +1,138 @@
+"""What is known of one dimension's limit: how high it is, how much is let through at once, and how sure that is."""
+
+from __future__ import annotations
+
+from math import inf
+from typing import Any
+
+from .policer import Interval
+from .start import START_CREDIT
+from .states import State
+
+#: How unsure a limit is, as a share of it, at least and at most.
+SUREST, UNSUREST = 0.01, 0.3
+#: What is less sure than that is vague: more may be allowed, whatever was spent.
+VAGUE = 0.05
+#: The least that a limit can be, in usual requests a second: one in an hour.
+LEAST = 1 / 3600
+#: Seconds of the limit that a bucket is taken to hold at most.
+MOST_BURST_SECONDS = 6.0
+#: How uncertain a limit that was learned before a restart is at least.
+RECALLED = 0.1
+#: What one event leaves of the limit at least.
+LARGEST_CUT = 0.3
+#: A limit that is another by this share has moved.
+MOVED = 0.2
+
+
+class Estimate:
+    """A provider's bucket, as far as refusals have shown. Rates and amounts are in the dimension's unit."""
+
+    __slots__ = ("burst", "changed_at", "changed_why", "limit", "state", "typical", "unsure")
+
+    def __init__(self, now: float, typical: float) -> None:
+        self.state = State.START
+        self.limit = inf
+        """What may be sent a second; infinite while nothing was ever refused."""
+        self.burst = START_CREDIT * typical
+        """What the provider is taken to let through at once after a pause."""
+        self.unsure = UNSUREST
+        """The share by which the limit may be off."""
+        self.typical = typical
+        """The amount of a usual request."""
+        self.changed_at = now
+        self.changed_why = "nothing was refused yet"
+
+    def to(self, now: float, state: State, why: str) -> None:
+        """Another state."""
+        self.state = state
+        self.changed(now, why)
+
+    def changed(self, now: float, why: str) -> None:
+        """Tell operators that it changed, and why."""
+        self.changed_at = now
+        self.changed_why = why
+
+    @property
+    def has_credit(self) -> bool:
+        """A pause saves up more than the next request."""
+        return self.burst >= 2.0 * self.typical
+
+    @property
+    def cushion(self) -> float:
+        """What is left in the provider's bucket, so that chance (other callers, uneven ways) does not empty it."""
+        return min(max(0.1 * self.burst, self.typical), 3.0 * self.typical)
+
+    def bounds(self, interval: Interval) -> tuple[float, float]:
+        """The lowest and the highest limit that explain what was taken between two refusals."""
+        low, high = interval.rate(self.burst)
+        for _ in range(2):  # a limit that has risen has mostly risen with its credit
+            risen = (low + high) / 2 / self.limit
+            if risen < 1.0 + MOVED or self.unsure > VAGUE or not self.has_credit:
+                break
+            low, high = interval.rate(risen * self.burst)
+        return low, high
+
+    def know(self, limit: float, unsure: float, *, surest: float = SUREST) -> None:
+        """Take this for the limit, to within that share."""
+        self.limit = limit
+        self.unsure = min(max(unsure, surest), UNSUREST)
+
+    def narrow(self, low: float, high: float, *, blur: float = 0.0, anew: bool = False) -> bool:
+        """
+        A refusal bounds the limit, and no better than to within a share of `blur`. Whether it shows that it has moved.
+
+        `anew`: whatever was thought of it before does not count.
+        """
+        width, middle = max((high - low) / (low + high), blur), (low + high) / 2
+        if self.unsure >= UNSUREST:  # as high as that leaves: few calls hardly bound it from below
+            middle = max(middle, high / (1.0 + UNSUREST))
+        if not anew and low <= self.limit <= high:
+            limit = self.limit + self.unsure / (self.unsure + width) * (middle - self.limit)
+            self.know(limit, min(width, 0.6 * self.unsure))
+            return False
+        moved = self.replace(middle)
+        self.know(self.limit, width)
+        return moved
+
+    def replace(self, limit: float) -> bool:
+        """Another limit. One that was known well has moved, and its credit with it: whether that is so."""
+        limit = max(limit, LARGEST_CUT * self.limit)
+        moved = self.unsure <= VAGUE and abs(limit / self.limit - 1.0) > MOVED
+        if moved and self.has_credit:
+            self.burst = max(self.burst * limit / self.limit, 2.0 * self.typical)
+        self.limit = limit
+        return moved
+
+    def spent(self) -> None:
+        """As much was taken at once as was thought to be there, and perhaps more is."""
+        self.burst = min(1.05 * self.burst, MOST_BURST_SECONDS * self.limit)
+
+    def overspent(self, low: float) -> None:
+        """A burst was refused, of calls that came below the limit, which is at least so high."""
+        self.burst = max(0.85 * self.burst, self.typical)
+        self.limit = max(self.limit, low)
+
+    def learned(self) -> dict[str, float] | None:
+        """What is worth remembering over a restart, as `recall` takes it; None while nothing was learned."""
+        if self.limit == inf:
+            return None
+        return {"limit": self.limit, "burst": self.burst, "uncertainty": self.unsure}
+
+    def recall(self, limit: float, burst: float, uncertainty: float) -> None:
+        """Begin with what was learned before a restart."""
+        self.burst = max(burst, self.typical)
+        self.know(limit, uncertainty, surest=RECALLED)
+
+    def status(self, now: float, pace: float) -> dict[str, Any]:
+        """What was learned, and when and why it last changed, for operators."""
+        known = self.limit < inf
+        return {
+            "state": self.state.value,
+            "learned": round(self.limit, 3) if known else None,
+            "pace": None if pace == inf else round(pace, 3),
+            "burst": round(self.burst, 1) if known else None,
+            "uncertainty": round(self.unsure, 3) if known else None,
+            "changed_seconds_ago": round(now - self.changed_at, 1),
+            "changed_why": self.changed_why,
+        }
