@@ -51,6 +51,10 @@ class Timings:
     """The first byte of the answer was there."""
 
 
+#: Takes a piece of a stream; False: no more for now.
+Take = Callable[[bytes], bool]
+
+
 class Usage(NamedTuple):
     """LLM tokens as the provider counted them."""
 
@@ -73,6 +77,11 @@ class Reply:
     """End-to-end response headers that may reach the caller, `Content-Type` included, no `Content-Length`."""
     body: bytes = b""
     chunks: AsyncIterator[bytes] | None = None
+    pour: Callable[[Take], Awaitable[bool]] | None = None
+    """The same pieces as from `chunks`, each given away in the instant in which it comes, and no task woken for it.
+
+    Returns whether that was the last: False where no more was taken for now, and it is to be called again.
+    """
     usage: Usage | None = None
     failure: BackendError | None = None
     closer: Callable[[], Awaitable[None]] | None = None

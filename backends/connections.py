@@ -10,8 +10,9 @@ import asyncio
 import contextlib
 import socket
 from collections import deque
+from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 from urllib.request import getproxies, proxy_bypass
 
 import aiohttp
@@ -20,7 +21,7 @@ from aiohttp.client_reqrep import ClientRequest
 from aiohttp.http import HttpProcessingError, StreamWriter
 from yarl import URL
 
-from backends.base import Timings
+from backends.base import Take, Timings
 from backends.headers import head_of
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ _SLICE = 256 * 1024
 #: Bytes of an answer that are read ahead of who takes them. A stream whose reader stops holds no more than twice these.
 _READ_AHEAD_BYTES = 64 * 1024
 _BODILESS = frozenset({"GET", "HEAD", "OPTIONS"})
+_BODILESS_ANSWERS = frozenset((204, 304, *range(100, 200)))
 
 
 class NotHTTP(aiohttp.ClientError):
@@ -62,6 +64,30 @@ class Connector(aiohttp.TCPConnector):
 class _Protocol(ResponseHandler):
     """A connection."""
 
+    heard: Callable[[], None] | None = None
+    """Is told of everything that came, once it is parsed, and of the end."""
+
+    def data_received(self, data: bytes) -> None:
+        """Parse what came, and pass it on. As aiohttp does it, but for timeouts and websockets that nobody asks for."""
+        if self._parser is None or self._upgraded:
+            super().data_received(data)
+            return
+        try:
+            messages, self._upgraded, _ = self._parser.feed_data(data)
+        except Exception as error:  # noqa: BLE001  as aiohttp: whatever the parser finds
+            if self.transport is not None:
+                self.transport.close()
+            self.set_exception(HttpProcessingError(), error)
+        else:
+            for message, payload in messages:
+                if message.should_close:
+                    self._should_close = True
+                self._payload = payload
+                bodiless = self._skip_payload or message.code in _BODILESS_ANSWERS
+                self.feed_data((message, aiohttp.EMPTY_PAYLOAD if bodiless else payload))
+        if self.heard is not None:
+            self.heard()
+
     def resume_reading(self, resume_parser: bool = True) -> None:
         """Read on after a pause. aiohttp calls this after every read of a body, and would parse nothing each time."""
         if self._reading_paused:
@@ -72,6 +98,8 @@ class _Protocol(ResponseHandler):
         if exc is not None and self._payload is not None and not self._payload.is_eof():
             self._payload.set_exception(aiohttp.ClientPayloadError(), exc)
         super().connection_lost(exc)
+        if self.heard is not None:
+            self.heard()
 
 
 class Upstream:
@@ -213,6 +241,20 @@ class Response:
         """The media type, in lower case and without its parameters."""
         return self.headers.get("Content-Type", "").partition(";")[0].strip().lower()
 
+    async def pour(self, take: Take) -> bool:
+        """Give the body away as it comes; see `Reply.pour`. Raises `aiohttp.ClientError`."""
+        protocol = None if self._connection is None else cast("_Protocol", self._connection.protocol)
+        pouring = _Pouring(self.content, take)
+        if protocol is not None:  # else all of it has come
+            protocol.heard = pouring.go_on
+        pouring.go_on()
+        try:
+            return await pouring.ended
+        finally:
+            if protocol is not None:
+                protocol.heard = None
+            del pouring.ended  # an error in it holds the frame that holds it
+
     def drop(self) -> None:
         """Close the connection at once if it is still ours; that of a body read to its end may serve another by now."""
         connection, self._connection = self._connection, None
@@ -228,6 +270,40 @@ class Response:
         elif self._connection is not None:
             self._upstream.keep(self._connection)
             self._connection = None
+
+
+class _Pouring:
+    """A body on its way to who takes it, in the connection's own callbacks."""
+
+    __slots__ = ("_busy", "_content", "_take", "ended")
+
+    def __init__(self, content: aiohttp.StreamReader, take: Take) -> None:
+        self.ended: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        """Whether the body is whole; False where no more was taken."""
+        self._content = content
+        self._take = take
+        self._busy = False
+
+    def go_on(self) -> None:
+        """Give away what is there."""
+        if self._busy or self.ended.done():
+            return  # to read may let more in, in the midst of it
+        self._busy = True
+        content = self._content
+        try:
+            come = -1
+            while come < content.total_bytes:
+                come = content.total_bytes
+                piece = content.read_nowait()
+                if piece and not self._take(piece):
+                    self.ended.set_result(False)
+                    return
+            if content.is_eof():
+                self.ended.set_result(True)
+        except Exception as error:  # noqa: BLE001  who waits has to know, and not aiohttp
+            self.ended.set_exception(error)
+        finally:
+            self._busy = False
 
 
 async def _send_slices(protocol: ResponseHandler, body: bytes) -> None:

@@ -20,6 +20,7 @@ from backends.base import (
     Reply,
     Request,
     ServerFailed,
+    Take,
     Timings,
     Unreachable,
 )
@@ -230,7 +231,7 @@ class DashScopeBackend:
             raise watch.failure or ServerFailed("the provider's stream ended before any content")
         reply = Reply(status=response.status, headers=end_to_end(response.headers))
         chunks = _Chunks(reply, response, watch, preface, self._explained)
-        reply.chunks, reply.closer = chunks, chunks.aclose
+        reply.chunks, reply.pour, reply.closer = chunks, chunks.pour, chunks.aclose
         return reply
 
     def _explained(self, error: aiohttp.ClientError) -> BackendError:
@@ -293,6 +294,25 @@ class _Chunks:
         self._watch.end()
         self._settle()
         raise StopAsyncIteration
+
+    async def pour(self, take: Take) -> bool:
+        while self._preface:
+            if not take(self._preface.popleft()):
+                return False
+
+        def look_and_take(piece: bytes) -> bool:
+            self._watch.feed(piece)
+            return take(piece)
+
+        try:
+            whole = await self._response.pour(look_and_take)
+        except aiohttp.ClientError as error:
+            self._settle()
+            raise self._explained(error) from error
+        if whole:
+            self._watch.end()
+            self._settle()
+        return whole
 
     async def aclose(self) -> None:
         self._settle()

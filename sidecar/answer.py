@@ -57,11 +57,12 @@ class Answer:
         self._ended = True
         self._send(b"" if self._bodiless else body)
 
-    def write(self, piece: bytes) -> None:
-        """Write a piece, or keep what the caller does not take yet."""
+    def write(self, piece: bytes) -> bool:
+        """Write a piece, or keep what the caller does not take yet. Whether it takes more: else `drain` would wait."""
         if piece and not self._ended:
             piece = b"" if self._bodiless else piece
             self._send(b"%x\r\n%b\r\n" % (len(piece), piece) if self._chunked else piece)
+        return not self._http.connection.writing_paused
 
     def write_eof(self) -> None:
         """End the answer. Again is nothing."""
@@ -69,14 +70,9 @@ class Answer:
             self._ended = True
             self._send(b"0\r\n\r\n" if self._chunked else b"")
 
-    @property
-    def is_paused(self) -> bool:
-        """Too much is kept that the caller does not take: `drain` would wait."""
-        return self._http.connection.writing_paused
-
     async def drain(self) -> None:
         """Wait while too much is kept."""
-        if self.is_paused:
+        if self._http.connection.writing_paused:
             await self._http.connection.drain()
 
     def _send(self, data: bytes) -> None:

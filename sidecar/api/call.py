@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 import random
 import re
-from collections.abc import Awaitable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from math import isfinite
 
 from aiohttp import HttpVersion11
 
-from backends.base import Dialect, Reply, Request
+from backends.base import Dialect, Reply, Request, Take
 
 from ..admission import Arrival, Priority, Ticket
 from ..answer import Answer
@@ -271,12 +271,11 @@ class Call:
         assert self.ticket is not None and reply.chunks is not None  # noqa: S101  `ask` was given both
         switch, clock = self.ticket.stopwatch.switch, self._now
         self.response = answer = self._answer(reply.status, reply.headers, length=None)
-        async for chunk in reply.chunks:
-            answer.write(chunk)
-            if answer.is_paused:  # else that took no time
-                switch("write", clock())
-                await answer.drain()
-                switch("body", clock())
+        pour = reply.pour or partial(_pour, reply.chunks)
+        while not await pour(answer.write):
+            switch("write", clock())
+            await answer.drain()
+            switch("body", clock())
         self._error_told = reply.failure is not None  # the provider's own frame has passed
 
     def _answer(self, status: int, headers: Mapping[str, str], *, length: int | None) -> Answer:
@@ -314,6 +313,14 @@ class Call:
 def _goes_on(name: str) -> bool:
     name = name.lower()
     return name in _PASSED_ON or name.startswith(_DASHSCOPE)
+
+
+async def _pour(chunks: AsyncIterator[bytes], take: Take) -> bool:
+    """`Reply.pour` of what has none."""
+    async for chunk in chunks:
+        if not take(chunk):
+            return False
+    return True
 
 
 def _too_large(most: int, announced: int | None) -> InvalidRequest:

@@ -81,6 +81,25 @@ async def read_all(reply: Reply) -> bytes:
     return received
 
 
+async def pour_all(reply: Reply) -> bytes:
+    """The other way to read, by one who wants a pause after every second piece."""
+    taken: list[bytes] = []
+
+    def take(piece: bytes) -> bool:
+        taken.append(piece)
+        return len(taken) % 2 == 1
+
+    assert reply.pour is not None
+    async with asyncio.timeout(BOUND):
+        while not await reply.pour(take):
+            pass
+        await reply.aclose()
+    return b"".join(taken)
+
+
+either_way = pytest.mark.parametrize("read", [read_all, pour_all])
+
+
 @pytest.mark.parametrize(("request_", "pieces"), [(OPENAI, OPENAI_STREAM), (NATIVE, NATIVE_STREAM)])
 async def test_the_bytes_of_a_stream_pass_as_they_came(backend, upstream, request_, pieces):
     upstream.script = streaming(b": ping\n\n", *pieces)
@@ -250,10 +269,19 @@ async def test_endless_pings_before_the_first_content_are_not_hoarded(backend, u
         await upstream.links[0].gone()
 
 
-async def test_an_exhausted_stream_gives_its_connection_back(backend, upstream):
+async def test_poured_it_is_the_same_stream(backend, upstream):
+    upstream.script = streaming(b": ping\n\n", *NATIVE_STREAM, NATIVE_REFUSAL)
+    reply = await backend.send(NATIVE, Timings())
+    assert await pour_all(reply) == b": ping\n\n" + b"".join(NATIVE_STREAM) + NATIVE_REFUSAL
+    assert reply.usage == Usage(1225, 3)
+    assert isinstance(reply.failure, Throttled)
+
+
+@either_way
+async def test_an_exhausted_stream_gives_its_connection_back(backend, upstream, read):
     upstream.script = streaming(*OPENAI_STREAM)
     for _ in range(3):
-        await read_all(await backend.send(OPENAI, Timings()))
+        await read(await backend.send(OPENAI, Timings()))
     assert len(upstream.links) == 1
 
 
@@ -330,12 +358,103 @@ async def test_a_send_cancelled_before_the_first_content_cuts_the_stream(backend
         await gone.wait()
 
 
-async def test_a_stream_that_breaks_off_raises_and_keeps_the_usage_so_far(backend, upstream):
-    upstream.script = streaming(*NATIVE_STREAM[:2], then="reset")
+@either_way
+async def test_a_stream_that_breaks_off_raises_and_keeps_the_usage_so_far(backend, upstream, read):
+    broken = asyncio.Event()
+
+    async def script(link: Link, _: Seen) -> None:
+        await link.start_stream()
+        await link.chunk(NATIVE_STREAM[0])
+        await link.chunk(NATIVE_STREAM[1])
+        await broken.wait()
+        link.reset()
+
+    upstream.script = script
     reply = await backend.send(NATIVE, Timings())
+    asyncio.get_running_loop().call_later(0.05, broken.set)  # what has come before is read: a reset takes the rest away
     with pytest.raises(Unreachable):
-        await read_all(reply)
+        await read(reply)
     assert reply.usage == Usage(1225, 2)
+    await reply.aclose()
+
+
+async def test_a_burst_is_poured_in_order_and_to_its_last_byte(backend, upstream):
+    """More than is read ahead at once: the rest is let in while what was there is being given away."""
+    sent = b"".join(delta(f"{number} " + "x" * 5000) for number in range(240))
+    begun, done = asyncio.Event(), asyncio.get_running_loop().create_future()
+    taken = bytearray()
+
+    async def script(link: Link, _: Seen) -> None:
+        await link.start_stream()
+        await link.chunk(delta("first"))
+        await begun.wait()
+        for start in range(0, len(sent), 50_000):
+            await link.chunk(sent[start : start + 50_000])
+        await link.gone()  # and no end, which would bring along what was forgotten
+
+    def take(piece: bytes) -> bool:
+        taken.extend(piece)
+        if len(taken) == len(delta("first")) + len(sent):
+            done.set_result(None)
+        return True
+
+    upstream.script = script
+    reply = await backend.send(OPENAI, Timings())
+    assert reply.pour is not None
+    pouring = asyncio.ensure_future(reply.pour(take))
+    begun.set()
+    async with asyncio.timeout(BOUND):
+        await done
+    assert taken == delta("first") + sent
+    pouring.cancel()
+    await reply.aclose()
+
+
+async def test_nothing_is_poured_that_is_not_taken(backend, upstream):
+    """Not after a pause was asked for, and not after who took has failed or was cancelled."""
+    more = asyncio.Semaphore(0)
+
+    async def script(link: Link, _: Seen) -> None:
+        await link.start_stream()
+        for number in range(4):
+            await link.chunk(delta(f"{number}"))
+            await more.acquire()
+        await link.gone()
+
+    async def next_one() -> None:
+        more.release()
+        await asyncio.sleep(0.05)
+
+    taken: list[bytes] = []
+
+    def take_one(piece: bytes) -> bool:
+        taken.append(piece)
+        return False
+
+    def fail(piece: bytes) -> bool:
+        raise ConnectionResetError("the caller hung up")
+
+    upstream.script = script
+    reply = await backend.send(OPENAI, Timings())
+    assert reply.pour is not None
+    assert not await reply.pour(take_one)
+    await next_one()
+    assert taken == [delta("0")]
+    assert not await reply.pour(take_one)
+    assert taken == [delta("0"), delta("1")]
+
+    pouring = asyncio.ensure_future(reply.pour(take_one))
+    await asyncio.sleep(0)
+    pouring.cancel()
+    await next_one()
+    assert pouring.cancelled()
+    assert taken == [delta("0"), delta("1")]
+
+    with pytest.raises(ConnectionResetError):
+        await reply.pour(fail)
+    await next_one()
+    assert not await reply.pour(take_one)
+    assert taken == [delta("0"), delta("1"), delta("3")]
     await reply.aclose()
 
 
