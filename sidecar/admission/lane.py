@@ -9,9 +9,10 @@ from __future__ import annotations
 import asyncio
 from math import inf
 
+from .attempts import Attempt
 from .errors import AccountClosed, DeadlineUnreachable, NotAdmitted
 from .hold import HoldKind
-from .limits import Attempt, Limits
+from .limits import Limits
 from .promises import Promises
 from .queue import FairQueue
 from .ticket import CAUSES, Cause, Ticket

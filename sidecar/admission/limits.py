@@ -8,11 +8,12 @@ from math import ceil, inf
 from random import Random
 from typing import TYPE_CHECKING, Any
 
+from .attempts import Attempt, InFlight
 from .controller import RateController
+from .cost import TokenCost
 from .growth import GrowthGovernor
 from .hold import Hold, HoldKind
 from .permits import Permits
-from .policer import Sent
 from .states import State
 
 if TYPE_CHECKING:
@@ -27,32 +28,11 @@ FAILING_TICKETS = 2
 OUTAGE_SHARE = 0.4
 #: A probe that was not refused within this many seconds, and thrice the usual time of a refusal, was taken.
 PATIENCE_SECONDS = 0.5
-#: LLM tokens of an answer until one was seen.
-USUAL_OUTPUT = 100.0
 MOST_CONCURRENCY = 1024
 #: The share that is sure of a pace at which no limit was met yet, or but one that is guessed.
 UNTRIED_SHARE = 0.25
 #: An answer is taken to last so many seconds until there was one.
 USUAL_SECONDS = 1.0
-
-
-class Attempt:
-    """What the limits remember of one attempt until its verdict."""
-
-    __slots__ = ("beside", "bound", "probe", "requests", "started", "ticket", "tokens", "told")
-
-    def __init__(self, ticket: Ticket, now: float, beside: int, bound: Cause | None, probe: bool) -> None:
-        self.ticket = ticket
-        self.started = now
-        self.beside = beside
-        """Attempts in flight at the provider when this one started; those it refused were not."""
-        self.bound = bound
-        """The gate that held the queue just before."""
-        self.probe = probe
-        self.told = False
-        """It has had its verdict."""
-        self.requests: Sent | None = None
-        self.tokens: Sent | None = None
 
 
 class Limits:
@@ -87,13 +67,11 @@ class Limits:
         self._latencies: deque[float] = deque(maxlen=64)
         self._answers = 0
         self._p90 = 0.0  # of the latencies
-        self._flying: dict[Attempt, None] = {}  # in the order in which they started
+        self._in_flight = InFlight()
         self._failures = 0
         self._failed: set[Ticket] = set()
         self._probe: Attempt | None = None
-        self._output = USUAL_OUTPUT
-        self._told = self._counted = 0.0  # input as it was estimated and as it was counted, smoothed
-        self._correction = 1.0
+        self._cost = TokenCost()
 
     # -- the gates -----------------------------------------------------------------------------------------------------
 
@@ -127,12 +105,12 @@ class Limits:
 
         At least 1: of what costs nothing, no rate can be told.
         """
-        return max(ticket.tokens * self._correction + self._output, 1.0)
+        return max(self._cost.of(ticket.tokens), 1.0)
 
     def start(self, now: float, ticket: Ticket, bound: Cause | None) -> Attempt:
         """One attempt goes out. `bound` is the gate that held the queue since the last one; None if none did."""
         attempt = Attempt(ticket, now, self.permits.take(), bound, self.hold.kind is not None)
-        self._flying[attempt] = None
+        self._in_flight.add(attempt)
         if attempt.probe:
             self.hold.probing = True
             self._probe = attempt
@@ -154,7 +132,7 @@ class Limits:
         """Seconds until this ticket could start behind so many others, of so many LLM tokens as tickets tell them."""
         wait = 0.0
         if self._paced:
-            cost = tokens * self._correction + requests * self._output + self.cost(ticket)
+            cost = self._cost.of(tokens, requests) + self.cost(ticket)
             wait = max(
                 self.requests.seconds_for(now, requests + 1),
                 self.growth.seconds_for(now, requests + 1),
@@ -189,14 +167,15 @@ class Limits:
         self._failed.clear()
         if attempt is self._probe:
             self._opened(now)
-        if attempt.beside < self.permits.learned or self._was_surely_beside(attempt):
+        if attempt.beside < self.permits.learned or self._in_flight.was_surely_beside(attempt, self.permits.learned):
             self.permits.accepted(attempt.beside, attempt.bound == "concurrency")
         if attempt.requests is not None:
             self.requests.accepted(now, attempt.requests)
         if attempt.tokens is not None:
             self.tokens.accepted(now, attempt.tokens)
-            if usage is not None:
-                self._settle(attempt, now, *usage)
+            if usage is not None:  # put what it cost in the place of what was reserved, and reserve better
+                self.tokens.settle(now, attempt.tokens, max(float(sum(usage)), 1.0))
+                self._cost.counted(attempt.ticket.tokens, *usage)
         seconds = now - attempt.started
         self.latency += (0.1 if self._latencies else 1.0) * (seconds - self.latency)
         self._latencies.append(seconds)
@@ -210,7 +189,7 @@ class Limits:
         attempt.told = True
         self._failures = 0
         self._failed.clear()
-        self._was_not_there(attempt)
+        self._in_flight.was_not_there(attempt)
         if kind == "capacity":
             if attempt is self._probe or self.hold.kind is None:
                 self._close(now, HoldKind.CAPACITY, reason, retry_after)
@@ -264,7 +243,7 @@ class Limits:
     def ended(self, attempt: Attempt, now: float) -> None:
         """The attempt is over, whatever it said: its permit is free."""
         self.permits.give_back()
-        del self._flying[attempt]
+        self._in_flight.remove(attempt)
         if not attempt.told:
             self._void(attempt, now)
         if attempt is self._probe:  # without a verdict: its caller left
@@ -287,39 +266,11 @@ class Limits:
             return "token_rate" if used > 0 and used > self.requests.use(now) else "request_rate"
         return kind
 
-    def _was_not_there(self, refused: Attempt) -> None:
-        """A refused attempt held no place at the provider: the later ones had one less beside them."""
-        later = False
-        for other in self._flying:
-            if later:
-                other.beside -= 1
-            later = later or other is refused
-
-    def _was_surely_beside(self, taken: Attempt) -> bool:
-        """Whether none that went out before, beyond what is allowed too, may yet turn out to have been refused."""
-        for other in self._flying:
-            if other is taken:
-                break
-            if other.beside >= self.permits.learned:
-                return False
-        return True
-
     def _void(self, attempt: Attempt, now: float) -> None:
         if attempt.requests is not None:
             self.requests.void(now, attempt.requests)
         if attempt.tokens is not None:
             self.tokens.void(now, attempt.tokens)
-
-    def _settle(self, attempt: Attempt, now: float, input_tokens: int, output_tokens: int) -> None:
-        """Put what it cost in the place of what was reserved, and reserve better."""
-        if attempt.tokens is not None:
-            self.tokens.settle(now, attempt.tokens, max(float(input_tokens + output_tokens), 1.0))
-        self._output += (0.1 if self._told else 1.0) * (output_tokens - self._output)
-        # The ratio of the means, and not the mean of the ratios: large requests count for what they cost.
-        self._told = 0.9 * self._told + attempt.ticket.tokens
-        self._counted = 0.9 * self._counted + input_tokens
-        if self._told > 0:
-            self._correction = self._counted / self._told
 
     def _patience(self, now: float) -> float:
         """Seconds until a probe of which nothing was heard counts as taken; infinite where silence means nothing."""
