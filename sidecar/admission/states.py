@@ -1,4 +1,4 @@
-"""The states of a rate's controller, and what may follow what."""
+"""The states of a rate's controller."""
 
 from __future__ import annotations
 
