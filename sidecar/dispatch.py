@@ -24,6 +24,7 @@ from backends.base import (
 )
 
 from .admission import Admission, DeadlineUnreachable, Draining, NotAdmitted, OnHold, Permit, Superseded, Ticket
+from .deadlines import Deadlines
 from .telemetry import Outcome, Telemetry
 from .tracing import Trace
 
@@ -92,6 +93,7 @@ class Dispatcher:
         self._telemetry = telemetry
         self.now = routes[0].admission.loop.time
         """The time, on the loop's clock."""
+        self._deadlines = Deadlines(routes[0].admission.loop)
         self._random = random.Random()  # noqa: S311  jitter, not a secret
 
     @property
@@ -211,7 +213,7 @@ class Dispatcher:
         timings = Timings()
         result = "cancelled"
         try:
-            async with asyncio.timeout_at(ticket.deadline):
+            with self._deadlines.until(ticket.deadline):
                 try:
                     reply = await route.backend.send(request, timings)
                 finally:
