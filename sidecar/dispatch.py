@@ -133,7 +133,7 @@ class Dispatcher:
             route = self._choose(ticket, given_up) or route
             ticket.backend = route.name
             try:
-                async with route.admission.permit(ticket) as permit:
+                with await route.admission.permit(ticket) as permit:
                     watch.switch("lock", self.now())
                     try:
                         reply = await self._attempt(route, permit, request, on_stream)

@@ -32,7 +32,7 @@ def microseconds(keys: int, waiting: int) -> float:
             while left > 0:
                 number += 1
                 ticket = Ticket(now=loop.time(), deadline=loop.time() + 1e6, key=f"camera-{number % keys}", tokens=300)
-                async with admission.permit(ticket) as permit:
+                with await admission.permit(ticket) as permit:
                     left -= 1
                     if left in (REQUESTS, 0):
                         (warm if left else done).set()

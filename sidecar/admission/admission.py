@@ -1,4 +1,4 @@
-"""The door: `async with admission.permit(ticket) as permit:`."""
+"""The door: `with await admission.permit(ticket) as permit:`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from functools import partial
 from math import inf
 from random import Random
-from types import TracebackType
 from typing import Any
 
 from .arrivals import Arrival, Arrivals
@@ -58,12 +57,25 @@ class Admission:
         self.draining = False
         self._arrivals = Arrivals(self.loop, queue_bytes, self.waiting_bytes)
 
-    def permit(self, ticket: Ticket) -> PermitContext:
-        """Wait the ticket's turn and hold a permit for the length of the block.
+    async def permit(self, ticket: Ticket) -> Permit:
+        """Wait the ticket's turn; `with` the permit, it goes back at the end of the block.
 
-        Raises `QueueFull`, `DeadlineUnreachable`, `Superseded`, `Draining` or `AccountClosed` on entering.
+        Raises `QueueFull`, `DeadlineUnreachable`, `Superseded`, `Draining` or `AccountClosed`.
         """
-        return PermitContext(self, ticket)
+        entry = self.enter(ticket)
+        if isinstance(entry, Permit):
+            return entry
+        try:
+            return await entry
+        except asyncio.CancelledError:
+            # The permit may have come in the same turn of the loop as the cancellation: then it goes straight back.
+            if entry.done() and not entry.cancelled() and entry.exception() is None:
+                entry.result().release(self.loop.time())
+            else:
+                self.lane(ticket.model).leave(ticket)
+            raise
+        finally:
+            del entry  # it may hold an error that holds this frame: they would keep each other, and the body
 
     def lane(self, model: str) -> Lane:
         """The model's own queue and limits, made when first asked for."""
@@ -153,39 +165,3 @@ class Admission:
         idle = [m for m, lane in self.lanes.items() if not len(lane.queue) and not lane.limits.permits.in_flight]
         if idle:
             del self.lanes[min(idle, key=lambda model: self.lanes[model].last_used)]
-
-
-class PermitContext:
-    """The wait for a permit, and its return however the block ends."""
-
-    __slots__ = ("_admission", "_permit", "_ticket")
-
-    def __init__(self, admission: Admission, ticket: Ticket) -> None:
-        self._admission = admission
-        self._ticket = ticket
-        self._permit: Permit | None = None
-
-    async def __aenter__(self) -> Permit:
-        ticket = self._ticket
-        entry = self._admission.enter(ticket)
-        if isinstance(entry, Permit):
-            self._permit = entry
-            return entry
-        try:
-            self._permit = await entry
-        except asyncio.CancelledError:
-            # The permit may have come in the same turn of the loop as the cancellation: then it goes straight back.
-            if entry.done() and not entry.cancelled() and entry.exception() is None:
-                entry.result().release(self._admission.loop.time())
-            else:
-                self._admission.lane(ticket.model).leave(ticket)
-            raise
-        finally:
-            del entry  # it may hold an error that holds this frame: they would keep each other, and the body
-        return self._permit
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._permit is not None:
-            self._permit.release(self._admission.loop.time())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from math import inf
+from types import TracebackType
 
 from .attempts import Attempt
 from .errors import AccountClosed, DeadlineUnreachable, NotAdmitted
@@ -32,6 +33,7 @@ _WAY_OUT = (
 class Permit:
     """The right to have one attempt in flight. Say what the attempt was told, then release it; once each.
 
+    The end of a `with` block releases it too.
     An attempt that ends without a verdict (its caller left) was sent all the same, and counts as taken.
     """
 
@@ -42,6 +44,14 @@ class Permit:
         self._attempt = attempt
         self._released = False
         self.ticket = ticket
+
+    def __enter__(self) -> Permit:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release(self._lane.now())
 
     def accepted(self, now: float, usage: tuple[int, int] | None = None) -> None:
         """The provider took the attempt and answered it, or found fault with the request itself.
@@ -78,6 +88,7 @@ class Lane:
     def __init__(self, loop: asyncio.AbstractEventLoop, limits: Limits) -> None:
         now = loop.time()
         self._loop = loop
+        self.now = loop.time
         self.queue = FairQueue()
         self.promises = Promises()
         self.limits = limits

@@ -18,7 +18,7 @@ async def one(admission, number, verdict, seconds, ends):
     loop = asyncio.get_running_loop()
     ticket = Ticket(now=loop.time(), deadline=loop.time() + 5.0, key=f"camera-{number % 3}", model="m", tokens=100.0)
     try:
-        async with admission.permit(ticket) as permit:
+        with await admission.permit(ticket) as permit:
             lane = admission.lane("m")
             if lane.limits.hold.kind is not None:
                 assert lane.limits.permits.in_flight >= 1
@@ -84,7 +84,7 @@ def test_a_provider_that_counts_no_tokens_and_refuses_by_them_is_borne():
         admission = Admission()
         for number in range(30):
             ticket = Ticket(now=loop.time(), deadline=loop.time() + 600.0, model="m")
-            async with admission.permit(ticket) as permit:
+            with await admission.permit(ticket) as permit:
                 await asyncio.sleep(0.1)
                 if number in (10, 20):
                     permit.throttled(loop.time(), "token_rate", "refused")
@@ -106,7 +106,7 @@ def test_while_everything_is_refused_only_one_probe_goes_out_at_a_time():
         async def caller(number):
             while loop.time() < 1060.0:
                 ticket = Ticket(now=loop.time(), deadline=loop.time() + 90.0, key=str(number), model="m")
-                async with admission.permit(ticket) as permit:
+                with await admission.permit(ticket) as permit:
                     attempts.append(loop.time())
                     await asyncio.sleep(0.05)
                     permit.failed(loop.time(), "down")

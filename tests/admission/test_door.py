@@ -128,11 +128,10 @@ def test_a_clock_that_jumps_ahead_ends_every_ticket_and_starts_no_burst(jumps):
 
         async def one(number):
             ticket = Ticket(now=loop.time(), deadline=loop.time() + 60.0, key=str(number % 3), model="m")
-            with suppress(NotAdmitted):
-                async with admission.permit(ticket) as permit:
-                    starts.append(permit._attempt.started)  # it may wake up to a later time
-                    await asyncio.sleep(0.2)
-                    permit.accepted(loop.time())
+            with suppress(NotAdmitted), await admission.permit(ticket) as permit:
+                starts.append(permit._attempt.started)  # it may wake up to a later time
+                await asyncio.sleep(0.2)
+                permit.accepted(loop.time())
 
         for after, seconds in jumps:
             loop.call_later(after, jump, seconds)
