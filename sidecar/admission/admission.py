@@ -138,9 +138,13 @@ class Admission:
         return lane.enter(ticket)
 
     def _check_bounds(self, lane: Lane, ticket: Ticket) -> None:
+        if not self._arrivals.bytes:
+            for other in self.lanes.values():  # as a loop: this is asked for each request
+                if other.queue.tickets:
+                    break
+            else:
+                return  # one always finds room alone
         waiting, size = self.waiting(), ticket.size_bytes
-        if not waiting and not self._arrivals.bytes:
-            return  # one always finds room alone
         now = self.loop.time()
         room = max(min(self._queue_size, self._queue_bytes // max(size, 1)), 1)
         kept = min(lane.kept(now, ticket), int(KEPT_SHARE * room)) if waiting else 0

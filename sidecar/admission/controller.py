@@ -28,7 +28,7 @@ from .policer import Interval, Sent, Trace
 from .ramp import Ramp
 from .shared import Share
 from .start import START_CREDIT, Start
-from .states import State
+from .states import START, State
 
 #: A refusal before this share of a ramp's length has come too early.
 EARLY = 0.4
@@ -80,8 +80,9 @@ class RateController:
 
     def pace(self, now: float) -> float:
         """What may be sent a second at this instant; infinite for unpaced."""
-        if self.state is State.START:
-            return min(self._start.pace(now) * self.estimate.typical, self.ceiling)
+        estimate = self.estimate
+        if estimate.state is START:
+            return min(self._start.pace(now) * estimate.typical, self.ceiling)
         return min(self._unbounded_pace(), self.ceiling)
 
     def wait(self, now: float, amount: float) -> float:
@@ -116,7 +117,7 @@ class RateController:
     def _fill(self, now: float) -> None:
         self._filled_at = now
         estimate = self.estimate
-        if self.state is State.START:
+        if estimate.state is START:
             capacity = min(START_CREDIT * estimate.typical, max(self.ceiling, estimate.typical))
         else:
             capacity = max(estimate.burst - estimate.cushion, estimate.typical)

@@ -43,7 +43,7 @@ class GrowthGovernor:
 
     def wait(self, now: float) -> float:
         """Seconds until one more may be sent; 0 for now."""
-        if not self.active:
+        if self.base == inf:
             return 0.0
         last = bisect_right(self._log, now - 1.0)
         over = len(self._log) - last + 1 - self.allowed(now)

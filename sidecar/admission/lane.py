@@ -113,7 +113,7 @@ class Lane:
         hold = self.limits.hold
         if hold.kind is HoldKind.BILLING and not hold.may_probe(now):
             raise AccountClosed(hold.reason, retry_after=max(hold.next_probe - now, 0.0))
-        if not len(self.queue) and self.limits.closed(now, ticket)[0] is None:
+        if not self.queue.tickets and self.limits.closed(now, ticket)[0] is None:
             return self._start(ticket, now)
         if not ticket.returned:
             self._check_reachable(now, ticket)
@@ -287,6 +287,6 @@ class Lane:
 
     def _account(self, now: float) -> None:
         """Book the time since the last look to what held the queue. One account for all tickets: no walk over them."""
-        if len(self.queue):
+        if self.queue.tickets:
             self._held_seconds[CAUSES.index(self.cause or "turn")] += now - self._cause_since
         self._cause_since = now

@@ -163,20 +163,21 @@ class _Class:
 class FairQueue:
     """Whose turn it is among waiting tickets. Calls are amortised O(1) in keys, O(log n) in the tickets of one key."""
 
-    __slots__ = ("_classes", "_next_number", "_numbers", "_quantum", "bytes")
+    __slots__ = ("_classes", "_next_number", "_quantum", "bytes", "tickets")
 
     def __init__(self) -> None:
         self._classes = {priority: _Class() for priority in Priority}
-        self._numbers: dict[Ticket, int] = {}
+        self.tickets: dict[Ticket, int] = {}
+        """Those that wait, by number; quicker to ask than the length."""
         self._next_number = 0
         self._quantum = 1.0
         self.bytes = 0
 
     def __len__(self) -> int:
-        return len(self._numbers)
+        return len(self.tickets)
 
     def __contains__(self, ticket: Ticket) -> bool:
-        return ticket in self._numbers
+        return ticket in self.tickets
 
     def length(self, priority: Priority) -> int:
         """Tickets waiting in one class."""
@@ -205,7 +206,7 @@ class FairQueue:
         if not queue:
             group.active += 1
         self._next_number += 1
-        self._numbers[ticket] = self._next_number
+        self.tickets[ticket] = self._next_number
         queue.add(self._next_number, ticket)
         group.length += 1
         group.cost += _cost(ticket)
@@ -223,7 +224,7 @@ class FairQueue:
         """Take a ticket out, wherever it stands. Charges nothing."""
         group = self._classes[ticket.priority]
         queue = group.keys[ticket.key]
-        queue.remove(self._numbers.pop(ticket), ticket)
+        queue.remove(self.tickets.pop(ticket), ticket)
         group.length -= 1
         group.cost -= _cost(ticket)
         self.bytes -= ticket.size_bytes
@@ -236,7 +237,7 @@ class FairQueue:
 
     def head(self) -> Ticket | None:
         """The ticket whose turn it is; None if none waits. Asking again without a change gives the same one."""
-        if not self._numbers:
+        if not self.tickets:
             return None
         group = self._choose()
         ring = group.ring

@@ -18,3 +18,7 @@ class State(StrEnum):
     """The pace is above the limit, to see whether it has risen."""
     SHARED = "shared"
     """Others use the account too: no limit of one's own can be learned, only a share be kept."""
+
+
+#: By its own name: each call asks for it, and to look a member up in its enum takes as long as to call a function.
+START = State.START
