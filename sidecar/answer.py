@@ -52,10 +52,11 @@ class Answer:
             head["Connection"] = "keep-alive"
         self._head = head_of(_first_line(version, status), head)
 
-    def write_whole(self, body: bytes) -> None:
-        """Write head and body at once. What is written after that is nothing: it would run into the next answer."""
+    def write_whole(self, body: bytes) -> bool:
+        """Write head and body at once; see `write`. What is written after that is nothing, the next answer begins."""
         self._ended = True
         self._send(b"" if self._bodiless else body)
+        return not self._http.connection.writing_paused
 
     def write(self, piece: bytes) -> bool:
         """Write a piece, or keep what the caller does not take yet. Whether it takes more: else `drain` would wait."""

@@ -158,8 +158,8 @@ class Call:
             size_bytes=size_bytes,
             latest=policy is not None,
         )
-        trace = TRACE.match(headers.get("traceparent", ""))
-        if trace is not None and int(trace[3], 16) & 1:
+        given = headers.get("traceparent")
+        if given is not None and (trace := TRACE.match(given)) is not None and int(trace[3], 16) & 1:
             self.ticket.trace_id = trace[1]
             if self.limits.traced:
                 self.ticket.stopwatch = Trace(
@@ -245,8 +245,8 @@ class Call:
     async def respond(self, status: int, body: bytes, headers: Mapping[str, str]) -> Answer:
         """Write a whole answer."""
         self.response = answer = self._answer(status, headers, length=len(body))
-        answer.write_whole(body)
-        await answer.drain()
+        if not answer.write_whole(body):
+            await answer.drain()
         return answer
 
     async def fail(self, problem: Problem) -> Answer:

@@ -71,8 +71,7 @@ class DataServer:
         self._access_log = access_log
         self._tasks: set[asyncio.Task[Any]] = set()
         self._given_up = False
-        self._idle = asyncio.Event()
-        self._idle.set()
+        self._idle: asyncio.Event | None = None  # while somebody waits for it
 
     @property
     def under_way(self) -> int:
@@ -87,7 +86,9 @@ class DataServer:
 
     async def idle(self) -> None:
         """Wait until no request is under way."""
-        await self._idle.wait()
+        if self._tasks:
+            self._idle = asyncio.Event()
+            await self._idle.wait()
 
     async def __call__(self, http: HttpRequest) -> Answer:
         """Answer one request."""
@@ -98,7 +99,6 @@ class DataServer:
         task = http.connection.task
         assert task is not None  # noqa: S101  this runs in it
         self._tasks.add(task)
-        self._idle.clear()
         try:
             call.identify()
             if endpoint is None:
@@ -121,7 +121,7 @@ class DataServer:
                 raise
         finally:
             self._tasks.discard(task)
-            if not self._tasks:
+            if self._idle is not None and not self._tasks:
                 self._idle.set()
             call.finish()
             if self._access_log:
