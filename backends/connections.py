@@ -69,6 +69,8 @@ class _Protocol(ResponseHandler):
 
     def expect(self, *, bodiless: bool) -> None:
         """Be ready for an answer; `bodiless`: for one without a body. `set_response_params` takes thrice as long."""
+        if self._parser is not None and not (bodiless or self._skip_payload):
+            return  # it goes on where the last answer ended
         self._skip_payload = bodiless
         self._parser = HttpResponseParser(
             self,

@@ -11,7 +11,7 @@ class Deadlines:
     """Cancels what is late. To be made and used in one event loop."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
+        self.loop = loop
         self._kept: set[Deadline] = set()
         self._timer: asyncio.TimerHandle | None = None
         self._looks_at = inf
@@ -34,11 +34,11 @@ class Deadlines:
         if self._timer is not None:
             self._timer.cancel()
         self._looks_at = when
-        self._timer = self._loop.call_at(when, self._look)
+        self._timer = self.loop.call_at(when, self._look)
 
     def _look(self) -> None:
         # uvloop counts in milliseconds, and may be a part of one early.
-        now, self._looks_at = max(self._loop.time(), self._looks_at), inf
+        now, self._looks_at = max(self.loop.time(), self._looks_at), inf
         for deadline in [deadline for deadline in self._kept if deadline.when <= now]:
             self._kept.remove(deadline)
             deadline.passes()
@@ -57,7 +57,7 @@ class Deadline:
         self._passed = False
 
     def __enter__(self) -> None:
-        task = asyncio.current_task()
+        task = asyncio.current_task(self._deadlines.loop)  # without it, a system call finds the loop
         if task is None:
             raise RuntimeError("a deadline ends a task, and there is none")
         self._task = task

@@ -170,6 +170,21 @@ async def test_an_answer_without_a_body_ends_with_its_head(backend, upstream, me
     assert connections(upstream) == [0, 0]
 
 
+async def test_a_head_without_its_body_is_followed_by_an_answer_with_one(backend, upstream):
+    """And an empty line between answers, which some servers send, is none of them."""
+    head = OK + b"Content-Length: %d\r\n\r\n" % len(BODY)
+    for method, sent, body in (
+        ("GET", head + BODY + b"\r\n", BODY),
+        ("HEAD", head, b""),
+        ("GET", head + BODY, BODY),
+        ("GET", head + BODY, BODY),
+    ):
+        upstream.script = raw(sent)
+        reply = await send(backend, Request(dialect="openai", path="/files", body=b"", model="m", method=method))
+        assert reply.body == body
+    assert connections(upstream) == [0, 0, 0, 0]
+
+
 async def test_trailers_and_chunk_extensions_are_passed_over(backend, upstream):
     head = OK + b"Trailer: X-T\r\nTransfer-Encoding: chunked\r\n\r\n"
     upstream.script = raw(head + b"E;ext=1\r\n" + BODY + b"\r\n0\r\nX-T: v\r\nX-U: w\r\n\r\n")
