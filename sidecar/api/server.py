@@ -87,7 +87,7 @@ class DataServer:
     async def idle(self) -> None:
         """Wait until no request is under way."""
         if self._tasks:
-            self._idle = asyncio.Event()
+            self._idle = self._idle or asyncio.Event()
             await self._idle.wait()
 
     async def __call__(self, http: HttpRequest) -> Answer:
@@ -123,6 +123,7 @@ class DataServer:
             self._tasks.discard(task)
             if self._idle is not None and not self._tasks:
                 self._idle.set()
+                self._idle = None
             call.finish()
             if self._access_log:
                 _log_access(call, path)

@@ -122,3 +122,28 @@ async def test_a_stream_whose_reader_has_stopped_ends_at_its_deadline(serving, s
         assert metrics['sidecar_requests_total{api="openai",backend="dashscope",outcome="deadline"}'] == 1
         *_, last = (await response.read()).split(b"\n\n", -1)[:-1]
         assert b"deadline_exceeded" in last
+
+
+async def test_whoever_waits_for_the_last_request_is_told_of_its_end(serving, scripted):
+    """However many wait; and again for the next one."""
+    more = asyncio.Semaphore(0)
+
+    async def script(link, _):
+        await link.start_stream()
+        await link.chunk(event("A gate."))
+        await more.acquire()
+        await link.chunk(b"")
+
+    upstream = await scripted(script)
+    sidecar = await serving(dashscope_url=f"{upstream.origin}/v1")
+    data = sidecar.sidecar.data
+    async with asyncio.timeout(10):
+        for _ in range(2):
+            await data.idle()
+            async with sidecar.post(chat(stream=True)) as response:
+                await response.content.readany()
+                waiting = [asyncio.ensure_future(data.idle()) for _ in range(2)]
+                done, _ = await asyncio.wait(waiting, timeout=0.05)
+                assert not done
+                more.release()
+                await asyncio.gather(*waiting)
