@@ -1,0 +1,85 @@
+"""What the sidecar's own code takes of a frame: everything between the sockets, and neither the kernel nor a network.
+
+    python -m bench.cost.inside [small|frame]      # prints microseconds of processor time
+
+The real listener, API, admission, dispatcher and backend, between transports that only call back. Runs on one core and
+waits for nothing, so two trees can be compared to the hundredth where `make bench` needs an idle machine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any, cast
+
+import uvloop
+from prometheus_client import CollectorRegistry
+
+from backends.connections import _Protocol
+from backends.dashscope import DashScopeBackend
+from bench.cost.side_by_side import bodies
+from bench.cost.wire import WHOLE, request_of
+from sidecar.admission import Admission
+from sidecar.api.call import Limits
+from sidecar.api.server import DataServer
+from sidecar.dispatch import Dispatcher, Route
+from sidecar.listener import Connection, Listener
+from sidecar.telemetry import Telemetry
+
+ROUNDS, REQUESTS = 12, 1_500
+
+
+class _Transport:
+    """Calls back with what is written."""
+
+    def __init__(self, written: Callable[[Any], None]) -> None:
+        self.write = self.writelines = written
+
+    def is_closing(self) -> bool:
+        return False
+
+    def get_extra_info(self, name: str) -> None:
+        """Give nothing: there is no socket."""
+
+
+class _Pooled:
+    """A connection as aiohttp's connector gives it."""
+
+    def __init__(self, protocol: _Protocol) -> None:
+        self.protocol = protocol
+
+
+async def microseconds(body: bytes) -> float:
+    """Ask one request after another; gives the quickest round's mean."""
+    loop = asyncio.get_running_loop()
+    backend = DashScopeBackend(base_url="http://127.0.0.1:1/v1")
+    await backend.start()
+    upstream = _Protocol(loop)
+    answer = partial(loop.call_soon, upstream.data_received, WHOLE)
+    upstream.connection_made(cast("asyncio.Transport", _Transport(lambda _: answer())))
+
+    async def connect(*_: object) -> _Pooled:
+        return _Pooled(upstream)
+
+    cast("Any", backend)._connector.connect = connect
+    dispatcher = Dispatcher([Route(backend, Admission())], Telemetry(CollectorRegistry()))
+    connection = Connection(Listener(DataServer(dispatcher, Limits()), most_connections=1), loop)
+    answered = asyncio.Event()
+    connection.connection_made(cast("asyncio.Transport", _Transport(lambda _: answered.set())))
+    request, rounds = request_of(body), []
+    for _ in range(ROUNDS):
+        began = time.process_time()
+        for _ in range(REQUESTS):
+            answered.clear()
+            connection.data_received(request)
+            await answered.wait()
+            await asyncio.sleep(0)  # the connection's task ends
+        rounds.append((time.process_time() - began) / REQUESTS * 1e6)
+    return min(rounds)
+
+
+if __name__ == "__main__":
+    print(f"{uvloop.run(microseconds(bodies()[sys.argv[1] if sys.argv[1:] else 'frame'])):.1f}")
