@@ -22,8 +22,8 @@ FITS = 0.25
 SHORTEST_LOOK = 0.02
 #: What held less than this share of a window was none.
 LESS = 0.6
-#: A blackout in which less than so many requests would have gone out is a pause between two of them.
-PAUSE = 3.0
+#: A blackout in which less than so many requests would have gone out, or that the first probe ends, is no blackout.
+PAUSE, PAUSE_SECONDS = 3.0, 0.75
 
 
 class Blackouts:
@@ -127,7 +127,7 @@ class Blackouts:
         if self.windowed:
             estimate.know(self.rate, self.unsure)
             estimate.to(now, State.ASSESS, f"everything was refused for {seconds:.1f} s")
-        elif seconds * estimate.limit < PAUSE * estimate.typical:
+        elif seconds * estimate.limit < PAUSE * estimate.typical or seconds < PAUSE_SECONDS:
             self.lost_seconds = 0.0
         else:
             if guessed:

@@ -21,17 +21,19 @@ from typing import Any
 from .blackout import Blackouts
 from .bucket import TokenBucket
 from .early import EarlyRefusals
-from .estimate import LEAST, RECALLED, SUREST, Estimate
+from .estimate import LEAST, MOVED, RECALLED, SUREST, Estimate
 from .first import FirstBurst
 from .fit import Fit
 from .policer import Interval, Sent, Trace
 from .ramp import Ramp
-from .shared import Share
+from .shared import KEPT, Share
 from .start import START_CREDIT, Start
 from .states import START, State
 
 #: A refusal before this share of a ramp's length has come too early.
 EARLY = 0.4
+#: A limit that was known well does not turn out to be off by more than this share, unless it has moved.
+OFF = 0.05
 #: A pace of more than so many times what goes out, of late, is not what holds requests back.
 MOST_AHEAD, LATE_SECONDS = 2.0, 1.5
 
@@ -182,10 +184,8 @@ class RateController:
             return climb.in_vain
         if self.state is State.START:
             self._first_refusal(now, sent)
-        else:
-            self._refusal(now, sent)
-            if not (self._blackouts.windowed or self.guessed) and self._share.in_vain(now, self.estimate):
-                return False
+        elif self._refusal(now, sent):
+            return False
         self._cut_at = now
         blackouts = self._blackouts
         if self._first is not None and blackouts.barren:
@@ -210,19 +210,18 @@ class RateController:
         self._unpaced = False
         self.estimate.to(now, State.ASSESS, "first refusal")
 
-    def _refusal(self, now: float, sent: Sent) -> None:
-        """A refusal after others, and whether a slower pace is of use against them."""
+    def _refusal(self, now: float, sent: Sent) -> bool:
+        """A refusal after others. Whether they come at any pace: then what counts is what a pace brings."""
         estimate = self.estimate
         burst, limit, pace = estimate.burst, estimate.limit, self.pace(now)
-        # a first guess, a share, or a pace that was punished says nothing of other paces
-        counts = not self.guessed and self.state is not State.SHARED and not self._blackouts.lost_seconds
+        # neither a first guess nor a pace that was punished says anything of other paces
+        counts = not (self.guessed or self._blackouts.lost_seconds)
         known = estimate.unsure < RECALLED
         if self._first is not None:
             self._first.open = False
         self._learn(now, self._trace.until(sent))
-        below = pace <= limit and estimate.burst == burst
-        if counts and (known or below):
-            self._share.add(limit, below=below)
+        slow = known or (pace <= limit and estimate.burst == burst)
+        return counts and slow and not self._blackouts.windowed and self._share.in_vain(now, limit, estimate)
 
     def _learn(self, now: float, interval: Interval) -> None:
         """The limit from what was taken since the refusal before."""
@@ -262,29 +261,35 @@ class RateController:
             blur = 0.5 * estimate.burst / interval.total  # for the burst is known badly
         elif estimate.has_credit and self._ramp.spent + estimate.typical >= estimate.burst:
             estimate.spent()
-        self._look_again(moved=estimate.narrow(low, high, blur=blur, anew=guessed))
+        off = estimate.narrow(low, high, blur=blur, anew=guessed)
         known = estimate.unsure <= 3 * SUREST
         estimate.to(now, State.STEADY if known else State.ASSESS, f"refused at {pace:.3g}/s")
+        if not self._look_again(off):
+            if off > OFF and not blackouts.lost_seconds:
+                self._share.odd(now, estimate)
+            elif off == 0.0:
+                self._share.as_alone()
 
-    def _look_again(self, *, moved: bool) -> None:
-        """Soon for a limit that has moved, and later each time for one that has not."""
-        if not moved:
+    def _look_again(self, off: float) -> bool:
+        """Soon for a limit that has moved, and later each time for one that has not. Whether it has just moved."""
+        if off <= MOVED:
             self._ramp.confirmed()
         elif self._ramp.moved():
-            self._early.forget()
+            self._share.explained()
+            return True
+        return False
 
     def _too_early(self, now: float, interval: Interval) -> None:
         """It came before the pace had reached the limit: chance, other users of the account, or a lower limit."""
         estimate, early = self.estimate, self._early
-        early.add(now, interval)
-        if early.often(now):
-            early.forget()
+        early.add(interval)
+        if self._share.odd(now, estimate):
             early.count = 0
-            self._share.begin(now, estimate)
         elif early.cut(interval, estimate):
             estimate.changed(now, "refused below the learned limit")
         else:
-            self._look_again(moved=early.measure(interval.refused, estimate))
+            self._share.explained(but=KEPT)
+            self._look_again(early.measure(interval.refused, estimate))
             estimate.to(now, State.ASSESS, "refused again and again: the limit is lower")
 
     # -- blackouts -----------------------------------------------------------------------------------------------------
@@ -321,7 +326,7 @@ class RateController:
                 self._first = None
                 self._trace.emptied(probed_at)
         blackouts.barren, blackouts.explained_by, self._early.count = 0, None, 0
-        self._early.forget()
+        self._share.explained()
         self._begin()
         self._set_level(now, 0.0)
 
@@ -360,7 +365,7 @@ class RateController:
         elif self._first is not None and self._first.searching:
             estimate.limit *= self._first.growth(seconds, self.refusal_seconds)
         elif self.state is State.SHARED:
-            estimate.limit *= self._share.growth(seconds)
+            estimate.limit *= self._share.growth(now - self._grown_at)
         else:
             if self._ramp.along >= 1.0 and self.pace(now) > (
                 MOST_AHEAD * blackouts.history.rate(now, LATE_SECONDS) + 3.0 * estimate.typical

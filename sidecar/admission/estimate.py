@@ -78,9 +78,9 @@ class Estimate:
         self.limit = limit
         self.unsure = min(max(unsure, surest), UNSUREST)
 
-    def narrow(self, low: float, high: float, *, blur: float = 0.0, anew: bool = False) -> bool:
+    def narrow(self, low: float, high: float, *, blur: float = 0.0, anew: bool = False) -> float:
         """
-        A refusal bounds the limit, and no better than to within a share of `blur`. Whether it shows that it has moved.
+        A refusal bounds the limit, and no better than to within a share of `blur`. Gives what `replace` does.
 
         `anew`: whatever was thought of it before does not count.
         """
@@ -90,19 +90,22 @@ class Estimate:
         if not anew and low <= self.limit <= high:
             limit = self.limit + self.unsure / (self.unsure + width) * (middle - self.limit)
             self.know(limit, min(width, 0.6 * self.unsure))
-            return False
-        moved = self.replace(middle)
+            return 0.0
+        off = self.replace(middle)
         self.know(self.limit, width)
-        return moved
+        return off
 
-    def replace(self, limit: float) -> bool:
-        """Another limit. One that was known well has moved, and its credit with it: whether that is so."""
+    def replace(self, limit: float) -> float:
+        """
+        Another limit. Gives by what share the one before was off, or 0 if that was not known well. Beyond MOVED it has
+        moved, and its credit with it.
+        """
         limit = max(limit, LARGEST_CUT * self.limit)
-        moved = self.unsure <= VAGUE and abs(limit / self.limit - 1.0) > MOVED
-        if moved and self.has_credit:
+        off = abs(limit / self.limit - 1.0) if self.unsure <= VAGUE else 0.0
+        if off > MOVED and self.has_credit:
             self.burst = max(self.burst * limit / self.limit, 2.0 * self.typical)
         self.limit = limit
-        return moved
+        return off
 
     def spent(self) -> None:
         """As much was taken at once as was thought to be there, and perhaps more is."""

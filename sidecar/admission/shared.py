@@ -15,46 +15,65 @@ from .estimate import RECALLED, Estimate
 from .fit import SMALL
 from .states import State
 
-#: The account is taken to be shared for so long.
-SHARED_SECONDS = 240.0
-#: What a refusal leaves, and growth a second, the same for all who share, so that the larger shrinks.
-CUT, GROWTH = 0.8, 0.012
+#: So many refusals that no limit of one's own explains mean that others use the account too. So many still count when a
+#: lower limit has explained them: where more come, others are likelier than a limit that falls again.
+ODD, KEPT = 5, 2
+#: What a refusal leaves, and growth a second, the same for all who share, so that the larger shrinks; and growth from
+#: one request to the next at most.
+CUT, GROWTH, MOST_GROWTH = 0.8, 0.01, 0.02
 #: Refusals within so many seconds are one event: somebody looks for more than there is.
 EPISODE_SECONDS = 2.0
-
-#: So many refusals at a pace below the learned limit, within so many calls, come at any pace. So do they within more
-#: calls, the last three of them within so many, if the limit was down to this share by then: it did not help.
-OFTEN, OFTEN_CALLS = 7, 30
-SLOWER, SLOWER_CALLS, LATE_CALLS = 0.75, 70, 25
+#: So many events in a row at the same limit, to within this share: it is ours alone, for what others leave varies.
+ALIKE, SAME = 4, 0.02
+#: So many refusals within so many calls, and that for so many seconds, come at any pace: others who slow down too would
+#: have done so by then.
+OFTEN, OFTEN_CALLS, OFTEN_SECONDS = 7, 45, 30.0
 
 
 class Share:
     """Whether others use the account, as refusals show it, and what the pace does then."""
 
-    __slots__ = ("_all", "_below", "_calls", "_until", "climb")
+    __slots__ = ("_calls", "_highest", "_limits", "_odd", "_often_since", "_refused", "climb")
 
     def __init__(self) -> None:
         self.climb: Climb | None = None
         """While refusals come at any pace."""
+        self._odd = 0  # refusals that no limit of our own explains
+        self._limits: deque[float] = deque(maxlen=ALIKE)  # at the latest events while others use the account
         self._calls = 0  # that went out
-        self._until = -inf
-        self._all: deque[tuple[int, float]] = deque(maxlen=OFTEN)
-        self._below: deque[int] = deque(maxlen=OFTEN)
+        self._refused: deque[int] = deque(maxlen=OFTEN)  # of them, the latest
+        self._often_since = inf
+        self._highest = 0.0  # limit since then
 
-    def begin(self, now: float, estimate: Estimate) -> None:
-        """Refusals come too often for one user of the account."""
-        self._until = now + SHARED_SECONDS
+    def as_alone(self) -> None:
+        """A refusal came where it should if the account is ours alone."""
+        self._odd = max(self._odd - 1, 0)
+
+    def explained(self, *, but: int = 0) -> None:
+        """What was odd of late is explained, but for so many refusals."""
+        self._odd = min(self._odd, but)
+
+    def odd(self, now: float, estimate: Estimate) -> bool:
+        """A refusal came where it should not, by chance or for others. Whether it was one too many for chance."""
+        self._odd += 1
+        if self._odd < ODD:
+            return False
+        self._odd = 0
+        self._limits.clear()
         estimate.limit *= CUT
         estimate.to(now, State.SHARED, "refused too often for one user of the account")
+        return True
 
     def refused(self, now: float, estimate: Estimate) -> bool:
         """A refusal while others share the account, which shows no limit. False if that is over, and it does."""
-        if now >= self._until:
+        if now <= estimate.changed_at + EPISODE_SECONDS:
+            return True
+        self._limits.append(estimate.limit)
+        if len(self._limits) == ALIKE and max(self._limits) <= (1.0 + SAME) * min(self._limits):
             estimate.to(now, State.ASSESS, "the account seems to be ours alone again")
             return False
-        if now > estimate.changed_at + EPISODE_SECONDS:
-            estimate.limit *= CUT
-            estimate.changed(now, "refused while others share the account")
+        estimate.limit *= CUT
+        estimate.changed(now, "refused while others share the account")
         return True
 
     @property
@@ -64,29 +83,23 @@ class Share:
 
     def growth(self, seconds: float) -> float:
         """What the limit is multiplied by after so many seconds in which it held calls back."""
-        return exp(GROWTH * seconds) if self.climb is None else 1.0
+        return exp(min(GROWTH * seconds, MOST_GROWTH)) if self.climb is None else 1.0
 
-    def add(self, limit: float, *, below: bool) -> None:
-        """One refusal while the account was ours alone; `below`: at a pace that should have been slow enough."""
-        self._all.append((self._calls, limit))
-        if below:
-            self._below.append(self._calls)
-
-    def in_vain(self, now: float, estimate: Estimate) -> bool:
-        """Whether refusals come at any pace; then what counts is what a pace brings."""
-        if len(self._all) < OFTEN or estimate.burst > SMALL * estimate.typical:
-            return False  # a larger bucket refuses only whoever is too fast
-        began, _ = self._all[0]
-        third, limit = self._all[-3]
-        highest = max(limit for _, limit in self._all)
-        slower = self._calls - began <= SLOWER_CALLS and self._calls - third <= LATE_CALLS and limit <= SLOWER * highest
-        often = len(self._below) == OFTEN and self._calls - self._below[0] <= OFTEN_CALLS
-        if not often and not slower:
+    def in_vain(self, now: float, limit: float, estimate: Estimate) -> bool:
+        """A refusal that a slower pace, at this limit, should have prevented. Whether they come at any pace."""
+        self._refused.append(self._calls)
+        calls = self._calls - self._refused[0] + 1
+        # a larger bucket refuses only whoever is too fast
+        if len(self._refused) < OFTEN or calls > OFTEN_CALLS or estimate.burst > SMALL * estimate.typical:
+            self._often_since, self._highest = inf, 0.0
             return False
-        self._all.clear()
-        self._below.clear()
-        self.climb = Climb(now, OFTEN / (self._calls - began + 1))
-        estimate.limit = highest
+        self._often_since = min(self._often_since, now)
+        self._highest = max(self._highest, limit)
+        if now - self._often_since < OFTEN_SECONDS:
+            return False
+        self._refused.clear()
+        self.climb = Climb(now, OFTEN / calls)
+        estimate.limit = self._highest
         estimate.to(now, State.SHARED, "refused at any pace: others use the account too")
         return True
 

@@ -243,3 +243,51 @@ def test_it_learns_a_limit_again_once_the_others_have_gone():
     world.run(200.0)
     assert world.control.state is not State.SHARED
     assert world.control.limit == pytest.approx(10.0, rel=0.05)
+
+
+def test_those_who_share_an_account_get_fair_parts_of_it_and_nobody_forces_his_way():
+    worlds = [World(), World(), World()]
+    bucket = Bucket(15.0, 15.0)
+    for world in worlds:
+        world.bucket = bucket
+    worlds[2].now = 60.0
+
+    def run(until):
+        now = worlds[0].now
+        while now < until:
+            now += 0.02
+            for world in worlds:
+                if world.now < now:
+                    world.run(now - world.now)
+
+    run(300.0)
+    before = [(world.calls, world.refused) for world in worlds]
+    run(900.0)
+    calls = [world.calls - calls for world, (calls, _) in zip(worlds, before, strict=True)]
+    refused = [world.refused - refused for world, (_, refused) in zip(worlds, before, strict=True)]
+    assert sum(calls) - sum(refused) >= 0.95 * 15.0 * 600.0
+    assert min(calls) >= 0.5 * max(calls)
+    assert all(some <= 0.03 * all_ for some, all_ in zip(refused, calls, strict=True))
+
+
+@pytest.mark.parametrize(("rate", "burst"), [(10.0, 10.0), (3.0, 1.0), (20.0, 40.0)])
+def test_whoever_takes_others_for_there_finds_out_that_there_are_none(rate, burst):
+    world = World(rate=rate, burst=burst)
+    world.run(60.0)
+    while not world.control._share.odd(world.now, world.control.estimate):
+        pass
+    assert world.control.state is State.SHARED
+    world.run(300.0)
+    assert world.control.state is not State.SHARED
+    assert world.control.limit == pytest.approx(rate, rel=0.03)
+
+
+def test_refusals_come_at_any_pace_only_if_they_go_on():
+    """Who joins an account that is used up meets others who are still about to make room."""
+    world = World()
+    world.run(60.0)
+    world.bucket = BusyBucket(10.0, 9.0, 1)
+    world.run(15.0)
+    assert world.control._share.climb is None
+    world.run(60.0)
+    assert world.control._share.climb is not None
