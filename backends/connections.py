@@ -131,7 +131,7 @@ class Upstream:
         self._loop = loop = asyncio.get_running_loop()
         self._clock = loop.time
         self._way = ClientRequest("GET", url, proxy=proxy, loop=loop)  # all that `connect` reads
-        self._headers = {"Host": self._way.headers["Host"], "Accept": "*/*", "Accept-Encoding": "identity"}
+        self._more = f"\r\nHost: {self._way.headers['Host']}\r\nAccept: */*\r\nAccept-Encoding: identity"
         # A proxy is told the whole URL, but for what it only tunnels.
         whole = proxy is not None and url.scheme == "http"
         self._prefix = (str(url.with_user(None)) if whole else url.raw_path).rstrip("/")
@@ -144,7 +144,6 @@ class Upstream:
         A pooled connection that breaks before that has died unnoticed while it idled: the request goes out once more,
         on a new one. Cancelled, the connection is closed at once, not after what is still in its send buffer.
         """
-        headers.update(self._headers)
         if "Authorization" in self._way.headers:  # a name and a password in the base URL
             headers.setdefault("Authorization", self._way.headers["Authorization"])
         if body or method not in _BODILESS:
@@ -156,7 +155,7 @@ class Upstream:
             if "Proxy-Authorization" in self._way.headers:  # the connector has read it from the proxy's URL
                 headers["Proxy-Authorization"] = self._way.headers["Proxy-Authorization"]
             try:
-                head = head_of(f"{method} {self._prefix}{path} HTTP/1.1", headers)
+                head = head_of(f"{method} {self._prefix}{path} HTTP/1.1", headers, self._more)
                 response = await self._ask(connection, method, head, body)
             except BaseException as error:
                 _cut(connection)

@@ -24,11 +24,14 @@ def _passed_as(given: str) -> str | None:
     return given.title() if name in _PASSED or name.startswith(_PASSED_PREFIXES) else None
 
 
-def head_of(first_line: str, headers: Mapping[str, str]) -> bytes:
-    """The head of an HTTP message. Raises `ValueError` for a line break in it, which would begin another header."""
+def head_of(first_line: str, headers: Mapping[str, str], more: str = "") -> bytes:
+    """The head of an HTTP message. Raises `ValueError` for a line break in it, which would begin another header.
+
+    `more` are headers that are written already, each behind a line break.
+    """
     head = first_line
     for name, value in headers.items():
         head += f"\r\n{name}: {value}"
     if not len(headers) == head.count("\n") == head.count("\r"):
         raise ValueError("a line break in a header would begin another one")
-    return f"{head}\r\n\r\n".encode(errors="surrogateescape")
+    return f"{head}{more}\r\n\r\n".encode(errors="surrogateescape")
