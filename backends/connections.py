@@ -27,7 +27,6 @@ from backends.headers import head_of
 if TYPE_CHECKING:
     from aiohttp.connector import AddrInfoType, Connection
     from aiohttp.http import RawResponseMessage
-    from multidict import CIMultiDict
 
 _CONNECT_SECONDS = 5.0
 #: Seconds a pooled connection may idle. nginx and the usual load balancers close at 60 to 75.
@@ -137,7 +136,7 @@ class Upstream:
         self._prefix = (str(url.with_user(None)) if whole else url.raw_path).rstrip("/")
 
     async def request(
-        self, method: str, path: str, headers: CIMultiDict[str], body: bytes, timings: Timings
+        self, method: str, path: str, headers: dict[str, str], body: bytes, timings: Timings
     ) -> Response:
         """Send a request and wait for the head of its answer. Raises `aiohttp.ClientError`.
 

@@ -11,7 +11,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import TypeVar
 
 import aiohttp
-from multidict import CIMultiDict
 from yarl import URL
 
 from backends.base import (
@@ -25,7 +24,7 @@ from backends.base import (
     Unreachable,
 )
 from backends.connections import Connector, NotHTTP, Response, Upstream
-from backends.headers import end_to_end
+from backends.headers import end_to_end, spelled
 from backends.native import send_native
 from backends.refusals import classify
 from backends.replies import StreamWatch, is_error, parsed, usage_of
@@ -101,13 +100,13 @@ class DashScopeBackend:
             # a line break in it would begin a request of the caller's own
             raise Rejected("the path holds characters that no URL has", status=400)
         base = self._base
-        headers = CIMultiDict(request.headers)
+        headers = {spelled(name): value for name, value in request.headers.items()}
         if request.dialect == "native":
             if self._native is None:
                 return await send_native(self.send, request, timings)
             base = self._native
             if request.stream:
-                headers["X-DashScope-SSE"] = "enable"
+                headers["X-Dashscope-Sse"] = "enable"
         if self._native is not None and request.deadline is not None:
             self._ask_to_wait(headers, request.deadline)
         if request.body:
@@ -125,21 +124,21 @@ class DashScopeBackend:
     async def models(self) -> bytes:
         """Ask the provider for its list of models, see `Backend.models`."""
         return await self._exchange(
-            self._base, "GET", "/models", CIMultiDict(), b"", timings=Timings(), read=_json_body
+            self._base, "GET", "/models", {}, b"", timings=Timings(), read=_json_body
         )
 
-    def _ask_to_wait(self, headers: CIMultiDict[str], deadline: float) -> None:
+    def _ask_to_wait(self, headers: dict[str, str], deadline: float) -> None:
         """Let DashScope queue a request that it would refuse for growth, as long as the deadline allows."""
         left = int(deadline - asyncio.get_running_loop().time())
         if left >= _WAIT_MIN:
-            headers.setdefault("X-DashScope-Wait-Timeout", str(min(left, _WAIT_MAX)))
+            headers.setdefault("X-Dashscope-Wait-Timeout", str(min(left, _WAIT_MAX)))
 
     async def _exchange(
         self,
         base: str,
         method: str,
         path: str,
-        headers: CIMultiDict[str],
+        headers: dict[str, str],
         body: bytes,
         *,
         timings: Timings,

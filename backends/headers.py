@@ -24,6 +24,12 @@ def _passed_as(given: str) -> str | None:
     return given.title() if name in _PASSED or name.startswith(_PASSED_PREFIXES) else None
 
 
+@lru_cache(512)
+def spelled(name: str) -> str:
+    """A header's name as all of ours are spelled, `Like-This`, however it came."""
+    return name.title()
+
+
 def head_of(first_line: str, headers: Mapping[str, str], more: str = "") -> bytes:
     """The head of an HTTP message. Raises `ValueError` for a line break in it, which would begin another header.
 
