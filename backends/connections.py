@@ -135,9 +135,7 @@ class Upstream:
         whole = proxy is not None and url.scheme == "http"
         self._prefix = (str(url.with_user(None)) if whole else url.raw_path).rstrip("/")
 
-    async def request(
-        self, method: str, path: str, headers: dict[str, str], body: bytes, timings: Timings
-    ) -> Response:
+    async def request(self, method: str, path: str, headers: dict[str, str], body: bytes, timings: Timings) -> Response:
         """Send a request and wait for the head of its answer. Raises `aiohttp.ClientError`.
 
         A pooled connection that breaks before that has died unnoticed while it idled: the request goes out once more,

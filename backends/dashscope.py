@@ -123,9 +123,7 @@ class DashScopeBackend:
 
     async def models(self) -> bytes:
         """Ask the provider for its list of models, see `Backend.models`."""
-        return await self._exchange(
-            self._base, "GET", "/models", {}, b"", timings=Timings(), read=_json_body
-        )
+        return await self._exchange(self._base, "GET", "/models", {}, b"", timings=Timings(), read=_json_body)
 
     def _ask_to_wait(self, headers: dict[str, str], deadline: float) -> None:
         """Let DashScope queue a request that it would refuse for growth, as long as the deadline allows."""
