@@ -68,9 +68,8 @@ class _Protocol(ResponseHandler):
 
     def expect(self, *, bodiless: bool) -> None:
         """Be ready for an answer; `bodiless`: for one without a body. `set_response_params` takes thrice as long."""
-        if self._parser is not None and not (bodiless or self._skip_payload):
-            return  # it goes on where the last answer ended
         self._skip_payload = bodiless
+        # A parser that goes on with the next answer brings along what the last one left in it, its trailers above all.
         self._parser = HttpResponseParser(
             self,
             self._loop,
@@ -93,6 +92,8 @@ class _Protocol(ResponseHandler):
             if self.transport is not None:
                 self.transport.close()
             self.set_exception(HttpProcessingError(), error)
+            if self._payload is not None and not self._payload.is_eof():  # nor does aiohttp tell who reads the body
+                self._payload.set_exception(aiohttp.ClientPayloadError(), error)
         else:
             for message, payload in messages:
                 if message.should_close:
@@ -271,6 +272,8 @@ class Response:
         """Close the connection at once if it is still ours; that of a body read to its end may serve another by now."""
         connection, self._connection = self._connection, None
         if connection is not None:
+            if not self.content.is_eof():  # which would keep us, and we it, to be told of its end
+                self.content.set_exception(aiohttp.ClientPayloadError())
             if self._sending is not None:
                 self._sending.cancel()
             _cut(connection)

@@ -57,7 +57,8 @@ class HttpRequest:
         self.headers = message.headers
         self.content = content
         self.connection = connection
-        self.keep_alive = not message.should_close
+        # The parser adds the trailers behind the chunks of a body to the headers of the next request.
+        self.keep_alive = not (message.should_close or message.chunked)
         """The connection takes another request after this one. Who answers may decide against it."""
         self.begun = False
         """A part of the answer is on its way."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import gc
 import shutil
 import ssl
 import subprocess
@@ -12,6 +13,7 @@ import pytest
 from scripted_upstream import BOUND, CHAT_ANSWER, Link, Seen, Upstream
 
 from backends.base import Rejected, Reply, Request, ServerFailed, Timings, Unreachable
+from backends.connections import Response
 from backends.dashscope import DashScopeBackend
 
 CHAT = Request(dialect="openai", path="/chat/completions", body=b"{}", model="m")
@@ -191,6 +193,58 @@ async def test_trailers_and_chunk_extensions_are_passed_over(backend, upstream):
     for _ in range(2):
         assert (await send(backend)).body == BODY
     assert connections(upstream) == [0, 0]
+
+
+@pytest.mark.parametrize("trailers", [b"X-Request-Id: first's\r\n", b"Content-Encoding: gzip\r\nX-T: v\r\n"])
+async def test_a_trailer_is_no_header_of_the_next_answer(backend, upstream, trailers):
+    head = OK + b"Transfer-Encoding: chunked\r\n\r\n"
+    upstream.script = raw(head + b"E\r\n" + BODY + b"\r\n0\r\n" + trailers + b"\r\n")
+    assert (await send(backend)).body == BODY
+    upstream.script = raw(OK + b"Content-Length: 14\r\n\r\n" + BODY)
+    reply = await send(backend)
+    assert reply.body == BODY
+    assert "X-Request-Id" not in reply.headers
+    assert connections(upstream) == [0, 0]
+
+
+@pytest.mark.parametrize("request_", [CHAT, STREAM], ids=["whole", "stream"])
+async def test_who_reads_a_body_that_stops_being_http_is_told(connected, listening, request_):
+    async def broken(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        kind = b"text/event-stream" if request_ is STREAM else b"application/json"
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: " + kind + b"\r\nTransfer-Encoding: chunked\r\n\r\n")
+        event = b'data: {"choices":[1]}\n\n'
+        writer.write(b"%x\r\n%b\r\n" % (len(event), event))
+        await asyncio.sleep(0.02)  # so that it is read before the rest comes
+        writer.write(b"zz\r\n")
+        await reader.read()
+
+    backend = await connected(f"http://127.0.0.1:{await listening(broken)}/v1")
+    with pytest.raises(Unreachable, match="before the answer was whole"):
+        async with asyncio.timeout(BOUND):
+            reply = await send(backend, request_)
+            try:
+                await reply.pour(lambda _: True)
+            finally:
+                await reply.aclose()
+
+
+async def test_a_stream_that_is_dropped_leaves_nothing_for_the_garbage_collector(backend, upstream):
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+    event = b'data: {"choices":[1]}\n\n'
+    upstream.script = raw(head + b"%x\r\n%b\r\n" % (len(event), event) * 100)
+    gc.collect()
+    gc.disable()
+    try:
+        reply = await send(backend, STREAM)
+        assert reply.pour is not None
+        assert not await reply.pour(lambda _: False)
+        await reply.aclose()
+        del reply
+        await asyncio.sleep(0)
+        assert [one for one in gc.get_objects() if isinstance(one, Response)] == []
+    finally:
+        gc.enable()
 
 
 async def test_an_answer_without_a_length_is_whole_when_the_connection_is_closed(backend, upstream):
