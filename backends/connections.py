@@ -18,7 +18,8 @@ from urllib.request import getproxies, proxy_bypass
 import aiohttp
 from aiohttp.client_proto import ResponseHandler
 from aiohttp.client_reqrep import ClientRequest
-from aiohttp.http import HttpProcessingError, HttpResponseParser, StreamWriter
+from aiohttp.helpers import _EXC_SENTINEL
+from aiohttp.http import HttpProcessingError, StreamWriter
 from yarl import URL
 
 from backends.base import Take, Timings
@@ -44,7 +45,6 @@ _SLICE = 256 * 1024
 #: Bytes of an answer that are read ahead of who takes them. A stream whose reader stops holds no more than twice these.
 _READ_AHEAD_BYTES = 64 * 1024
 _BODILESS = frozenset({"GET", "HEAD", "OPTIONS"})
-_BODILESS_ANSWERS = frozenset((204, 304, *range(100, 200)))
 
 
 class NotHTTP(aiohttp.ClientError):
@@ -66,43 +66,17 @@ class _Protocol(ResponseHandler):
     heard: Callable[[], None] | None = None
     """Is told of everything that came, once it is parsed, and of the end."""
 
-    def expect(self, *, bodiless: bool) -> None:
-        """Be ready for an answer; `bodiless`: for one without a body. `set_response_params` takes thrice as long."""
-        self._skip_payload = bodiless
-        # A parser that goes on with the next answer brings along what the last one left in it, its trailers above all.
-        self._parser = HttpResponseParser(
-            self,
-            self._loop,
-            _READ_AHEAD_BYTES,
-            payload_exception=aiohttp.ClientPayloadError,
-            response_with_body=not bodiless,
-            read_until_eof=True,
-        )
-        if self._tail:  # it spoke first
-            self._drain_tail()
-
     def data_received(self, data: bytes) -> None:
-        """Parse what came, and pass it on. As aiohttp does it, but for timeouts and websockets that nobody asks for."""
-        if self._parser is None or self._upgraded:
-            super().data_received(data)
-            return
-        try:
-            messages, self._upgraded, _ = self._parser.feed_data(data)
-        except Exception as error:  # noqa: BLE001  as aiohttp: whatever the parser finds
-            if self.transport is not None:
-                self.transport.close()
-            self.set_exception(HttpProcessingError(), error)
-            if self._payload is not None and not self._payload.is_eof():  # nor does aiohttp tell who reads the body
-                self._payload.set_exception(aiohttp.ClientPayloadError(), error)
-        else:
-            for message, payload in messages:
-                if message.should_close:
-                    self._should_close = True
-                self._payload = payload
-                bodiless = self._skip_payload or message.code in _BODILESS_ANSWERS
-                self.feed_data((message, aiohttp.EMPTY_PAYLOAD if bodiless else payload))
+        """Parse what came, and pass it on."""
+        super().data_received(data)
         if self.heard is not None:
             self.heard()
+
+    def set_exception(self, exc: BaseException, exc_cause: BaseException = _EXC_SENTINEL) -> None:
+        """Tell whoever reads the body, too, which aiohttp does not do."""
+        if self._payload is not None and not self._payload.is_eof():
+            self._payload.set_exception(aiohttp.ClientPayloadError(), exc_cause)
+        super().set_exception(exc, exc_cause)
 
     def resume_reading(self, resume_parser: bool = True) -> None:
         """Read on after a pause. aiohttp calls this after every read of a body, and would parse nothing each time."""
@@ -183,9 +157,9 @@ class Upstream:
 
     async def _ask(self, connection: Connection, method: str, head: bytes, body: bytes) -> Response:
         """Write a request and wait for the head of its answer."""
-        protocol = cast("_Protocol", connection.protocol)
-        assert protocol.transport is not None  # noqa: S101  it has just been handed out
-        protocol.expect(bodiless=method == "HEAD")
+        protocol = connection.protocol
+        assert protocol is not None and protocol.transport is not None  # noqa: S101  it has just been handed out
+        protocol.set_response_params(skip_payload=method == "HEAD", read_until_eof=True, read_bufsize=_READ_AHEAD_BYTES)
         sending = None
         if len(body) <= _SLICE:
             protocol.transport.writelines((head, body))
