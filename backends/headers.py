@@ -9,6 +9,12 @@ _PASSED = frozenset({"content-type", "content-language", "x-request-id", "reques
 _PASSED_PREFIXES = ("x-dashscope-", "openai-", "x-ratelimit-")
 
 
+@lru_cache(512)
+def spelled(name: str) -> str:
+    """A header's name as all of ours are spelled, `Like-This`, however it came."""
+    return name.title()
+
+
 def end_to_end(headers: Mapping[str, str]) -> dict[str, str]:
     """Keep what means something to the caller: the type, request ids, the provider's own headers.
 
@@ -21,13 +27,7 @@ def end_to_end(headers: Mapping[str, str]) -> dict[str, str]:
 @lru_cache(512)
 def _passed_as(given: str) -> str | None:
     name = given.lower()
-    return given.title() if name in _PASSED or name.startswith(_PASSED_PREFIXES) else None
-
-
-@lru_cache(512)
-def spelled(name: str) -> str:
-    """A header's name as all of ours are spelled, `Like-This`, however it came."""
-    return name.title()
+    return spelled(given) if name in _PASSED or name.startswith(_PASSED_PREFIXES) else None
 
 
 def head_of(first_line: str, headers: Mapping[str, str], more: str = "") -> bytes:
