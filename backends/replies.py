@@ -57,7 +57,7 @@ _EVENT_LIMIT = 256 * 1024
 class StreamWatch:
     """Looks on while a server-sent-event stream passes by, and notes what concerns the accounts.
 
-    It is fed the bytes as they came, in pieces of any size. All but a few pieces cost two substring searches.
+    It is fed the bytes as they came, in pieces of any size. All but a few pieces cost only substring searches.
     """
 
     def __init__(self) -> None:
