@@ -40,7 +40,7 @@ async def test_every_request_is_answered_once_with_its_own_answer_and_every_upst
     def choose():
         if chance.random() < 0.3:
             return None
-        return Fault(chance.choice(["reset", "close", "garbage", "stall"]), int(chance.expovariate(1 / 12_000)))
+        return Fault(chance.choice(["reset", "close", "garbage", "stall"]), int(chance.expovariate(1 / 5_000)))
 
     answers: dict[str, tuple[int, str, int]] = {}
     left: set[str] = set()
@@ -79,7 +79,7 @@ async def test_every_request_is_answered_once_with_its_own_answer_and_every_upst
         assert "defect" not in process.log
 
     assert len(answers) + len(left) == REQUESTS
-    assert wire.struck > REQUESTS / 400, "the faults must have been many"
+    assert wire.struck > REQUESTS / 200, "the faults must have been many"
     assert all(said == ident for ident, (status, said, _) in answers.items() if status == 200)
     statuses = Counter(status for status, _, _ in answers.values())
     assert set(statuses) <= {200, 400, 502, 503, 504}, statuses
