@@ -58,7 +58,7 @@ def played(tmp_path: Path) -> Iterator[dict[int, int]]:
     text, ports = on_free_ports((EXAMPLES / "pod" / "pod.yaml").read_text(), r"hostPort: (\d+)")
     file = tmp_path / "pod.yaml"
     file.write_text(text)
-    podman("kube", "play", file)
+    podman("kube", "play", "--replace", file)  # one of a test that was killed may be there
     try:
         yield ports
     finally:
@@ -79,6 +79,7 @@ def composed(tmp_path: Path) -> Iterator[dict[int, int]]:
         )
         assert done.returncode == 0, done.stdout + done.stderr
 
+    compose("down", "--timeout", "5")  # what a test that was killed may have left
     try:
         compose("up", "--detach", "--no-build")  # `make image` has built it
         yield ports

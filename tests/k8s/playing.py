@@ -106,7 +106,7 @@ def playing(objects: list[dict[str, Any]], folder: Path) -> Iterator[Pod]:
     """Play these objects, without a network, until cortex has answers; nothing of it is left afterwards."""
     played = folder / "pod.yaml"
     played.write_text(yaml.safe_dump_all(objects))
-    podman("kube", "play", "--network", "none", played)
+    podman("kube", "play", "--replace", "--network", "none", played)  # one of a test that was killed may be there
     try:
         pod = Pod()
         until(lambda: pod.answered() > 10, "answered frame")

@@ -16,6 +16,7 @@ VOLUME = "vlm-model"
 def test_a_pod_answers_from_a_model_on_its_volume(tmp_path: Path) -> None:
     pod, *maps = playable(K8S / "overlays" / "local-gpu", IMAGE)
     del container(pod["spec"], "vlm-sidecar")["resources"]["limits"]["nvidia.com/gpu"]
+    podman("volume", "rm", "--force", VOLUME)  # one of a test that was killed may be there
     podman("volume", "create", VOLUME)
     try:
         build = ("-m", "backends.local.tiny", "idefics3", "/models/vlm")
