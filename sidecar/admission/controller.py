@@ -21,7 +21,7 @@ from typing import Any
 from .blackout import Blackouts
 from .bucket import TokenBucket
 from .early import EarlyRefusals
-from .estimate import LEAST, MOVED, RECALLED, SUREST, Estimate
+from .estimate import LEAST, MOVED, RECALLED, SUREST, VAGUE, Estimate
 from .first import FirstBurst
 from .fit import Fit
 from .policer import Interval, Sent, Trace
@@ -30,8 +30,10 @@ from .shared import KEPT, Share
 from .start import START_CREDIT, Start
 from .states import START, State
 
-#: A refusal before this share of a ramp's length has come too early.
+#: A refusal before this share of a ramp's length has come too early,
 EARLY = 0.4
+#: ... and before this one, where a bucket that is ours alone would have had credit left.
+SOON = 0.95
 #: A limit that was known well does not turn out to be off by more than this share, unless it has moved.
 OFF = 0.05
 #: A pace of more than so many times what goes out, of late, is not what holds requests back.
@@ -261,13 +263,16 @@ class RateController:
             blur = 0.5 * estimate.burst / interval.total  # for the burst is known badly
         elif estimate.has_credit and self._ramp.spent + estimate.typical >= estimate.burst:
             estimate.spent()
+        sure = estimate.unsure <= VAGUE
+        soon = sure and estimate.has_credit and self._ramp.along < SOON
+        fell = not sure and not guessed and high < (1.0 - estimate.unsure) * estimate.limit
         off = estimate.narrow(low, high, blur=blur, anew=guessed)
         known = estimate.unsure <= 3 * SUREST
         estimate.to(now, State.STEADY if known else State.ASSESS, f"refused at {pace:.3g}/s")
         if not self._look_again(off):
-            if off > OFF and not blackouts.lost_seconds:
+            if (off > OFF or soon or fell) and not blackouts.lost_seconds:
                 self._share.odd(now, estimate)
-            elif off == 0.0:
+            elif off == 0.0 and sure:
                 self._share.as_alone()
 
     def _look_again(self, off: float) -> bool:
@@ -365,7 +370,7 @@ class RateController:
         elif self._first is not None and self._first.searching:
             estimate.limit *= self._first.growth(seconds, self.refusal_seconds)
         elif self.state is State.SHARED:
-            estimate.limit *= self._share.growth(now - self._grown_at)
+            estimate.limit *= self._share.growth(now, now - self._grown_at, self.estimate)
         else:
             if self._ramp.along >= 1.0 and self.pace(now) > (
                 MOST_AHEAD * blackouts.history.rate(now, LATE_SECONDS) + 3.0 * estimate.typical

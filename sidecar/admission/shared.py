@@ -1,15 +1,16 @@
 """An account that others use too: no limit of one's own can be learned, only a share be kept.
 
-Two kinds of refusal come then. Those that the pace brings become fewer when it falls: additive growth, and a cut for
-each, let all who share shrink or grow towards equal shares (Chiu & Jain, 1989). But where a bucket has little credit, a
-call is refused whenever another's came just before, however seldom one asks. Against those it is no help to be slower:
-what counts is whether a faster pace brings more, so two paces take turns (`Climb`).
+Two kinds of refusal come then. Those that the pace brings become fewer when it falls: growth, and a cut for each, let
+all who share shrink or grow towards equal shares, for who sends more is refused more often (after Chiu & Jain, 1989).
+But where a bucket has little credit, a call is refused whenever another's came just before, however seldom one asks.
+Against those it is no help to be slower: what counts is whether a faster pace brings more, so two paces take turns
+(`Climb`).
 """
 
 from __future__ import annotations
 
 from collections import deque
-from math import exp, inf
+from math import exp, inf, sqrt
 
 from .estimate import RECALLED, Estimate
 from .fit import SMALL
@@ -18,13 +19,22 @@ from .states import State
 #: So many refusals that no limit of one's own explains mean that others use the account too. So many still count when a
 #: lower limit has explained them: where more come, others are likelier than a limit that falls again.
 ODD, KEPT = 5, 2
-#: What a refusal leaves, and growth a second, the same for all who share, so that the larger shrinks; and growth from
-#: one request to the next at most.
-CUT, GROWTH, MOST_GROWTH = 0.8, 0.01, 0.02
+#: What a refusal takes off the limit: much at first, which evens the shares out, and less each time, which keeps them.
+MOST_CUT, LEAST_CUT, SETTLE = 0.25, 0.1, 0.85
+#: So soon after another one, a refusal tells that somebody has come: much again.
+CROWD_SECONDS = 5.0
+#: Refusals a second for which growth makes up, whatever each takes off, at a share of so many requests a second. At a
+#: larger one they are fewer by its root, up to that of so many: in requests, growth is less uneven than shares are.
+REFUSALS, USUAL, LARGE = 0.03, 5.0, 20.0
+#: Growth from one request to the next at most.
+MOST_GROWTH = 0.02
+#: Where so many were to be expected and none came, somebody has gone.
+GONE = 3.0
 #: Refusals within so many seconds are one event: somebody looks for more than there is.
 EPISODE_SECONDS = 2.0
-#: So many events in a row at the same limit, to within this share: it is ours alone, for what others leave varies.
-ALIKE, SAME = 4, 0.02
+#: So many events in a row at the same limit, to within this share of a cut: it is ours alone, for what others leave
+#: varies.
+ALIKE, SAME = 4, 0.2
 #: So many refusals within so many calls, and that for so many seconds, come at any pace: others who slow down too would
 #: have done so by then.
 OFTEN, OFTEN_CALLS, OFTEN_SECONDS = 7, 45, 30.0
@@ -33,7 +43,7 @@ OFTEN, OFTEN_CALLS, OFTEN_SECONDS = 7, 45, 30.0
 class Share:
     """Whether others use the account, as refusals show it, and what the pace does then."""
 
-    __slots__ = ("_calls", "_highest", "_limits", "_odd", "_often_since", "_refused", "climb")
+    __slots__ = ("_calls", "_cut", "_highest", "_limits", "_odd", "_often_since", "_refused", "climb")
 
     def __init__(self) -> None:
         self.climb: Climb | None = None
@@ -43,6 +53,7 @@ class Share:
         self._calls = 0  # that went out
         self._refused: deque[int] = deque(maxlen=OFTEN)  # of them, the latest
         self._often_since = inf
+        self._cut = MOST_CUT  # of the next refusal
         self._highest = 0.0  # limit since then
 
     def as_alone(self) -> None:
@@ -60,7 +71,8 @@ class Share:
             return False
         self._odd = 0
         self._limits.clear()
-        estimate.limit *= CUT
+        self._cut = MOST_CUT
+        estimate.limit *= 1.0 - MOST_CUT
         estimate.to(now, State.SHARED, "refused too often for one user of the account")
         return True
 
@@ -69,10 +81,11 @@ class Share:
         if now <= estimate.changed_at + EPISODE_SECONDS:
             return True
         self._limits.append(estimate.limit)
-        if len(self._limits) == ALIKE and max(self._limits) <= (1.0 + SAME) * min(self._limits):
+        self._cut = MOST_CUT if now <= estimate.changed_at + CROWD_SECONDS else max(SETTLE * self._cut, LEAST_CUT)
+        if len(self._limits) == ALIKE and max(self._limits) <= (1.0 + SAME * self._cut) * min(self._limits):
             estimate.to(now, State.ASSESS, "the account seems to be ours alone again")
             return False
-        estimate.limit *= CUT
+        estimate.limit *= 1.0 - self._cut
         estimate.changed(now, "refused while others share the account")
         return True
 
@@ -81,9 +94,14 @@ class Share:
         """The pace as a share of the limit."""
         return 1.0 if self.climb is None else self.climb.factor
 
-    def growth(self, seconds: float) -> float:
+    def growth(self, now: float, seconds: float, estimate: Estimate) -> float:
         """What the limit is multiplied by after so many seconds in which it held calls back."""
-        return exp(min(GROWTH * seconds, MOST_GROWTH)) if self.climb is None else 1.0
+        if self.climb is not None:
+            return 1.0
+        refusals = REFUSALS * sqrt(USUAL / min(estimate.limit / estimate.typical, LARGE))
+        if (now - estimate.changed_at) * refusals > GONE:
+            self._cut = MOST_CUT
+        return exp(min(refusals * self._cut * seconds, MOST_GROWTH))
 
     def in_vain(self, now: float, limit: float, estimate: Estimate) -> bool:
         """A refusal that a slower pace, at this limit, should have prevented. Whether they come at any pace."""
@@ -143,6 +161,8 @@ class Climb:
 
     #: No more than this share is others' doing.
     MOST_REFUSED = 0.6
+    #: What refusals in a row leave of the limit.
+    IN_VAIN = 0.8
 
     __slots__ = (
         "_began", "_block", "_calls", "_first", "_high", "_paced", "_refused", "_row", "_settled", "_share",
@@ -209,7 +229,7 @@ class Climb:
             self._refused[not self._high] += 1.0
         elif sent_at > self._settled:
             self._refused[self._high] += 1.0
-        return CUT if self.in_vain and not before else 1.0
+        return self.IN_VAIN if self.in_vain and not before else 1.0
 
     @property
     def in_vain(self) -> bool:

@@ -277,7 +277,7 @@ def test_whoever_takes_others_for_there_finds_out_that_there_are_none(rate, burs
     while not world.control._share.odd(world.now, world.control.estimate):
         pass
     assert world.control.state is State.SHARED
-    world.run(300.0)
+    world.run(600.0)
     assert world.control.state is not State.SHARED
     assert world.control.limit == pytest.approx(rate, rel=0.03)
 
