@@ -10,7 +10,7 @@ import time
 from dataclasses import dataclass
 
 from bench.cost.peers import PEERS, Missing
-from bench.cost.processes import NotStarted, cpu_seconds, process, resident_bytes, sidecar, wire
+from bench.cost.processes import NotStarted, awake, cpu_seconds, process, resident_bytes, sidecar, wire
 from sidecar.demo.cameras import body_of
 from sidecar.demo.frames import frame
 from sidecar.demo.processes import free_port
@@ -91,9 +91,10 @@ def _rounds(lines: dict[str, tuple[int, int | None]]) -> Rounds:
             ask(name, kind, max(CONNECTIONS), _WARM_UP_SECONDS)
     for number in range(ROUNDS):
         for (kind, count), seen in found.items():
-            for name in _turned(list(lines), number):
-                alone = kind == "stream" and count == 1
-                seen[name].append(ask(name, kind, count, STREAM_SECONDS if alone else SECONDS))
+            seconds = STREAM_SECONDS if kind == "stream" and count == 1 else SECONDS
+            with awake() if count == 1 else contextlib.nullcontext():
+                for name in _turned(list(lines), number):
+                    seen[name].append(ask(name, kind, count, seconds))
         print(f"round {number + 1} of {ROUNDS}", file=sys.stderr, flush=True)
     return found
 
