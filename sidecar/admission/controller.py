@@ -51,7 +51,8 @@ class RateController:
         self.ceiling = ceiling
         self.refusal_seconds = 0.05
         """How long a refusal takes to come back, smoothed."""
-        self._unpaced = dormant and ceiling == inf  # whatever comes may go: nothing need be counted yet
+        self.unpaced = dormant and ceiling == inf
+        """Whatever comes may go: nothing need be counted yet."""
         self._bucket = TokenBucket(now, inf, START_CREDIT * typical)
         self._filled_at = -inf
         self._grown_at = now
@@ -91,7 +92,7 @@ class RateController:
 
     def wait(self, now: float, amount: float) -> float:
         """Seconds until `amount` may be sent; 0 for now."""
-        if self._unpaced:
+        if self.unpaced:
             return 0.0
         self._fill(now)
         return self._bucket.wait(now, amount)
@@ -103,7 +104,7 @@ class RateController:
 
     def sent(self, now: float, amount: float, bound: bool) -> Sent:
         """One attempt goes out. `bound`: it had to wait for this dimension, so more would have been sent."""
-        if not self._unpaced:
+        if not self.unpaced:
             if now != self._filled_at:  # `wait` has, in the turn in which it let this one through
                 self._fill(now)
             if bound:
@@ -157,7 +158,7 @@ class RateController:
 
     def settle(self, now: float, sent: Sent, amount: float) -> None:
         """It took another amount than was reserved."""
-        if not self._unpaced:
+        if not self.unpaced:
             self._bucket.take(now, amount - sent.amount)
         self._blackouts.history.add(sent.at, amount - sent.amount)
         if self._first is not None and self._first.holds(sent):
@@ -209,7 +210,7 @@ class RateController:
         first = FirstBurst(sent.at, self._start.began, self._trace)
         first.guess(self.estimate, self.refusal_seconds)
         self._first = first if first.is_burst else None
-        self._unpaced = False
+        self.unpaced = False
         self.estimate.to(now, State.ASSESS, "first refusal")
 
     def _refusal(self, now: float, sent: Sent) -> bool:
@@ -392,7 +393,7 @@ class RateController:
         self.estimate.recall(limit, burst, uncertainty)
         self._trace.emptied(now)
         self._cut_at = now
-        self._unpaced = False
+        self.unpaced = False
         self.estimate.to(now, State.ASSESS, "remembered from before the restart")
         self._begin()
         self._set_level(now, 0.0)

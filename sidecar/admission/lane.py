@@ -203,7 +203,8 @@ class Lane:
         """An attempt is over, whatever it said: its permit goes to the next."""
         self.limits.ended(attempt, now)
         self.last_used = now
-        self.admit(now)
+        if self.queue.tickets or self.cause is not None:
+            self.admit(now)
 
     def account_refused(self, attempt: Attempt, now: float, reason: str) -> None:
         """The provider refuses the account: everything that waits is told so."""

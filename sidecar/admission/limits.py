@@ -95,9 +95,10 @@ class Limits:
         wait = self.growth.wait(now)
         if wait > 0:
             return "growth", now + wait
-        wait = self.tokens.wait(now, self.cost(ticket))
-        if wait > 0:
-            return "token_rate", now + wait
+        if not self.tokens.unpaced:
+            wait = self.tokens.wait(now, self.cost(ticket))
+            if wait > 0:
+                return "token_rate", now + wait
         return None, now
 
     def cost(self, ticket: Ticket) -> float:
