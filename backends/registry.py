@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import Any
 
 _CLASSES = {
-    "dashscope": ("backends.dashscope", "DashScopeBackend"),
+    "dashscope": ("backends.remote.backend", "DashScopeBackend"),
     "local": ("backends.local", "LocalBackend"),
     "simulated": ("backends.simulated", "SimulatedBackend"),
 }

@@ -31,7 +31,7 @@ from bench.sim.load import Run
 from bench.sim.systems import Ask
 from bench.sim.table import SYSTEMS, TABLE, Check, Result, Scenario, at_least, at_most, play, settled, share
 from sidecar.admission import NotAdmitted
-from sidecar.dispatch import DeadlineExceeded
+from sidecar.dispatch.dispatcher import DeadlineExceeded
 
 SEED = 1
 SECONDS = 30.0

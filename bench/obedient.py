@@ -22,7 +22,7 @@ from backends.simulated import Profile, Provider
 from bench.sim import clock
 from bench.sim.systems import Ask, Sidecar
 from sidecar.admission import NotAdmitted
-from sidecar.dispatch import DeadlineExceeded
+from sidecar.dispatch.dispatcher import DeadlineExceeded
 
 #: From the answer that says to wait until the caller's next request is here, besides what it says.
 LAG_SECONDS = (0.001, 0.02)

@@ -29,7 +29,7 @@ from running import Process  # noqa: E402
 from trio_core_process import trio_core  # noqa: E402
 
 from backends.simulated import PROVIDER, Profile, serve  # noqa: E402
-from sidecar.demo.frames import frame  # noqa: E402
+from sidecar.cli.demo.frames import frame  # noqa: E402
 
 CAMERAS = 10
 EVERY_SECONDS = 4.0

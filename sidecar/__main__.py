@@ -1,6 +1,6 @@
 """`python -m sidecar` is `vlm-sidecar`."""
 
-from .cli import main
+from sidecar.cli.main import main
 
 if __name__ == "__main__":
     main()

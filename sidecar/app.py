@@ -14,27 +14,26 @@ from typing import TYPE_CHECKING, Any
 from prometheus_client import CollectorRegistry, ProcessCollector
 
 from backends.base import BackendError
-from backends.detector import DetectorBackend
+from backends.detector.backend import DetectorBackend
+from backends.http1.server import Listener
 from backends.keyfile import KeyFile
 from backends.registry import backend_class
-
-from . import __version__
-from .admin import AdminServer
-from .admission import Admission
-from .api.call import Limits
-from .api.server import DataServer
-from .dispatch import Dispatcher, Route
-from .gauges import AdmissionGauges
-from .health import Health
-from .listener import Listener
-from .memory import Memory
-from .settings import Settings
-from .status import status_of
-from .telemetry import Telemetry
-from .watch import Watch
+from sidecar import __version__
+from sidecar.admin.health import Health
+from sidecar.admin.server import AdminServer
+from sidecar.admin.status import status_of
+from sidecar.admission import Admission
+from sidecar.api.call import Limits
+from sidecar.api.server import DataServer
+from sidecar.dispatch.dispatcher import Dispatcher, Route
+from sidecar.observe.gauges import AdmissionGauges
+from sidecar.observe.metrics import Telemetry
+from sidecar.observe.sampler import Watch
+from sidecar.settings import Settings
+from sidecar.state_file import Memory
 
 if TYPE_CHECKING:
-    from .spans import Spans
+    from sidecar.observe.otel import Spans
 
 log = logging.getLogger("sidecar")
 
@@ -234,7 +233,7 @@ def _spans() -> Spans | None:
     if not (os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT") or os.environ.get("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")):
         return None
     try:
-        from .spans import Spans  # noqa: PLC0415  some megabytes that few want
+        from sidecar.observe.otel import Spans  # noqa: PLC0415  some megabytes that few want
     except ImportError as error:
         log.warning("an OTLP endpoint is set, but no spans are sent (%s): install vlm-sidecar[otel]", error)
         return None

@@ -20,8 +20,8 @@ import pytest
 import yaml
 from real_parts import PARTS, real_part
 
-from sidecar.cli import _MORE, _parser
-from sidecar.demo.processes import free_port
+from sidecar.cli.demo.processes import free_port
+from sidecar.cli.main import _MORE, _parser
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/**/*.md")])
@@ -47,7 +47,7 @@ REPLACED = {
     "sleep 90": "sleep 0",
     "sleep 600": "sleep 0",
     "in 10 20 40 60 90": "in 1 2",
-    # `test_demo.py` plays the demo, faster; `make test` is running this; `make test-pod` builds the image
+    # `cli/test_demo.py` plays the demo, faster; `make test` is running this; `make test-pod` builds the image
     "make demo ": "make --dry-run demo ",
     "make test ": "make --dry-run test ",
     "make image ": "make --dry-run image ",
@@ -170,7 +170,7 @@ def test_every_command_in_running_text_is_understood():
     assert commands
     for command in commands:
         words = shlex.split(command.partition("|")[0])[1:]
-        if "FILE" not in words and "--help" not in words and words != ["completion"]:
+        if "FILE" not in words and "--help" not in words:
             _parser(words[:1]).parse_args(words)
     targets = set(re.findall(r"^([a-z-]+):|^\.PHONY: (.*)", (ROOT / "Makefile").read_text(), re.MULTILINE))
     known = {target for one, several in targets for target in (one, *several.split()) if target}

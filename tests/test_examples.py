@@ -11,7 +11,7 @@ import yaml
 from real_parts import real_part
 from running import BOUND, Process
 
-from sidecar.cli import _parser
+from sidecar.cli.main import _parser
 from sidecar.settings import load
 
 ROOT = Path(__file__).parents[1]

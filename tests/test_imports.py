@@ -9,7 +9,7 @@ CODE = """
 import asyncio, sys
 import aiohttp, uvloop
 from sidecar.app import Sidecar
-import sidecar.cli
+import sidecar.cli.main
 from sidecar.settings import load
 
 async def main():

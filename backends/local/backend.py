@@ -18,7 +18,7 @@ from backends.local.engine import Engine
 from backends.local.prompts import parse
 from backends.local.rows import Done, Event, Piece, Row, Started
 from backends.local.sources import ImageSources
-from backends.native import send_native
+from backends.remote.native import send_native
 
 if TYPE_CHECKING:
     from backends.local.model import VisionModel

@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator
 import orjson
 
 from backends.base import Reply, Request, Timings, Unreachable, Usage
-from backends.refusals import classify
+from backends.remote.refusals import classify
 from backends.simulated.profile import Profile
 from backends.simulated.provider import MODELS, Call, Frame, Provider
 

@@ -15,7 +15,7 @@ from zlib import crc32
 import orjson
 
 from backends.base import Dialect, Usage
-from backends.images import data_url_size, image_tokens
+from backends.media import data_url_size, image_tokens
 
 #: Characters of text to one LLM token, roughly, in English.
 CHARS_PER_TOKEN = 3.5

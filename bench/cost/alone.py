@@ -11,7 +11,7 @@ from itertools import pairwise
 
 from bench.cost.processes import cpu_seconds, process, resident_bytes, sidecar, wire
 from bench.cost.side_by_side import bodies
-from sidecar.demo.processes import free_port
+from sidecar.cli.demo.processes import free_port
 
 STARTS = 7
 QUEUED = 2_000

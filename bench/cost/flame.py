@@ -17,7 +17,7 @@ from pathlib import Path
 from bench.cost.processes import ROOT, process, sidecar, wire
 from bench.cost.report import IMAGES, PAGE, between
 from bench.cost.side_by_side import KINDS, bodies
-from sidecar.demo.processes import free_port
+from sidecar.cli.demo.processes import free_port
 
 SPY = ROOT / ".venv-spy" / "bin" / "py-spy"
 SECONDS = 8

@@ -18,16 +18,16 @@ from typing import Any, cast
 import uvloop
 from prometheus_client import CollectorRegistry
 
-from backends.connections import _Protocol
-from backends.dashscope import DashScopeBackend
+from backends.http1.client import _Protocol
+from backends.http1.server import Connection, Listener
+from backends.remote.backend import DashScopeBackend
 from bench.cost.side_by_side import bodies
 from bench.cost.wire import WHOLE, request_of
 from sidecar.admission import Admission
 from sidecar.api.call import Limits
 from sidecar.api.server import DataServer
-from sidecar.dispatch import Dispatcher, Route
-from sidecar.listener import Connection, Listener
-from sidecar.telemetry import Telemetry
+from sidecar.dispatch.dispatcher import Dispatcher, Route
+from sidecar.observe.metrics import Telemetry
 
 ROUNDS, REQUESTS = 12, 1_500
 

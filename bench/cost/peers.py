@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.cost.processes import ROOT
-from sidecar.demo.processes import free_port
+from sidecar.cli.demo.processes import free_port
 
 FOLDER = ROOT / ".peers"
 

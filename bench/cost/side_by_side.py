@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 from bench.cost.peers import PEERS, Missing
 from bench.cost.processes import NotStarted, awake, cpu_seconds, process, resident_bytes, sidecar, wire
-from sidecar.demo.cameras import body_of
-from sidecar.demo.frames import frame
-from sidecar.demo.processes import free_port
+from sidecar.cli.demo.cameras import body_of
+from sidecar.cli.demo.frames import frame
+from sidecar.cli.demo.processes import free_port
 
 KINDS = ("small", "frame", "stream")
 CONNECTIONS = (1, 16)

@@ -10,7 +10,7 @@ from random import Random
 
 from backends.base import BackendError, Throttled
 from sidecar.admission import NotAdmitted
-from sidecar.dispatch import DeadlineExceeded
+from sidecar.dispatch.dispatcher import DeadlineExceeded
 
 from .systems import Ask, System
 

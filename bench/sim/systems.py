@@ -20,8 +20,8 @@ from backends.simulated import Provider, SimulatedBackend
 from sidecar.admission import Admission, Lane, Ticket
 from sidecar.admission.limits import Limits
 from sidecar.admission.ticket import Cause
-from sidecar.dispatch import Dispatcher, Route
-from sidecar.telemetry import Telemetry
+from sidecar.dispatch.dispatcher import Dispatcher, Route
+from sidecar.observe.metrics import Telemetry
 
 MODEL = "qwen-vl-plus"
 #: Until a request that was let through has been judged.

@@ -1,8 +1,8 @@
 """Who goes next, and when: the product's heart. Pure asyncio and arithmetic; the clock is the event loop's."""
 
-from .admission import Admission
-from .arrivals import Arrival
-from .errors import (
+from sidecar.admission.admission import Admission
+from sidecar.admission.arrivals import Arrival
+from sidecar.admission.errors import (
     AccountClosed,
     DeadlineUnreachable,
     Draining,
@@ -11,10 +11,10 @@ from .errors import (
     QueueFull,
     Superseded,
 )
-from .hold import HoldKind
-from .lane import Lane, Permit
-from .states import State
-from .ticket import CAUSES, Cause, Part, Priority, Stopwatch, Ticket
+from sidecar.admission.hold import HoldKind
+from sidecar.admission.lane import Lane, Permit
+from sidecar.admission.states import State
+from sidecar.admission.ticket import CAUSES, Cause, Part, Priority, Stopwatch, Ticket
 
 __all__ = [
     "CAUSES",

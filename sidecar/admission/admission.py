@@ -10,11 +10,11 @@ from math import inf
 from random import Random
 from typing import Any
 
-from .arrivals import Arrival, Arrivals
-from .errors import Draining, QueueFull, Superseded
-from .lane import KEPT_SHARE, Lane, Permit
-from .limits import Limits
-from .ticket import Priority, Ticket
+from sidecar.admission.arrivals import Arrival, Arrivals
+from sidecar.admission.errors import Draining, QueueFull, Superseded
+from sidecar.admission.lane import KEPT_SHARE, Lane, Permit
+from sidecar.admission.limits import Limits
+from sidecar.admission.ticket import Priority, Ticket
 
 #: Models that keep limits of their own. The least recently used idle one goes when there are more.
 MOST_LANES = 64

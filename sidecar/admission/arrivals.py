@@ -10,7 +10,7 @@ import asyncio
 from collections.abc import Callable
 from types import TracebackType
 
-from .errors import QueueFull
+from sidecar.admission.errors import QueueFull
 
 #: Seconds without a byte after which a body gives way to others.
 STALLED_SECONDS = 1.0

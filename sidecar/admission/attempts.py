@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from .policer import Sent
-
-if TYPE_CHECKING:
-    from .ticket import Cause, Ticket
+from sidecar.admission.policer import Sent
+from sidecar.admission.ticket import Cause, Ticket
 
 
 class Attempt:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections import deque
 from math import inf
 
-from .estimate import SUREST, Estimate
-from .history import History
-from .policer import Interval
-from .states import State
+from sidecar.admission.estimate import SUREST, Estimate
+from sidecar.admission.history import History
+from sidecar.admission.policer import Interval
+from sidecar.admission.states import State
 
 #: A window that was used up is taken to be at most so long: quotas are told by the minute.
 WINDOW_SECONDS = 60.0

@@ -18,17 +18,17 @@ from __future__ import annotations
 from math import inf
 from typing import Any
 
-from .blackout import Blackouts
-from .bucket import TokenBucket
-from .early import EarlyRefusals
-from .estimate import LEAST, MOVED, RECALLED, SUREST, VAGUE, Estimate
-from .first import FirstBurst
-from .fit import Fit
-from .policer import Interval, Sent, Trace
-from .ramp import Ramp
-from .shared import KEPT, Share
-from .start import START_CREDIT, Start
-from .states import START, State
+from sidecar.admission.blackout import Blackouts
+from sidecar.admission.bucket import TokenBucket
+from sidecar.admission.early import EarlyRefusals
+from sidecar.admission.estimate import LEAST, MOVED, RECALLED, SUREST, VAGUE, Estimate
+from sidecar.admission.first import FirstBurst
+from sidecar.admission.fit import Fit
+from sidecar.admission.policer import Interval, Sent, Trace
+from sidecar.admission.ramp import Ramp
+from sidecar.admission.shared import KEPT, Share
+from sidecar.admission.start import START_CREDIT, Start
+from sidecar.admission.states import START, State
 
 #: A refusal before this share of a ramp's length has come too early,
 EARLY = 0.4

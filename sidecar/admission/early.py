@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from math import inf
 
-from .estimate import VAGUE, Estimate
-from .policer import Interval, Sent, rate_between
+from sidecar.admission.estimate import VAGUE, Estimate
+from sidecar.admission.policer import Interval, Sent, rate_between
 
 #: What one leaves of the limit, the first and the second time in an episode; the third time it is measured.
 CUTS = (0.985, 0.94)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from math import inf
 from typing import Any
 
-from .policer import Interval
-from .start import START_CREDIT
-from .states import State
+from sidecar.admission.policer import Interval
+from sidecar.admission.start import START_CREDIT
+from sidecar.admission.states import State
 
 #: How unsure a limit is, as a share of it, at least and at most.
 SUREST, UNSUREST = 0.01, 0.3

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from math import exp
 
-from .estimate import Estimate
-from .policer import Sent
-from .start import Start
+from sidecar.admission.estimate import Estimate
+from sidecar.admission.policer import Sent
+from sidecar.admission.start import Start
 
 #: Requests a second that any provider is taken to allow when a first refusal at once says nothing else.
 FLOOR = 2.0

@@ -11,9 +11,9 @@ from __future__ import annotations
 from collections import deque
 from math import inf
 
-from .estimate import SUREST, Estimate
-from .policer import Interval
-from .states import State
+from sidecar.admission.estimate import SUREST, Estimate
+from sidecar.admission.policer import Interval
+from sidecar.admission.states import State
 
 #: So many refusals are to be explained, with no more than so many calls between any two of them.
 REFUSALS, MOST_CALLS = 4, 60

@@ -10,13 +10,13 @@ import asyncio
 from math import inf
 from types import TracebackType
 
-from .attempts import Attempt
-from .errors import AccountClosed, DeadlineUnreachable, NotAdmitted
-from .hold import HoldKind
-from .limits import Limits
-from .promises import Promises
-from .queue import FairQueue
-from .ticket import CAUSES, Cause, Ticket
+from sidecar.admission.attempts import Attempt
+from sidecar.admission.errors import AccountClosed, DeadlineUnreachable, NotAdmitted
+from sidecar.admission.hold import HoldKind
+from sidecar.admission.limits import Limits
+from sidecar.admission.promises import Promises
+from sidecar.admission.queue import FairQueue
+from sidecar.admission.ticket import CAUSES, Cause, Ticket
 
 #: While a learned pace holds the queue it is looked at again this often (seconds), since paces change with time.
 LOOK_AGAIN_SECONDS = 0.25

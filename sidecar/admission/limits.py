@@ -6,18 +6,16 @@ from collections import deque
 from collections.abc import Mapping
 from math import ceil, inf
 from random import Random
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from .attempts import Attempt, InFlight
-from .controller import RateController
-from .cost import TokenCost
-from .growth import GrowthGovernor
-from .hold import Hold, HoldKind
-from .permits import Permits
-from .states import State
-
-if TYPE_CHECKING:
-    from .ticket import Cause, Ticket
+from sidecar.admission.attempts import Attempt, InFlight
+from sidecar.admission.controller import RateController
+from sidecar.admission.cost import TokenCost
+from sidecar.admission.growth import GrowthGovernor
+from sidecar.admission.hold import Hold, HoldKind
+from sidecar.admission.permits import Permits
+from sidecar.admission.states import State
+from sidecar.admission.ticket import Cause, Ticket
 
 #: Consecutive failures (5xx, broken connections) that mean the provider is down, and of how many requests they must be:
 #: one request that breaks the provider each time is not an outage.

@@ -17,7 +17,7 @@ from heapq import heapify, heappop, heappush
 from itertools import islice
 from math import inf
 
-from .ticket import Priority, Ticket
+from sidecar.admission.ticket import Priority, Ticket
 
 #: A key whose backlog could not be served in time has caught up when one in so many of it is left.
 CALM_SHARE = 8

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from math import exp
 
-from .estimate import SUREST, UNSUREST, VAGUE, Estimate
+from sidecar.admission.estimate import SUREST, UNSUREST, VAGUE, Estimate
 
 #: A ramp's length as a share of the calls that pay for one refusal.
 RAMP, RAMP_NO_CREDIT = 1.0, 1.4

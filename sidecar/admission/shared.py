@@ -12,9 +12,9 @@ from __future__ import annotations
 from collections import deque
 from math import exp, inf, sqrt
 
-from .estimate import RECALLED, Estimate
-from .fit import SMALL
-from .states import State
+from sidecar.admission.estimate import RECALLED, Estimate
+from sidecar.admission.fit import SMALL
+from sidecar.admission.states import State
 
 #: So many refusals that no limit of one's own explains mean that others use the account too. So many still count when a
 #: lower limit has explained them: where more come, others are likelier than a limit that falls again.

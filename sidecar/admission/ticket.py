@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from asyncio import Future, TimerHandle
 from enum import IntEnum
-from typing import TYPE_CHECKING, Literal, get_args
-
-if TYPE_CHECKING:
-    from .lane import Permit
+from typing import Any, Literal, get_args
 
 #: What can hold a queued request back. `turn`: nothing but the instant it takes to be chosen.
 Cause = Literal["turn", "request_rate", "token_rate", "growth", "concurrency", "hold"]
@@ -114,8 +111,8 @@ class Ticket:
         """A part of the answer may have reached the caller: there is no other attempt after this."""
         self.cause_seconds: dict[Cause, float] | None = None
         """Time in the queue by what held it. None: it never waited."""
-        self.permit: Future[Permit] | None = None
-        """Brings the permit while the ticket is queued."""
+        self.permit: Future[Any] | None = None
+        """Brings the lane's `Permit` while the ticket is queued. A ticket does not know lanes: they know tickets."""
         self.expiry: TimerHandle | None = None
         self._causes_at_entry: tuple[float, ...] = ()
 

@@ -1,0 +1,1 @@
+"""The data listener: endpoints, bodies and errors of the three APIs."""

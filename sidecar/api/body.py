@@ -8,9 +8,8 @@ from typing import Any
 
 import orjson
 
-from backends.images import data_url_size, image_tokens
-
-from .errors import InvalidRequest
+from backends.media import data_url_size, image_tokens
+from sidecar.api.errors import InvalidRequest
 
 #: Characters of text in one LLM token, for an estimate before sending: limiting.md's 3.5.
 CHARS_PER_TOKEN = 3.5

@@ -13,14 +13,13 @@ from math import isfinite
 from aiohttp import HttpVersion11
 
 from backends.base import Dialect, Reply, Request, Take
-
-from ..admission import Arrival, Priority, Ticket
-from ..answer import Answer
-from ..dispatch import DeadlineExceeded, Dispatcher
-from ..listener import HttpRequest
-from ..telemetry import Outcome
-from ..tracing import Trace
-from .errors import Api, InvalidRequest, Problem, body_of, headers_of
+from backends.http1.response import Answer
+from backends.http1.server import HttpRequest
+from sidecar.admission import Arrival, Priority, Ticket
+from sidecar.api.errors import Api, InvalidRequest, Problem, body_of, headers_of
+from sidecar.dispatch.dispatcher import DeadlineExceeded, Dispatcher
+from sidecar.observe.metrics import Outcome
+from sidecar.observe.trace import Trace
 
 _PRIORITIES = {"high": Priority.HIGH, "normal": Priority.NORMAL, "low": Priority.LOW}
 #: The caller's headers that go upstream, beside every `X-DashScope-*`.

@@ -9,11 +9,10 @@ from math import ceil
 from typing import Any, Literal
 
 from backends.base import BackendError, BillingRefused, Rejected, Throttled
-
-from ..admission import AccountClosed, DeadlineUnreachable, Draining, NotAdmitted, QueueFull, Superseded
-from ..dispatch import DeadlineExceeded
-from ..listener import NotHTTP
-from ..telemetry import Outcome
+from backends.http1.server import NotHTTP
+from sidecar.admission import AccountClosed, DeadlineUnreachable, Draining, NotAdmitted, QueueFull, Superseded
+from sidecar.dispatch.dispatcher import DeadlineExceeded
+from sidecar.observe.metrics import Outcome
 
 Api = Literal["openai", "trio", "native"]
 #: Every code that is the sidecar's own; what else a caller sees in that place is the provider's.

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..answer import Answer
-from .body import Asked, image_of, kind_of, look_at, look_at_messages, model_of, with_model
-from .call import Call
-from .errors import InvalidRequest
+from backends.http1.response import Answer
+from sidecar.api.body import Asked, image_of, kind_of, look_at, look_at_messages, model_of, with_model
+from sidecar.api.call import Call
+from sidecar.api.errors import InvalidRequest
 
 #: The paths that OpenAI's API lies under.
 BASES = ("/v1", "/compatible-mode/v1")

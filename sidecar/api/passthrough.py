@@ -9,11 +9,11 @@ from urllib.parse import unquote
 
 import orjson
 
-from ..answer import Answer
-from .body import CHARS_PER_TOKEN
-from .call import Call
-from .errors import InvalidRequest
-from .openai import BASES
+from backends.http1.response import Answer
+from sidecar.api.body import CHARS_PER_TOKEN
+from sidecar.api.call import Call
+from sidecar.api.errors import InvalidRequest
+from sidecar.api.openai import BASES
 
 _METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE")
 

@@ -9,14 +9,15 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from ..admission import Draining
-from ..answer import Answer
-from ..dispatch import Dispatcher
-from ..listener import HttpRequest
-from . import native, openai, trio
-from .call import TRACE, Call, Limits
-from .errors import Api, InvalidRequest, problem_of
-from .passthrough import passthrough
+from backends.http1.response import Answer
+from backends.http1.server import HttpRequest
+from sidecar.admission import Draining
+from sidecar.api import native, openai
+from sidecar.api.call import TRACE, Call, Limits
+from sidecar.api.errors import Api, InvalidRequest, problem_of
+from sidecar.api.passthrough import passthrough
+from sidecar.api.trio import endpoints as trio
+from sidecar.dispatch.dispatcher import Dispatcher
 
 log = logging.getLogger("sidecar.access")
 

@@ -14,8 +14,8 @@ from backends.simulated import Profile, Provider, SimulatedBackend
 from bench.sim import clock
 from bench.sim.systems import MODEL, Ask, Sidecar
 from sidecar.admission import Admission, NotAdmitted, Permit, QueueFull, Superseded, Ticket
-from sidecar.dispatch import DeadlineExceeded, Dispatcher, Route
-from sidecar.telemetry import Telemetry
+from sidecar.dispatch.dispatcher import DeadlineExceeded, Dispatcher, Route
+from sidecar.observe.metrics import Telemetry
 
 
 class TurningLoop(clock.VirtualLoop):

@@ -8,7 +8,7 @@ import json
 import pytest
 from running import IMAGE_URL
 
-from sidecar.demo.frames import frame
+from sidecar.cli.demo.frames import frame
 
 GENERATION = "/api/v1/services/aigc/multimodal-generation/generation"
 SSE = {"X-DashScope-SSE": "enable"}

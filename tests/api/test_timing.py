@@ -14,7 +14,7 @@ TOLERANCE = 0.002
 @pytest.fixture
 def tickets(monkeypatch):
     """Every finished ticket, with its outcome and wall time on the loop's clock."""
-    from sidecar.telemetry import Telemetry  # noqa: PLC0415
+    from sidecar.observe.metrics import Telemetry  # noqa: PLC0415
 
     finished = []
     real = Telemetry.finished

@@ -10,7 +10,7 @@ import pytest
 from sidecar.api import body as bodies
 from sidecar.api import openai
 from sidecar.api.errors import InvalidRequest
-from sidecar.demo.frames import HEIGHT, WIDTH, frame
+from sidecar.cli.demo.frames import HEIGHT, WIDTH, frame
 
 JPEG = frame(0)
 #: The size stands behind 60 KB of EXIF data, as in a photograph with a thumbnail.

@@ -142,10 +142,14 @@ async def test_who_leaves_while_everything_is_held_is_out_of_the_queue_at_once(s
 
 async def test_what_is_in_flight_here_is_so_at_a_provider_that_hangs_past_every_timer(serving, provider, monkeypatch):
     """Timers of connections, addresses and listeners run out, at last the deadline: no permit is freed before that."""
-    for timer in ("backends.connections.IDLE_SECONDS", "backends.connections._DNS_SECONDS",
-                  "sidecar.listener.KEEPALIVE_SECONDS", "sidecar.listener.FIRST_REQUEST_SECONDS"):  # fmt: skip
+    for timer in (
+        "backends.http1.client.IDLE_SECONDS",
+        "backends.http1.client._DNS_SECONDS",
+        "backends.http1.server.KEEPALIVE_SECONDS",
+        "backends.http1.server.FIRST_REQUEST_SECONDS",
+    ):
         monkeypatch.setattr(timer, 0.2)
-    monkeypatch.setattr("backends.connections._CONNECT_SECONDS", 0.5)
+    monkeypatch.setattr("backends.http1.client._CONNECT_SECONDS", 0.5)
     url, simulated = await provider(latency_seconds=600.0)
     sidecar = await serving(dashscope_url=url, max_concurrency=4, deadline=2.5)
     admission = sidecar.sidecar.routes[0].admission

@@ -38,7 +38,7 @@ async def test_a_full_disk_costs_the_memory_and_nothing_else(tmp_path, provider)
 
 
 async def test_a_folder_that_vanishes_and_comes_back_under_load(tmp_path, serving, provider, monkeypatch):
-    monkeypatch.setattr("sidecar.memory.SAVE_EVERY_SECONDS", 0.02)
+    monkeypatch.setattr("sidecar.state_file.SAVE_EVERY_SECONDS", 0.02)
     folder = tmp_path / "state"
     path = folder / "limits.json"
     url, _ = await provider(requests_per_second=10, burst_requests=2, latency_seconds=0.02)

@@ -18,8 +18,8 @@ from bench.sim import clock
 from bench.sim.systems import MODEL, Ask
 from bench.sim.table import SYSTEMS, Scenario, play, poisson
 from sidecar.admission import Admission, NotAdmitted, Ticket
-from sidecar.dispatch import DeadlineExceeded, Dispatcher, Route
-from sidecar.telemetry import Telemetry
+from sidecar.dispatch.dispatcher import DeadlineExceeded, Dispatcher, Route
+from sidecar.observe.metrics import Telemetry
 
 CALLERS = 100
 FROM, TO, END = 10.0, 40.0, 80.0

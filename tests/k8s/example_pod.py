@@ -20,7 +20,7 @@ import pytest
 from pod import podman, until
 from real_parts import ROOT, real_part
 
-from sidecar.demo.processes import free_port
+from sidecar.cli.demo.processes import free_port
 
 EXAMPLES = ROOT / "examples"
 PROMETHEUS = "docker.io/prom/prometheus:v3.5.0"

@@ -100,7 +100,7 @@ def test_nothing_installs_or_compiles_in_the_image() -> None:
 
 
 def test_the_slim_image_draws_crops_and_sends_spans() -> None:
-    assert in_image("import PIL.Image, sidecar.spans; print('has them')").strip() == "has them"
+    assert in_image("import PIL.Image, sidecar.observe.otel; print('has them')").strip() == "has them"
 
 
 def test_the_image_is_nobody_and_drains_when_stopped() -> None:

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator
 
 import aiohttp
 
-from sidecar.demo.processes import free_port
+from sidecar.cli.demo.processes import free_port
 
 
 @contextlib.asynccontextmanager

@@ -11,7 +11,7 @@ import yaml
 from real_parts import real_part
 from rules import spec
 
-from sidecar.demo.processes import free_port
+from sidecar.cli.demo.processes import free_port
 
 BOUND = 30.0
 

@@ -183,7 +183,7 @@ async def test_who_is_told_to_stop_does_not_wait_for_the_model_to_load(model_of,
     await tap.hold()
     running = asyncio.create_task(sidecar.run())
     await until(lambda: tap.running)
-    sidecar.drain()
+    sidecar.cli.drain()
     await asyncio.wait_for(running, BOUND)
     assert tap.running
     tap.let(10)

@@ -1,0 +1,5 @@
+"""Object detection with a YOLO model in this process, for `POST /api/inference/detect`."""
+
+from backends.detector.backend import DetectorBackend
+
+__all__ = ["DetectorBackend"]

@@ -1,0 +1,1 @@
+"""Any provider over HTTP: DashScope, or a server with an OpenAI-compatible API."""

@@ -1,0 +1,354 @@
+"""The upstream over HTTP: DashScope, or any server that speaks OpenAI's API."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import os
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import TypeVar
+
+import aiohttp
+from yarl import URL
+
+from backends.base import BackendError, Rejected, Reply, Request, ServerFailed, Take, Timings, Unreachable
+from backends.http1.client import Connector, NotHTTP, Response, Upstream
+from backends.http1.headers import end_to_end, spelled
+from backends.remote.answers import StreamWatch, is_error, parsed, usage_of
+from backends.remote.native import send_native
+from backends.remote.refusals import classify
+
+_T = TypeVar("_T")
+
+_log = logging.getLogger(__name__)
+
+_ERROR_BODY_SECONDS = 5.0
+_ERROR_BODY_LIMIT = 1024 * 1024
+_BODY_LIMIT = 64 * 1024 * 1024
+#: Bytes of comments and pings that may come before a stream's first content.
+_PREFACE_LIMIT = 1024 * 1024
+_COMPATIBLE_PATH, _NATIVE_PATH = "/compatible-mode/v1", "/api/v1"
+#: DashScope's bounds for `X-DashScope-Wait-Timeout`, in seconds.
+_WAIT_MIN, _WAIT_MAX = 3, 120
+
+
+class DashScopeBackend:
+    """Forwards each request's bytes to the provider, and its answer's bytes back.
+
+    `key` is asked before every attempt, so that a rotated key is used at once. Without `native_url` DashScope's own
+    API is looked for beside the compatible one; where there is none, requests in the native dialect are translated.
+    """
+
+    def __init__(
+        self,
+        *,
+        base_url: str,
+        native_url: str | None = None,
+        key: Callable[[], str | None] = lambda: None,
+        name: str = "dashscope",
+    ) -> None:
+        """Take where to send and what to send with. Raises ValueError for a URL that is none."""
+        self.name = name
+        self._key = key
+        self._base = _checked(base_url)
+        if native_url is None and self._base.endswith(_COMPATIBLE_PATH):
+            native_url = self._base.removesuffix(_COMPATIBLE_PATH) + _NATIVE_PATH
+        self._native = None if native_url is None else _checked(native_url)
+        self._host = URL(self._base).host or ""
+        self._connector: Connector | None = None
+        self._upstreams: dict[str, Upstream] = {}
+
+    def account(self) -> str:
+        """Whose limits are met here: the provider's address and a fingerprint of the key in force, never the key."""
+        key = self._key()
+        fingerprint = "" if key is None else hashlib.sha256(key.encode()).hexdigest()[:16]
+        return f"{self.name} {URL(self._base).origin()} {fingerprint}".rstrip()
+
+    async def start(self) -> None:
+        """Open the connection pool. The provider itself is not asked: it may come later than we do."""
+        self._connector = Connector()
+        try:
+            self._upstreams = {base: Upstream(self._connector, base) for base in (self._base, self._native) if base}
+        except ValueError as error:
+            await self.close()
+            raise BackendError(str(error)) from error
+
+    async def close(self) -> None:
+        """Close the connections."""
+        for upstream in self._upstreams.values():
+            upstream.close()
+        if self._connector is not None:
+            await self._connector.close()
+            self._connector = None
+            self._upstreams = {}
+
+    async def send(self, request: Request, timings: Timings) -> Reply:
+        """Make one attempt, see `Backend.send`."""
+        path = request.path
+        if not (path.startswith("/") and path.isascii() and path.isprintable() and " " not in path):
+            # a line break in it would begin a request of the caller's own
+            raise Rejected("the path holds characters that no URL has", status=400)
+        base = self._base
+        headers = {spelled(name): value for name, value in request.headers.items()}
+        if request.dialect == "native":
+            if self._native is None:
+                return await send_native(self.send, request, timings)
+            base = self._native
+            if request.stream:
+                headers["X-Dashscope-Sse"] = "enable"
+        if self._native is not None and request.deadline is not None:
+            self._ask_to_wait(headers, request.deadline)
+        if request.body:
+            headers.setdefault("Content-Type", "application/json")
+        return await self._exchange(
+            base,
+            request.method,
+            path,
+            headers,
+            request.body,
+            timings=timings,
+            read=lambda response: self._reply(response, request),
+        )
+
+    async def models(self) -> bytes:
+        """Ask the provider for its list of models, see `Backend.models`."""
+        return await self._exchange(self._base, "GET", "/models", {}, b"", timings=Timings(), read=_json_body)
+
+    def _ask_to_wait(self, headers: dict[str, str], deadline: float) -> None:
+        """Let DashScope queue a request that it would refuse for growth, as long as the deadline allows."""
+        left = int(deadline - asyncio.get_running_loop().time())
+        if left >= _WAIT_MIN:
+            headers.setdefault("X-Dashscope-Wait-Timeout", str(min(left, _WAIT_MAX)))
+
+    async def _exchange(
+        self,
+        base: str,
+        method: str,
+        path: str,
+        headers: dict[str, str],
+        body: bytes,
+        *,
+        timings: Timings,
+        read: Callable[[Response], Awaitable[_T]],
+    ) -> _T:
+        """Send a request and read a 2xx answer with `read`.
+
+        Whatever goes wrong closes the connection and is told in our words. Only what `read` returns may go on using
+        the response.
+        """
+        if (upstream := self._upstreams.get(base)) is None:
+            raise RuntimeError("send() before start()")
+        headers.setdefault("User-Agent", "vlm-sidecar")
+        if key := self._key():
+            headers["Authorization"] = f"Bearer {key}"
+        try:
+            response = await upstream.request(method, path, headers, body, timings)
+        except aiohttp.ClientError as error:
+            raise self._explained(error) from error
+        try:
+            if response.status // 100 == 2:
+                return await read(response)
+            raise await self._refusal(response)  # noqa: TRY301  with a name here it would hold the frame that holds it
+        except BaseException as error:
+            response.drop()
+            if isinstance(error, aiohttp.ClientError):
+                raise self._explained(error) from error
+            if isinstance(error, BackendError):
+                self._mask(error)
+            raise
+
+    def _mask(self, error: BackendError) -> None:
+        """A provider that quotes the key back must not show it to the caller, nor to who reads the log."""
+        if key := self._key():
+            error.message = error.message.replace(key, "***")
+            error.body = error.body.replace(key.encode(), b"***")
+            error.headers = {name: value.replace(key, "***") for name, value in error.headers.items()}
+            error.args = (error.message,)
+
+    async def _refusal(self, response: Response) -> BackendError:
+        """Read an answer that is no 2xx and say what it means."""
+        if response.status < 200:
+            return ServerFailed(f"the provider answered {response.status}: it would speak another protocol than HTTP")
+        if response.status < 400:
+            return ServerFailed(
+                f"the provider answered {response.status}, a redirect: it is not followed, the key would go with it. "
+                "Check the base URL"
+            )
+        body = b""
+        try:
+            async with asyncio.timeout(_ERROR_BODY_SECONDS):
+                body = await _read(response, _ERROR_BODY_LIMIT)
+        except (aiohttp.ClientError, TimeoutError, ServerFailed) as error:
+            _log.info("the body of an answer %d could not be read: %s", response.status, type(error).__name__)
+        return classify(response.status, response.headers, body)
+
+    def _reply(self, response: Response, request: Request) -> Awaitable[Reply]:
+        if request.stream and response.content_type == "text/event-stream":
+            return self._stream(response)
+        return self._whole(response, request)
+
+    async def _whole(self, response: Response, request: Request) -> Reply:
+        body = await _read(response, _BODY_LIMIT)
+        headers = end_to_end(response.headers)
+        is_chat = request.dialect == "native" or request.path == "/chat/completions"
+        payload = parsed(body) if is_chat or response.content_type == "application/json" else None
+        if is_chat and not isinstance(payload, dict):
+            raise _not_json(response)
+        if is_error(payload):
+            raise classify(0, response.headers, body)
+        return Reply(status=response.status, headers=headers, body=body, usage=usage_of(payload))
+
+    async def _stream(self, response: Response) -> Reply:
+        """Read up to the first content, so that a refusal in its place is raised like any other."""
+        watch = StreamWatch()
+        preface: deque[bytes] = deque()
+        size = 0
+        while not watch.has_content and watch.failure is None:
+            piece = await response.content.readany()
+            if not piece:
+                watch.end()
+                break
+            watch.feed(piece)
+            preface.append(piece)
+            size += len(piece)
+            if size > _PREFACE_LIMIT:
+                raise ServerFailed(f"the provider's stream held no content in its first {size} bytes")
+        if not watch.has_content:
+            raise watch.failure or ServerFailed("the provider's stream ended before any content")
+        reply = Reply(status=response.status, headers=end_to_end(response.headers))
+        chunks = _Chunks(reply, response, watch, preface, self._explained)
+        reply.chunks, reply.pour, reply.closer = chunks, chunks.pour, chunks.aclose
+        return reply
+
+    def _explained(self, error: aiohttp.ClientError) -> BackendError:
+        """Say in our words what broke. aiohttp's own messages name URLs and quote headers."""
+        reason = getattr(error, "os_error", None) or error
+        match error:
+            case aiohttp.ClientConnectorDNSError():
+                return Unreachable(f"the name {self._host} cannot be resolved: {_strerror(reason)}")
+            case aiohttp.ClientConnectorCertificateError():
+                return Unreachable(f"the certificate of {self._host} is not to be trusted: {error.certificate_error}")
+            case aiohttp.ClientHttpProxyError():
+                return Unreachable(
+                    f"the proxy on the way to {self._host} refuses to connect us: it answered {error.status}"
+                )
+            case aiohttp.ClientProxyConnectionError():
+                return Unreachable(f"the proxy on the way to {self._host} does not let us through: {_strerror(reason)}")
+            case aiohttp.ClientConnectorError():
+                return Unreachable(f"no connection to {self._host}: {_strerror(reason)}")
+            case aiohttp.ConnectionTimeoutError():
+                return Unreachable(f"no connection to {self._host} within {error} s")
+            case aiohttp.ClientPayloadError():
+                return Unreachable(f"the connection to {self._host} broke before the answer was whole")
+            case NotHTTP():
+                return ServerFailed(f"{self._host} answered what is not HTTP")
+            case _:
+                return Unreachable(f"the connection to {self._host} broke before the answer: {_strerror(reason)}")
+
+
+class _Chunks:
+    """A stream's bytes as they came. Nothing is read ahead of the consumer but what the socket's buffers hold."""
+
+    def __init__(
+        self,
+        reply: Reply,
+        response: Response,
+        watch: StreamWatch,
+        preface: deque[bytes],
+        explained: Callable[[aiohttp.ClientError], BackendError],
+    ) -> None:
+        self._reply = reply
+        self._response = response
+        self._watch = watch
+        self._preface = preface
+        self._explained = explained
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        return self
+
+    async def __anext__(self) -> bytes:
+        if self._preface:
+            return self._preface.popleft()
+        try:
+            piece = await self._response.content.readany()
+        except aiohttp.ClientError as error:
+            self._settle()
+            raise self._explained(error) from error
+        if piece:
+            self._watch.feed(piece)
+            return piece
+        self._watch.end()
+        self._settle()
+        raise StopAsyncIteration
+
+    async def pour(self, take: Take) -> bool:
+        while self._preface:
+            if not take(self._preface.popleft()):
+                return False
+
+        def look_and_take(piece: bytes) -> bool:
+            self._watch.feed(piece)
+            return take(piece)
+
+        try:
+            whole = await self._response.pour(look_and_take)
+        except aiohttp.ClientError as error:
+            self._settle()
+            raise self._explained(error) from error
+        if whole:
+            self._watch.end()
+            self._settle()
+        return whole
+
+    async def aclose(self) -> None:
+        self._settle()
+        del self._reply  # which holds us
+        self._response.drop()
+
+    def _settle(self) -> None:
+        self._reply.usage = self._watch.usage
+        self._reply.failure = self._watch.failure
+
+
+def _checked(url: str) -> str:
+    parsed_url = URL(url)
+    if parsed_url.scheme not in ("http", "https") or not parsed_url.host:
+        raise ValueError(f"{url!r} is no http:// or https:// URL")
+    if "?" in url or "#" in url:
+        raise ValueError("a base URL has no query and no fragment: paths are put behind it")
+    return url.rstrip("/")
+
+
+async def _json_body(response: Response) -> bytes:
+    body = await _read(response, _BODY_LIMIT)
+    if not isinstance(parsed(body), dict):
+        raise _not_json(response)
+    return body
+
+
+async def _read(response: Response, limit: int) -> bytes:
+    """Read a body to its end. Raises ServerFailed if it is longer than `limit` bytes."""
+    if response.content.is_eof():  # all of it came with the head
+        return response.content.read_nowait()
+    pieces = []
+    size = 0
+    while piece := await response.content.readany():
+        size += len(piece)
+        if size > limit:
+            raise ServerFailed(f"the provider's answer is longer than {limit} bytes")
+        pieces.append(piece)
+    return b"".join(pieces)
+
+
+def _not_json(response: Response) -> ServerFailed:
+    return ServerFailed(f"the provider answered {response.status} with {response.content_type}, which is not JSON")
+
+
+def _strerror(error: BaseException) -> str:
+    if isinstance(error, ConnectionError) and error.errno:
+        return os.strerror(error.errno)  # asyncio's own text names an address in the place of the reason
+    if isinstance(error, aiohttp.ServerDisconnectedError):
+        return "the server closed it"
+    return (isinstance(error, OSError) and error.strerror) or type(error).__name__

@@ -1,0 +1,1 @@
+"""The admin listener: probes, metrics, status and the live page."""

@@ -1,0 +1,201 @@
+"""The admin listener: probes for kubelet, metrics for Prometheus, status for people. It never takes inference."""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import orjson
+from prometheus_client import CollectorRegistry
+from prometheus_client.exposition import choose_encoder
+
+from backends.http1.response import Answer
+from backends.http1.server import Handler, HttpRequest
+from sidecar.admin.health import Health
+from sidecar.observe.sampler import Watch
+from sidecar.observe.time_series import FIELDS
+
+log = logging.getLogger("sidecar")
+
+#: The files of the live page: path → file in `page/`, and its type.
+PAGE = {
+    "/": ("index.html", "text/html"),
+    "/page.css": ("page.css", "text/css"),
+    "/page.js": ("page.js", "text/javascript"),
+}
+_PAGE_FOLDER = Path(__file__).with_name("page")
+#: Live views at once: each costs a connection, and some JSON a second.
+MOST_VIEWERS = 16
+_JSON = {"Content-Type": "application/json"}
+
+
+class AdminServer:
+    """Answers every request of the admin listener."""
+
+    def __init__(
+        self,
+        registry: CollectorRegistry,
+        health: Health,
+        status: Callable[[], dict[str, Any]],
+        drain: Callable[[], None],
+        watch: Watch,
+    ) -> None:
+        """`status` gives `GET /status`; `drain` begins the drain and returns at once; `watch` has the history."""
+        self._registry = registry
+        self._health = health
+        self._status = status
+        self._drain = drain
+        self._watch = watch
+        self._viewers = 0
+        self._paths: dict[str, tuple[str, Handler]] = {
+            "/metrics": ("GET", self._metrics),
+            "/startupz": ("GET", self._startupz),
+            "/readyz": ("GET", self._readyz),
+            "/livez": ("GET", self._livez),
+            "/status": ("GET", self._get_status),
+            "/history": ("GET", self._get_history),
+            "/events": ("GET", self._get_events),
+            "/drain": ("POST", self._post_drain),
+            **dict.fromkeys(PAGE, ("GET", self._get_page)),
+        }
+
+    async def __call__(self, http: HttpRequest) -> Answer:
+        """Answer one request."""
+        path = http.raw_path.partition("?")[0]
+        method, handle = self._paths.get(path, ("", None))
+        if handle is None:
+            known = ", ".join(path for path in self._paths if path not in PAGE)
+            return await _text(http, 404, f"there is nothing at {path[:200]!r}; the admin listener has {known}")
+        if http.method != method and (http.method, method) != ("HEAD", "GET"):
+            return await _text(http, 405, f"{path} takes {method}")
+        return await handle(http)
+
+    async def _metrics(self, http: HttpRequest) -> Answer:
+        encode, content_type = choose_encoder(",".join(http.headers.getall("Accept", [])))
+        return await _respond(http, 200, encode(self._registry), {"Content-Type": content_type})
+
+    async def _startupz(self, http: HttpRequest) -> Answer:
+        started = self._health.started
+        return await _text(
+            http, 200 if started else 503, "started" if started else self._health.unready_reason() or "starting"
+        )
+
+    async def _readyz(self, http: HttpRequest) -> Answer:
+        """A throttled or absent upstream is told in the body: the pod is as ready as it can be."""
+        reason = self._health.unready_reason()
+        if reason is not None:
+            return await _text(http, 503, reason)
+        upstream = [line for line in map(_upstream_line, self._status()["backends"]) if line]
+        return await _text(http, 200, "\n".join(["ready", *upstream]))
+
+    async def _livez(self, http: HttpRequest) -> Answer:
+        return await _text(http, 200, "alive")
+
+    async def _get_status(self, http: HttpRequest) -> Answer:
+        return await _respond(http, 200, orjson.dumps(self._status()), _JSON)
+
+    async def _get_page(self, http: HttpRequest) -> Answer:
+        """The live page, which may load nothing from anywhere else, nor be shown inside another one."""
+        name, content_type = PAGE[http.raw_path.partition("?")[0]]
+        body = (_PAGE_FOLDER / name).read_bytes()  # a few kilobytes that the system has in memory
+        headers = {
+            "Content-Type": f"{content_type}; charset=utf-8",
+            "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
+            "img-src data:; frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
+            "Cache-Control": "no-cache",
+            "X-Content-Type-Options": "nosniff",
+        }
+        return await _respond(http, 200, body, headers)
+
+    async def _get_history(self, http: HttpRequest) -> Answer:
+        return await _respond(http, 200, orjson.dumps(self._told()), _JSON)
+
+    async def _get_events(self, http: HttpRequest) -> Answer:
+        """Server-sent events: `start` with everything since the start, then `tick` once a second."""
+        if self._viewers >= MOST_VIEWERS:
+            return await _text(http, 503, f"{MOST_VIEWERS} live views are open, as many as there may be")
+        self._viewers += 1
+        try:
+            headers = {"Content-Type": "text/event-stream", "Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+            answer = Answer(http, 200, headers, length=None)
+            if http.method != "HEAD":
+                answer.write(b"retry: 1000\n" + _event("start", self._told()))
+                await answer.drain()
+                while await self._watch.next_look():
+                    points = {name: history.recent[-1] for name, history in self._watch.history.items()}
+                    answer.write(_event("tick", {"status": self._status(), "points": points}))
+                    await answer.drain()
+            answer.write_eof()
+            await answer.drain()
+            return answer
+        finally:
+            self._viewers -= 1
+
+    def _told(self) -> dict[str, Any]:
+        """What there is to see, all of it: the status, and every backend's history as rows of `fields`."""
+        return {
+            "status": self._status(),
+            "fields": FIELDS,
+            "history": {
+                name: {"recent": list(history.recent), "whole": history.whole}
+                for name, history in self._watch.history.items()
+            },
+        }
+
+    async def _post_drain(self, http: HttpRequest) -> Answer:
+        """From this machine only, and from no web page: a browser tells by these headers that it asks for one."""
+        if not _is_loopback(http.remote):
+            return await _text(http, 403, "drain is taken from loopback only")
+        if (
+            "Origin" in http.headers
+            or "Sec-Fetch-Site" in http.headers
+            or not _names_this_host(http.headers.get("Host", ""))
+        ):
+            return await _text(http, 403, "drain is not taken from a web page")
+        self._drain()
+        return await _text(http, 202, "draining")
+
+
+def _event(name: str, data: Any) -> bytes:
+    return b"event: %b\ndata: %b\n\n" % (name.encode(), orjson.dumps(data))
+
+
+async def _respond(http: HttpRequest, status: int, body: bytes, headers: Mapping[str, str]) -> Answer:
+    answer = Answer(http, status, {**headers}, length=len(body))
+    answer.write_whole(body)
+    await answer.drain()
+    return answer
+
+
+async def _text(http: HttpRequest, status: int, text: str) -> Answer:
+    headers = {"Content-Type": "text/plain; charset=utf-8", "Cache-Control": "no-store"}
+    return await _respond(http, status, f"{text}\n".encode(), headers)
+
+
+def _upstream_line(backend: dict[str, Any]) -> str:
+    held = [lane for lane in backend["models"] if lane["hold"]]
+    return "\n".join(f"{backend['name']} on hold for {lane['model']}: {lane['hold']['reason']}" for lane in held)
+
+
+def _is_loopback(remote: str) -> bool:
+    try:
+        address = ipaddress.ip_address(remote)
+    except ValueError:
+        return False
+    mapped = getattr(address, "ipv4_mapped", None)
+    return (mapped or address).is_loopback
+
+
+def _names_this_host(host: str) -> bool:
+    """Whether `Host` is an address or localhost: any other name could be a page's own that resolves to us."""
+    name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() else host
+    if name == "localhost":
+        return True
+    try:
+        ipaddress.ip_address(name.strip("[]"))
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,1 @@
+"""trio-core's inference API, so that its callers need no change."""

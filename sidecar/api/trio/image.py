@@ -1,0 +1,148 @@
+"""Pixels for trio-core's API: what an image is by its first bytes, and crop-describe's composite.
+
+Pillow is imported by the function that needs it, and that function runs in a thread: see `compose`.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from io import BytesIO
+from typing import TYPE_CHECKING, Any
+
+from sidecar.api.errors import InvalidRequest
+from sidecar.api.trio.crops import CROP_PADDING, Box, Panel, choose_panels, padded
+
+if TYPE_CHECKING:
+    from PIL import Image, ImageDraw
+
+#: Frames with more pixels are not decoded: 8K has 33 million, and each costs three bytes several times over.
+MOST_PIXELS = 50_000_000
+
+_log = logging.getLogger("sidecar")
+
+_BOX_COLOURS = ("#ffe119", "#4cc3ff", "#50dc50", "#ff66ff", "#ff9f1c")
+_CAPTION_PIXELS = 20
+_CAPTION_HEIGHT = 30
+_MARGIN = 6
+_BOX_LINE = 3
+_JPEG_QUALITY = 85
+
+
+def media_type(image_b64: memoryview) -> str:
+    """The format of an image in base64, told by its first bytes. Raises `InvalidRequest`."""
+    head = binascii.a2b_base64(bytes(image_b64[:16]))
+    for start, name in (
+        (b"\xff\xd8\xff", "image/jpeg"),
+        (b"\x89PNG\r\n\x1a\n", "image/png"),
+        (b"GIF8", "image/gif"),
+        (b"BM", "image/bmp"),
+        (b"II*\0", "image/tiff"),
+        (b"MM\0*", "image/tiff"),
+    ):
+        if head.startswith(start):
+            return name
+    if head.startswith(b"RIFF") and head[8:12] == b"WEBP":
+        return "image/webp"
+    raise not_an_image("image_b64 is no JPEG, PNG, WebP, BMP, GIF or TIFF")
+
+
+def not_an_image(why: str) -> InvalidRequest:
+    """The refusal of what cannot be shown, in trio-core's words."""
+    return InvalidRequest(f"Invalid image data: {why}", field="image_b64")
+
+
+@dataclass(frozen=True, slots=True)
+class Composite:
+    """A frame with its zoom panels beside it: a JPEG in base64, and the panels in it from top to bottom."""
+
+    image_b64: bytes
+    panels: list[Panel]
+
+
+def compose(image_b64: bytes | memoryview, crops: Sequence[dict[str, Any]], most: int) -> Composite | None:
+    """Draw the surest `most` crops' boxes into the frame, and each enlarged under its label to the right of it.
+
+    None when no crop can be shown: the frame is then good as it is. Takes tens of milliseconds of computing: call it in
+    a thread. The frame is turned upright first, as its EXIF orientation says, because boxes are given in that view.
+    None too without Pillow, which the log says once: the model is then told of the crops in words.
+    Raises `InvalidRequest`.
+    """
+    try:
+        from PIL import Image, ImageOps  # noqa: PLC0415  Pillow is of no use to whoever sends no crops
+    except ModuleNotFoundError:
+        _say_that_pillow_is_missing()
+        return None
+    try:
+        with Image.open(BytesIO(base64.b64decode(image_b64))) as opened:
+            if opened.width * opened.height > MOST_PIXELS:
+                raise not_an_image(f"image_b64 has {opened.width} x {opened.height} pixels; {MOST_PIXELS} can be shown")
+            frame = ImageOps.exif_transpose(opened).convert("RGB")
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        # Pillow raises SyntaxError for a broken PNG.
+        raise not_an_image(f"image_b64 cannot be decoded: {error}") from error
+    panels = choose_panels(crops, frame.width, frame.height, most)
+    if not panels:
+        return None
+    jpeg = BytesIO()
+    _draw(frame, panels).save(jpeg, "JPEG", quality=_JPEG_QUALITY)
+    return Composite(base64.b64encode(jpeg.getbuffer()), panels)
+
+
+@cache
+def _say_that_pillow_is_missing() -> None:
+    _log.warning("crop-describe tells of crops in words only: pip install 'vlm-sidecar[crops]' to show them enlarged")
+
+
+def _draw(frame: Image.Image, panels: Sequence[Panel]) -> Image.Image:
+    """Frame left, a column of panels right: a third of the frame's width within 160..384 pixels, 120 high or more."""
+    from PIL import Image, ImageDraw  # noqa: PLC0415
+
+    width, height = frame.size
+    column = max(160, min(384, width // 3))
+    row = max(120, height // len(panels))
+    canvas = Image.new("RGB", (width + column, max(height, row * len(panels))))
+    canvas.paste(frame)
+    draw = ImageDraw.Draw(canvas)
+    for index, panel in enumerate(panels):
+        colour = _BOX_COLOURS[index % len(_BOX_COLOURS)]
+        left, top = _visible(panel.box, width, height)[:2]
+        draw.rectangle(_visible(panel.box, width, height), outline=colour, width=_BOX_LINE)
+        _caption(draw, panel.label, left, top, colour)
+
+        cut = frame.crop(padded(panel.box, width, height, CROP_PADDING))
+        room = column - 2 * _MARGIN, row - _CAPTION_HEIGHT - 2 * _MARGIN
+        scale = min(room[0] / cut.width, room[1] / cut.height)
+        cut = cut.resize((max(1, int(cut.width * scale)), max(1, int(cut.height * scale))))
+        x, y = width, index * row
+        canvas.paste(
+            cut, (x + (column - cut.width) // 2, y + _CAPTION_HEIGHT + _MARGIN + max(0, room[1] - cut.height) // 2)
+        )
+        draw.rectangle((x, y, x + column - 1, y + row - 1), outline=colour, width=2)
+        sure = "" if panel.confidence is None else f" {panel.confidence:.2f}"
+        _caption(draw, f"{panel.label} {panel.kind}{sure}", x, y, colour)
+    return canvas
+
+
+def _visible(box: Box, width: int, height: int) -> Box:
+    left, top, right, bottom = box
+    return (
+        max(0, min(width - 1, left)),
+        max(0, min(height - 1, top)),
+        max(0, min(width - 1, right)),
+        max(0, min(height - 1, bottom)),
+    )
+
+
+def _caption(draw: ImageDraw.ImageDraw, text: str, x: int, y: int, colour: str) -> None:
+    """Black text on a plate of the colour, its upper left corner at x, y."""
+    from PIL import ImageFont  # noqa: PLC0415
+
+    font = ImageFont.load_default(_CAPTION_PIXELS)
+    plate = draw.textbbox((x + 4, y + 2), text, font=font)
+    draw.rectangle((x, y, plate[2] + 4, y + _CAPTION_HEIGHT - 4), fill=colour)
+    draw.text((x + 4, y + 2), text, font=font, fill="black")

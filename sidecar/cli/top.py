@@ -1,0 +1,276 @@
+"""`vlm-sidecar top`: a live terminal view of a running sidecar. Standard library only; one picture a second.
+
+It reads the admin listener's `/events`, so it works over `kubectl port-forward` and against any host.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import os
+import shutil
+import signal
+import sys
+import textwrap
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
+from typing import Any
+
+from sidecar.observe.format import duration, number, visible
+
+_SPARKS = "▁▂▃▄▅▆▇█"
+#: Seconds that "now" is averaged over, and the wait before a lost sidecar is looked for again.
+_RECENT_SECONDS, _RETRY_SECONDS = 10, 1.0
+_COLOURS = {"bold": "1", "dim": "2", "red": "31", "green": "32", "yellow": "33", "blue": "34"}
+
+Paint = Callable[[str, str], str]
+
+
+class View:
+    """What `/events` has told so far."""
+
+    def __init__(self, start: dict[str, Any]) -> None:
+        self.status: dict[str, Any] = start["status"]
+        self._fields = {field: at for at, field in enumerate(start["fields"])}
+        self._points = {name: deque(told["recent"], maxlen=300) for name, told in start["history"].items()}
+
+    def tick(self, told: dict[str, Any]) -> None:
+        """Take one second's news."""
+        self.status = told["status"]
+        for name, point in told["points"].items():
+            self._points[name].append(point)
+
+    def series(self, backend: str, field: str, *, rate: bool = False) -> list[float]:
+        """One field second by second; `rate`: a second."""
+        at, span = self._fields[field], self._fields["span"]
+        return [(point[at] or 0.0) / (point[span] or 1.0 if rate else 1.0) for point in self._points[backend]]
+
+    def recent(self, backend: str, field: str, *, rate: bool = False) -> float:
+        """Its mean over the last seconds."""
+        last = self.series(backend, field, rate=rate)[-_RECENT_SECONDS:]
+        return sum(last) / len(last) if last else 0.0
+
+    def causes(self, backend: str) -> dict[str, float]:
+        """Requests that waited in the last minute, on average, by what held them."""
+        means = {}
+        for field in self._fields:
+            if field.startswith("waiting."):
+                last = self.series(backend, field)[-60:]
+                means[field.removeprefix("waiting.")] = sum(last) / len(last) if last else 0.0
+        return means
+
+
+def top(host: str, port: int) -> int:
+    """Show a sidecar until the viewer leaves; on no terminal print it once. Gives the exit status."""
+    where = f"{host}:{port}"
+    if not sys.stdout.isatty():
+        try:
+            with contextlib.closing(events(host, port)) as told:
+                print("\n".join(picture(View(next(told)), width=100)))
+        except (OSError, http.client.HTTPException, StopIteration) as error:
+            print(f"vlm-sidecar: no sidecar answers on {where}: {_reason(error)}", file=sys.stderr)
+            return 1
+        return 0
+    with contextlib.suppress(KeyboardInterrupt), _screen():
+        while True:
+            try:
+                _show(host, port)
+            except (OSError, http.client.HTTPException, StopIteration) as error:
+                _draw([f"no sidecar answers on {where}: {_reason(error)}", "", "looking again every second; q leaves"])
+                time.sleep(_RETRY_SECONDS)
+    return 0
+
+
+def _show(host: str, port: int) -> None:
+    paint = painter()
+    with contextlib.closing(events(host, port)) as told:
+        view = View(next(told))
+        while True:
+            size = shutil.get_terminal_size()
+            _draw(picture(view, width=size.columns, paint=paint)[: size.lines - 1])
+            view.tick(next(told))
+
+
+def events(host: str, port: int) -> Generator[dict[str, Any]]:
+    """The data of `/events`, one after the other. Raises `OSError` or `HTTPException` when there is no sidecar."""
+    connection = http.client.HTTPConnection(host, port, timeout=5)
+    try:
+        connection.request("GET", "/events")
+        response = connection.getresponse()
+        if response.status != 200:
+            raise ConnectionError(response.read(200).decode(errors="replace").strip() or f"status {response.status}")
+        while line := response.readline():
+            if line.startswith(b"data: "):
+                yield json.loads(line[6:])
+    finally:
+        connection.close()
+
+
+# -- the picture -------------------------------------------------------------------------------------------------------
+
+
+def painter() -> Paint:
+    """How a terminal is coloured: not at all where `NO_COLOR` is set to anything (no-color.org)."""
+    return _plain if os.environ.get("NO_COLOR") else _coloured
+
+
+def _plain(text: str, colour: str) -> str:
+    del colour
+    return text
+
+
+def _coloured(text: str, colour: str) -> str:
+    return f"\x1b[{_COLOURS[colour]}m{text}\x1b[0m"
+
+
+def picture(view: View, *, width: int, paint: Paint = _plain) -> list[str]:
+    """The whole view as lines of at most `width` characters."""
+    status = view.status
+    state = "ready" if status["ready"] else status["reason"]
+    head = f"vlm-sidecar {status['version']}  up {duration(status['uptime_seconds'])}  "
+    lines = [paint(_cut(head, width), "bold") + paint(_cut(state, width), "green" if status["ready"] else "red")]
+    if status["simulated"]:
+        lines.append(paint(_cut("SIMULATED: answers of the backend 'simulated' are made up", width), "yellow"))
+    for backend in status["backends"]:
+        lines += ["", *_backend(view, backend, width, paint)]
+    if status["throttles"]:
+        seen = [f"{duration(one['seconds_ago'])} ago {one['count']} x {one['kind']}" for one in status["throttles"]]
+        lines += ["", _cut("  refusals   " + " · ".join(seen), width)]
+    return lines
+
+
+def _backend(view: View, backend: dict[str, Any], width: int, paint: Paint) -> Iterator[str]:
+    name = backend["name"]
+    models = backend["models"]
+    if not models:
+        yield _cut(f"{name}  nothing was asked yet", width)
+    for model in models[:3]:
+        colour = "red" if model["hold"] else "yellow" if model["bound_by"] else "green"
+        yield paint(_cut(f"{name} {model['model']}", width), "bold")
+        for line in textwrap.wrap(visible(model["in_words"]), width - 2)[:4]:  # what an operator came to read
+            yield paint(f"  {line}", colour)
+    yield ""
+    by_priority = backend["queue"]["by_priority"]
+    learned = [model["requests"]["learned"] for model in models]
+    limit = "unknown" if not any(learned) else f"{sum(one or 0.0 for one in learned):.3g}/s"
+    waits = " · ".join(f"{count} {priority}" for priority, count in by_priority.items() if count)
+    cells = (
+        ("sent", "sent", True, f"learned limit {limit}", "green"),
+        ("refused", "refused", True, f"{sum(view.series(name, 'refused')):.0f} in 5 min", "red"),
+        ("tokens", "input_tokens", True, "input a second", "blue"),
+        ("in flight", "in_flight", False, "", "green"),
+    )
+    room = _room(width)
+    for label, field, rate, note, colour in cells:
+        value = view.recent(name, field, rate=rate)
+        spark = sparkline(view.series(name, field, rate=rate), room)
+        yield _row(width, label, number(value) + ("/s" if rate else ""), paint(spark, colour), note)
+    waiting = [
+        sum(at) for at in zip(*(view.series(name, f"waiting.{cause}") for cause in view.causes(name)), strict=True)
+    ]
+    yield _row(width, "waiting", number(backend["queue"]["requests"]), paint(sparkline(waiting, room), "yellow"), waits)
+    yield ""
+    yield from _shares(view, name, width, paint)
+    queues = [
+        f"{visible(queue['key']) or '(no key)'} {queue['requests']} (since {queue['oldest_seconds']:.1f} s)"
+        for model in models
+        for queue in model["longest_queues"]
+    ]
+    if queues:
+        yield ""
+        yield _cut("  queues     " + " · ".join(queues[:12]), width)
+
+
+def _row(width: int, label: str, value: str, bar: str, note: str) -> str:
+    left = width - 26 - _room(width)
+    return f"  {label:12} {value:>7}  {bar}  {note if len(note) <= left else ''}".rstrip()
+
+
+def _room(width: int) -> int:
+    """What bars may take of a line: the notes beside them are worth more."""
+    return max(min(width - 54, 60), 10)
+
+
+def _shares(view: View, name: str, width: int, paint: Paint) -> Iterator[str]:
+    """Where a request's time goes, and what held the queue."""
+    room = _room(width)
+    ended = view.recent(name, "answered")
+    parts = {
+        part: view.recent(name, f"{part}_seconds") / ended if ended else 0.0 for part in ("queue", "lock", "upstream")
+    }
+    longest = max(parts.values()) or 1.0
+    for part, seconds in parts.items():
+        note = f"an answer, last {_RECENT_SECONDS} s" if part == "queue" else ""
+        yield _row(width, part, f"{seconds:.2f} s", paint(bar(seconds / longest, room), "blue"), note)
+    causes = {cause: mean for cause, mean in view.causes(name).items() if mean >= 0.01}
+    total = sum(causes.values())
+    if causes:
+        yield ""
+    for cause, mean in sorted(causes.items(), key=lambda item: -item[1]):
+        yield _row(
+            width, cause, f"{mean / total:.0%}", paint(bar(mean / total, room), "yellow"), f"{mean:.1f} wait for it"
+        )
+
+
+def sparkline(values: list[float], width: int) -> str:
+    """The last `width` values as blocks, the highest of them at full height."""
+    last = values[-width:]
+    highest = max(last, default=0.0) or 1.0
+    return "".join(_SPARKS[min(int(value / highest * 7.999), 7)] if value > 0 else " " for value in last).rjust(width)
+
+
+def bar(share: float, width: int) -> str:
+    """A bar of `share` of the width."""
+    filled = round(min(max(share, 0.0), 1.0) * width)
+    return ("█" * filled).ljust(width, "·")
+
+
+def _cut(text: str, width: int) -> str:
+    text = visible(text)
+    return text if len(text) <= width else text[: max(width - 1, 0)] + "…"
+
+
+# -- the terminal ------------------------------------------------------------------------------------------------------
+
+
+def _draw(lines: list[str]) -> None:
+    sys.stdout.write("\x1b[H" + "".join(f"{line}\x1b[K\n" for line in lines) + "\x1b[J")
+    sys.stdout.flush()
+
+
+@contextlib.contextmanager
+def _screen() -> Iterator[None]:
+    """Use the terminal's other screen, and leave it as it was. `q` raises `KeyboardInterrupt`, as Ctrl-C does."""
+    import termios  # noqa: PLC0415  not on every system, and only a terminal needs it
+    import tty  # noqa: PLC0415
+
+    keyboard = sys.stdin.isatty()
+    before = termios.tcgetattr(sys.stdin) if keyboard else None
+    try:
+        if keyboard:
+            tty.setcbreak(sys.stdin)
+            threading.Thread(target=_leave_on_q, daemon=True).start()
+        sys.stdout.write("\x1b[?1049h\x1b[?25l\x1b[2J")
+        yield
+    finally:
+        sys.stdout.write("\x1b[?25h\x1b[?1049l")
+        sys.stdout.flush()
+        if before is not None:
+            termios.tcsetattr(sys.stdin, termios.TCSADRAIN, before)
+
+
+def _leave_on_q() -> None:
+    """Make `q` what Ctrl-C is: it reaches the main thread at once, whatever that waits for."""
+    while keys := os.read(sys.stdin.fileno(), 64):
+        if b"q" in keys.lower():
+            os.kill(os.getpid(), signal.SIGINT)
+            return
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, StopIteration):
+        return "it has ended"
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__

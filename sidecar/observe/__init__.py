@@ -1,0 +1,1 @@
+"""What is reported: metrics, gauges, time series, traces, log lines."""

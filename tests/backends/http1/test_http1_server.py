@@ -1,0 +1,260 @@
+"""What the listener owes to callers who do not behave: aiohttp's own server, which did this, is not there."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+
+import pytest
+
+from backends.http1.response import Answer
+from backends.http1.server import Listener, NotHTTP
+from sidecar import listener as listening
+
+BOUND = 10.0
+MB = 1024 * 1024
+
+
+class Line:
+    """A listener and one caller's connection to it."""
+
+    def __init__(self, listener, reader, writer):
+        self.listener = listener
+        self.reader = reader
+        self.writer = writer
+
+    async def answers(self, count):
+        """Read so many whole answers: head and body of each."""
+        found = []
+        async with asyncio.timeout(BOUND):
+            for _ in range(count):
+                head = await self.reader.readuntil(b"\r\n\r\n")
+                length = int(head.partition(b"Content-Length: ")[2].partition(b"\r\n")[0])
+                found.append((head, await self.reader.readexactly(length)))
+        return found
+
+    async def closed(self):
+        """Read to the end of the connection, which must come."""
+        async with asyncio.timeout(BOUND):
+            return await self.reader.read()
+
+
+@pytest.fixture
+async def line():
+    """Opens a line to a handler."""
+    lines = []
+
+    async def start(handler):
+        listener = Listener(handler, most_connections=4)
+        port = await listener.open("127.0.0.1", 0)
+        lines.append(Line(listener, *await asyncio.open_connection("127.0.0.1", port)))
+        return lines[-1]
+
+    yield start
+    for one in lines:
+        one.writer.close()
+        await one.listener.close()
+
+
+async def until(condition):
+    async with asyncio.timeout(BOUND):
+        while not condition():  # noqa: ASYNC110  what is waited for is no event of ours
+            await asyncio.sleep(0.01)
+
+
+async def echo(http):
+    """Answer with the path, once the body is read."""
+    while await http.content.readany():
+        pass
+    return await told(http)
+
+
+async def told(http):
+    """Answer with the path, whatever the body does."""
+    body = http.raw_path.encode()
+    http.keep_alive = http.keep_alive and http.content.is_eof()
+    answer = Answer(http, 200, {}, length=len(body))
+    answer.write_whole(body)
+    await answer.drain()
+    return answer
+
+
+def request(path, headers="", body=b"", version="1.1"):
+    return f"POST {path} HTTP/{version}\r\nHost: here\r\nContent-Length: {len(body)}\r\n{headers}\r\n".encode() + body
+
+
+async def test_pipelined_requests_are_all_answered_in_their_order(line):
+    caller = await line(echo)
+    count = 5 * listening.MOST_PIPELINED
+    caller.writer.write(b"".join(request(f"/{number}", body=b"x" * 1000) for number in range(count)))
+    assert [body for _, body in await caller.answers(count)] == [f"/{number}".encode() for number in range(count)]
+
+
+async def test_a_body_that_came_late_takes_no_place_from_pipelined_requests(line):
+    caller = await line(echo)
+    late = request("/late", body=b"late")
+    caller.writer.write(late[:-4])
+    (connection,) = await _connections(caller)
+    await until(lambda: connection.task)
+    caller.writer.write(b"late")
+    await caller.answers(1)
+    count = 3 * listening.MOST_PIPELINED
+    caller.writer.write(b"".join(request(f"/{number}") for number in range(count)))
+    assert [body for _, body in await caller.answers(count)] == [f"/{number}".encode() for number in range(count)]
+
+
+async def test_a_pipelining_caller_who_reads_nothing_is_answered_no_further(line):
+    answered = 0
+
+    async def big(http):
+        nonlocal answered
+        answer = Answer(http, 200, {}, length=MB)
+        answer.write_whole(b"x" * MB)
+        await answer.drain()
+        answered += 1
+        return answer
+
+    caller = await line(big)
+    caller.reader._transport.pause_reading()
+    for number in range(100):
+        caller.writer.write(request(f"/{number}"))
+    (connection,) = await _connections(caller)
+    await until(lambda: connection.writing_paused)
+    assert answered < 50
+    assert connection.transport.get_write_buffer_size() <= 2 * MB
+    caller.reader._transport.resume_reading()
+    assert len(await caller.answers(100)) == 100
+
+
+async def test_a_caller_who_takes_nothing_of_its_answer_is_cut_off(line, monkeypatch):
+    for name in ("KEEPALIVE_SECONDS", "FIRST_REQUEST_SECONDS"):
+        monkeypatch.setattr(listening, name, 0.3)
+    ended = []
+
+    async def endless(http):
+        answer = Answer(http, 200, {}, length=None)
+        try:
+            while True:
+                answer.write(b"x" * MB)
+                await answer.drain()
+        finally:
+            ended.append(http)
+
+    caller = await line(endless)
+    caller.reader._transport.pause_reading()
+    caller.writer.write(request("/"))
+    await until(lambda: ended)
+    await until(lambda: not caller.listener.connections)
+
+
+async def test_an_answer_that_takes_long_is_not_taken_for_an_idle_connection(line, monkeypatch):
+    for name in ("KEEPALIVE_SECONDS", "FIRST_REQUEST_SECONDS"):
+        monkeypatch.setattr(listening, name, 0.1)
+
+    async def slow(http):
+        await asyncio.sleep(0.5)
+        return await told(http)
+
+    caller = await line(slow)
+    caller.writer.write(request("/slow"))
+    assert (await caller.answers(1))[0][1] == b"/slow"
+    assert await caller.closed() == b""  # and now it is idle
+
+
+async def test_an_early_answer_reaches_a_caller_who_goes_on_sending(line):
+    caller = await line(told)
+    caller.writer.write(request("/early", body=b"x" * (30 * MB)) + request("/never"))
+    ((head, body),) = await caller.answers(1)
+    assert body == b"/early" and b"Connection: close" in head
+    assert await caller.closed() == b""
+
+
+async def test_a_body_in_chunks_is_the_last_of_its_connection_so_that_no_trailer_becomes_a_header(line):
+    """aiohttp's parser adds the trailers to the headers of the next request, which may be another caller's."""
+    seen = []
+
+    async def handler(http):
+        seen.append(dict(http.headers))
+        return await echo(http)
+
+    caller = await line(handler)
+    chunked = b"POST /first HTTP/1.1\r\nHost: here\r\nTransfer-Encoding: chunked\r\n\r\n"
+    for part in (chunked, b"5\r\nhe", b"llo\r\n", b"0\r\nX-Camera-Id: other\r\n\r\n" + request("/second")):
+        caller.writer.write(part)
+        await asyncio.sleep(0.01)
+    head, body = (await caller.answers(1))[0]
+    assert body == b"/first"
+    assert b"connection: close" in head.lower()
+    assert await caller.closed() == b""
+    assert [headers for headers in seen if "X-Camera-Id" in headers] == []
+
+
+async def test_a_broken_chunk_is_told_to_who_reads_the_body(line):
+    broken = []
+
+    async def reads(http):
+        try:
+            return await echo(http)
+        except NotHTTP:
+            broken.append(http)
+            return await told(http)
+
+    caller = await line(reads)
+    caller.writer.write(b"POST / HTTP/1.1\r\nHost: here\r\nTransfer-Encoding: chunked\r\n\r\n")
+    (connection,) = await _connections(caller)
+    await until(lambda: connection.task)
+    caller.writer.write(b"nonsense\r\n")
+    assert (await caller.answers(1))[0][1] == b"/"
+    assert await caller.closed() == b""
+    assert len(broken) == 1
+
+
+async def test_who_asks_for_another_protocol_is_answered_and_no_further_understood(line):
+    caller = await line(echo)
+    caller.writer.write(request("/first", "Connection: Upgrade\r\nUpgrade: websocket\r\n") + request("/second"))
+    ((head, body),) = await caller.answers(1)
+    assert body == b"/first" and b"Connection: close" in head
+    assert await caller.closed() == b""
+
+
+async def test_a_reset_cancels_the_handler(line):
+    begun, ends = asyncio.Event(), []
+
+    async def waits(http):
+        begun.set()
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            ends.append(http.is_gone)
+            raise
+
+    caller = await line(waits)
+    caller.writer.write(request("/"))
+    await begun.wait()
+    linger = b"\x01\x00\x00\x00\x00\x00\x00\x00"  # on, for no second: closing sends a reset
+    caller.writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+    caller.writer.close()
+    await until(lambda: ends)
+    assert ends == [True]
+    await until(lambda: not caller.listener.connections)
+
+
+async def test_closing_lets_an_answer_end(line):
+    begun = asyncio.Event()
+
+    async def slow(http):
+        begun.set()
+        await asyncio.sleep(0.1)
+        return await told(http)
+
+    caller = await line(slow)
+    caller.writer.write(request("/last"))
+    await begun.wait()
+    await caller.listener.close()
+    assert (await caller.answers(1))[0][1] == b"/last"
+    assert await caller.closed() == b""
+
+
+async def _connections(caller):
+    await until(lambda: caller.listener.connections)
+    return caller.listener.connections

@@ -1,0 +1,165 @@
+"""Native requests translated for a backend that speaks OpenAI's dialect: what goes there, and what comes back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from itertools import pairwise
+
+import pytest
+
+from backends.base import BackendError, Rejected, Reply, Request, ServerFailed, Timings, Usage
+from backends.remote.native import send_native
+from backends.simulated.backend import SimulatedBackend
+
+PATH = "/services/aigc/multimodal-generation/generation"
+IMAGE = "data:image/jpeg;base64,AAAA"
+
+
+def native(*, stream: bool = False, messages: object = None, **parameters: object) -> Request:
+    asked = (
+        [{"role": "user", "content": [{"image": IMAGE}, {"text": "Describe it."}]}] if messages is None else messages
+    )
+    body = {"model": "qwen-vl-plus", "input": {"messages": asked}, "parameters": parameters}
+    headers = {"X-DashScope-SSE": "enable"} if stream else {}
+    return Request("native", PATH, json.dumps(body).encode(), "qwen-vl-plus", stream=stream, headers=headers)
+
+
+@pytest.fixture
+async def simulated():
+    backend = SimulatedBackend()
+    await backend.start()
+    yield backend
+    await backend.close()
+
+
+def frames(raw: bytes) -> list[tuple[int, str, int, dict]]:
+    """(id, event, status, data) of each frame."""
+    read = []
+    for frame in raw.decode().split("\n\n"):
+        if frame:
+            number, event, status, data = frame.split("\n")
+            status = int(status.removeprefix(":HTTP_STATUS/"))
+            read.append((int(number[3:]), event[6:], status, json.loads(data.removeprefix("data:"))))
+    return read
+
+
+def text_of(answer: dict) -> str:
+    (choice,) = answer["output"]["choices"]
+    return "".join(part["text"] for part in choice["message"]["content"])
+
+
+async def test_the_request_says_the_same_in_openais_words():
+    sent: list[Request] = []
+
+    async def send(request: Request, timings: Timings) -> Reply:
+        sent.append(request)
+        raise ServerFailed("enough seen")
+
+    with pytest.raises(ServerFailed):
+        await send_native(send, native(stream=True, max_tokens=9, top_p=0.5, incremental_output=True), Timings())
+    (request,) = sent
+    assert (request.dialect, request.path, request.stream) == ("openai", "/chat/completions", True)
+    assert request.headers == {}
+    parts = [{"type": "image_url", "image_url": {"url": IMAGE}}, {"type": "text", "text": "Describe it."}]
+    assert json.loads(request.body) == {
+        "model": "qwen-vl-plus",
+        "messages": [{"role": "user", "content": parts}],
+        "max_tokens": 9,
+        "top_p": 0.5,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+
+
+async def test_a_whole_answer_comes_back_in_the_native_shape(simulated):
+    reply = await send_native(simulated.send, native(), Timings())
+    answer = json.loads(reply.body)
+    assert len(text_of(answer)) > 10
+    assert answer["output"]["choices"][0]["finish_reason"] == "stop"
+    assert answer["usage"]["input_tokens"] == reply.usage.input_tokens
+    assert answer["usage"]["total_tokens"] == reply.usage.input_tokens + reply.usage.output_tokens
+    assert answer["usage"]["image_tokens"] > 0
+    assert answer["request_id"]
+
+
+@pytest.mark.parametrize("incremental", [True, False])
+async def test_a_stream_comes_back_in_native_frames(simulated, incremental):
+    whole = json.loads((await send_native(simulated.send, native(), Timings())).body)
+    request = native(stream=True, incremental_output=incremental)
+    reply = await send_native(simulated.send, request, Timings())
+    read = frames(b"".join([chunk async for chunk in reply.chunks]))
+    await reply.aclose()
+    assert [frame[0] for frame in read] == list(range(1, len(read) + 1))
+    assert {frame[1:3] for frame in read} == {("result", 200)}
+    texts = [text_of(frame[3]) for frame in read]
+    assert len(texts) > 2
+    if incremental:
+        assert texts[-1] == ""
+    else:
+        assert all(after.startswith(before) for before, after in pairwise(texts))
+    assert ("".join(texts) if incremental else texts[-1]).strip()
+    reasons = [frame[3]["output"]["choices"][0]["finish_reason"] for frame in read]
+    assert reasons == ["null"] * (len(read) - 1) + ["stop"]
+    assert read[-1][3]["usage"]["output_tokens"] == reply.usage.output_tokens
+    assert read[-1][3]["usage"].keys() == whole["usage"].keys()
+
+
+async def test_events_cut_anywhere_are_put_together_and_an_error_in_the_stream_becomes_an_error_frame():
+    failure = ServerFailed("the engine died", status=503, code="engine_down")
+    raw = b'data: {"choices":[{"delta":{"content":"a \\u00e9"},"finish_reason":null}]}\r\n\r\ndata: {"error":{}}\n\n'
+    inner = Reply(200, {})
+
+    async def chunks() -> AsyncIterator[bytes]:
+        for at in range(len(raw)):
+            yield raw[at : at + 1]
+        inner.failure = failure
+        inner.usage = Usage(1, 2)
+
+    async def send(request: Request, timings: Timings) -> Reply:
+        inner.chunks = chunks()
+        return inner
+
+    reply = await send_native(send, native(stream=True), Timings())
+    first, second = frames(b"".join([chunk async for chunk in reply.chunks]))
+    assert text_of(first[3]) == "a \u00e9"
+    assert second[:3] == (2, "error", 503)
+    assert second[3]["code"] == "engine_down"
+    assert (reply.failure, reply.usage) == (failure, Usage(1, 2))
+
+
+async def test_an_error_comes_back_in_the_native_shape_and_names_the_native_field():
+    async def send(request: Request, timings: Timings) -> Reply:
+        field = "messages[0].content[0].image_url.url"
+        raise Rejected(f"{field}: is not base64", status=400, code="invalid_request", body=b"{}")
+
+    with pytest.raises(Rejected) as caught:
+        await send_native(send, native(), Timings())
+    body = json.loads(caught.value.body)
+    assert body["message"] == caught.value.message == "input.messages[0].content[0].image: is not base64"
+    assert body["code"] == "invalid_request"
+    assert body["request_id"]
+
+
+@pytest.mark.parametrize(
+    ("messages", "says"),
+    [
+        ("hello", "input.messages: must be a list"),
+        (["hello"], r"input.messages\[0\]: must be an object"),
+        ([{"role": "user", "content": [{"video": "x"}]}], r"input.messages\[0\].content\[0\]: must hold text or image"),
+    ],
+)
+async def test_a_request_that_cannot_be_translated_is_refused_by_the_name_of_the_field(simulated, messages, says):
+    with pytest.raises(BackendError, match=says) as caught:
+        await send_native(simulated.send, native(messages=messages), Timings())
+    assert caught.value.status == 400
+    assert json.loads(caught.value.body)["code"] == "InvalidParameter"
+
+
+@pytest.mark.parametrize("body", [b"<html>", b"[]", b"{}", b'{"choices": [{}]}'])
+async def test_an_answer_that_is_no_completion_is_the_servers_failure(body):
+    async def send(request: Request, timings: Timings) -> Reply:
+        return Reply(200, {}, body)
+
+    with pytest.raises(ServerFailed, match="no chat completion"):
+        await send_native(send, native(), Timings())

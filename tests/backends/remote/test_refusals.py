@@ -1,0 +1,291 @@
+"""What each provider error means, in every shape it comes in."""
+
+from __future__ import annotations
+
+import json
+import math
+from datetime import UTC, datetime
+from email.utils import format_datetime
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from backends.base import BackendError, BillingRefused, Rejected, ServerFailed, Throttled
+from backends.remote.refusals import classify, retry_after
+
+NOW = datetime(2026, 11, 24, 12, 0, 0, tzinfo=UTC)
+
+
+def openai_shape(code: str | None, message: str, type_: str | None = None) -> bytes:
+    return json.dumps(
+        {"error": {"message": message, "type": type_ or code, "param": None, "code": code}, "request_id": "r-1"}
+    ).encode()
+
+
+def native_shape(code: str | None, message: str, type_: str | None = None) -> bytes:
+    return json.dumps({"code": code, "message": message, "request_id": "r-1"}).encode()
+
+
+def meaning(error: BackendError) -> str:
+    match error:
+        case Throttled():
+            return error.kind
+        case BillingRefused():
+            return "billing"
+        case Rejected():
+            return "moderated" if error.moderated else "rejected"
+        case ServerFailed():
+            return "server"
+    raise AssertionError(f"{error!r} is none of the errors a caller of classify knows")
+
+
+CONSOLE = "For details, see: https://help.aliyun.com/zh/model-studio/error-code#token-limit"
+QUOTA = "You exceeded your current quota, please check your plan and billing details."
+
+# Codes and texts of Model Studio's page "Error messages".
+DASHSCOPE = [
+    (429, "Throttling.RateQuota", "Requests rate limit exceeded, please try again later.", "request_rate"),
+    (429, "LimitRequests", "You have exceeded your request limit.", "request_rate"),
+    (429, "limit_requests", "You exceeded your current requests list.", "request_rate"),
+    (429, "Throttling.AllocationQuota", "Allocated quota exceeded, please increase your quota limit.", "token_rate"),
+    (429, "insufficient_quota", f"Allocated quota exceeded, please increase your quota limit. {CONSOLE}", "token_rate"),
+    (429, "insufficient_quota", f"{QUOTA} {CONSOLE}", "token_rate"),
+    (429, "insufficient_quota", "", "token_rate"),
+    (429, "Throttling.AllocationQuota", "Free allocated quota exceeded.", "billing"),
+    (429, "insufficient_quota", "Free allocated quota exceeded.", "billing"),
+    (429, "Throttling.BurstRate", "Request rate increased too quickly.", "growth"),
+    (429, "limit_burst_rate", "Request rate increased too quickly. To ensure system stability, …", "growth"),
+    (429, "Throttling.Concurrency", "", "concurrency"),
+    (429, "Throttling", "Requests throttling triggered.", "unknown"),
+    (429, "Throttling", "Too many requests in route. Please try again later.", "unknown"),
+    (429, "Throttling", "Request rate increased too quickly.", "growth"),
+    (429, "Throttling", "Too many concurrent requests.", "concurrency"),
+    (400, "Throttling.Something.New", "Slow down.", "unknown"),
+    (429, "SomethingNew", "No.", "unknown"),
+    (400, "Arrearage", "Access denied, please make sure your account is in good standing.", "billing"),
+    (400, "AccessDenied", "Access denied, please make sure your account is in good standing.", "billing"),
+    (429, "CommodityNotPurchased", "Commodity has not purchased yet.", "billing"),
+    (429, "PrepaidBillOverdue", "The prepaid bill is overdue.", "billing"),
+    (429, "PostpaidBillOverdue", "The postpaid bill is overdue.", "billing"),
+    (403, "AllocationQuota.FreeTierOnly", "The free tier of the model has been exhausted.", "billing"),
+    (
+        503,
+        "ModelServingError",
+        "Too many requests. Your requests are being throttled due to system capacity",
+        "capacity",
+    ),
+    (500, "ModelServingError", "Too many requests.", "capacity"),
+    (503, "ModelUnavailable", "Model is unavailable, please try again later.", "capacity"),
+    (500, "InternalError.Algo.ModelServingError.ModelServingUnknownError", "system capacity limits", "capacity"),
+    (500, "InternalError", "An internal error has occured.", "server"),
+    (500, "internal_error", "java.util.concurrent.TimeoutException", "server"),
+    (500, "InternalError.Timeout", "", "server"),
+    (500, "InternalError.Algo", "inference internal error.", "server"),
+    (500, "RequestTimeOut", "Request timed out, please try again later.", "server"),
+    (400, "RequestTimeOut", "Request timed out, please try again later.", "server"),
+    (400, "DataInspectionFailed", "Input data may contain inappropriate content.", "moderated"),
+    (400, "data_inspection_failed", "Output data may contain inappropriate content.", "moderated"),
+    (400, "InternalError.Algo.DataInspectionFailed", "Output data may contain…", "moderated"),
+    (400, "SomethingNew", "Input text data may contain inappropriate content.", "moderated"),
+    (400, "InvalidParameter", "The image format is illegal and cannot be opened.", "rejected"),
+    (400, "invalid_parameter_error", "Range of max_tokens should be [1, 8192]", "rejected"),
+    (400, "InvalidParameter", "unknown field 'requests per minute'", "rejected"),
+    (401, "InvalidApiKey", "Invalid API-key provided.", "rejected"),
+    (403, "Model.AccessDenied", "Model access denied.", "rejected"),
+    (404, "ModelNotFound", "Model can not be found.", "rejected"),
+]
+
+
+@pytest.mark.parametrize("shape", [openai_shape, native_shape])
+@pytest.mark.parametrize(("status", "code", "message", "expected"), DASHSCOPE)
+def test_every_dashscope_code_means_the_same_in_both_shapes(status, code, message, expected, shape):
+    body = shape(code, message)
+    error = classify(status, {}, body)
+    assert meaning(error) == expected
+    assert (error.status, error.code, error.body) == (status, code, body)
+
+
+OTHERS = [
+    # OpenAI's guide "Error codes" and texts its users quote.
+    (429, {"message": f"{QUOTA} For more information, read the docs: https://platform.openai.com/docs",
+           "type": "insufficient_quota", "param": None, "code": "insufficient_quota"}, "billing"),
+    (429, {"message": QUOTA, "type": "insufficient_quota", "param": None, "code": None}, "billing"),
+    (429, {"message": "Rate limit reached for gpt-4o in organization org-1 on tokens per min (TPM): Limit 30000.",
+           "type": "tokens", "code": "rate_limit_exceeded"}, "token_rate"),
+    (429, {"message": "Rate limit reached for gpt-4o on requests per min (RPM): Limit 3, Used 3. Please try again.",
+           "type": "requests", "code": "rate_limit_exceeded"}, "request_rate"),
+    (429, {"message": "Rate limit reached for gpt-4o on tokens per min.", "code": "rate_limit_exceeded"}, "token_rate"),
+    (429, {"message": "Rate limit reached on requests per day (RPD)", "code": "rate_limit_exceeded"}, "request_rate"),
+    (429, {"message": "Requests to this API have exceeded token rate limit of your current tier.", "code": "429"},
+     "token_rate"),
+    (429, {"message": "Requests to this API have exceeded call rate limit of your current tier.", "code": "429"},
+     "request_rate"),
+    (400, {"message": "Rejected by our safety system.", "code": "content_policy_violation"}, "moderated"),
+    (402, {"message": "Insufficient Balance", "code": "invalid_request_error"}, "billing"),
+    (400, {"message": "no such field", "type": "invalid_request_error", "code": None}, "rejected"),
+    (529, {"message": "Overloaded", "type": "overloaded_error"}, "capacity"),
+    (429, {"message": "Max parallel request limit reached", "code": None}, "concurrency"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("status", "error", "expected"), OTHERS)
+def test_other_openai_compatible_servers_are_understood(status, error, expected):
+    assert meaning(classify(status, {}, json.dumps({"error": error}).encode())) == expected
+
+
+BODIES = [
+    (429, b"", "unknown"),
+    (429, b"<html><h1>429 Too Many Requests</h1></html>", "unknown"),
+    (429, b"\xff\xfe\x00", "unknown"),
+    (429, b"local_rate_limited", "request_rate"),  # Envoy's own text
+    (429, b'{"error": "Model is overloaded", "error_type": "overloaded"}', "capacity"),  # TGI
+    (503, b"Request dropped due to backpressure (num_queued_requests=9, max_queued_requests=9).", "concurrency"),  # Ray
+    (503, b'{"error": {"message": "The request queue is full.", "type": "x", "code": 503}}', "concurrency"),  # SGLang
+    (503, b"<html>503 Service Unavailable</html>", "server"),
+    (503, b"", "server"),
+    (502, b"upstream connect error", "server"),
+    (529, b"", "capacity"),
+    (408, b"", "server"),
+    (404, b'{"detail": "Not Found"}', "rejected"),
+    (400, b'{"object":"error","message":"max_model_len is 4096","type":"BadRequestError","code":400}', "rejected"),
+    (413, b"<html>413</html>", "rejected"),
+]
+
+
+@pytest.mark.parametrize(("status", "body", "expected"), BODIES)
+def test_plain_text_web_pages_and_no_body_at_all_are_understood(status, body, expected):
+    assert meaning(classify(status, {}, body)) == expected
+
+
+IN_STREAM = [
+    (
+        429,
+        b'{"code":"Throttling.RateQuota","message":"Requests rate limit exceeded","request_id":"r"}',
+        "request_rate",
+        429,
+    ),
+    (400, b'{"code":"DataInspectionFailed","message":"Output data may contain\xe2\x80\xa6"}', "moderated", 400),
+    (0, b'{"error":{"code":"limit_burst_rate","message":"too quickly"},"request_id":"r"}', "growth", 429),
+    (0, b'{"error":{"code":"insufficient_quota","message":"Allocated quota exceeded"}}', "token_rate", 429),
+    (0, b'{"error":{"code":"internal_error","details":"Allocated quota exceeded, please"}}', "token_rate", 429),
+    (0, b'{"error":{"code":"ModelUnavailable","message":"Model is unavailable"}}', "capacity", 503),
+    (0, b'{"error":{"code":"Arrearage","message":"x"}}', "billing", 403),
+    (0, b'{"error":{"code":"data_inspection_failed","message":"x"}}', "moderated", 400),
+    (0, b'{"error":{"object":"error","message":"bad","type":"BadRequestError","code":400}}', "rejected", 400),
+    (0, b'{"object":"error","message":"engine died","type":"InternalServerError","code":500}', "server", 500),
+    (0, b'{"error":{"message":"something"}}', "server", 502),
+    (200, b'{"error":{"code":"limit_requests","message":"x"}}', "request_rate", 429),
+]
+
+
+@pytest.mark.parametrize(("status", "data", "expected", "shown"), IN_STREAM)
+def test_an_error_inside_a_stream_means_the_same_and_gets_a_status(status, data, expected, shown):
+    error = classify(status, {}, data)
+    assert (meaning(error), error.status) == (expected, shown)
+
+
+def test_the_message_names_status_code_and_text_on_one_bounded_line():
+    error = classify(400, {}, openai_shape("InvalidParameter", "first\nsecond\r\n" + "x" * 10_000))
+    assert error.message.startswith("the provider answered 400: InvalidParameter: first second x")
+    assert len(error.message) < 400
+
+
+def test_an_error_carries_the_headers_that_may_be_passed_on_and_no_others():
+    headers = {"Content-Type": "application/json", "X-Request-Id": "r", "Set-Cookie": "a=b", "Connection": "close"}
+    error = classify(400, headers, b"{}")
+    assert error.headers == {"Content-Type": "application/json", "X-Request-Id": "r"}
+
+
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["error", "code", "message", "type", "detail", "details", "msg", "request_id", "object"])
+            | st.text(),
+            inner,
+            max_size=5,
+        )
+    ),
+    max_leaves=20,
+)
+
+
+@given(
+    status=st.integers(-1, 700),
+    headers=st.dictionaries(st.sampled_from(["Retry-After", "retry-after-ms", "Date", "X"]) | st.text(), st.text()),
+    body=st.binary() | anything.map(lambda value: json.dumps(value).encode()),
+)
+def test_garbage_is_classified_like_everything_else_and_never_raises(status, headers, body):
+    error = classify(status, headers, body)
+    assert meaning(error)
+    assert error.body == body
+    assert error.status >= 400
+    if status == 429 and isinstance(error, Throttled) and error.retry_after is not None:
+        assert math.isfinite(error.retry_after)
+
+
+@given(body=st.binary(max_size=20))
+def test_a_429_that_says_nothing_readable_is_throttling_of_unknown_kind(body):
+    error = classify(429, {}, b"\xff" + body)
+    assert isinstance(error, Throttled)
+
+
+def http_date(seconds_from_now: float) -> str:
+    return format_datetime(datetime.fromtimestamp(NOW.timestamp() + seconds_from_now, UTC), usegmt=True)
+
+
+WAITS = [
+    ({}, None),
+    ({"Retry-After": "7"}, 7.0),
+    ({"retry-after": " 7 "}, 7.0),
+    ({"RETRY-AFTER": "1.5"}, 1.5),
+    ({"Retry-After": "0"}, 0.0),
+    ({"Retry-After": "1e9"}, 1e9),
+    ({"Retry-After": "30s"}, 30.0),
+    ({"Retry-After": "6m0s"}, 360.0),
+    ({"Retry-After": http_date(90)}, 90.0),
+    ({"Retry-After": http_date(-90)}, 0.0),
+    ({"Retry-After": http_date(-3510), "Date": http_date(-3600)}, 90.0),  # our clock is an hour ahead of theirs
+    ({"Retry-After": http_date(90), "Date": "yesterday"}, 90.0),
+    ({"Retry-After": "-1"}, None),
+    ({"Retry-After": "NaN"}, None),
+    ({"Retry-After": "inf"}, None),
+    ({"Retry-After": "9" * 400}, None),
+    ({"Retry-After": ""}, None),
+    ({"Retry-After": "soon"}, None),
+    ({"Retry-After": "Fri, 99 Zzz 2026 99:99:99 GMT"}, None),
+    ({"retry-after-ms": "250"}, 0.25),
+    ({"retry-after-ms": "250", "Retry-After": "1"}, 0.25),
+    ({"retry-after-ms": "nan", "Retry-After": "1"}, 1.0),
+    ({"x-ratelimit-remaining-requests": "0", "x-ratelimit-reset-requests": "1s"}, 1.0),
+    ({"x-ratelimit-remaining-tokens": "0", "x-ratelimit-reset-tokens": "6m0s"}, 360.0),
+    ({"x-ratelimit-remaining-requests": "0", "x-ratelimit-reset-requests": "20ms"}, 0.02),
+    ({"x-ratelimit-remaining-requests": "12", "x-ratelimit-reset-requests": "1s"}, None),
+    ({"x-ratelimit-remaining-requests": "0", "x-ratelimit-reset-requests": "1732449600"}, None),
+    ({"x-ratelimit-reset": "1732449600"}, None),
+    ({"x-ratelimit-remaining-requests": "0", "x-ratelimit-reset-requests": "1s", "Retry-After": "9"}, 9.0),
+]
+
+
+@pytest.mark.parametrize(("headers", "seconds"), WAITS)
+def test_the_wait_a_provider_asks_for_is_read_in_every_spelling_that_makes_sense(headers, seconds):
+    assert retry_after(headers, NOW.timestamp()) == pytest.approx(seconds)
+
+
+def test_a_throttled_error_carries_the_wait():
+    error = classify(429, {"Retry-After": "3"}, b"")
+    assert isinstance(error, Throttled)
+    assert error.retry_after == 3.0
+
+
+@given(
+    name=st.sampled_from(["Retry-After", "retry-after-ms", "x-ratelimit-reset-requests"]),
+    value=st.text() | st.floats().map(str) | st.integers().map(str) | st.datetimes().map(format_datetime),
+    date=st.text() | st.datetimes().map(format_datetime),
+    now=st.floats(0, 4e9),
+)
+def test_whatever_the_headers_hold_the_wait_is_finite_and_not_negative(name, value, date, now):
+    seconds = retry_after({name: value, "Date": date, "x-ratelimit-remaining-requests": "0"}, now)
+    assert seconds is None or (math.isfinite(seconds) and seconds >= 0)

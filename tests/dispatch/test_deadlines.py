@@ -1,0 +1,115 @@
+"""One timer ends each block at its own deadline, just as `asyncio.timeout_at` with a timer for each does."""
+
+import asyncio
+import gc
+import weakref
+
+import pytest
+import uvloop
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bench.sim import clock
+from sidecar.dispatch.deadlines import Deadlines
+
+SECONDS = st.integers(1, 20).map(lambda tenths: tenths / 10)
+
+
+@given(st.lists(st.tuples(SECONDS, SECONDS, SECONDS, st.none() | SECONDS), max_size=8))
+def test_each_block_ends_as_under_a_timer_of_its_own(blocks):
+    async def ends(until) -> list[tuple[str, float]]:
+        loop = asyncio.get_running_loop()
+
+        async def one(starts, allowed, takes):
+            await asyncio.sleep(starts)
+            try:
+                async with until(loop.time() + allowed):
+                    await asyncio.sleep(takes)
+            except TimeoutError:
+                return "late", loop.time()
+            except asyncio.CancelledError:
+                return "cancelled", loop.time()
+            return "in time", loop.time()
+
+        tasks = []
+        for starts, allowed, takes, cancelled in blocks:
+            task = asyncio.ensure_future(one(starts, allowed, takes + 0.01))  # a tie may go either way
+            tasks.append(task)
+            if cancelled is not None:
+                loop.call_later(starts + cancelled + 0.02, task.cancel)
+        return await asyncio.gather(*tasks)
+
+    async def with_one_timer():
+        deadlines = Deadlines(asyncio.get_running_loop())
+
+        class Until:
+            def __init__(self, when):
+                self.deadline = deadlines.until(when)
+
+            async def __aenter__(self):
+                self.deadline.__enter__()
+
+            async def __aexit__(self, *error):
+                self.deadline.__exit__(*error)
+
+        return await ends(Until)
+
+    expected = clock.run(ends(asyncio.timeout_at))
+    assert [(end, pytest.approx(at)) for end, at in expected] == clock.run(with_one_timer())
+
+
+async def late(deadlines, seconds):
+    with pytest.raises(TimeoutError), deadlines.until(asyncio.get_running_loop().time() + seconds):
+        await asyncio.sleep(10.0)
+
+
+def test_whoever_cancels_it_in_the_same_instant_sees_it_cancelled():
+    async def main():
+        loop = asyncio.get_running_loop()
+        task = asyncio.ensure_future(late(Deadlines(loop), 1.0))
+        await asyncio.sleep(0)
+        loop.call_at(loop.time() + 1.0, task.cancel)
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    clock.run(main())
+
+
+def test_an_error_of_the_block_is_its_own():
+    async def main():
+        deadlines = Deadlines(asyncio.get_running_loop())
+        with pytest.raises(KeyError), deadlines.until(asyncio.get_running_loop().time() + 1.0):
+            raise KeyError
+        await late(deadlines, 2.0)  # the first one's time passes, and ends nothing
+
+    clock.run(main())
+
+
+def test_a_block_that_is_over_is_not_kept():
+    async def main():
+        deadlines = Deadlines(asyncio.get_running_loop())
+
+        async def quick():
+            with deadlines.until(asyncio.get_running_loop().time() + 60.0):
+                await asyncio.sleep(0)
+
+        task = asyncio.ensure_future(quick())
+        await task
+        kept = weakref.ref(task)
+        del task
+        await asyncio.sleep(0)  # the loop has it in its hands until then
+        gc.collect()
+        assert kept() is None
+
+    clock.run(main())
+
+
+def test_it_ends_a_block_under_uvloop_too():
+    """Which counts in whole milliseconds."""
+
+    async def main():
+        deadlines = Deadlines(asyncio.get_running_loop())
+        async with asyncio.timeout(10.0):
+            await asyncio.gather(*(late(deadlines, number / 3000) for number in range(1, 30)))
+
+    uvloop.run(main())

@@ -1,0 +1,240 @@
+"""Learned limits survive a restart; a file that is damaged never keeps a sidecar from starting."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import time
+
+import aiohttp
+import orjson
+import pytest
+from running import CHAT, Process, chat
+
+from backends.simulated import Profile, Provider
+from bench.sim import clock
+from bench.sim.load import Run
+from bench.sim.systems import Sidecar
+from sidecar.admission import Admission
+from sidecar.state_file import Memory
+
+LEARNED = {"requests": {"limit": 10.0, "burst": 5.0, "uncertainty": 0.02}, "concurrency": {"limit": 8.0}}
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "limits.json"
+
+
+def write(path, age=0.0, version=1, account="account", **learned):
+    one = {"account": account, "model": "m", "learned_at": time.time() - age, **(learned or LEARNED)}
+    path.write_bytes(orjson.dumps({"version": version, "limits": [one]}))
+
+
+def memory_of(path, account="account"):
+    admission = Admission()
+    memory = Memory(path, [(lambda: account, admission)])
+    memory.load()
+    return memory, admission
+
+
+def recalled(path, account="account"):
+    _, admission = memory_of(path, account)
+    return {model: lane.limits.requests.limit for model, lane in admission.lanes.items()}
+
+
+def learn(admission, limit=10.0, model="m"):
+    now = admission.loop.time()
+    admission.lane(model).limits.requests.recall(now, limit, 5.0)
+
+
+async def test_what_was_learned_is_recalled_in_part(path):
+    memory, admission = memory_of(path)
+    learn(admission)
+    memory.save()
+    assert recalled(path) == {"m": pytest.approx(8.0)}
+
+
+async def test_every_dimension_is_recalled(path):
+    write(path, tokens={"limit": 1000.0, "burst": 3000.0, "uncertainty": 0.02}, **LEARNED)
+    _, admission = memory_of(path)
+    limits = admission.lanes["m"].limits
+    assert limits.tokens.limit == pytest.approx(800.0)
+    assert limits.permits.learned == 6
+
+
+async def test_an_older_limit_is_believed_less_and_a_very_old_one_not_at_all(path):
+    write(path, age=7200.0)
+    assert recalled(path) == {"m": pytest.approx(5.0)}
+    write(path, age=100_000.0)
+    assert recalled(path) == {}
+
+
+async def test_restarts_without_traffic_take_nothing_off_a_limit(path):
+    write(path, age=600.0)
+    before = path.read_bytes()
+    for _ in range(3):
+        memory, _ = memory_of(path)
+        memory.save()
+    assert path.read_bytes() == before
+
+
+async def test_a_model_without_traffic_keeps_its_age_and_its_limit(path):
+    write(path, age=600.0)
+    memory, admission = memory_of(path)
+    learn(admission, 3.0, "busy")
+    memory.save()
+    ages = {one["model"]: time.time() - one["learned_at"] for one in orjson.loads(path.read_bytes())["limits"]}
+    assert ages == {"m": pytest.approx(600.0, abs=5.0), "busy": pytest.approx(0.0, abs=5.0)}
+    assert recalled(path) == {"m": pytest.approx(8.0), "busy": pytest.approx(2.4)}
+
+
+async def test_another_account_recalls_nothing_and_loses_nothing(path):
+    write(path, account="other")
+    memory, admission = memory_of(path)
+    assert not admission.lanes
+    learn(admission, 3.0)
+    memory.save()
+    assert recalled(path, "account") == {"m": pytest.approx(2.4)}
+    assert recalled(path, "other") == {"m": pytest.approx(8.0)}
+
+
+async def test_a_rotated_key_is_another_account_from_the_next_saving_on(path):
+    names = ["old key"]
+    admission = Admission()
+    memory = Memory(path, [(lambda: names[-1], admission)])
+    learn(admission)
+    memory.save()
+    names.append("new key")
+    memory.save()
+    assert recalled(path, "old key") == recalled(path, "new key") == {"m": pytest.approx(8.0)}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"", b"{", b"[]", b'"text"', b'{"version": 1}', b'{"version": 1, "limits": [1]}', b"\xff\xfe",
+        b'{"version": 1, "limits": [{"account": "account", "model": "m", "learned_at": null}]}',
+    ],
+)  # fmt: skip
+async def test_a_damaged_file_is_passed_over_with_one_warning_and_written_anew(path, content, caplog):
+    path.write_bytes(content)
+    memory, admission = memory_of(path)
+    assert not admission.lanes
+    assert caplog.text.count("it is damaged") == 1
+    learn(admission)
+    memory.save()
+    assert recalled(path) == {"m": pytest.approx(8.0)}
+
+
+@pytest.mark.parametrize("limit", [-1, 0, "many", None, 1e300])
+async def test_a_limit_that_is_none_is_passed_over_and_told(path, limit, caplog):
+    write(path, requests={"limit": limit, "burst": 1.0, "uncertainty": 0.02})
+    assert recalled(path) == {}
+    assert "it is damaged" in caplog.text
+
+
+async def test_another_version_is_passed_over(path, caplog):
+    write(path, version=2)
+    assert recalled(path) == {}
+    assert "version is 2" in caplog.text
+
+
+async def test_the_file_is_bounded_whatever_models_callers_name(path, monkeypatch):
+    monkeypatch.setattr("sidecar.state_file.MOST_LIMITS", 3)
+    memory, admission = memory_of(path)
+    for number in range(5):
+        learn(admission, model=f"model-{number}")
+        memory.save()
+    assert recalled(path).keys() == {"model-2", "model-3", "model-4"}
+
+
+async def test_nothing_learned_leaves_no_file(path):
+    memory, _ = memory_of(path)
+    memory.save()
+    assert not path.exists()
+
+
+async def test_a_file_that_cannot_be_read_or_written_is_told_once_and_serving_goes_on(tmp_path, caplog):
+    tmp_path.joinpath("limits.json").mkdir()
+    memory, admission = memory_of(tmp_path / "limits.json")
+    for limit in (10.0, 11.0):
+        learn(admission, limit)
+        memory.save()
+    assert [record.message.partition(": ")[0].split(" ", 1)[1] for record in caplog.records] == [
+        "cannot be read",
+        "cannot be written",
+    ]
+
+
+async def test_it_is_saved_now_and_then_and_not_left_half_written(path, monkeypatch):
+    monkeypatch.setattr("sidecar.state_file.SAVE_EVERY_SECONDS", 0.01)
+    memory, admission = memory_of(path)
+    running = asyncio.create_task(memory.run())
+    learn(admission)
+    async with asyncio.timeout(10):
+        while not path.exists():  # noqa: ASYNC110  there is nothing to wait on but the file itself
+            await asyncio.sleep(0.005)
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+    assert recalled(path) == {"m": pytest.approx(8.0)}
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_restart_under_load_costs_few_refusals_and_little_time():
+    """Forty callers always wait for 10/s; the sidecar is started anew with what it had learned."""
+
+    async def main():
+        provider = Provider(
+            Profile(
+                requests_per_second=10, burst_requests=10, latency_seconds=0.5, refusal_latency_seconds=0.05, seed=1
+            )
+        )
+        first = Sidecar(provider)
+        await Run(first, 60.0).saturate(40)
+        taken, refused = provider.counts.accepted, provider.counts.refused.total()
+        second = Sidecar(provider)
+        second.admission.recall(first.admission.learned(), 0.8)
+        await Run(second, 10.0).saturate(40)
+        return provider.counts.accepted - taken, provider.counts.refused.total() - refused
+
+    taken, refused = clock.run(main())
+    assert refused <= 3
+    assert taken >= 75  # of a hundred: it begins at eight tenths of what it knew
+
+
+async def saturate(url, client, seconds, workers=20):
+    """Keep so many requests waiting, and then hang up; gives the statuses seen."""
+    statuses = set()
+
+    async def worker():
+        while True:
+            async with client.post(url + CHAT, json=chat()) as response:
+                await response.read()
+                statuses.add(response.status)
+
+    tasks = [asyncio.ensure_future(worker()) for _ in range(workers)]
+    await asyncio.sleep(seconds)
+    for task in tasks:
+        task.cancel()
+    assert all(isinstance(end, asyncio.CancelledError) for end in await asyncio.gather(*tasks, return_exceptions=True))
+    return statuses
+
+
+async def test_a_process_restarted_under_load_makes_no_storm_and_writes_no_key(path, provider):
+    url, simulated = await provider(requests_per_second=8, burst_requests=4, latency_seconds=0.1)
+    options = ("--dashscope-url", url, "--dashscope-api-key", "sk-do-not-tell", "--state-file", str(path))
+    refused = []
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as client:
+        for _ in range(2):
+            before = simulated.counts.refused["request_rate"]
+            async with Process(*options) as process:
+                assert await saturate(process.url, client, 2.0) == {200}
+                process.signal(signal.SIGTERM)
+                assert await process.ended() == 0
+            refused.append(simulated.counts.refused["request_rate"] - before)
+    first, second = refused
+    assert first >= 8  # what a start without memory costs
+    assert second <= 2
+    assert b"sk-do-not-tell" not in path.read_bytes()
+    assert process.log.count("STATE_FILE") == 0
