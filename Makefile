@@ -75,6 +75,7 @@ lint: .venv/.ready ## ruff, strict types, the arrows of the architecture, and th
 	$(RUN)ruff format --check .
 	$(RUN)mypy
 	$(RUN)lint-imports --no-cache
+	$(RUN)python .ci/rooms.py
 	$(RUN)hadolint Dockerfile
 
 parity: .venv/.ready .venv-trio/.ready ## ask trio-core 1.1.5 itself, record its answers, print what is different here

@@ -94,10 +94,30 @@ class Reply:
 
 
 class Backend(Protocol):
-    """Anything that answers."""
+    """Anything that answers. This is everything that the sidecar uses of a backend."""
 
-    name: str
-    """What `X-Sidecar-Backend` and the metrics call it."""
+    @property
+    def name(self) -> str:
+        """What `X-Sidecar-Backend` and the metrics call it."""
+        ...
+
+    @property
+    def model_id(self) -> str | None:
+        """The one model that answers here; None if the request's own model is used."""
+        ...
+
+    @property
+    def slots(self) -> int | None:
+        """Attempts that the backend can work on or keep ready at once; None if its limits must be learned."""
+        ...
+
+    def account(self) -> str:
+        """Name the account whose limits apply, for the state file. It may change when a key is rotated."""
+        ...
+
+    def ready_reason(self) -> str | None:
+        """Why the backend can serve no request at present, in one line; None while it can."""
+        ...
 
     async def start(self) -> None:
         """Be ready to serve: open pools, load the model. Raises `BackendError` with a message for a person."""

@@ -77,7 +77,7 @@ def record(picture: Picture) -> Track:
                 track.quota.append(min(profile.requests_per_second, profile.window_requests / profile.window_seconds))
             else:
                 track.quota.append(profile.tokens_per_second)
-                total = system.telemetry.totals().get("simulated", {})
+                total = system.metrics.totals().get("simulated", {})
                 before, spent = spent, total.get("tokens.input", 0.0) + total.get("tokens.output", 0.0)
                 track.sent.append((spent - before) / picture.step)
             track.learned.append(controller.limit)

@@ -25,15 +25,15 @@ log = logging.getLogger("sidecar")
 VERSION = 1
 SAVE_EVERY_SECONDS = 30.0
 #: Limits in the file at most, the newest: callers name models as they like.
-MOST_LIMITS = 256
-#: Seconds up to which an age counts, and the share of a limit that is used then. docs/limiting.md, "Memory".
+MAX_LIMITS = 256
+#: Seconds up to which an age counts, and the share of a limit that is used then. docs/limiting.md, "StateFile".
 SHARES = ((3600.0, 0.8), (86_400.0, 0.5))
 
 #: What was learned about one model, by dimension: `{"requests": {"limit": 10.0, "burst": 5.0, "uncertainty": 0.01}}`.
 Learned = dict[str, dict[str, float]]
 
 
-class Memory:
+class StateFile:
     """The file, and whose limits are in it.
 
     An admission's limits are those of an account, told by its function: backend, host and a fingerprint of the key. It
@@ -96,7 +96,7 @@ class Memory:
             return None
         self._known |= {whose: (now, learned) for whose, learned in news.items()}
         of_use = [one for one in self._known.items() if _share(now - one[1][0])]
-        self._known = dict(sorted(of_use, key=lambda one: one[1][0])[-MOST_LIMITS:])
+        self._known = dict(sorted(of_use, key=lambda one: one[1][0])[-MAX_LIMITS:])
         limits = [
             {"account": account, "model": model, "learned_at": at, **learned}
             for (account, model), (at, learned) in self._known.items()

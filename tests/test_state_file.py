@@ -16,7 +16,7 @@ from bench.sim import clock
 from bench.sim.load import Run
 from bench.sim.systems import Sidecar
 from sidecar.admission import Admission
-from sidecar.state_file import Memory
+from sidecar.state_file import StateFile
 
 LEARNED = {"requests": {"limit": 10.0, "burst": 5.0, "uncertainty": 0.02}, "concurrency": {"limit": 8.0}}
 
@@ -33,7 +33,7 @@ def write(path, age=0.0, version=1, account="account", **learned):
 
 def memory_of(path, account="account"):
     admission = Admission()
-    memory = Memory(path, [(lambda: account, admission)])
+    memory = StateFile(path, [(lambda: account, admission)])
     memory.load()
     return memory, admission
 
@@ -102,7 +102,7 @@ async def test_another_account_recalls_nothing_and_loses_nothing(path):
 async def test_a_rotated_key_is_another_account_from_the_next_saving_on(path):
     names = ["old key"]
     admission = Admission()
-    memory = Memory(path, [(lambda: names[-1], admission)])
+    memory = StateFile(path, [(lambda: names[-1], admission)])
     learn(admission)
     memory.save()
     names.append("new key")
@@ -141,7 +141,7 @@ async def test_another_version_is_passed_over(path, caplog):
 
 
 async def test_the_file_is_bounded_whatever_models_callers_name(path, monkeypatch):
-    monkeypatch.setattr("sidecar.state_file.MOST_LIMITS", 3)
+    monkeypatch.setattr("sidecar.state_file.MAX_LIMITS", 3)
     memory, admission = memory_of(path)
     for number in range(5):
         learn(admission, model=f"model-{number}")

@@ -29,13 +29,13 @@ if TYPE_CHECKING:
 #: The classes of COCO's eighty that trio-core tells; the rest is left out.
 CLASSES = {0: "person", 1: "bicycle", 2: "car", 3: "motorcycle", 5: "bus", 7: "truck", 16: "dog", 17: "cat"}
 #: Detections less sure than this are left out; of two that overlap more than this, the surer one stays. trio-core's.
-LEAST_CONFIDENCE = 0.25
-MOST_OVERLAP = 0.5
+MIN_CONFIDENCE = 0.25
+MAX_OVERLAP = 0.5
 #: Besides the whole frame, this many tiles a side are looked at, each so much larger than its share: small and far
 #: objects are found then. trio-core's too.
 _TILES = 2
 _TILE_OVERLAP = 0.3
-_MOST_PIXELS = 50_000_000
+_MAX_PIXELS = 50_000_000
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 #: The model's input, where its file leaves the size open.
 _DEFAULT_SIDE = 640
@@ -45,6 +45,7 @@ class DetectorBackend:
     """One model, one frame at a time; the next frame is decoded meanwhile. A request's body is an image in base64."""
 
     name = "detector"
+    model_id = None
     slots = 2
 
     def __init__(self, model: Path) -> None:
@@ -55,6 +56,13 @@ class DetectorBackend:
         self._input = ""
         self._side = (_DEFAULT_SIDE, _DEFAULT_SIDE)
         self._half = False
+
+    def account(self) -> str:
+        """Give the name: this process has no account with anybody, see `Backend.account`."""
+        return self.name
+
+    def ready_reason(self) -> None:
+        """Give None: a detector that has started always answers, see `Backend.ready_reason`."""
 
     async def start(self) -> None:
         """Load the model and run it once. Raises `BackendError` that says what is wrong with it or not installed."""
@@ -123,7 +131,7 @@ class DetectorBackend:
 
         part: Floats = np.asarray(frame.resize(self._side, box=box), np.float32) / np.float32(255)
         boxes, scores, classes = self._run(part.transpose(2, 0, 1)[None])
-        kept = (scores >= LEAST_CONFIDENCE) & np.isin(classes, list(CLASSES))
+        kept = (scores >= MIN_CONFIDENCE) & np.isin(classes, list(CLASSES))
         left, top, right, bottom = box
         scale = np.array([(right - left) / self._side[0], (bottom - top) / self._side[1]] * 2, np.float32)
         return boxes[kept] * scale + np.array([left, top] * 2, np.float32), scores[kept], classes[kept]
@@ -172,7 +180,7 @@ def _of_centres(boxes: Floats, scores: Floats) -> Found:
 
 
 def _surest(boxes: Floats, scores: Floats) -> list[int]:
-    """Which to keep, surest first: of two that share more than `MOST_OVERLAP` of their union, only the surer."""
+    """Which to keep, surest first: of two that share more than `MAX_OVERLAP` of their union, only the surer."""
     import numpy as np  # noqa: PLC0415
 
     areas = np.prod(boxes[:, 2:] - boxes[:, :2], axis=1)
@@ -183,7 +191,7 @@ def _surest(boxes: Floats, scores: Floats) -> list[int]:
         kept.append(int(first))
         shared = np.minimum(boxes[first, 2:], boxes[rest, 2:]) - np.maximum(boxes[first, :2], boxes[rest, :2])
         both = np.prod(np.maximum(shared, 0), axis=1)
-        order = rest[both / (areas[first] + areas[rest] - both + 1e-6) < MOST_OVERLAP]
+        order = rest[both / (areas[first] + areas[rest] - both + 1e-6) < MAX_OVERLAP]
     return kept
 
 
@@ -208,8 +216,8 @@ def _decode(image_b64: bytes) -> Image.Image:
 
     try:
         with Image.open(BytesIO(base64.b64decode(image_b64)), formats=_FORMATS) as opened:
-            if opened.width * opened.height > _MOST_PIXELS:
-                raise Rejected(f"the image has more than {_MOST_PIXELS} pixels", status=400)
+            if opened.width * opened.height > _MAX_PIXELS:
+                raise Rejected(f"the image has more than {_MAX_PIXELS} pixels", status=400)
             return ImageOps.exif_transpose(opened).convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise Rejected(f"the image cannot be decoded ({type(error).__name__})", status=400) from error

@@ -44,8 +44,14 @@ class LocalBackend:
         max_batch: int = 8,
         batch_wait_seconds: float = 0.005,
         image_urls: Sequence[str] = (),
+        queued: Callable[[], int] = lambda: 0,
+        on_batch: Callable[[int], None] = lambda _: None,
     ) -> None:
         """`model` is a folder, or an id that transformers finds in its hub.
+
+        `queued` gives the number of requests that wait to be sent here: while it is 0, the engine does not wait for a
+        batch to fill. It is called from the engine's thread. `on_batch` is called on the event loop with the size of
+        each batch as it starts.
 
         Images come as data URLs, and from below `image_urls`, if there are any: `ValueError` if one of them is neither
         http(s) nor file.
@@ -53,11 +59,8 @@ class LocalBackend:
         self.name = name
         self.slots = max_batch * 2
         """Requests that may be in flight here: one batch at work, one ready to follow."""
-        self.on_batch: Callable[[int], None] = lambda _: None
-        """Called on the loop with the size of each batch as it starts. To be set before `start`."""
-        self.queued: Callable[[], int] = lambda: 0
-        """Tells how many requests wait to be sent here: while none does, the engine does not wait for a batch to fill.
-        Called from another thread. To be set before `start`."""
+        self._queued = queued
+        self._on_batch = on_batch
         self.model_id = Path(model).name if Path(model).exists() else model
         """What answers and `/v1/models` call the model: no path of this machine."""
         self._load = partial(_load, model, device)
@@ -68,6 +71,10 @@ class LocalBackend:
         self._engine: Engine | None = None
         self._supervisor: asyncio.Task[None] | None = None
         self._unready: str | None = "the model is not loaded"
+
+    def account(self) -> str:
+        """Give the name: this process has no account with anybody, see `Backend.account`."""
+        return self.name
 
     def ready_reason(self) -> str | None:
         """Why no request can be served now, in one line; None if they can."""
@@ -167,8 +174,8 @@ class LocalBackend:
             self._load,
             max_batch=self._max_batch,
             batch_wait_seconds=self._batch_wait_seconds,
-            queued=self.queued,
-            on_batch=self.on_batch,
+            queued=self._queued,
+            on_batch=self._on_batch,
         )
         loop = asyncio.get_running_loop()
         began = loop.time()

@@ -20,7 +20,7 @@ def parsed(data: bytes) -> object:
 
 
 #: No context is longer. A count beyond this is a slip, and would upset what is learned of the token rate.
-_MOST_TOKENS = 10_000_000
+_MAX_TOKENS = 10_000_000
 
 
 def usage_of(payload: object) -> Usage | None:
@@ -30,7 +30,7 @@ def usage_of(payload: object) -> Usage | None:
         return None
     given = usage.get("prompt_tokens", usage.get("input_tokens"))
     made = usage.get("completion_tokens", usage.get("output_tokens", 0))
-    if isinstance(given, int) and isinstance(made, int) and 0 <= given <= _MOST_TOKENS and 0 <= made <= _MOST_TOKENS:
+    if isinstance(given, int) and isinstance(made, int) and 0 <= given <= _MAX_TOKENS and 0 <= made <= _MAX_TOKENS:
         return Usage(input_tokens=given, output_tokens=made)
     return None
 

@@ -60,6 +60,12 @@ class DashScopeBackend:
         self._connector: Connector | None = None
         self._upstreams: dict[str, Upstream] = {}
 
+    model_id = None
+    slots = None
+
+    def ready_reason(self) -> None:
+        """Give None: whether the provider answers is only known by asking it, see `Backend.ready_reason`."""
+
     def account(self) -> str:
         """Whose limits are met here: the provider's address and a fingerprint of the key in force, never the key."""
         key = self._key()

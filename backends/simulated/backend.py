@@ -17,9 +17,18 @@ class SimulatedBackend:
     """A backend around a provider: its own, or one that several backends share as tenants of one account."""
 
     name = "simulated"
+    model_id = None
+    slots = None
 
     def __init__(self, provider: Profile | Provider | None = None) -> None:
         self.provider = provider if isinstance(provider, Provider) else Provider(provider or Profile())
+
+    def account(self) -> str:
+        """Give the name, see `Backend.account`."""
+        return self.name
+
+    def ready_reason(self) -> None:
+        """Give None: the provider is always there."""
 
     async def start(self) -> None:
         """Let the profile's times begin."""

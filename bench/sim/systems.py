@@ -21,7 +21,7 @@ from sidecar.admission import Admission, Lane, Ticket
 from sidecar.admission.limits import Limits
 from sidecar.admission.ticket import Cause
 from sidecar.dispatch.dispatcher import Dispatcher, Route
-from sidecar.observe.metrics import Telemetry
+from sidecar.observe.metrics import Metrics
 
 MODEL = "qwen-vl-plus"
 #: Until a request that was let through has been judged.
@@ -55,10 +55,10 @@ class Sidecar:
     def __init__(self, provider: Provider, **settings: Any) -> None:
         self._loop = asyncio.get_running_loop()
         self.admission = Admission(random=random.Random(provider.profile.seed), **settings)
-        self.telemetry = Telemetry(CollectorRegistry())
+        self.metrics = Metrics(CollectorRegistry())
         self.waits: list[tuple[float, float]] = []
         """Of each answered request that had to wait: the predicted seconds in the queue, and the real ones."""
-        self._dispatcher = Dispatcher([Route(SimulatedBackend(provider), self.admission)], self.telemetry)
+        self._dispatcher = Dispatcher([Route(SimulatedBackend(provider), self.admission)], self.metrics)
         self._dispatcher._random.seed(
             provider.profile.seed
         )  # the pauses before retries too: a run is the same each time

@@ -15,7 +15,7 @@ from prometheus_client.exposition import choose_encoder
 from backends.http1.response import Answer
 from backends.http1.server import Handler, HttpRequest
 from sidecar.admin.health import Health
-from sidecar.observe.sampler import Watch
+from sidecar.observe.sampler import Sampler
 from sidecar.observe.time_series import FIELDS
 
 log = logging.getLogger("sidecar")
@@ -28,7 +28,7 @@ PAGE = {
 }
 _PAGE_FOLDER = Path(__file__).with_name("page")
 #: Live views at once: each costs a connection, and some JSON a second.
-MOST_VIEWERS = 16
+MAX_VIEWERS = 16
 _JSON = {"Content-Type": "application/json"}
 
 
@@ -41,7 +41,7 @@ class AdminServer:
         health: Health,
         status: Callable[[], dict[str, Any]],
         drain: Callable[[], None],
-        watch: Watch,
+        watch: Sampler,
     ) -> None:
         """`status` gives `GET /status`; `drain` begins the drain and returns at once; `watch` has the history."""
         self._registry = registry
@@ -115,8 +115,8 @@ class AdminServer:
 
     async def _get_events(self, http: HttpRequest) -> Answer:
         """Server-sent events: `start` with everything since the start, then `tick` once a second."""
-        if self._viewers >= MOST_VIEWERS:
-            return await _text(http, 503, f"{MOST_VIEWERS} live views are open, as many as there may be")
+        if self._viewers >= MAX_VIEWERS:
+            return await _text(http, 503, f"{MAX_VIEWERS} live views are open, as many as there may be")
         self._viewers += 1
         try:
             headers = {"Content-Type": "text/event-stream", "Cache-Control": "no-store", "X-Accel-Buffering": "no"}

@@ -12,13 +12,13 @@ from sidecar.admin.health import Health
 from sidecar.admission import Admission, Lane, Priority
 from sidecar.admission.controller import RateController
 from sidecar.observe.format import duration, number, visible
-from sidecar.observe.sampler import Watch
+from sidecar.observe.sampler import Sampler
 
 #: Keys with the longest queues that are shown.
-_MOST_KEYS = 20
+_MAX_KEYS = 20
 
 
-def status_of(health: Health, admissions: Mapping[str, Admission], watch: Watch) -> dict[str, Any]:
+def status_of(health: Health, admissions: Mapping[str, Admission], watch: Sampler) -> dict[str, Any]:
     """Everything `GET /status` says. It names cameras (keys) and models, never a prompt, an image or a key of ours.
 
     `in_words` is what holds requests at present, as a sentence; `totals` are the metrics' own sums since the start.
@@ -40,7 +40,7 @@ def status_of(health: Health, admissions: Mapping[str, Admission], watch: Watch)
     }
 
 
-def _backend(name: str, admission: Admission, watch: Watch) -> dict[str, Any]:
+def _backend(name: str, admission: Admission, watch: Sampler) -> dict[str, Any]:
     now = admission.loop.time()
     lanes = sorted(admission.lanes.items(), key=lambda item: item[1].last_used, reverse=True)
     return {
@@ -65,7 +65,7 @@ def _lane(model: str, lane: Lane, now: float) -> dict[str, Any]:
         **lane.limits.status(now),
         "longest_queues": [
             {"key": visible(key), "requests": count, "oldest_seconds": round(now - arrived, 2)}
-            for key, count, arrived in lane.queue.longest(_MOST_KEYS)
+            for key, count, arrived in lane.queue.longest(_MAX_KEYS)
         ],
     }
 

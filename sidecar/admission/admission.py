@@ -17,7 +17,7 @@ from sidecar.admission.limits import Limits
 from sidecar.admission.ticket import Priority, Ticket
 
 #: Models that keep limits of their own. The least recently used idle one goes when there are more.
-MOST_LANES = 64
+MAX_LANES = 64
 
 
 class Admission:
@@ -82,7 +82,7 @@ class Admission:
         model = self._only_model or model
         lane = self.lanes.get(model)
         if lane is None:
-            if len(self.lanes) >= MOST_LANES:
+            if len(self.lanes) >= MAX_LANES:
                 self._forget_one()
             lane = self.lanes[model] = Lane(self.loop, self._limits(self.loop.time()))
         return lane

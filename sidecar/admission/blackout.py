@@ -13,13 +13,13 @@ from sidecar.admission.states import State
 #: A window that was used up is taken to be at most so long: quotas are told by the minute.
 WINDOW_SECONDS = 60.0
 #: A blackout longer than this, and than so many of the last wait, is no penalty that begins anew with each refusal.
-LONGEST_PENALTY_SECONDS, LONGEST_PENALTY_STEPS = 10.0, 4.0
+MAX_PENALTY_SECONDS, MAX_PENALTY_STEPS = 10.0, 4.0
 #: Amounts that differ by less than this share, or by less than a request, are the same, if of so many requests.
 SAME, FEW = 0.02, 6.0
 #: What took longer than a window by more than this share did not fill one.
 FITS = 0.25
 #: The end of a window is looked for at least so much later each time, as a share of it.
-SHORTEST_LOOK = 0.02
+MIN_LOOK = 0.02
 #: What held less than this share of a window was none.
 LESS = 0.6
 #: A blackout in which less than so many requests would have gone out, or that the first probe ends, is no blackout.
@@ -90,7 +90,7 @@ class Blackouts:
         """
         taken = self.history.since(self.began) - typical
         seconds = probed_at - self.began
-        long = probed_at - closed_at > max(LONGEST_PENALTY_SECONDS, LONGEST_PENALTY_STEPS * step)
+        long = probed_at - closed_at > max(MAX_PENALTY_SECONDS, MAX_PENALTY_STEPS * step)
         if self.windowed:
             if taken < LESS * self.window and not long:
                 self.windowed = False
@@ -188,4 +188,4 @@ class Blackouts:
         last = since + self._most
         if last <= now:
             return now
-        return max((max(now, since + self._least) + last) / 2, now + SHORTEST_LOOK * self._most)
+        return max((max(now, since + self._least) + last) / 2, now + MIN_LOOK * self._most)

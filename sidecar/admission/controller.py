@@ -37,7 +37,7 @@ SOON = 0.95
 #: A limit that was known well does not turn out to be off by more than this share, unless it has moved.
 OFF = 0.05
 #: A pace of more than so many times what goes out, of late, is not what holds requests back.
-MOST_AHEAD, LATE_SECONDS = 2.0, 1.5
+MAX_AHEAD, LATE_SECONDS = 2.0, 1.5
 
 
 class RateController:
@@ -374,7 +374,7 @@ class RateController:
             estimate.limit *= self._share.growth(now, now - self._grown_at, self.estimate)
         else:
             if self._ramp.along >= 1.0 and self.pace(now) > (
-                MOST_AHEAD * blackouts.history.rate(now, LATE_SECONDS) + 3.0 * estimate.typical
+                MAX_AHEAD * blackouts.history.rate(now, LATE_SECONDS) + 3.0 * estimate.typical
             ):
                 seconds = 0.0  # something else holds most of them back
             self._ramp.grow(seconds, amount, estimate.typical)

@@ -16,7 +16,7 @@ VAGUE = 0.05
 #: The least that a limit can be, in usual requests a second: one in an hour.
 LEAST = 1 / 3600
 #: Seconds of the limit that a bucket is taken to hold at most.
-MOST_BURST_SECONDS = 6.0
+MAX_BURST_SECONDS = 6.0
 #: How uncertain a limit that was learned before a restart is at least.
 RECALLED = 0.1
 #: What one event leaves of the limit at least.
@@ -109,7 +109,7 @@ class Estimate:
 
     def spent(self) -> None:
         """As much was taken at once as was thought to be there, and perhaps more is."""
-        self.burst = min(1.05 * self.burst, MOST_BURST_SECONDS * self.limit)
+        self.burst = min(1.05 * self.burst, MAX_BURST_SECONDS * self.limit)
 
     def overspent(self, low: float) -> None:
         """A burst was refused, of calls that came below the limit, which is at least so high."""

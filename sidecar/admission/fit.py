@@ -16,7 +16,7 @@ from sidecar.admission.policer import Interval
 from sidecar.admission.states import State
 
 #: So many refusals are to be explained, with no more than so many calls between any two of them.
-REFUSALS, MOST_CALLS = 4, 60
+REFUSALS, MAX_CALLS = 4, 60
 #: Bounds that miss one another by this share meet, for clocks and ways are uneven.
 MEET = 0.01
 #: A burst of more than so many usual requests is not small.
@@ -47,7 +47,7 @@ class Fit:
         burst, typical = estimate.burst, estimate.typical
         if len(self._between) < 2 or burst > SMALL * typical or self._bounds(burst) is not None:
             return False
-        if any(len(interval.taken) > MOST_CALLS for interval in self._between):
+        if any(len(interval.taken) > MAX_CALLS for interval in self._between):
             return False
         for factor in TRIED:
             tried = factor * burst

@@ -16,7 +16,7 @@ from math import inf
 #: is not known.
 MEMORIES = (8.0, 12.0)
 FACTOR = 2.5
-LEAST_BASE = 1.0
+MIN_BASE = 1.0
 #: What each further refusal takes off the factor.
 CUT = 0.85
 
@@ -93,11 +93,11 @@ class GrowthGovernor:
             self._first = not self.active
             if self.active:
                 self.factor *= CUT
-                self.base = max(self.base * 0.97, LEAST_BASE)
+                self.base = max(self.base * 0.97, MIN_BASE)
             self._cut_at = now
             self._bound = 0
         if self._first:
             # A first burst after a pause shows the base itself: what was taken of it.
             taken = bisect_right(self._log, sent_at) - bisect_left(self._log, sent_at - 1.0)
             before = bisect_left(self._log, sent_at - 1.0) - bisect_left(self._log, sent_at - 1.0 - MEMORIES[0])
-            self.base = max(taken - self.factor * before / MEMORIES[0], LEAST_BASE)
+            self.base = max(taken - self.factor * before / MEMORIES[0], MIN_BASE)

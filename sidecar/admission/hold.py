@@ -17,12 +17,12 @@ class HoldKind(StrEnum):
 
 
 #: Seconds to the first probe; the factor between probes, up to a step of so many seconds and beyond; the longest step.
-FIRST_STEP, GROWTH, SHORT_STEP, SLOW_GROWTH, LONGEST_STEP = 0.5, 2.0, 4.0, 1.25, 5.0
+FIRST_STEP, GROWTH, SHORT_STEP, SLOW_GROWTH, MAX_STEP = 0.5, 2.0, 4.0, 1.25, 5.0
 BILLING_STEP = 30.0
 #: How long a Retry-After may put off the next probe: until the provider's word was found true, and after it was twice.
 LITTLE_TRUST, MUCH_TRUST = 5.0, 120.0
 #: Nothing is guessed to last longer than this many more.
-LONGEST_GUESS = 60.0
+MAX_GUESS = 60.0
 
 
 class Hold:
@@ -79,11 +79,11 @@ class Hold:
             self._asked = 0.0
             self._step = FIRST_STEP
             if kind is HoldKind.BLACKOUT and not self.passes:  # as long as it took, unless that was tried in vain
-                self._step = min(max(self.gap, 1.01 * self._vain, FIRST_STEP), LONGEST_STEP)
+                self._step = min(max(self.gap, 1.01 * self._vain, FIRST_STEP), MAX_STEP)
         elif kind is self.kind:
             if kind is HoldKind.BLACKOUT:
                 self._vain = max(self._vain, now - self.last_refused)
-            self._step = min(self._step * (GROWTH if self._step < SHORT_STEP else SLOW_GROWTH), LONGEST_STEP)
+            self._step = min(self._step * (GROWTH if self._step < SHORT_STEP else SLOW_GROWTH), MAX_STEP)
         self.kind = kind
         self.reason = reason
         self.last_refused = now
@@ -133,7 +133,7 @@ class Hold:
         until = self.next_probe
         if self.kind is HoldKind.BLACKOUT:
             until = max(until, self.last_refused + self.gap)
-        return max(until - now, min(now - self.since, LONGEST_GUESS))
+        return max(until - now, min(now - self.since, MAX_GUESS))
 
     def may_probe(self, now: float) -> bool:
         """While closed: the one probe may go now."""

@@ -26,7 +26,7 @@ FAILING_TICKETS = 2
 OUTAGE_SHARE = 0.4
 #: A probe that was not refused within this many seconds, and thrice the usual time of a refusal, was taken.
 PATIENCE_SECONDS = 0.5
-MOST_CONCURRENCY = 1024
+MAX_CONCURRENCY = 1024
 #: The share that is sure of a pace at which no limit was met yet, or but one that is guessed.
 UNTRIED_SHARE = 0.25
 #: An answer is taken to last so many seconds until there was one.
@@ -51,7 +51,7 @@ class Limits:
         self._paced = paced
         self._pinned = concurrency is not None
         self._random = (random or Random()).random  # noqa: S311  jitter, not a secret
-        self.permits = Permits(concurrency or MOST_CONCURRENCY, refusal_budget)
+        self.permits = Permits(concurrency or MAX_CONCURRENCY, refusal_budget)
         self.hold = Hold()
         self.requests = RateController(
             now, ceiling=requests_per_second if paced else inf, budget=refusal_budget, dormant=not paced
@@ -304,9 +304,9 @@ class Limits:
         if self._pinned:
             return
         if self.requests.limit == inf:
-            self.permits.size = MOST_CONCURRENCY
+            self.permits.size = MAX_CONCURRENCY
             return
-        self.permits.size = min(max(ceil(2 * self.requests.pace(now) * self._p90), 8), MOST_CONCURRENCY)
+        self.permits.size = min(max(ceil(2 * self.requests.pace(now) * self._p90), 8), MAX_CONCURRENCY)
 
     # -- memory and operators ------------------------------------------------------------------------------
 

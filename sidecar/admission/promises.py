@@ -16,9 +16,9 @@ SHARE = 0.9
 #: A caller may be so many seconds late, or early by an error of a clock.
 LATE_SECONDS, EARLY_SECONDS = 2.0, 0.001
 #: Nobody is sent away for longer, whatever the backlog; and so many are remembered at most.
-LONGEST_SECONDS, MOST = 3600, 4096
+MAX_SECONDS, MOST = 3600, 4096
 #: Seconds that are looked at for one that is not crowded: what sending one caller away may cost.
-MOST_LATER = 100
+MAX_LATER = 100
 
 
 class Promises:
@@ -40,13 +40,13 @@ class Promises:
         the queue's round robin would have it) that come later than now, of whom `per_second` can be served.
         """
         self._advance(now)
-        pace = max(SHARE * per_second, 1 / LONGEST_SECONDS)
+        pace = max(SHARE * per_second, 1 / MAX_SECONDS)
         own = self._later_of_key.get(key, 0)
         others = len(self._later_of_key) - (own > 0)
         ahead = min(own + others * (own + 1), len(self._later))
-        told = max(ceil(min(wait + ahead / pace, LONGEST_SECONDS)), 1)
+        told = max(ceil(min(wait + ahead / pace, MAX_SECONDS)), 1)
         # Each is told from another wait, and rounded up: some seconds would be crowded.
-        window, latest = max(1.0, 1.0 / pace), min(told + MOST_LATER, LONGEST_SECONDS)
+        window, latest = max(1.0, 1.0 / pace), min(told + MAX_LATER, MAX_SECONDS)
         while told < latest and self._crowd(now + told, window, 2 * (own + 1)) >= pace * window:
             told += 1
         if len(self._later) < MOST:

@@ -22,9 +22,9 @@ from sidecar.admission.ticket import Priority, Ticket
 #: A key whose backlog could not be served in time has caught up when one in so many of it is left.
 CALM_SHARE = 8
 #: Those who come back as they were told are spaced: more than so many of one key are a flood that passes for them.
-MOST_PROMISED = 8
+MAX_PROMISED = 8
 #: Rounds that a key sits out at most for one ticket, however large: what `head` may have to walk.
-MOST_ROUNDS = 256
+MAX_ROUNDS = 256
 #: Share of each priority class while all are waiting.
 WEIGHTS: dict[Priority, int] = {Priority.HIGH: 8, Priority.NORMAL: 3, Priority.LOW: 1}
 
@@ -81,7 +81,7 @@ class _KeyQueue:
             return self.returned[0]
         if self._calm_below:
             if self.promised:  # in order; but of a flood that passes for them the newest, as ever
-                many = len(self.promised) > MOST_PROMISED
+                many = len(self.promised) > MAX_PROMISED
                 return self.promised[next(reversed(self.promised) if many else iter(self.promised))]
             return self._waiting[next(reversed(self._waiting))]
         while self._by_deadline[0][1] not in self._waiting:
@@ -259,7 +259,7 @@ class FairQueue:
         # The typical cost: what a key is topped up by in each round. No single ticket can more than double it: after a
         # monster every key would be served in a run of thousands, whoever has the longest backlog before all others.
         self._quantum += 0.05 * (min(_cost(ticket), 21 * self._quantum) - self._quantum)
-        cost = min(_cost(ticket), MOST_ROUNDS * self._quantum)
+        cost = min(_cost(ticket), MAX_ROUNDS * self._quantum)
         group = self._classes[ticket.priority]
         queue = group.ring[0]
         queue.deficit -= cost

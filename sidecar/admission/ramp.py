@@ -16,7 +16,7 @@ from sidecar.admission.estimate import SUREST, UNSUREST, VAGUE, Estimate
 RAMP, RAMP_NO_CREDIT = 1.0, 1.4
 #: Beyond its length the credit of a bucket is spent at this share above the limit at least and at most: between them so
 #: that no more than one further request goes out until the refusal is back.
-LEAST_EXCESS, MOST_EXCESS = 0.05, 0.1
+MIN_EXCESS, MAX_EXCESS = 0.05, 0.1
 #: No refusal means that the limit has risen when so many times the credit was spent; without credit, so far on the
 #: ramp.
 SPENT, RISEN_NO_CREDIT = 1.2, 1.15
@@ -25,11 +25,11 @@ RISE = 0.35
 #: ... at most by this share from one request to the next: at half a request a second, a second is no time,
 RISE_PER_REQUEST = 0.08
 #: A ramp's length in seconds is held within these, since a limit may move: too slow for a small one is no use either.
-SHORTEST_SECONDS, LONGEST_SECONDS = 4.0, 160.0
+MIN_SECONDS, MAX_SECONDS = 4.0, 160.0
 #: Where each refusal begins a blackout, this share of the quota may be lost to probing, and a ramp may take so long.
-LOST_SHARE, LONGEST_LOSING_SECONDS = 0.02, 600.0
+LOST_SHARE, MAX_LOSING_SECONDS = 0.02, 600.0
 #: Refusals to the end of a ramp that make the next one longer at most.
-MOST_EACH = 4.0
+MAX_EACH = 4.0
 #: A limit that has just moved may move again: the ramp after that is so much shorter, and each one that follows longer.
 HASTE, FIRST_HASTE, HASTE_LEFT = 0.25, 0.35, 1.5
 
@@ -67,7 +67,7 @@ class Ramp:
         """The limit is where it was: look again later than this time."""
         if self._unsure <= VAGUE:
             if self._haste == 1.0:  # what it took to learn a limit says nothing of what it takes to probe it
-                self._each += 0.5 * (min(max(self._refusals, 1), MOST_EACH) - self._each)
+                self._each += 0.5 * (min(max(self._refusals, 1), MAX_EACH) - self._each)
             self._haste = min(self._haste * HASTE_LEFT, 1.0)
         self._refusals = 0
 
@@ -81,21 +81,21 @@ class Ramp:
         unsure = self._unsure = estimate.unsure
         self._no_credit = burst < 2.0 * typical and not window
         self._credit = SPENT * burst + typical
-        self._excess = min(max(typical / (limit * max(refusal_seconds, 1e-3)), LEAST_EXCESS), MOST_EXCESS)
+        self._excess = min(max(typical / (limit * max(refusal_seconds, 1e-3)), MIN_EXCESS), MAX_EXCESS)
         self._caution = 1.0 + refusal_seconds
-        self._eager = (self._excess / MOST_EXCESS) ** 2  # a refusal that is long in coming is not to be hurried
+        self._eager = (self._excess / MAX_EXCESS) ** 2  # a refusal that is long in coming is not to be hurried
         self._vague = unsure / UNSUREST if unsure > VAGUE else 0.0
         if window:
             self._eager = self._vague = 0.0
-            self._credit, self._excess = 2.0 * max(LEAST_EXCESS, unsure) * window + typical, LEAST_EXCESS
-        share, longest = (RAMP_NO_CREDIT, 2 * LONGEST_SECONDS) if self._no_credit else (RAMP, LONGEST_SECONDS)
+            self._credit, self._excess = 2.0 * max(MIN_EXCESS, unsure) * window + typical, MIN_EXCESS
+        share, longest = (RAMP_NO_CREDIT, 2 * MAX_SECONDS) if self._no_credit else (RAMP, MAX_SECONDS)
         length, sure = self._each * share * typical / self._budget, SUREST
         if lost:
-            length, longest, sure = max(length, lost / LOST_SHARE), LONGEST_LOSING_SECONDS, VAGUE
+            length, longest, sure = max(length, lost / LOST_SHARE), MAX_LOSING_SECONDS, VAGUE
         elif not window:
             # each probe of one that is slow to refuse costs many refusals
             length *= min(self._haste * max(1.0, 0.5 * limit * refusal_seconds / typical), 1.0)
-        length = min(max(length, SHORTEST_SECONDS * limit), longest * limit)
+        length = min(max(length, MIN_SECONDS * limit), longest * limit)
         self._length = max(length * sure / unsure, 2 * typical, window)
         self._sent = self.spent = 0.0
         self.rise = 1.0

@@ -20,14 +20,14 @@ from sidecar.admission.states import State
 #: lower limit has explained them: where more come, others are likelier than a limit that falls again.
 ODD, KEPT = 5, 2
 #: What a refusal takes off the limit: much at first, which evens the shares out, and less each time, which keeps them.
-MOST_CUT, LEAST_CUT, SETTLE = 0.25, 0.1, 0.85
+MAX_CUT, MIN_CUT, SETTLE = 0.25, 0.1, 0.85
 #: So soon after another one, a refusal tells that somebody has come: much again.
 CROWD_SECONDS = 5.0
 #: Refusals a second for which growth makes up, whatever each takes off, at a share of so many requests a second. At a
 #: larger one they are fewer by its root, up to that of so many: in requests, growth is less uneven than shares are.
 REFUSALS, USUAL, LARGE = 0.03, 5.0, 20.0
 #: Growth from one request to the next at most.
-MOST_GROWTH = 0.02
+MAX_GROWTH = 0.02
 #: Where so many were to be expected and none came, somebody has gone.
 GONE = 3.0
 #: Refusals within so many seconds are one event: somebody looks for more than there is.
@@ -53,7 +53,7 @@ class Share:
         self._calls = 0  # that went out
         self._refused: deque[int] = deque(maxlen=OFTEN)  # of them, the latest
         self._often_since = inf
-        self._cut = MOST_CUT  # of the next refusal
+        self._cut = MAX_CUT  # of the next refusal
         self._highest = 0.0  # limit since then
 
     def as_alone(self) -> None:
@@ -71,8 +71,8 @@ class Share:
             return False
         self._odd = 0
         self._limits.clear()
-        self._cut = MOST_CUT
-        estimate.limit *= 1.0 - MOST_CUT
+        self._cut = MAX_CUT
+        estimate.limit *= 1.0 - MAX_CUT
         estimate.to(now, State.SHARED, "refused too often for one user of the account")
         return True
 
@@ -81,7 +81,7 @@ class Share:
         if now <= estimate.changed_at + EPISODE_SECONDS:
             return True
         self._limits.append(estimate.limit)
-        self._cut = MOST_CUT if now <= estimate.changed_at + CROWD_SECONDS else max(SETTLE * self._cut, LEAST_CUT)
+        self._cut = MAX_CUT if now <= estimate.changed_at + CROWD_SECONDS else max(SETTLE * self._cut, MIN_CUT)
         if len(self._limits) == ALIKE and max(self._limits) <= (1.0 + SAME * self._cut) * min(self._limits):
             estimate.to(now, State.ASSESS, "the account seems to be ours alone again")
             return False
@@ -100,8 +100,8 @@ class Share:
             return 1.0
         refusals = REFUSALS * sqrt(USUAL / min(estimate.limit / estimate.typical, LARGE))
         if (now - estimate.changed_at) * refusals > GONE:
-            self._cut = MOST_CUT
-        return exp(min(refusals * self._cut * seconds, MOST_GROWTH))
+            self._cut = MAX_CUT
+        return exp(min(refusals * self._cut * seconds, MAX_GROWTH))
 
     def in_vain(self, now: float, limit: float, estimate: Estimate) -> bool:
         """A refusal that a slower pace, at this limit, should have prevented. Whether they come at any pace."""
@@ -160,7 +160,7 @@ class Climb:
     CLEAN_SHARE, CLEAN_CALLS = 0.04, 25.0
 
     #: No more than this share is others' doing.
-    MOST_REFUSED = 0.6
+    MAX_REFUSED = 0.6
     #: What refusals in a row leave of the limit.
     IN_VAIN = 0.8
 
@@ -207,7 +207,7 @@ class Climb:
         low, high = (refused / calls for refused, calls in zip(self._refused, self._calls, strict=True))
         taken = max(1.0 - (low + high) / 2, 0.1)
         steep = min(max((high - low) / (2 * self.APART * taken), 0.0), 1.0)  # 1: more calls, and no more is taken
-        much = low > self.MOST_REFUSED
+        much = low > self.MAX_REFUSED
         self._first = self._first and steep < 0.5
         self._calls = [self.KEPT * calls for calls in self._calls]
         self._refused = [self.KEPT * refused for refused in self._refused]

@@ -10,7 +10,7 @@ START_CREDIT = 16.0
 #: A silent provider is a willing one: refusals come back quickly, so as much again follows after each of these seconds
 CREDIT_STEP_SECONDS = 0.1
 #: ... up to this many without an answer.
-MOST_UNANSWERED = 64.0
+MAX_UNANSWERED = 64.0
 #: Requests a second beyond that, growing by this share a second while they bind.
 START_PACE, START_GROWTH = 16.0, 0.4
 #: ... and never below this many times the accepted rate.
@@ -61,7 +61,7 @@ class Start:
         if self._dormant or self._unanswered < START_CREDIT or self.began == inf:
             return inf
         steps = (now - self.began) / CREDIT_STEP_SECONDS
-        if self._unanswered < min(START_CREDIT * 2.0 ** min(steps, 8.0), MOST_UNANSWERED):
+        if self._unanswered < min(START_CREDIT * 2.0 ** min(steps, 8.0), MAX_UNANSWERED):
             return inf
         self._expire(now)
         return max(self._pace, HEADROOM * len(self._answers) / self.WINDOW_SECONDS)

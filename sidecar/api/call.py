@@ -19,19 +19,19 @@ from sidecar.admission import Arrival, Priority, Ticket
 from sidecar.api.errors import Api, InvalidRequest, Problem, body_of, headers_of
 from sidecar.dispatch.dispatcher import DeadlineExceeded, Dispatcher
 from sidecar.observe.metrics import Outcome
-from sidecar.observe.trace import Trace
+from sidecar.observe.trace import TracingStopwatch
 
 _PRIORITIES = {"high": Priority.HIGH, "normal": Priority.NORMAL, "low": Priority.LOW}
 #: The caller's headers that go upstream, beside every `X-DashScope-*`.
 _PASSED_ON = ("traceparent", "tracestate")
 _DASHSCOPE = "x-dashscope-"
-LONGEST_KEY = 256
+MAX_KEY = 256
 #: W3C Trace Context: version, trace id, parent id, flags, the last bit of which says that the trace is kept.
 TRACE = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-[0-9a-f]([0-9a-f])")
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class CallSettings:
     """What the settings say about callers. Seconds and bytes."""
 
     deadline: float = 60.0
@@ -51,7 +51,7 @@ class Call:
         http: HttpRequest,
         api: Api,
         dispatcher: Dispatcher,
-        limits: Limits,
+        limits: CallSettings,
         detector: Dispatcher | None = None,
     ) -> None:
         self.http = http
@@ -133,9 +133,9 @@ class Call:
         headers = self.http.headers
         now = self._now()
         key = headers.get(self.limits.key_header, "")
-        if len(key) > LONGEST_KEY:
+        if len(key) > MAX_KEY:
             raise InvalidRequest(
-                f"{self.limits.key_header} must be at most {LONGEST_KEY} characters, not {len(key)}",
+                f"{self.limits.key_header} must be at most {MAX_KEY} characters, not {len(key)}",
                 field=self.limits.key_header,
             )
         named = headers.get("X-Request-Priority", "normal")
@@ -161,7 +161,7 @@ class Call:
         if given is not None and (trace := TRACE.match(given)) is not None and int(trace[3], 16) & 1:
             self.ticket.trace_id = trace[1]
             if self.limits.traced:
-                self.ticket.stopwatch = Trace(
+                self.ticket.stopwatch = TracingStopwatch(
                     now, arrived=self._arrived, trace_id=int(trace[1], 16), parent_id=int(trace[2], 16)
                 )
         return self.ticket

@@ -13,7 +13,7 @@ from backends.http1.response import Answer
 from backends.http1.server import HttpRequest
 from sidecar.admission import Draining
 from sidecar.api import native, openai
-from sidecar.api.call import TRACE, Call, Limits
+from sidecar.api.call import TRACE, Call, CallSettings
 from sidecar.api.errors import Api, InvalidRequest, problem_of
 from sidecar.api.passthrough import passthrough
 from sidecar.api.trio import endpoints as trio
@@ -59,7 +59,7 @@ class DataServer:
     def __init__(
         self,
         dispatcher: Dispatcher,
-        limits: Limits,
+        limits: CallSettings,
         *,
         detector: Dispatcher | None = None,
         api_key: str | None = None,

@@ -33,9 +33,8 @@ from backends.base import (
     Timings,
     Unreachable,
 )
-from backends.detector.backend import DetectorBackend
 from backends.http1.client import environment_proxy
-from sidecar.app import StartError, make_backend
+from sidecar.assembly import StartError, make_backend, make_detector
 from sidecar.settings import SECRETS, Settings
 
 #: Seconds for each step of the network, and for an answer (a cold model may load first).
@@ -114,7 +113,7 @@ async def _all(settings: Settings, tell: Callable[[Step], None]) -> list[Step]:
 
 
 async def _detector(model: Path) -> Step:
-    watch, detector = _Watch("detector"), DetectorBackend(model)
+    watch, detector = _Watch("detector"), make_detector(model)
     try:
         await detector.start()
     except BackendError as error:

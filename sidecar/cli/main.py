@@ -218,7 +218,8 @@ def _given(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _serve(args: argparse.Namespace) -> int:
-    from sidecar.app import Sidecar, StartError  # noqa: PLC0415  `--help` needs none of this
+    from sidecar.app import Sidecar  # noqa: PLC0415  `--help` needs none of this
+    from sidecar.assembly import StartError  # noqa: PLC0415
     from sidecar.observe import logging as logs  # noqa: PLC0415
 
     settings, origins = load(_given(args), file=args.config)

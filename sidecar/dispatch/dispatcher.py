@@ -24,14 +24,14 @@ from backends.base import (
 )
 from sidecar.admission import Admission, DeadlineUnreachable, Draining, NotAdmitted, OnHold, Permit, Superseded, Ticket
 from sidecar.dispatch.deadlines import Deadlines
-from sidecar.observe.metrics import Outcome, Telemetry
-from sidecar.observe.trace import Trace
+from sidecar.observe.metrics import Metrics, Outcome
+from sidecar.observe.trace import TracingStopwatch
 
 #: Retries of failures (never of throttling) may be this share of successes, so that an ailing provider is not
 #: multiplied by us; the reserve starts full and never holds more. Finagle's retry budget has the same 20 %.
 RETRY_SHARE = 0.2
 RETRY_RESERVE = 10.0
-MOST_FAILED_ATTEMPTS = 3
+MAX_FAILED_ATTEMPTS = 3
 #: Full jitter: a retry waits between 0 and this many seconds, doubled for each failure before.
 RETRY_STEP_SECONDS = 0.5
 #: Before a request is given up: are others failing too? Then it is not to blame, and waits until the provider is back.
@@ -45,21 +45,17 @@ class DeadlineExceeded(Exception):
 class Route:
     """A backend behind its admission, and how it has fared."""
 
-    def __init__(
-        self, backend: Backend, admission: Admission, ready_reason: Callable[[], str | None] = lambda: None
-    ) -> None:
-        """`ready_reason` tells why the backend can serve nothing at present; None while it can."""
+    def __init__(self, backend: Backend, admission: Admission) -> None:
         self.backend = backend
         self.name = backend.name
         self.admission = admission
-        self.ready_reason = ready_reason
         self._retries = RETRY_RESERVE
         self.has_answered = False
         """Failures are an outage then, and not a wrong address."""
 
     def takes(self, ticket: Ticket, now: float) -> bool:
         """Whether the ticket would be answered here before its deadline, as far as can be told."""
-        return self.ready_reason() is None and self.admission.lane(ticket.model).takes(now, ticket)
+        return self.backend.ready_reason() is None and self.admission.lane(ticket.model).takes(now, ticket)
 
     def answered(self) -> None:
         """An attempt brought an answer, if only that the request is at fault."""
@@ -78,7 +74,7 @@ class Route:
         """Whether another attempt here may help, and is within the budget, which it then uses."""
         if self.is_out(ticket):
             return True  # single probes will find the provider back
-        if failed_attempts >= MOST_FAILED_ATTEMPTS or self._retries < 1.0:
+        if failed_attempts >= MAX_FAILED_ATTEMPTS or self._retries < 1.0:
             return False
         self._retries -= 1.0
         return True
@@ -87,9 +83,9 @@ class Route:
 class Dispatcher:
     """The loop around the backends. The first serves; a later one takes over while those before it cannot."""
 
-    def __init__(self, routes: Sequence[Route], telemetry: Telemetry) -> None:
+    def __init__(self, routes: Sequence[Route], metrics: Metrics) -> None:
         self.routes = routes
-        self._telemetry = telemetry
+        self._metrics = metrics
         self.now = routes[0].admission.loop.time
         """The time, on the loop's clock."""
         self._deadlines = Deadlines(routes[0].admission.loop)
@@ -185,7 +181,7 @@ class Dispatcher:
                     raise
                 last_failure = refusal.with_traceback(None)
             ticket.returned = True
-            self._telemetry.retry(route.name, last_failure)
+            self._metrics.retry(route.name, last_failure)
 
     def _choose(self, ticket: Ticket, given_up: Sequence[Route]) -> Route | None:
         """The first route that would answer the ticket in time; None if there is none."""
@@ -206,7 +202,7 @@ class Dispatcher:
     ) -> Reply:
         """Make one attempt and tell admission and the metrics what it was told."""
         ticket, name = permit.ticket, route.name
-        trace = ticket.stopwatch if isinstance(ticket.stopwatch, Trace) else None
+        trace = ticket.stopwatch if isinstance(ticket.stopwatch, TracingStopwatch) else None
         if trace is not None:
             request = trace.attempt(request, name)
         timings = Timings()
@@ -230,7 +226,7 @@ class Dispatcher:
             permit.accepted(self.now(), reply.usage)
             route.succeeded()
             result = "ok"
-            self._telemetry.tokens(name, request.model, reply.usage)
+            self._metrics.tokens(name, request.model, reply.usage)
         except TimeoutError as timeout:
             result = "timeout"
             raise DeadlineExceeded(
@@ -240,17 +236,17 @@ class Dispatcher:
         except Throttled as refusal:
             result = "throttled"
             permit.throttled(self.now(), refusal.kind, refusal.message, refusal.retry_after)
-            self._telemetry.throttled(name, refusal.kind, refusal.code)
+            self._metrics.throttled(name, refusal.kind, refusal.code)
             raise
         except BillingRefused as refusal:
             result = "throttled"
             permit.account_refused(self.now(), refusal.message)
-            self._telemetry.throttled(name, "billing", refusal.code)
+            self._metrics.throttled(name, "billing", refusal.code)
             raise
         except Rejected as refusal:
             result = "client_error"
             if refusal.status == 401:
-                self._telemetry.key_refused(name, refusal.message)
+                self._metrics.key_refused(name, refusal.message)
             if _is_about_account(refusal) and len(self.routes) > 1:
                 permit.account_refused(self.now(), refusal.message)
             else:
@@ -266,7 +262,7 @@ class Dispatcher:
             permit.failed(self.now(), failure.message)
             raise
         finally:
-            self._telemetry.attempt(name, result)
+            self._metrics.attempt(name, result)
             if trace is not None:
                 trace.attempted(result)
             self._let_others_move(route, ticket.model)
@@ -275,11 +271,11 @@ class Dispatcher:
     def finish(self, ticket: Ticket, api: str, outcome: Outcome) -> None:
         """The ticket's last byte is out, or it has failed: stop its watch and write its record, once."""
         ticket.stopwatch.stop(self.now())
-        self._telemetry.finished(ticket, api, ticket.backend or self.routes[0].name, outcome)
+        self._metrics.finished(ticket, api, ticket.backend or self.routes[0].name, outcome)
 
     def invalid(self, api: str) -> None:
         """A request that never became a ticket: its own fault."""
-        self._telemetry.invalid(api, self.routes[0].name)
+        self._metrics.invalid(api, self.routes[0].name)
 
     async def _jitter(self, ticket: Ticket, failed_attempts: int) -> None:
         longest = RETRY_STEP_SECONDS * 2.0 ** (failed_attempts - 1)

@@ -1,7 +1,7 @@
 """The metrics of the contract, written once a ticket is finished, from what its stopwatch says.
 
 Nothing here is asked for anything while a request is under way: metrics cannot slow or break the path. Everything
-belongs to a `Telemetry` object, so two sidecars can live in one process.
+belongs to a `Metrics` object, so two sidecars can live in one process.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from prometheus_client import CollectorRegistry, Gauge, Histogram, disable_creat
 from backends.base import Throttled, Usage
 from sidecar.admission import Priority, Ticket
 from sidecar.observe import series
-from sidecar.observe.trace import Trace
+from sidecar.observe.trace import TracingStopwatch
 
 log = logging.getLogger("sidecar")
 
@@ -27,7 +27,7 @@ Outcome = Literal[
 #: Seconds, from 1 ms to 120 s, about a factor of 2 apart.
 BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 1.5, 2.5, 5, 10, 15, 30, 45, 60, 90, 120)
 #: Model names that get a label of their own; later ones are `other`, so that a caller cannot grow the series.
-MOST_MODELS = 20
+MAX_MODELS = 20
 
 #: The priorities as labels.
 _PRIORITIES = {priority: priority.name.lower() for priority in Priority}
@@ -45,11 +45,11 @@ _TOTALS = (
 )
 
 
-class Telemetry:
+class Metrics:
     """Every metric that requests write. Gauges of what is (queues, limits) are read by `admin` when scraped."""
 
     def __init__(
-        self, registry: CollectorRegistry, on_trace: Callable[[Ticket, Trace, str, str], None] | None = None
+        self, registry: CollectorRegistry, on_trace: Callable[[Ticket, TracingStopwatch, str, str], None] | None = None
     ) -> None:
         """`on_trace` is told, with API and outcome, of each traced ticket that has ended."""
         self.registry = registry
@@ -134,7 +134,7 @@ class Telemetry:
     def throttled(self, backend: str, kind: str, code: str) -> None:
         """The provider refused a call because of a limit. An unknown code is logged once."""
         self._throttles[backend, kind] += 1
-        if kind == "unknown" and code not in self._codes and len(self._codes) < MOST_MODELS:
+        if kind == "unknown" and code not in self._codes and len(self._codes) < MAX_MODELS:
             self._codes.add(code)
             log.warning("the provider refused with a code this version does not know: %.80r", code)
 
@@ -147,7 +147,7 @@ class Telemetry:
         if usage is None:
             return
         if model not in self._models:
-            if len(self._models) >= MOST_MODELS:
+            if len(self._models) >= MAX_MODELS:
                 model = "other"
             else:
                 self._models.add(model)
@@ -170,7 +170,7 @@ class Telemetry:
             if seconds["first_byte"] > 0:
                 self._first_byte.observe((backend,), seconds["first_byte"])
                 self._backend_duration.observe((backend,), ticket.stopwatch.upstream_seconds)
-        if self._on_trace is not None and isinstance(ticket.stopwatch, Trace):
+        if self._on_trace is not None and isinstance(ticket.stopwatch, TracingStopwatch):
             self._on_trace(ticket, ticket.stopwatch, api, outcome)
 
     def invalid(self, api: str, backend: str) -> None:

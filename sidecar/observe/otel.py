@@ -30,12 +30,12 @@ from opentelemetry.trace import (
 
 from sidecar import __version__
 from sidecar.admission import Ticket
-from sidecar.observe.trace import Trace
+from sidecar.observe.trace import TracingStopwatch
 
 #: Seconds that the last spans may take to leave when the process ends: a collector that hangs must not hold the drain.
 _LAST_SPANS_SECONDS = 2.0
 #: Characters of an attribute: a model's name is the caller's text.
-_LONGEST_ATTRIBUTE = 256
+_MAX_ATTRIBUTE = 256
 _FAILED = ("shed", "deadline", "error")
 
 
@@ -60,13 +60,13 @@ class Spans:
             sampler=ParentBased(ALWAYS_OFF),
             resource=ours.merge(OTELResourceDetector().detect()),
             id_generator=self._ids,
-            span_limits=SpanLimits(max_span_attribute_length=_LONGEST_ATTRIBUTE),
+            span_limits=SpanLimits(max_span_attribute_length=_MAX_ATTRIBUTE),
             shutdown_on_exit=False,
         )
         self._provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
         self._tracer = self._provider.get_tracer("vlm-sidecar", __version__)
 
-    def finished(self, ticket: Ticket, trace: Trace, api: str, outcome: str) -> None:
+    def finished(self, ticket: Ticket, trace: TracingStopwatch, api: str, outcome: str) -> None:
         """A traced request has ended: hand its spans to the thread that sends them, which never waits."""
         wall_offset = time.time_ns() - time.monotonic_ns()  # the loop's clock is the monotonic one
 

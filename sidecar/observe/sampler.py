@@ -16,8 +16,8 @@ from weakref import WeakKeyDictionary
 
 from sidecar.admission import CAUSES, Admission, Lane
 from sidecar.admission.controller import RateController
-from sidecar.observe.metrics import Telemetry
-from sidecar.observe.time_series import FIELDS, History, Point
+from sidecar.observe.metrics import Metrics
+from sidecar.observe.time_series import FIELDS, Point, TimeSeries
 
 log = logging.getLogger("sidecar")
 
@@ -25,24 +25,24 @@ STEP_SECONDS = 1.0
 #: Refusals are told in one line for so many seconds.
 SUMMARY_SECONDS = 10
 #: Seconds of refusals remembered for `GET /status`.
-MOST_THROTTLES = 20
+MAX_THROTTLES = 20
 #: A learned limit that has moved by this share is told, though the controller's state is an everyday one.
 _TOLD_SHARE = 0.1
 _EVERYDAY = frozenset({"steady", "probe"})
 
 
-class Watch:
+class Sampler:
     """The observer of one sidecar."""
 
-    def __init__(self, telemetry: Telemetry, admissions: Mapping[str, Admission]) -> None:
-        self._telemetry = telemetry
+    def __init__(self, metrics: Metrics, admissions: Mapping[str, Admission]) -> None:
+        self._metrics = metrics
         self._admissions = admissions
         self._clock = asyncio.get_running_loop().time
         self._began = self._looked = self._summed = self._clock()
-        self.totals = telemetry.totals()
+        self.totals = metrics.totals()
         self._summary_totals = self.totals
-        self.history = {name: History() for name in admissions}
-        self.throttles: deque[dict[str, Any]] = deque(maxlen=MOST_THROTTLES)
+        self.history = {name: TimeSeries() for name in admissions}
+        self.throttles: deque[dict[str, Any]] = deque(maxlen=MAX_THROTTLES)
         """Seconds with refusals, newest last: `t` since the start, backend, kind, count."""
         # What was told last of each; what is forgotten by admission is forgotten here.
         self._told: WeakKeyDictionary[RateController, tuple[str, float]] = WeakKeyDictionary()
@@ -78,7 +78,7 @@ class Watch:
     def look(self) -> None:
         """Read everything once."""
         now = self._clock()
-        before, self.totals = self.totals, self._telemetry.totals()
+        before, self.totals = self.totals, self._metrics.totals()
         span, self._looked = now - self._looked, now
         for name, admission in self._admissions.items():
             grown = _grown(before, self.totals, name)

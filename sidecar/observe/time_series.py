@@ -44,7 +44,7 @@ FIELDS = tuple(_MERGE)
 _T, _SPAN = FIELDS.index("t"), FIELDS.index("span")
 
 
-class History:
+class TimeSeries:
     """The last `POINTS` points as they came, and all since the start in at most as many: coarser as time goes by."""
 
     def __init__(self) -> None:

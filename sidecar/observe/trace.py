@@ -17,7 +17,7 @@ _NAMES: dict[Part, str] = {"queue": "queue", "lock": "lock", "first_byte": "upst
 
 
 @dataclass(slots=True)
-class Attempt:
+class TracedAttempt:
     """One call to a backend."""
 
     backend: str
@@ -27,17 +27,17 @@ class Attempt:
 
 
 @dataclass(slots=True)
-class Step:
+class TracedStep:
     """One stay in the queue, behind the lock or upstream, in seconds on the loop's clock."""
 
     name: str
     start: float
     end: float
-    attempt: Attempt | None
+    attempt: TracedAttempt | None
     """None in the queue."""
 
 
-class Trace(Stopwatch):
+class TracingStopwatch(Stopwatch):
     """A stopwatch that also remembers when each part was."""
 
     __slots__ = ("_attempt", "arrived", "parent_id", "steps", "trace_id")
@@ -48,8 +48,8 @@ class Trace(Stopwatch):
         self.arrived = arrived
         self.trace_id = trace_id
         self.parent_id = parent_id
-        self.steps: list[Step] = []
-        self._attempt: Attempt | None = None
+        self.steps: list[TracedStep] = []
+        self._attempt: TracedAttempt | None = None
 
     @property
     def ended(self) -> float:
@@ -63,12 +63,12 @@ class Trace(Stopwatch):
             if self.steps and self.steps[-1].name == name:
                 self.steps[-1].end = now  # the chunks of a stream are one step, with the writes between them
             else:
-                self.steps.append(Step(name, self._since, now, None if name == "queue" else self._attempt))
+                self.steps.append(TracedStep(name, self._since, now, None if name == "queue" else self._attempt))
         super().switch(part, now)
 
     def attempt(self, request: Request, backend: str) -> Request:
         """An attempt begins: give the request as it is to be sent, a child of the span that this attempt will be."""
-        self._attempt = Attempt(backend, random.getrandbits(64) or 1)
+        self._attempt = TracedAttempt(backend, random.getrandbits(64) or 1)
         headers = {name: value for name, value in request.headers.items() if name.lower() != "traceparent"}
         headers["traceparent"] = f"00-{self.trace_id:032x}-{self._attempt.span_id:016x}-01"
         return replace(request, headers=headers)

@@ -15,7 +15,7 @@ from bench.sim import clock
 from bench.sim.systems import MODEL, Ask, Sidecar
 from sidecar.admission import Admission, NotAdmitted, Permit, QueueFull, Superseded, Ticket
 from sidecar.dispatch.dispatcher import DeadlineExceeded, Dispatcher, Route
-from sidecar.observe.metrics import Telemetry
+from sidecar.observe.metrics import Metrics
 
 
 class TurningLoop(clock.VirtualLoop):
@@ -95,7 +95,7 @@ def test_the_causes_of_a_wait_sum_to_the_wait_and_the_parts_to_the_whole(seed, c
         provider = Provider(profile)
         provider.begin()
         admission = Admission(concurrency=concurrency)
-        dispatcher = Dispatcher([Route(SimulatedBackend(provider), admission)], Telemetry(CollectorRegistry()))
+        dispatcher = Dispatcher([Route(SimulatedBackend(provider), admission)], Metrics(CollectorRegistry()))
 
         async def one(number):
             now = loop.time()

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sidecar.admission.hold import BILLING_STEP, FIRST_STEP, LITTLE_TRUST, LONGEST_STEP, MUCH_TRUST, Hold, HoldKind
+from sidecar.admission.hold import BILLING_STEP, FIRST_STEP, LITTLE_TRUST, MAX_STEP, MUCH_TRUST, Hold, HoldKind
 
 THROTTLED = (HoldKind.OUTAGE, HoldKind.CAPACITY, HoldKind.BLACKOUT)
 
@@ -20,7 +20,7 @@ def test_probes_come_ever_later_up_to_the_longest_step(kind):
         now = hold.next_probe
     assert steps[0] == FIRST_STEP
     assert steps == sorted(steps)
-    assert steps[-1] == LONGEST_STEP
+    assert steps[-1] == MAX_STEP
     assert hold.since == 0.0
 
 
@@ -103,7 +103,7 @@ def test_whatever_a_provider_says_the_next_probe_comes_within_bounds(words, jitt
     for kind, word, taken, pause in words:
         hold.close(now, kind, "busy", word, jitter=jitter)
         wait = hold.next_probe - now
-        own = BILLING_STEP if kind is HoldKind.BILLING else LONGEST_STEP * jitter
+        own = BILLING_STEP if kind is HoldKind.BILLING else MAX_STEP * jitter
         assert FIRST_STEP * 0.99 <= wait <= max(hold.trust, own) + 1e-6
         now = hold.next_probe + pause
         if taken:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from bench.obedient import CASES, play
 from bench.sim import clock
 from sidecar.admission import Admission, QueueFull, Ticket
-from sidecar.admission.promises import LATE_SECONDS, LONGEST_SECONDS, SHARE, Promises
+from sidecar.admission.promises import LATE_SECONDS, MAX_SECONDS, SHARE, Promises
 
 #: Where capacity is known or soon found: bounds of the queue, deadlines, both orders, and sustained overload.
 OBEYED = (
@@ -50,7 +50,7 @@ def test_those_sent_away_at_once_come_back_no_faster_than_they_can_be_served(cou
     assert min(seconds) >= max(wait, 1)
     window = max(1.0, 1.0 / (SHARE * per_second))
     for end in set(seconds):
-        if end < LONGEST_SECONDS:
+        if end < MAX_SECONDS:
             crowd = sum(end - window < one <= end for one in seconds)
             assert crowd <= SHARE * per_second * window + 1
 
@@ -90,7 +90,7 @@ def test_every_promise_is_redeemed_by_its_key_or_forgotten(moves):
             promises.make(now, key, wait, 2.0)
             owed[key] += 1
         assert 0 <= promises.due(now, 5.0) <= len(promises) <= owed.total()
-    promises.due(now + LONGEST_SECONDS + 10.0, 0.0)
+    promises.due(now + MAX_SECONDS + 10.0, 0.0)
     assert len(promises) == 0
 
 

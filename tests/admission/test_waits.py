@@ -8,7 +8,7 @@ import pytest
 from backends.simulated import Profile
 from bench.sim.systems import Sidecar
 from bench.sim.table import Scenario, play, saturated
-from sidecar.admission.hold import LONGEST_GUESS, Hold, HoldKind
+from sidecar.admission.hold import MAX_GUESS, Hold, HoldKind
 
 PROFILE = Profile(latency_seconds=0.5, latency_sigma=0.3, refusal_latency_seconds=0.05)
 GATES = {
@@ -41,7 +41,7 @@ def test_what_is_closed_is_guessed_to_stay_so_for_as_long_again():
     hold.close(10.0, HoldKind.OUTAGE, "down")
     assert 0.0 < hold.seconds_left(10.0) < 1.0
     assert hold.seconds_left(40.0) == 30.0
-    assert hold.seconds_left(1000.0) == LONGEST_GUESS
+    assert hold.seconds_left(1000.0) == MAX_GUESS
 
 
 def test_a_blackout_is_guessed_to_last_as_long_as_the_one_before():

@@ -14,16 +14,16 @@ TOLERANCE = 0.002
 @pytest.fixture
 def tickets(monkeypatch):
     """Every finished ticket, with its outcome and wall time on the loop's clock."""
-    from sidecar.observe.metrics import Telemetry  # noqa: PLC0415
+    from sidecar.observe.metrics import Metrics  # noqa: PLC0415
 
     finished = []
-    real = Telemetry.finished
+    real = Metrics.finished
 
     def noting(self, ticket, api, backend, outcome):
         finished.append((ticket, outcome, asyncio.get_running_loop().time() - ticket.stopwatch.started))
         real(self, ticket, api, backend, outcome)
 
-    monkeypatch.setattr(Telemetry, "finished", noting)
+    monkeypatch.setattr(Metrics, "finished", noting)
     return finished
 
 

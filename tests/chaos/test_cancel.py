@@ -12,7 +12,7 @@ from running import CHAT, chat, running
 from scripted_upstream import CHAT_ANSWER, Upstream
 
 from sidecar.admission import Admission, Priority, Ticket
-from sidecar.admission.admission import MOST_LANES
+from sidecar.admission.admission import MAX_LANES
 from sidecar.admission.queue import FairQueue
 
 AT_ONCE = 1.0
@@ -190,11 +190,11 @@ async def test_a_keys_queue_and_a_models_lane_go_only_when_empty_and_idle():
     def enter(model):
         return admission.enter(Ticket(now=now, deadline=now + 60.0, model=model))
 
-    flying = [enter(f"flying-{number}") for number in range(MOST_LANES // 2)]
-    behind = [enter(f"flying-{number}") for number in range(MOST_LANES // 2)]
+    flying = [enter(f"flying-{number}") for number in range(MAX_LANES // 2)]
+    behind = [enter(f"flying-{number}") for number in range(MAX_LANES // 2)]
     for number in range(1000):
         enter(f"passing-{number}").release(now)
-    assert len(admission.lanes) <= MOST_LANES
+    assert len(admission.lanes) <= MAX_LANES
     for permit in flying:
         permit.release(now)
     for permit in await asyncio.gather(*behind):

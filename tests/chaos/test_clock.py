@@ -43,7 +43,7 @@ async def test_requests_that_wait_are_served_as_if_nothing_had_been(serving, pro
     assert [status for status, _, _ in timings] == [200] * 24
     assert all(0 <= took - told < 1.0 for _, told, took in timings)
     await sidecar.until(sidecar.at_rest)
-    memory = sidecar.sidecar._memory
+    memory = sidecar.sidecar.parts.state_file
     memory.save()
     assert orjson.loads(path.read_bytes())["limits"][0]["learned_at"] == pytest.approx(time.time(), abs=5.0)
     # A limit that was learned "in the future" is none to go by, and nothing to fall over.

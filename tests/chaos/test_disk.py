@@ -43,7 +43,7 @@ async def test_a_folder_that_vanishes_and_comes_back_under_load(tmp_path, servin
     path = folder / "limits.json"
     url, _ = await provider(requests_per_second=10, burst_requests=2, latency_seconds=0.02)
     sidecar = await serving(dashscope_url=url, state_file=path)
-    saving = asyncio.create_task(sidecar.sidecar._memory.run())
+    saving = asyncio.create_task(sidecar.sidecar.parts.state_file.run())
     statuses = set()
 
     async def caller():

@@ -19,7 +19,7 @@ from bench.sim.systems import MODEL, Ask
 from bench.sim.table import SYSTEMS, Scenario, play, poisson
 from sidecar.admission import Admission, NotAdmitted, Ticket
 from sidecar.dispatch.dispatcher import DeadlineExceeded, Dispatcher, Route
-from sidecar.observe.metrics import Telemetry
+from sidecar.observe.metrics import Metrics
 
 CALLERS = 100
 FROM, TO, END = 10.0, 40.0, 80.0
@@ -45,7 +45,7 @@ async def outage(seed, **profile):
     began = loop.time()
     provider = Provider(Profile(outages=((FROM, TO),), latency_seconds=0.2, latency_sigma=0.3, seed=seed, **profile))
     backend, admission = Told(provider), Admission(random=Random(seed))
-    dispatcher = Dispatcher([Route(backend, admission)], Telemetry(CollectorRegistry()))
+    dispatcher = Dispatcher([Route(backend, admission)], Metrics(CollectorRegistry()))
     requests = []
 
     async def caller(name):

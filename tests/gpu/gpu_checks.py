@@ -39,9 +39,9 @@ def model(tmp_path_factory) -> str:
 @pytest.fixture
 async def backend(model):
     """A started backend on the GPU; `batches` are the sizes of its batches so far."""
-    backend = LocalBackend(model, max_batch=BATCH)
-    backend.batches = []
-    backend.on_batch = backend.batches.append
+    batches = []
+    backend = LocalBackend(model, max_batch=BATCH, on_batch=batches.append)
+    backend.batches = batches
     await backend.start()
     backend.batches.clear()
     yield backend

@@ -135,7 +135,7 @@ async def test_who_opens_connections_and_says_nothing_is_cut_off(serving, monkey
 
 
 @pytest.mark.parametrize(
-    ("listener", "bound", "path"), [("data", "_MOST_CALLERS", "/health"), ("admin", "_MOST_WATCHERS", "/livez")]
+    ("listener", "bound", "path"), [("data", "_MAX_CALLERS", "/health"), ("admin", "_MAX_WATCHERS", "/livez")]
 )
 async def test_a_listener_takes_so_many_connections_and_serves_on(serving, monkeypatch, listener, bound, path):
     monkeypatch.setattr(f"sidecar.app.{bound}", 5)

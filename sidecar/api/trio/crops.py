@@ -15,9 +15,9 @@ Box = tuple[int, int, int, int]
 
 #: A crop is cut this share of its sides wider all around, and not shown when it is smaller than this: trio-core's.
 CROP_PADDING = 0.15
-CROP_LEAST_PIXELS = 8
+CROP_MIN_PIXELS = 8
 _LABELS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-_MOST_HINTS = 8
+_MAX_HINTS = 8
 
 #: Opens the hint, and tells one in a caller's own prompt: no second is added then.
 _HINT_MARK = "YOLO detections"
@@ -59,7 +59,7 @@ def choose_panels(crops: Sequence[JsonObject], width: int, height: int, most: in
         if box is None or box[2] <= box[0] or box[3] <= box[1]:
             continue
         left, top, right, bottom = padded(box, width, height, CROP_PADDING)
-        if min(right - left, bottom - top) >= CROP_LEAST_PIXELS:
+        if min(right - left, bottom - top) >= CROP_MIN_PIXELS:
             panels.append(Panel(_LABELS[len(panels)], _kind(crop), box, _confidence(crop)))
     return panels
 
@@ -97,7 +97,7 @@ def _about_panels(panels: Sequence[Panel]) -> str:
 def _about_detections(crops: Sequence[JsonObject]) -> str:
     """The surest detections as hints in words; empty when none has a box."""
     lines = []
-    for crop in _surest_first(crops)[:_MOST_HINTS]:
+    for crop in _surest_first(crops)[:_MAX_HINTS]:
         box = _box(crop)
         if box is not None:
             track = crop.get("track_id")

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from PIL import Image, ImageDraw
 
 #: Frames with more pixels are not decoded: 8K has 33 million, and each costs three bytes several times over.
-MOST_PIXELS = 50_000_000
+MAX_PIXELS = 50_000_000
 
 _log = logging.getLogger("sidecar")
 
@@ -79,8 +79,8 @@ def compose(image_b64: bytes | memoryview, crops: Sequence[dict[str, Any]], most
         return None
     try:
         with Image.open(BytesIO(base64.b64decode(image_b64))) as opened:
-            if opened.width * opened.height > MOST_PIXELS:
-                raise not_an_image(f"image_b64 has {opened.width} x {opened.height} pixels; {MOST_PIXELS} can be shown")
+            if opened.width * opened.height > MAX_PIXELS:
+                raise not_an_image(f"image_b64 has {opened.width} x {opened.height} pixels; {MAX_PIXELS} can be shown")
             frame = ImageOps.exif_transpose(opened).convert("RGB")
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         # Pillow raises SyntaxError for a broken PNG.

@@ -42,7 +42,7 @@ _GUESSES: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
 }
 
 _PLAIN_TEXT_CHARACTERS = 300
-_MOST_NAMED_IN_A_SUMMARY = 5
+_MAX_NAMED_IN_A_SUMMARY = 5
 
 
 def strip_thinking(text: str) -> str:
@@ -180,7 +180,7 @@ def _from_entities(entities: JsonObject) -> str:
     people = entities.get("people_count", 0)
     vehicles = entities.get("vehicle_count", len(entities["vehicles"]))
     counts = f"{people} people, {vehicles} vehicles"
-    return f"{counts}: {', '.join(named[:_MOST_NAMED_IN_A_SUMMARY])}" if named else counts
+    return f"{counts}: {', '.join(named[:_MAX_NAMED_IN_A_SUMMARY])}" if named else counts
 
 
 def _guess_entities(description: str) -> JsonObject:

@@ -19,7 +19,7 @@ CAMERAS = 10
 
 #: What the official `openai` client does: 2 retries after 0.5 s, doubled, at most 8 s, each up to a quarter less; of
 #: 408, 409, 429 and 5xx (openai-python, `_base_client.py`, `_constants.py`).
-_RETRIES, _RETRY_SECONDS, _MOST_RETRY_SECONDS = 2, 0.5, 8.0
+_RETRIES, _RETRY_SECONDS, _MAX_RETRY_SECONDS = 2, 0.5, 8.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +67,7 @@ class Semaphore:
                         return Answered(total, total - upstream, 0.0, upstream)
                     if attempt == _RETRIES or not (status in {408, 409, 429} or status >= 500):
                         return None
-                    pause = min(_RETRY_SECONDS * 2**attempt, _MOST_RETRY_SECONDS) * random.uniform(0.75, 1.0)  # noqa: S311
+                    pause = min(_RETRY_SECONDS * 2**attempt, _MAX_RETRY_SECONDS) * random.uniform(0.75, 1.0)  # noqa: S311
                     await asyncio.sleep(pause / self._speed)
         except TimeoutError:
             return None

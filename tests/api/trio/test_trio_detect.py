@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from tiny_onnx import save, yolov10
 
-from sidecar.app import StartError
+from sidecar.assembly import StartError
 
 DETECT = "/api/inference/detect"
 #: Over the left half of a frame 64 wide, and a car below right; x1, y1, x2, y2.
@@ -113,7 +113,7 @@ async def test_it_has_a_queue_and_a_lock_wait_of_its_own(serving, tmp_path):
 
 async def test_more_frames_than_its_queue_holds_are_shed_with_retry_after(serving, tmp_path):
     sidecar = await serving(backend="simulated", detector_model=str(model("yolov10", tmp_path / "m.onnx")))
-    (route,) = sidecar.sidecar.detectors
+    (route,) = sidecar.sidecar.parts.detectors
     shed = []
 
     async def detect():

@@ -73,11 +73,10 @@ async def serve(model_of):
     started: list[LocalBackend] = []
 
     async def start(family: str = "idefics3", queued=lambda: 0, **options) -> LocalBackend:
-        backend = LocalBackend(str(model_of(family)), **options)
+        batches: list[int] = []
+        backend = LocalBackend(str(model_of(family)), queued=queued, on_batch=batches.append, **options)
         started.append(backend)
-        backend.queued = queued
-        backend.batches = []
-        backend.on_batch = backend.batches.append
+        backend.batches = batches
         await backend.start()
         backend.batches.clear()
         return backend
