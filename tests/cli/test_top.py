@@ -17,7 +17,7 @@ import termios
 import aiohttp
 from running import BOUND, CHAT, Process, chat
 
-from sidecar import top
+from sidecar.cli import top
 from sidecar.observe.format import duration, number
 from sidecar.observe.time_series import FIELDS
 

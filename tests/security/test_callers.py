@@ -13,7 +13,7 @@ import zlib
 import pytest
 from running import CHAT, chat
 
-from sidecar import listener
+from backends.http1 import server as listener
 
 NOT_UTF8 = b"\xff\xfe"
 

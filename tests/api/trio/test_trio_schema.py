@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sidecar.api import trio_schema
 from sidecar.api.errors import InvalidRequest
+from sidecar.api.trio import schema as trio_schema
 from sidecar.api.trio.schema import CropDescribeRequest, DescribeRequest, DetectRequest, read
 
 FRAME = base64.b64encode(b"\xff\xd8\xff" + bytes(range(60))).decode()

@@ -7,9 +7,9 @@ import socket
 
 import pytest
 
+from backends.http1 import server as listening
 from backends.http1.response import Answer
 from backends.http1.server import Listener, NotHTTP
-from sidecar import listener as listening
 
 BOUND = 10.0
 MB = 1024 * 1024
