@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 from scripted_upstream import CHAT_ANSWER
 
-from sidecar.api import trio
+from sidecar.api.trio import endpoints as trio
 from sidecar.api.trio.image import _say_that_pillow_is_missing
 
 CROP_DESCRIBE = "/api/inference/crop-describe"
