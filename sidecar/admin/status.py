@@ -10,7 +10,7 @@ from typing import Any
 from sidecar import __version__
 from sidecar.admin.health import Health
 from sidecar.admission import Admission, Lane, Priority
-from sidecar.admission.controller import RateController
+from sidecar.admission.learning.learner import RateController
 from sidecar.observe.format import duration, number, visible
 from sidecar.observe.sampler import Sampler
 

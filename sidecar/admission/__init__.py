@@ -11,9 +11,9 @@ from sidecar.admission.errors import (
     QueueFull,
     Superseded,
 )
-from sidecar.admission.hold import HoldKind
+from sidecar.admission.gates.circuit import HoldKind
 from sidecar.admission.lane import Lane, Permit
-from sidecar.admission.states import State
+from sidecar.admission.learning.states import State
 from sidecar.admission.ticket import CAUSES, Cause, Part, Priority, Stopwatch, Ticket
 
 __all__ = [

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sidecar.admission.policer import Sent
+from sidecar.admission.learning.policer import Sent
 from sidecar.admission.ticket import Cause, Ticket
 
 

@@ -12,10 +12,10 @@ from types import TracebackType
 
 from sidecar.admission.attempts import Attempt
 from sidecar.admission.errors import AccountClosed, DeadlineUnreachable, NotAdmitted
-from sidecar.admission.hold import HoldKind
+from sidecar.admission.gates.circuit import HoldKind
 from sidecar.admission.limits import Limits
-from sidecar.admission.promises import Promises
 from sidecar.admission.queue import FairQueue
+from sidecar.admission.retry_after import Promises
 from sidecar.admission.ticket import CAUSES, Cause, Ticket
 
 #: While a learned pace holds the queue it is looked at again this often (seconds), since paces change with time.

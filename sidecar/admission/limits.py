@@ -9,12 +9,12 @@ from random import Random
 from typing import Any
 
 from sidecar.admission.attempts import Attempt, InFlight
-from sidecar.admission.controller import RateController
-from sidecar.admission.cost import TokenCost
-from sidecar.admission.growth import GrowthGovernor
-from sidecar.admission.hold import Hold, HoldKind
-from sidecar.admission.permits import Permits
-from sidecar.admission.states import State
+from sidecar.admission.gates.circuit import Hold, HoldKind
+from sidecar.admission.gates.concurrency import Permits
+from sidecar.admission.gates.growth import GrowthGovernor
+from sidecar.admission.gates.token_cost import TokenCost
+from sidecar.admission.learning.learner import RateController
+from sidecar.admission.learning.states import State
 from sidecar.admission.ticket import Cause, Ticket
 
 #: Consecutive failures (5xx, broken connections) that mean the provider is down, and of how many requests they must be:

@@ -15,7 +15,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from sidecar.admission import CAUSES, Admission, Lane
-from sidecar.admission.controller import RateController
+from sidecar.admission.learning.learner import RateController
 from sidecar.observe.metrics import Metrics
 from sidecar.observe.time_series import FIELDS, Point, TimeSeries
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sidecar.admission.bucket import TokenBucket
+from sidecar.admission.gates.bucket import TokenBucket
 
 steps = st.lists(st.tuples(st.floats(0.0, 5.0), st.floats(0.1, 3.0)), max_size=60)
 

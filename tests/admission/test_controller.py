@@ -5,8 +5,8 @@ from random import Random
 
 import pytest
 
-from sidecar.admission.controller import RateController
-from sidecar.admission.states import State
+from sidecar.admission.learning.learner import RateController
+from sidecar.admission.learning.states import State
 
 
 class Bucket:

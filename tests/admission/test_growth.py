@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sidecar.admission.growth import GrowthGovernor
+from sidecar.admission.gates.growth import GrowthGovernor
 
 
 class Provider:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sidecar.admission.hold import BILLING_STEP, FIRST_STEP, LITTLE_TRUST, MAX_STEP, MUCH_TRUST, Hold, HoldKind
+from sidecar.admission.gates.circuit import BILLING_STEP, FIRST_STEP, LITTLE_TRUST, MAX_STEP, MUCH_TRUST, Hold, HoldKind
 
 THROTTLED = (HoldKind.OUTAGE, HoldKind.CAPACITY, HoldKind.BLACKOUT)
 

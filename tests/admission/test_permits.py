@@ -12,7 +12,7 @@ from bench.sim.systems import Sidecar
 from bench.sim.table import Scenario, play, saturated
 from sidecar.admission import Ticket
 from sidecar.admission.limits import Limits
-from sidecar.admission.permits import SUSPECT_AFTER, Permits
+from sidecar.admission.gates.concurrency import SUSPECT_AFTER, Permits
 
 
 @given(sizes=st.lists(st.integers(1, 20), min_size=1), moves=st.lists(st.booleans(), max_size=200))

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sidecar.admission.policer import Sent, rate_between
+from sidecar.admission.learning.policer import Sent, rate_between
 
 
 def judged(rate, burst, gaps):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from bench.obedient import CASES, play
 from bench.sim import clock
 from sidecar.admission import Admission, QueueFull, Ticket
-from sidecar.admission.promises import LATE_SECONDS, MAX_SECONDS, SHARE, Promises
+from sidecar.admission.retry_after import LATE_SECONDS, MAX_SECONDS, SHARE, Promises
 
 #: Where capacity is known or soon found: bounds of the queue, deadlines, both orders, and sustained overload.
 OBEYED = (

@@ -8,7 +8,7 @@ import pytest
 from backends.simulated import Profile
 from bench.sim.systems import Sidecar
 from bench.sim.table import Scenario, play, saturated
-from sidecar.admission.hold import MAX_GUESS, Hold, HoldKind
+from sidecar.admission.gates.circuit import MAX_GUESS, Hold, HoldKind
 
 PROFILE = Profile(latency_seconds=0.5, latency_sigma=0.3, refusal_latency_seconds=0.05)
 GATES = {

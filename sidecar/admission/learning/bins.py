@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections import deque
 
+from sidecar.admission.learning.tuning import HISTORY_BIN_SECONDS
+
 
 class History:
     """Amounts by the time at which they were sent, for the last `seconds`."""
 
     __slots__ = ("_bins", "_seconds")
-
-    #: Width of a bin in seconds.
-    BIN = 0.05
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
@@ -19,14 +18,14 @@ class History:
 
     def add(self, at: float, amount: float) -> None:
         """Add what was sent, or take off what was refused (a negative amount)."""
-        number = int(at / self.BIN)
+        number = int(at / HISTORY_BIN_SECONDS)
         bins = self._bins
         if bins and bins[-1][0] == number:
             bins[-1][1] += amount
             return
         if not bins or bins[-1][0] < number:
             bins.append([number, amount])
-            while bins[0][0] < number - self._seconds / self.BIN:
+            while bins[0][0] < number - self._seconds / HISTORY_BIN_SECONDS:
                 bins.popleft()
             return
         for one in reversed(bins):
@@ -36,7 +35,7 @@ class History:
 
     def since(self, at: float) -> float:
         """The amount from then on."""
-        number = int(at / self.BIN)
+        number = int(at / HISTORY_BIN_SECONDS)
         total = 0.0
         for one, amount in reversed(self._bins):  # the newest first: what is asked for is mostly of late
             if one < number:
@@ -50,20 +49,20 @@ class History:
 
     def back(self, at: float, amount: float) -> float | None:
         """The time from which on so much was sent until `at`; None if less was."""
-        number = int(at / self.BIN)
+        number = int(at / HISTORY_BIN_SECONDS)
         for one, more in reversed(self._bins):
             if one <= number:
                 amount -= more
                 if amount <= 0.0:
-                    return one * self.BIN
+                    return one * HISTORY_BIN_SECONDS
         return None
 
     def next(self, at: float) -> float | None:
         """When something was sent next after that time."""
-        number, found = int(at / self.BIN), None
+        number, found = int(at / HISTORY_BIN_SECONDS), None
         for one, amount in reversed(self._bins):
             if one <= number:
                 break
             if amount > 0:
-                found = (one + 1) * self.BIN
+                found = (one + 1) * HISTORY_BIN_SECONDS
         return found

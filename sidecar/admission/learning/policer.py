@@ -15,8 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from math import inf
 
-#: Sends remembered at most: beyond this many since a refusal, the rate is known better than it will stay true.
-MAX_REMEMBERED = 1000
+from sidecar.admission.learning.tuning import POLICER_MAX_REMEMBERED
 
 
 class Sent:
@@ -69,8 +68,8 @@ class Trace:
     def add(self, one: Sent) -> None:
         """One more. Where they are too many, what the bucket held before the later half is taken to be nothing."""
         self._sent.append(one)
-        if len(self._sent) > MAX_REMEMBERED:
-            for _ in range(MAX_REMEMBERED // 2):
+        if len(self._sent) > POLICER_MAX_REMEMBERED:
+            for _ in range(POLICER_MAX_REMEMBERED // 2):
                 self.start = self._sent.popleft().at
 
     def until(self, refused: Sent) -> Interval:

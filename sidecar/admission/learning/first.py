@@ -5,23 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterable
 from math import exp
 
-from sidecar.admission.estimate import Estimate
-from sidecar.admission.policer import Sent
-from sidecar.admission.start import Start
-
-#: Requests a second that any provider is taken to allow when a first refusal at once says nothing else.
-FLOOR = 2.0
-#: A bucket may be small and yet fill quickly: more is looked for from so many requests a second on.
-QUICK = 32.0
-#: Seconds of the limit that a bucket is taken to hold when nothing is known of it.
-USUAL_BURST_SECONDS = 1.5
-#: A first refusal within so many seconds shows a burst, and what came later a rate,
-FIRST_SECONDS = 5.0
-#: ... of which so much is taken to last.
-LASTING = 0.8
-#: Growth of the guess while nothing contradicts it: a second, where refusals come back at once; how much less for each
-#: second that they take; and from one request to the next at most.
-SEARCH, SEARCH_CAUTION, SEARCH_PER_REQUEST = 2.0, 5.0, 0.35
+from sidecar.admission.learning.estimate import Estimate
+from sidecar.admission.learning.policer import Sent
+from sidecar.admission.learning.tuning import (
+    FIRST_FLOOR,
+    FIRST_LASTING,
+    FIRST_QUICK,
+    FIRST_SEARCH,
+    FIRST_SEARCH_CAUTION,
+    FIRST_SEARCH_PER_REQUEST,
+    FIRST_SECONDS,
+    FIRST_USUAL_BURST_SECONDS,
+    START_WINDOW_SECONDS,
+)
 
 
 class FirstBurst:
@@ -36,7 +32,7 @@ class FirstBurst:
         """Its refusals are still coming back."""
         self.searching = True
         """The provider's bucket was empty, so that whatever is taken shows more."""
-        self._since = began if self.is_burst else refused_at - Start.WINDOW_SECONDS
+        self._since = began if self.is_burst else refused_at - START_WINDOW_SECONDS
         self._until = refused_at
         self.taken = sum(one.amount for one in sent if one.at >= self._since and not one.refused)
 
@@ -53,26 +49,28 @@ class FirstBurst:
         """
         Guess the limit from which on to look for a higher one, and the burst.
 
-        taken = limit * (seconds + USUAL_BURST_SECONDS): what a bucket held at first, and what flowed in meanwhile. The
+        taken = limit * (seconds + usual burst seconds): what a bucket held at first, and what flowed in meanwhile. The
         fewer were taken, the less do they tell of the rate: then the search begins higher, but with no more than one
         before each refusal is back.
         """
         typical, seconds = estimate.typical, self._until - self._since
-        limit = max(self.taken / (seconds + USUAL_BURST_SECONDS), FLOOR / (1.0 + seconds) * typical)
+        limit = max(self.taken / (seconds + FIRST_USUAL_BURST_SECONDS), FIRST_FLOOR / (1.0 + seconds) * typical)
         burst = self.taken - limit * seconds
         if self.is_burst:
-            per_second = min(QUICK / max(self.taken / typical, 1.0), 1.0 / refusal_seconds)
+            per_second = min(FIRST_QUICK / max(self.taken / typical, 1.0), 1.0 / refusal_seconds)
             limit = max(limit, per_second * typical / (1.0 + self._until - self._since))
         else:
-            limit = max(LASTING * self.taken / seconds, FLOOR * typical)
+            limit = max(FIRST_LASTING * self.taken / seconds, FIRST_FLOOR * typical)
         estimate.limit, estimate.burst = limit, burst if burst >= 2.0 * typical else typical
 
     def none_for(self, seconds: float, estimate: Estimate) -> None:
         """So long nothing was taken after a refusal: the limit is below one request in that time."""
         most = estimate.typical / seconds
-        least = estimate.burst / USUAL_BURST_SECONDS if estimate.has_credit else 0.0
+        least = estimate.burst / FIRST_USUAL_BURST_SECONDS if estimate.has_credit else 0.0
         estimate.limit = max(min(estimate.limit, most), least)
 
     def growth(self, seconds: float, refusal_seconds: float) -> float:
         """What the guess is multiplied by after so many seconds in which it held requests back."""
-        return exp(min(SEARCH / (1.0 + SEARCH_CAUTION * refusal_seconds) * seconds, SEARCH_PER_REQUEST))
+        return exp(
+            min(FIRST_SEARCH / (1.0 + FIRST_SEARCH_CAUTION * refusal_seconds) * seconds, FIRST_SEARCH_PER_REQUEST)
+        )

@@ -5,25 +5,21 @@ from __future__ import annotations
 from collections import deque
 from math import exp, inf
 
-#: Until anything is known, this many requests go out unpaced: what all cameras send at once.
-START_CREDIT = 16.0
-#: A silent provider is a willing one: refusals come back quickly, so as much again follows after each of these seconds
-CREDIT_STEP_SECONDS = 0.1
-#: ... up to this many without an answer.
-MAX_UNANSWERED = 64.0
-#: Requests a second beyond that, growing by this share a second while they bind.
-START_PACE, START_GROWTH = 16.0, 0.4
-#: ... and never below this many times the accepted rate.
-HEADROOM = 1.25
+from sidecar.admission.learning.tuning import (
+    START_CREDIT,
+    START_CREDIT_STEP_SECONDS,
+    START_GROWTH,
+    START_HEADROOM,
+    START_MAX_UNANSWERED,
+    START_PACE,
+    START_WINDOW_SECONDS,
+)
 
 
 class Start:
     """Paces in requests, whatever the dimension. Goes on measuring the accepted rate when the start is over."""
 
     __slots__ = ("_answers", "_dormant", "_pace", "_total", "_unanswered", "began")
-
-    #: The accepted rate is over this time.
-    WINDOW_SECONDS = 1.5
 
     def __init__(self, *, dormant: bool) -> None:
         self.began = inf
@@ -49,7 +45,7 @@ class Start:
         self._unanswered -= 1
         self._answers.append((now, amount))
         self._total += amount
-        if self._answers[0][0] < now - self.WINDOW_SECONDS:
+        if self._answers[0][0] < now - START_WINDOW_SECONDS:
             self._expire(now)
 
     def grow(self, seconds: float) -> None:
@@ -60,18 +56,18 @@ class Start:
         """Requests a second that may go out; infinite for unpaced."""
         if self._dormant or self._unanswered < START_CREDIT or self.began == inf:
             return inf
-        steps = (now - self.began) / CREDIT_STEP_SECONDS
-        if self._unanswered < min(START_CREDIT * 2.0 ** min(steps, 8.0), MAX_UNANSWERED):
+        steps = (now - self.began) / START_CREDIT_STEP_SECONDS
+        if self._unanswered < min(START_CREDIT * 2.0 ** min(steps, 8.0), START_MAX_UNANSWERED):
             return inf
         self._expire(now)
-        return max(self._pace, HEADROOM * len(self._answers) / self.WINDOW_SECONDS)
+        return max(self._pace, START_HEADROOM * len(self._answers) / START_WINDOW_SECONDS)
 
     def rate(self, now: float) -> float:
         """The accepted amount a second, of late."""
         self._expire(now)
-        return self._total / self.WINDOW_SECONDS
+        return self._total / START_WINDOW_SECONDS
 
     def _expire(self, now: float) -> None:
         answers = self._answers
-        while answers and answers[0][0] < now - self.WINDOW_SECONDS:
+        while answers and answers[0][0] < now - START_WINDOW_SECONDS:
             self._total -= answers.popleft()[1]

@@ -4,13 +4,9 @@ from __future__ import annotations
 
 from math import inf
 
-from sidecar.admission.estimate import VAGUE, Estimate
-from sidecar.admission.policer import Interval, Sent, rate_between
-
-#: What one leaves of the limit, the first and the second time in an episode; the third time it is measured.
-CUTS = (0.985, 0.94)
-#: How unsure that limit is.
-MEASURED = 0.15
+from sidecar.admission.learning.estimate import Estimate
+from sidecar.admission.learning.policer import Interval, Sent, rate_between
+from sidecar.admission.learning.tuning import EARLY_CUTS, EARLY_MEASURED, ESTIMATE_VAGUE
 
 
 class EarlyRefusals:
@@ -37,10 +33,10 @@ class EarlyRefusals:
 
     def cut(self, interval: Interval, estimate: Estimate) -> bool:
         """Take a little off the limit, for chance. False if that was done often enough in this episode."""
-        if self.count > len(CUTS):
+        if self.count > len(EARLY_CUTS):
             return False
-        estimate.limit *= CUTS[self.count - 1]
-        if estimate.unsure > VAGUE:
+        estimate.limit *= EARLY_CUTS[self.count - 1]
+        if estimate.unsure > ESTIMATE_VAGUE:
             estimate.limit = min(estimate.limit, interval.rate(estimate.burst)[1])
         return True
 
@@ -48,6 +44,6 @@ class EarlyRefusals:
         """Learn the lower limit that explains the episode up to this refusal. Gives by what share the other was off."""
         most = rate_between(self._since, self._taken, sent.at, sent.amount, inf)[1]
         off = estimate.replace(min(most, 0.9 * estimate.limit))
-        estimate.unsure = MEASURED
+        estimate.unsure = EARLY_MEASURED
         self._begin(sent)
         return off

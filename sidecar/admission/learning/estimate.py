@@ -5,24 +5,18 @@ from __future__ import annotations
 from math import inf
 from typing import Any
 
-from sidecar.admission.policer import Interval
-from sidecar.admission.start import START_CREDIT
-from sidecar.admission.states import State
-
-#: How unsure a limit is, as a share of it, at least and at most.
-SUREST, UNSUREST = 0.01, 0.3
-#: What is less sure than that is vague: more may be allowed, whatever was spent.
-VAGUE = 0.05
-#: The least that a limit can be, in usual requests a second: one in an hour.
-LEAST = 1 / 3600
-#: Seconds of the limit that a bucket is taken to hold at most.
-MAX_BURST_SECONDS = 6.0
-#: How uncertain a limit that was learned before a restart is at least.
-RECALLED = 0.1
-#: What one event leaves of the limit at least.
-LARGEST_CUT = 0.3
-#: A limit that is another by this share has moved.
-MOVED = 0.2
+from sidecar.admission.learning.policer import Interval
+from sidecar.admission.learning.states import State
+from sidecar.admission.learning.tuning import (
+    ESTIMATE_LARGEST_CUT,
+    ESTIMATE_MAX_BURST_SECONDS,
+    ESTIMATE_MOVED,
+    ESTIMATE_RECALLED,
+    ESTIMATE_SUREST,
+    ESTIMATE_UNSUREST,
+    ESTIMATE_VAGUE,
+    START_CREDIT,
+)
 
 
 class Estimate:
@@ -36,7 +30,7 @@ class Estimate:
         """What may be sent a second; infinite while nothing was ever refused."""
         self.burst = START_CREDIT * typical
         """What the provider is taken to let through at once after a pause."""
-        self.unsure = UNSUREST
+        self.unsure = ESTIMATE_UNSUREST
         """The share by which the limit may be off."""
         self.typical = typical
         """The amount of a usual request."""
@@ -68,15 +62,15 @@ class Estimate:
         low, high = interval.rate(self.burst)
         for _ in range(2):  # a limit that has risen has mostly risen with its credit
             risen = (low + high) / 2 / self.limit
-            if risen < 1.0 + MOVED or self.unsure > VAGUE or not self.has_credit:
+            if risen < 1.0 + ESTIMATE_MOVED or self.unsure > ESTIMATE_VAGUE or not self.has_credit:
                 break
             low, high = interval.rate(risen * self.burst)
         return low, high
 
-    def know(self, limit: float, unsure: float, *, surest: float = SUREST) -> None:
+    def know(self, limit: float, unsure: float, *, surest: float = ESTIMATE_SUREST) -> None:
         """Take this for the limit, to within that share."""
         self.limit = limit
-        self.unsure = min(max(unsure, surest), UNSUREST)
+        self.unsure = min(max(unsure, surest), ESTIMATE_UNSUREST)
 
     def narrow(self, low: float, high: float, *, blur: float = 0.0, anew: bool = False) -> float:
         """
@@ -85,8 +79,8 @@ class Estimate:
         `anew`: whatever was thought of it before does not count.
         """
         width, middle = max((high - low) / (low + high), blur), (low + high) / 2
-        if self.unsure >= UNSUREST:  # as high as that leaves: few calls hardly bound it from below
-            middle = max(middle, high / (1.0 + UNSUREST))
+        if self.unsure >= ESTIMATE_UNSUREST:  # as high as that leaves: few calls hardly bound it from below
+            middle = max(middle, high / (1.0 + ESTIMATE_UNSUREST))
         if not anew and low <= self.limit <= high:
             limit = self.limit + self.unsure / (self.unsure + width) * (middle - self.limit)
             self.know(limit, min(width, 0.6 * self.unsure))
@@ -97,19 +91,19 @@ class Estimate:
 
     def replace(self, limit: float) -> float:
         """
-        Another limit. Gives by what share the one before was off, or 0 if that was not known well. Beyond MOVED it has
-        moved, and its credit with it.
+        Another limit. Gives by what share the one before was off, or 0 if that was not known well. Beyond
+        ESTIMATE_MOVED it has moved, and its credit with it.
         """
-        limit = max(limit, LARGEST_CUT * self.limit)
-        off = abs(limit / self.limit - 1.0) if self.unsure <= VAGUE else 0.0
-        if off > MOVED and self.has_credit:
+        limit = max(limit, ESTIMATE_LARGEST_CUT * self.limit)
+        off = abs(limit / self.limit - 1.0) if self.unsure <= ESTIMATE_VAGUE else 0.0
+        if off > ESTIMATE_MOVED and self.has_credit:
             self.burst = max(self.burst * limit / self.limit, 2.0 * self.typical)
         self.limit = limit
         return off
 
     def spent(self) -> None:
         """As much was taken at once as was thought to be there, and perhaps more is."""
-        self.burst = min(1.05 * self.burst, MAX_BURST_SECONDS * self.limit)
+        self.burst = min(1.05 * self.burst, ESTIMATE_MAX_BURST_SECONDS * self.limit)
 
     def overspent(self, low: float) -> None:
         """A burst was refused, of calls that came below the limit, which is at least so high."""
@@ -125,7 +119,7 @@ class Estimate:
     def recall(self, limit: float, burst: float, uncertainty: float) -> None:
         """Begin with what was learned before a restart."""
         self.burst = max(burst, self.typical)
-        self.know(limit, uncertainty, surest=RECALLED)
+        self.know(limit, uncertainty, surest=ESTIMATE_RECALLED)
 
     def status(self, now: float, pace: float) -> dict[str, Any]:
         """What was learned, and when and why it last changed, for operators."""

@@ -5,25 +5,24 @@ from __future__ import annotations
 from collections import deque
 from math import inf
 
-from sidecar.admission.estimate import SUREST, Estimate
-from sidecar.admission.history import History
-from sidecar.admission.policer import Interval
-from sidecar.admission.states import State
-
-#: A window that was used up is taken to be at most so long: quotas are told by the minute.
-WINDOW_SECONDS = 60.0
-#: A blackout longer than this, and than so many of the last wait, is no penalty that begins anew with each refusal.
-MAX_PENALTY_SECONDS, MAX_PENALTY_STEPS = 10.0, 4.0
-#: Amounts that differ by less than this share, or by less than a request, are the same, if of so many requests.
-SAME, FEW = 0.02, 6.0
-#: What took longer than a window by more than this share did not fill one.
-FITS = 0.25
-#: The end of a window is looked for at least so much later each time, as a share of it.
-MIN_LOOK = 0.02
-#: What held less than this share of a window was none.
-LESS = 0.6
-#: A blackout in which less than so many requests would have gone out, or that the first probe ends, is no blackout.
-PAUSE, PAUSE_SECONDS = 3.0, 0.75
+from sidecar.admission.learning.bins import History
+from sidecar.admission.learning.estimate import Estimate
+from sidecar.admission.learning.policer import Interval
+from sidecar.admission.learning.states import State
+from sidecar.admission.learning.tuning import (
+    BLACKOUT_FEW,
+    BLACKOUT_FITS,
+    BLACKOUT_LESS,
+    BLACKOUT_MAX_PENALTY_SECONDS,
+    BLACKOUT_MAX_PENALTY_STEPS,
+    BLACKOUT_MIN_LOOK,
+    BLACKOUT_PAUSE,
+    BLACKOUT_PAUSE_SECONDS,
+    BLACKOUT_SAME,
+    BLACKOUT_WINDOW_SECONDS,
+    ESTIMATE_SUREST,
+    HISTORY_BIN_SECONDS,
+)
 
 
 class Blackouts:
@@ -40,7 +39,7 @@ class Blackouts:
     )  # fmt: skip
 
     def __init__(self, now: float) -> None:
-        self.history = History(2.0 * WINDOW_SECONDS + 10.0)
+        self.history = History(2.0 * BLACKOUT_WINDOW_SECONDS + 10.0)
         self.began = now
         """When the provider took something again after the one before; when sending began, if there was none."""
         self.lost_seconds = 0.0
@@ -55,7 +54,7 @@ class Blackouts:
         """Refusals with nothing taken between."""
         self.explained_by: float | None = None
         """The least limit that explains the refusal that is punished, if that came too early."""
-        self._least, self._most = 0.0, WINDOW_SECONDS  # seconds of a window
+        self._least, self._most = 0.0, BLACKOUT_WINDOW_SECONDS  # seconds of a window
         self._since: float | None = None  # the present one is used up, and was begun then
         self._before: deque[tuple[float, float, float]] = deque(maxlen=2)  # what blackouts showed
         self._full_at = now
@@ -90,16 +89,16 @@ class Blackouts:
         """
         taken = self.history.since(self.began) - typical
         seconds = probed_at - self.began
-        long = probed_at - closed_at > max(MAX_PENALTY_SECONDS, MAX_PENALTY_STEPS * step)
+        long = probed_at - closed_at > max(BLACKOUT_MAX_PENALTY_SECONDS, BLACKOUT_MAX_PENALTY_STEPS * step)
         if self.windowed:
-            if taken < LESS * self.window and not long:
+            if taken < BLACKOUT_LESS * self.window and not long:
                 self.windowed = False
             elif self._since is not None:
                 self._between(self._refused_at - self._since, probed_at - self._since)
-        elif seconds > WINDOW_SECONDS + step:
+        elif seconds > BLACKOUT_WINDOW_SECONDS + step:
             if long:
-                self.windowed, self.window = True, self.history.since(probed_at - WINDOW_SECONDS) - typical
-                self._least = self._most = WINDOW_SECONDS
+                self.windowed, self.window = True, self.history.since(probed_at - BLACKOUT_WINDOW_SECONDS) - typical
+                self._least = self._most = BLACKOUT_WINDOW_SECONDS
         else:
             least = self._refused_at - self.began
             same = (
@@ -114,7 +113,7 @@ class Blackouts:
             self._before.appendleft((self.window, self._least, self._most))
         self.began, self._since = probed_at, None
         self.lost_seconds = 0.0 if self.windowed else step
-        return taken / max(min(seconds, WINDOW_SECONDS), 1e-3)
+        return taken / max(min(seconds, BLACKOUT_WINDOW_SECONDS), 1e-3)
 
     def early(self, interval: Interval, estimate: Estimate) -> None:
         """A refusal came too early that is likely to be punished: what it says counts as far as that agrees."""
@@ -127,7 +126,7 @@ class Blackouts:
         if self.windowed:
             estimate.know(self.rate, self.unsure)
             estimate.to(now, State.ASSESS, f"everything was refused for {seconds:.1f} s")
-        elif seconds * estimate.limit < PAUSE * estimate.typical or seconds < PAUSE_SECONDS:
+        elif seconds * estimate.limit < BLACKOUT_PAUSE * estimate.typical or seconds < BLACKOUT_PAUSE_SECONDS:
             self.lost_seconds = 0.0
         else:
             if guessed:
@@ -135,7 +134,7 @@ class Blackouts:
             elif self.explained_by is not None:
                 limit = max(whole, self.explained_by, (1.0 - 1.5 * estimate.unsure) * estimate.limit)
                 estimate.know(min(limit, estimate.limit), 1.5 * estimate.unsure)
-            estimate.unsure = max(estimate.unsure, 3 * SUREST)
+            estimate.unsure = max(estimate.unsure, 3 * ESTIMATE_SUREST)
             estimate.to(now, State.ASSESS, f"refused, and everything with it for {seconds:.1f} s")
 
     def lost(self, estimate: Estimate) -> float:
@@ -148,7 +147,7 @@ class Blackouts:
             self._between(self._least, max(next_at - self._since, self._least))  # nothing was refused then
         self._full_at = at
         since = self._since = self.history.back(at, self.window)
-        if since is None or at - since > (1.0 + FITS) * self._most:
+        if since is None or at - since > (1.0 + BLACKOUT_FITS) * self._most:
             self.windowed = False
             return False
         before = self.history.back(since, self.window + estimate.typical)
@@ -162,7 +161,7 @@ class Blackouts:
     def risen(self, now: float, estimate: Estimate) -> bool:
         """More was taken than was thought to be allowed. Whether that fits to a window, a little shorter."""
         since = self.history.back(now, self.window + estimate.typical)
-        if since is None or now - since < (1.0 - FITS) * self._least:
+        if since is None or now - since < (1.0 - BLACKOUT_FITS) * self._least:
             self.windowed = False
         else:
             self._between(min(self._least, now - since), now - since)
@@ -173,10 +172,10 @@ class Blackouts:
         """Seconds that a window lasts at least and at most. What was thought counts as far as it agrees."""
         if least < self._most and most > self._least:
             least, most = max(least, self._least), min(most, self._most)
-        self._least, self._most = least, max(most, least + History.BIN)
+        self._least, self._most = least, max(most, least + HISTORY_BIN_SECONDS)
 
     def _same(self, taken: float, window: float, typical: float) -> bool:
-        return taken >= FEW * typical and abs(taken - window) <= max(SAME * taken, 0.5 * typical)
+        return taken >= BLACKOUT_FEW * typical and abs(taken - window) <= max(BLACKOUT_SAME * taken, 0.5 * typical)
 
     def ends(self, now: float, typical: float) -> float:
         """When best to look whether the window that is used up has ended; `now` where there is none."""
@@ -188,4 +187,4 @@ class Blackouts:
         last = since + self._most
         if last <= now:
             return now
-        return max((max(now, since + self._least) + last) / 2, now + MIN_LOOK * self._most)
+        return max((max(now, since + self._least) + last) / 2, now + BLACKOUT_MIN_LOOK * self._most)

@@ -12,32 +12,40 @@ from __future__ import annotations
 from collections import deque
 from math import exp, inf, sqrt
 
-from sidecar.admission.estimate import RECALLED, Estimate
-from sidecar.admission.fit import SMALL
-from sidecar.admission.states import State
-
-#: So many refusals that no limit of one's own explains mean that others use the account too. So many still count when a
-#: lower limit has explained them: where more come, others are likelier than a limit that falls again.
-ODD, KEPT = 5, 2
-#: What a refusal takes off the limit: much at first, which evens the shares out, and less each time, which keeps them.
-MAX_CUT, MIN_CUT, SETTLE = 0.25, 0.1, 0.85
-#: So soon after another one, a refusal tells that somebody has come: much again.
-CROWD_SECONDS = 5.0
-#: Refusals a second for which growth makes up, whatever each takes off, at a share of so many requests a second. At a
-#: larger one they are fewer by its root, up to that of so many: in requests, growth is less uneven than shares are.
-REFUSALS, USUAL, LARGE = 0.03, 5.0, 20.0
-#: Growth from one request to the next at most.
-MAX_GROWTH = 0.02
-#: Where so many were to be expected and none came, somebody has gone.
-GONE = 3.0
-#: Refusals within so many seconds are one event: somebody looks for more than there is.
-EPISODE_SECONDS = 2.0
-#: So many events in a row at the same limit, to within this share of a cut: it is ours alone, for what others leave
-#: varies.
-ALIKE, SAME = 4, 0.2
-#: So many refusals within so many calls, and that for so many seconds, come at any pace: others who slow down too would
-#: have done so by then.
-OFTEN, OFTEN_CALLS, OFTEN_SECONDS = 7, 45, 30.0
+from sidecar.admission.learning.estimate import Estimate
+from sidecar.admission.learning.states import State
+from sidecar.admission.learning.tuning import (
+    CLIMB_APART,
+    CLIMB_BINDS,
+    CLIMB_CALLS,
+    CLIMB_CLEAN_CALLS,
+    CLIMB_CLEAN_SHARE,
+    CLIMB_FIRST_STEP,
+    CLIMB_IN_VAIN,
+    CLIMB_KEPT,
+    CLIMB_MAX_REFUSED,
+    CLIMB_REFUSALS,
+    CLIMB_SETTLES,
+    CLIMB_STEP,
+    ESTIMATE_RECALLED,
+    FIT_SMALL,
+    SHARED_ALIKE,
+    SHARED_CROWD_SECONDS,
+    SHARED_EPISODE_SECONDS,
+    SHARED_GONE,
+    SHARED_LARGE,
+    SHARED_MAX_CUT,
+    SHARED_MAX_GROWTH,
+    SHARED_MIN_CUT,
+    SHARED_ODD,
+    SHARED_OFTEN,
+    SHARED_OFTEN_CALLS,
+    SHARED_OFTEN_SECONDS,
+    SHARED_REFUSALS,
+    SHARED_SAME,
+    SHARED_SETTLE,
+    SHARED_USUAL,
+)
 
 
 class Share:
@@ -49,11 +57,11 @@ class Share:
         self.climb: Climb | None = None
         """While refusals come at any pace."""
         self._odd = 0  # refusals that no limit of our own explains
-        self._limits: deque[float] = deque(maxlen=ALIKE)  # at the latest events while others use the account
+        self._limits: deque[float] = deque(maxlen=SHARED_ALIKE)  # at the latest events while others use the account
         self._calls = 0  # that went out
-        self._refused: deque[int] = deque(maxlen=OFTEN)  # of them, the latest
+        self._refused: deque[int] = deque(maxlen=SHARED_OFTEN)  # of them, the latest
         self._often_since = inf
-        self._cut = MAX_CUT  # of the next refusal
+        self._cut = SHARED_MAX_CUT  # of the next refusal
         self._highest = 0.0  # limit since then
 
     def as_alone(self) -> None:
@@ -67,22 +75,28 @@ class Share:
     def odd(self, now: float, estimate: Estimate) -> bool:
         """A refusal came where it should not, by chance or for others. Whether it was one too many for chance."""
         self._odd += 1
-        if self._odd < ODD:
+        if self._odd < SHARED_ODD:
             return False
         self._odd = 0
         self._limits.clear()
-        self._cut = MAX_CUT
-        estimate.limit *= 1.0 - MAX_CUT
+        self._cut = SHARED_MAX_CUT
+        estimate.limit *= 1.0 - SHARED_MAX_CUT
         estimate.to(now, State.SHARED, "refused too often for one user of the account")
         return True
 
     def refused(self, now: float, estimate: Estimate) -> bool:
         """A refusal while others share the account, which shows no limit. False if that is over, and it does."""
-        if now <= estimate.changed_at + EPISODE_SECONDS:
+        if now <= estimate.changed_at + SHARED_EPISODE_SECONDS:
             return True
         self._limits.append(estimate.limit)
-        self._cut = MAX_CUT if now <= estimate.changed_at + CROWD_SECONDS else max(SETTLE * self._cut, MIN_CUT)
-        if len(self._limits) == ALIKE and max(self._limits) <= (1.0 + SAME * self._cut) * min(self._limits):
+        self._cut = (
+            SHARED_MAX_CUT
+            if now <= estimate.changed_at + SHARED_CROWD_SECONDS
+            else max(SHARED_SETTLE * self._cut, SHARED_MIN_CUT)
+        )
+        if len(self._limits) == SHARED_ALIKE and max(self._limits) <= (1.0 + SHARED_SAME * self._cut) * min(
+            self._limits
+        ):
             estimate.to(now, State.ASSESS, "the account seems to be ours alone again")
             return False
         estimate.limit *= 1.0 - self._cut
@@ -98,25 +112,29 @@ class Share:
         """What the limit is multiplied by after so many seconds in which it held calls back."""
         if self.climb is not None:
             return 1.0
-        refusals = REFUSALS * sqrt(USUAL / min(estimate.limit / estimate.typical, LARGE))
-        if (now - estimate.changed_at) * refusals > GONE:
-            self._cut = MAX_CUT
-        return exp(min(refusals * self._cut * seconds, MAX_GROWTH))
+        refusals = SHARED_REFUSALS * sqrt(SHARED_USUAL / min(estimate.limit / estimate.typical, SHARED_LARGE))
+        if (now - estimate.changed_at) * refusals > SHARED_GONE:
+            self._cut = SHARED_MAX_CUT
+        return exp(min(refusals * self._cut * seconds, SHARED_MAX_GROWTH))
 
     def in_vain(self, now: float, limit: float, estimate: Estimate) -> bool:
         """A refusal that a slower pace, at this limit, should have prevented. Whether they come at any pace."""
         self._refused.append(self._calls)
         calls = self._calls - self._refused[0] + 1
         # a larger bucket refuses only whoever is too fast
-        if len(self._refused) < OFTEN or calls > OFTEN_CALLS or estimate.burst > SMALL * estimate.typical:
+        if (
+            len(self._refused) < SHARED_OFTEN
+            or calls > SHARED_OFTEN_CALLS
+            or estimate.burst > FIT_SMALL * estimate.typical
+        ):
             self._often_since, self._highest = inf, 0.0
             return False
         self._often_since = min(self._often_since, now)
         self._highest = max(self._highest, limit)
-        if now - self._often_since < OFTEN_SECONDS:
+        if now - self._often_since < SHARED_OFTEN_SECONDS:
             return False
         self._refused.clear()
-        self.climb = Climb(now, OFTEN / calls)
+        self.climb = Climb(now, SHARED_OFTEN / calls)
         estimate.limit = self._highest
         estimate.to(now, State.SHARED, "refused at any pace: others use the account too")
         return True
@@ -130,7 +148,7 @@ class Share:
         if not self.climb.needless:
             return False
         self.climb = None
-        estimate.unsure = RECALLED
+        estimate.unsure = ESTIMATE_RECALLED
         estimate.to(now, State.ASSESS, "the account seems to be ours alone again")
         return True
 
@@ -143,26 +161,6 @@ class Climb:
     only more refusals: the share that is refused grows by as much as the pace. Below that it stays what it is. The
     pace moves by where it is between the two.
     """
-
-    #: How far above and below, as a logarithm.
-    APART = 0.25
-    #: A block is of so many calls at least, and lasts for so many times that of a refusal.
-    CALLS, REFUSALS = 8, 2.0
-    #: The first ones of a block meet what the block before has left.
-    SETTLES = 2
-    #: The pace is what holds calls back if it brings more than this share of what it allows.
-    BINDS = 0.7
-    #: What the past weighs after each pair of blocks.
-    KEPT = 0.8
-    #: How far the pace moves at most after a pair of blocks: before it went down for the first time, and then.
-    FIRST_STEP, STEP = 0.5, 0.1
-    #: A policer refuses nothing below its limit: then there is no need for this.
-    CLEAN_SHARE, CLEAN_CALLS = 0.04, 25.0
-
-    #: No more than this share is others' doing.
-    MAX_REFUSED = 0.6
-    #: What refusals in a row leave of the limit.
-    IN_VAIN = 0.8
 
     __slots__ = (
         "_began", "_block", "_calls", "_first", "_high", "_paced", "_refused", "_row", "_settled", "_share",
@@ -183,19 +181,19 @@ class Climb:
     @property
     def factor(self) -> float:
         """The pace of the present block, as a share of the limit."""
-        return exp(self.APART if self._high else -self.APART)
+        return exp(CLIMB_APART if self._high else -CLIMB_APART)
 
     def sent(self, now: float, refusal_seconds: float, pace: float) -> float:
         """One call goes out, at this pace if that is what held it back. Returns what the limit is multiplied by."""
         self._block += 1
-        if self._block == self.SETTLES:
+        if self._block == CLIMB_SETTLES:
             self._settled = now
-        elif self._block > self.SETTLES:
+        elif self._block > CLIMB_SETTLES:
             self._calls[self._high] += 1.0
         seconds = now - self._began
-        if self._block < self.CALLS or seconds < self.REFUSALS * refusal_seconds:
+        if self._block < CLIMB_CALLS or seconds < CLIMB_REFUSALS * refusal_seconds:
             return 1.0
-        self._paced = self._paced and self._block > self.BINDS * pace * seconds
+        self._paced = self._paced and self._block > CLIMB_BINDS * pace * seconds
         self._block, self._began, self._settled, self._high = 0, now, inf, not self._high
         if not self._high:
             return 1.0
@@ -206,14 +204,14 @@ class Climb:
     def _step(self) -> float:
         low, high = (refused / calls for refused, calls in zip(self._refused, self._calls, strict=True))
         taken = max(1.0 - (low + high) / 2, 0.1)
-        steep = min(max((high - low) / (2 * self.APART * taken), 0.0), 1.0)  # 1: more calls, and no more is taken
-        much = low > self.MAX_REFUSED
+        steep = min(max((high - low) / (2 * CLIMB_APART * taken), 0.0), 1.0)  # 1: more calls, and no more is taken
+        much = low > CLIMB_MAX_REFUSED
         self._first = self._first and steep < 0.5
-        self._calls = [self.KEPT * calls for calls in self._calls]
-        self._refused = [self.KEPT * refused for refused in self._refused]
+        self._calls = [CLIMB_KEPT * calls for calls in self._calls]
+        self._refused = [CLIMB_KEPT * refused for refused in self._refused]
         if much:
-            return exp(-self.FIRST_STEP)
-        return exp((self.FIRST_STEP if self._first else self.STEP) * (1.0 - 2.0 * steep))
+            return exp(-CLIMB_FIRST_STEP)
+        return exp((CLIMB_FIRST_STEP if self._first else CLIMB_STEP) * (1.0 - 2.0 * steep))
 
     def accepted(self) -> None:
         """One call was taken."""
@@ -229,7 +227,7 @@ class Climb:
             self._refused[not self._high] += 1.0
         elif sent_at > self._settled:
             self._refused[self._high] += 1.0
-        return self.IN_VAIN if self.in_vain and not before else 1.0
+        return CLIMB_IN_VAIN if self.in_vain and not before else 1.0
 
     @property
     def in_vain(self) -> bool:
@@ -239,4 +237,4 @@ class Climb:
     @property
     def needless(self) -> bool:
         """What is slow enough is not refused."""
-        return self._calls[0] >= self.CLEAN_CALLS and self._refused[0] <= self.CLEAN_SHARE * self._calls[0]
+        return self._calls[0] >= CLIMB_CLEAN_CALLS and self._refused[0] <= CLIMB_CLEAN_SHARE * self._calls[0]

@@ -18,26 +18,31 @@ from __future__ import annotations
 from math import inf
 from typing import Any
 
-from sidecar.admission.blackout import Blackouts
-from sidecar.admission.bucket import TokenBucket
-from sidecar.admission.early import EarlyRefusals
-from sidecar.admission.estimate import LEAST, MOVED, RECALLED, SUREST, VAGUE, Estimate
-from sidecar.admission.first import FirstBurst
-from sidecar.admission.fit import Fit
-from sidecar.admission.policer import Interval, Sent, Trace
-from sidecar.admission.ramp import Ramp
-from sidecar.admission.shared import KEPT, Share
-from sidecar.admission.start import START_CREDIT, Start
-from sidecar.admission.states import START, State
-
-#: A refusal before this share of a ramp's length has come too early,
-EARLY = 0.4
-#: ... and before this one, where a bucket that is ours alone would have had credit left.
-SOON = 0.95
-#: A limit that was known well does not turn out to be off by more than this share, unless it has moved.
-OFF = 0.05
-#: A pace of more than so many times what goes out, of late, is not what holds requests back.
-MAX_AHEAD, LATE_SECONDS = 2.0, 1.5
+from sidecar.admission.gates.bucket import TokenBucket
+from sidecar.admission.learning.blackout import Blackouts
+from sidecar.admission.learning.early import EarlyRefusals
+from sidecar.admission.learning.estimate import Estimate
+from sidecar.admission.learning.first import FirstBurst
+from sidecar.admission.learning.fit import Fit
+from sidecar.admission.learning.policer import Interval, Sent, Trace
+from sidecar.admission.learning.ramp import Ramp
+from sidecar.admission.learning.shared import Share
+from sidecar.admission.learning.start import Start
+from sidecar.admission.learning.states import START, State
+from sidecar.admission.learning.tuning import (
+    ESTIMATE_LEAST,
+    ESTIMATE_MOVED,
+    ESTIMATE_RECALLED,
+    ESTIMATE_SUREST,
+    ESTIMATE_VAGUE,
+    LEARNER_EARLY,
+    LEARNER_LATE_SECONDS,
+    LEARNER_MAX_AHEAD,
+    LEARNER_OFF,
+    LEARNER_SOON,
+    SHARED_KEPT,
+    START_CREDIT,
+)
 
 
 class RateController:
@@ -219,7 +224,7 @@ class RateController:
         burst, limit, pace = estimate.burst, estimate.limit, self.pace(now)
         # neither a first guess nor a pace that was punished says anything of other paces
         counts = not (self.guessed or self._blackouts.lost_seconds)
-        known = estimate.unsure < RECALLED
+        known = estimate.unsure < ESTIMATE_RECALLED
         if self._first is not None:
             self._first.open = False
         self._learn(now, self._trace.until(sent))
@@ -252,7 +257,7 @@ class RateController:
         high = min(high, pace)
         low = min(low, high)
         self._first = blackouts.explained_by = None
-        if self._ramp.along < EARLY and not guessed:
+        if self._ramp.along < LEARNER_EARLY and not guessed:
             if blackouts.lost_seconds:
                 blackouts.early(interval, estimate)
             else:
@@ -264,21 +269,21 @@ class RateController:
             blur = 0.5 * estimate.burst / interval.total  # for the burst is known badly
         elif estimate.has_credit and self._ramp.spent + estimate.typical >= estimate.burst:
             estimate.spent()
-        sure = estimate.unsure <= VAGUE
-        soon = sure and estimate.has_credit and self._ramp.along < SOON
+        sure = estimate.unsure <= ESTIMATE_VAGUE
+        soon = sure and estimate.has_credit and self._ramp.along < LEARNER_SOON
         fell = not sure and not guessed and high < (1.0 - estimate.unsure) * estimate.limit
         off = estimate.narrow(low, high, blur=blur, anew=guessed)
-        known = estimate.unsure <= 3 * SUREST
+        known = estimate.unsure <= 3 * ESTIMATE_SUREST
         estimate.to(now, State.STEADY if known else State.ASSESS, f"refused at {pace:.3g}/s")
         if not self._look_again(off):
-            if (off > OFF or soon or fell) and not blackouts.lost_seconds:
+            if (off > LEARNER_OFF or soon or fell) and not blackouts.lost_seconds:
                 self._share.odd(now, estimate)
             elif off == 0.0 and sure:
                 self._share.as_alone()
 
     def _look_again(self, off: float) -> bool:
         """Soon for a limit that has moved, and later each time for one that has not. Whether it has just moved."""
-        if off <= MOVED:
+        if off <= ESTIMATE_MOVED:
             self._ramp.confirmed()
         elif self._ramp.moved():
             self._share.explained()
@@ -294,7 +299,7 @@ class RateController:
         elif early.cut(interval, estimate):
             estimate.changed(now, "refused below the learned limit")
         else:
-            self._share.explained(but=KEPT)
+            self._share.explained(but=SHARED_KEPT)
             self._look_again(early.measure(interval.refused, estimate))
             estimate.to(now, State.ASSESS, "refused again and again: the limit is lower")
 
@@ -354,7 +359,7 @@ class RateController:
     def _begin(self) -> None:
         """Begin a new ramp with what is known now."""
         estimate, blackouts = self.estimate, self._blackouts
-        estimate.limit = max(estimate.limit, LEAST * estimate.typical)
+        estimate.limit = max(estimate.limit, ESTIMATE_LEAST * estimate.typical)
         self._ramp.begin(
             estimate,
             self.refusal_seconds,
@@ -374,7 +379,7 @@ class RateController:
             estimate.limit *= self._share.growth(now, now - self._grown_at, self.estimate)
         else:
             if self._ramp.along >= 1.0 and self.pace(now) > (
-                MAX_AHEAD * blackouts.history.rate(now, LATE_SECONDS) + 3.0 * estimate.typical
+                LEARNER_MAX_AHEAD * blackouts.history.rate(now, LEARNER_LATE_SECONDS) + 3.0 * estimate.typical
             ):
                 seconds = 0.0  # something else holds most of them back
             self._ramp.grow(seconds, amount, estimate.typical)
@@ -388,7 +393,7 @@ class RateController:
 
     # -- memory and operators ------------------------------------------------------------------------------------------
 
-    def recall(self, now: float, limit: float, burst: float, uncertainty: float = RECALLED) -> None:
+    def recall(self, now: float, limit: float, burst: float, uncertainty: float = ESTIMATE_RECALLED) -> None:
         """Begin with what was learned before a restart, and find out soon how true it still is."""
         self.estimate.recall(limit, burst, uncertainty)
         self._trace.emptied(now)

@@ -11,18 +11,17 @@ from __future__ import annotations
 from collections import deque
 from math import inf
 
-from sidecar.admission.estimate import SUREST, Estimate
-from sidecar.admission.policer import Interval
-from sidecar.admission.states import State
-
-#: So many refusals are to be explained, with no more than so many calls between any two of them.
-REFUSALS, MAX_CALLS = 4, 60
-#: Bounds that miss one another by this share meet, for clocks and ways are uneven.
-MEET = 0.01
-#: A burst of more than so many usual requests is not small.
-SMALL = 4.0
-#: What is tried, as multiples of the present burst: the nearest first.
-TRIED = (1.25, 0.8, 1.6, 0.6, 2.0, 0.5, 2.5, 0.4, 3.2, 4.0, 6.0)
+from sidecar.admission.learning.estimate import Estimate
+from sidecar.admission.learning.policer import Interval
+from sidecar.admission.learning.states import State
+from sidecar.admission.learning.tuning import (
+    ESTIMATE_SUREST,
+    FIT_MAX_CALLS,
+    FIT_MEET,
+    FIT_REFUSALS,
+    FIT_SMALL,
+    FIT_TRIED,
+)
 
 
 class Fit:
@@ -31,7 +30,7 @@ class Fit:
     __slots__ = ("_between",)
 
     def __init__(self) -> None:
-        self._between: deque[Interval] = deque(maxlen=REFUSALS)
+        self._between: deque[Interval] = deque(maxlen=FIT_REFUSALS)
 
     def forget(self) -> None:
         """What came before does not count: the limit has moved, or other rules were at work."""
@@ -45,16 +44,16 @@ class Fit:
         """
         self._between.append(interval)
         burst, typical = estimate.burst, estimate.typical
-        if len(self._between) < 2 or burst > SMALL * typical or self._bounds(burst) is not None:
+        if len(self._between) < 2 or burst > FIT_SMALL * typical or self._bounds(burst) is not None:
             return False
-        if any(len(interval.taken) > MAX_CALLS for interval in self._between):
+        if any(len(interval.taken) > FIT_MAX_CALLS for interval in self._between):
             return False
-        for factor in TRIED:
+        for factor in FIT_TRIED:
             tried = factor * burst
             if tried >= typical and (bounds := self._bounds(tried)) is not None:
                 low, high = bounds
                 estimate.burst = tried
-                estimate.know((low + high) / 2, (high - low) / (low + high), surest=3 * SUREST)
+                estimate.know((low + high) / 2, (high - low) / (low + high), surest=3 * ESTIMATE_SUREST)
                 estimate.to(now, State.ASSESS, "refused: the bucket holds more or less than was thought")
                 return True
         while len(self._between) > 1:
@@ -66,6 +65,6 @@ class Fit:
         for interval in self._between:
             least, most = interval.rate(burst)
             low, high = max(low, least), min(high, most)
-            if low > (1.0 + MEET) * high:
+            if low > (1.0 + FIT_MEET) * high:
                 return None
         return min(low, high), high

@@ -10,28 +10,28 @@ from __future__ import annotations
 
 from math import exp
 
-from sidecar.admission.estimate import SUREST, UNSUREST, VAGUE, Estimate
-
-#: A ramp's length as a share of the calls that pay for one refusal.
-RAMP, RAMP_NO_CREDIT = 1.0, 1.4
-#: Beyond its length the credit of a bucket is spent at this share above the limit at least and at most: between them so
-#: that no more than one further request goes out until the refusal is back.
-MIN_EXCESS, MAX_EXCESS = 0.05, 0.1
-#: No refusal means that the limit has risen when so many times the credit was spent; without credit, so far on the
-#: ramp.
-SPENT, RISEN_NO_CREDIT = 1.2, 1.15
-#: Growth a second of a risen limit, where refusals come back at once,
-RISE = 0.35
-#: ... at most by this share from one request to the next: at half a request a second, a second is no time,
-RISE_PER_REQUEST = 0.08
-#: A ramp's length in seconds is held within these, since a limit may move: too slow for a small one is no use either.
-MIN_SECONDS, MAX_SECONDS = 4.0, 160.0
-#: Where each refusal begins a blackout, this share of the quota may be lost to probing, and a ramp may take so long.
-LOST_SHARE, MAX_LOSING_SECONDS = 0.02, 600.0
-#: Refusals to the end of a ramp that make the next one longer at most.
-MAX_EACH = 4.0
-#: A limit that has just moved may move again: the ramp after that is so much shorter, and each one that follows longer.
-HASTE, FIRST_HASTE, HASTE_LEFT = 0.25, 0.35, 1.5
+from sidecar.admission.learning.estimate import Estimate
+from sidecar.admission.learning.tuning import (
+    ESTIMATE_SUREST,
+    ESTIMATE_UNSUREST,
+    ESTIMATE_VAGUE,
+    RAMP,
+    RAMP_FIRST_HASTE,
+    RAMP_HASTE,
+    RAMP_HASTE_LEFT,
+    RAMP_LOST_SHARE,
+    RAMP_MAX_EACH,
+    RAMP_MAX_EXCESS,
+    RAMP_MAX_LOSING_SECONDS,
+    RAMP_MAX_SECONDS,
+    RAMP_MIN_EXCESS,
+    RAMP_MIN_SECONDS,
+    RAMP_NO_CREDIT,
+    RAMP_RISE,
+    RAMP_RISE_PER_REQUEST,
+    RAMP_RISEN_NO_CREDIT,
+    RAMP_SPENT,
+)
 
 
 class Ramp:
@@ -50,7 +50,7 @@ class Ramp:
         self._budget = budget
         self._refusals = 0  # since a ramp ended as it should
         self._each = 1.0  # refusals that it takes to end one, smoothed
-        self._haste = FIRST_HASTE
+        self._haste = RAMP_FIRST_HASTE
 
     def refused(self) -> None:
         """One refusal."""
@@ -60,15 +60,15 @@ class Ramp:
         """The limit is another: look again soon. False if it has just moved before: then others may share it."""
         if self._haste < 1.0:
             return False
-        self._haste = HASTE
+        self._haste = RAMP_HASTE
         return True
 
     def confirmed(self) -> None:
         """The limit is where it was: look again later than this time."""
-        if self._unsure <= VAGUE:
+        if self._unsure <= ESTIMATE_VAGUE:
             if self._haste == 1.0:  # what it took to learn a limit says nothing of what it takes to probe it
-                self._each += 0.5 * (min(max(self._refusals, 1), MAX_EACH) - self._each)
-            self._haste = min(self._haste * HASTE_LEFT, 1.0)
+                self._each += 0.5 * (min(max(self._refusals, 1), RAMP_MAX_EACH) - self._each)
+            self._haste = min(self._haste * RAMP_HASTE_LEFT, 1.0)
         self._refusals = 0
 
     def begin(self, estimate: Estimate, refusal_seconds: float, *, lost: float = 0.0, window: float = 0.0) -> None:
@@ -80,29 +80,29 @@ class Ramp:
         limit, burst, typical = estimate.limit, estimate.burst, estimate.typical
         unsure = self._unsure = estimate.unsure
         self._no_credit = burst < 2.0 * typical and not window
-        self._credit = SPENT * burst + typical
-        self._excess = min(max(typical / (limit * max(refusal_seconds, 1e-3)), MIN_EXCESS), MAX_EXCESS)
+        self._credit = RAMP_SPENT * burst + typical
+        self._excess = min(max(typical / (limit * max(refusal_seconds, 1e-3)), RAMP_MIN_EXCESS), RAMP_MAX_EXCESS)
         self._caution = 1.0 + refusal_seconds
-        self._eager = (self._excess / MAX_EXCESS) ** 2  # a refusal that is long in coming is not to be hurried
-        self._vague = unsure / UNSUREST if unsure > VAGUE else 0.0
+        self._eager = (self._excess / RAMP_MAX_EXCESS) ** 2  # a refusal that is long in coming is not to be hurried
+        self._vague = unsure / ESTIMATE_UNSUREST if unsure > ESTIMATE_VAGUE else 0.0
         if window:
             self._eager = self._vague = 0.0
-            self._credit, self._excess = 2.0 * max(MIN_EXCESS, unsure) * window + typical, MIN_EXCESS
-        share, longest = (RAMP_NO_CREDIT, 2 * MAX_SECONDS) if self._no_credit else (RAMP, MAX_SECONDS)
-        length, sure = self._each * share * typical / self._budget, SUREST
+            self._credit, self._excess = 2.0 * max(RAMP_MIN_EXCESS, unsure) * window + typical, RAMP_MIN_EXCESS
+        share, longest = (RAMP_NO_CREDIT, 2 * RAMP_MAX_SECONDS) if self._no_credit else (RAMP, RAMP_MAX_SECONDS)
+        length, sure = self._each * share * typical / self._budget, ESTIMATE_SUREST
         if lost:
-            length, longest, sure = max(length, lost / LOST_SHARE), MAX_LOSING_SECONDS, VAGUE
+            length, longest, sure = max(length, lost / RAMP_LOST_SHARE), RAMP_MAX_LOSING_SECONDS, ESTIMATE_VAGUE
         elif not window:
             # each probe of one that is slow to refuse costs many refusals
             length *= min(self._haste * max(1.0, 0.5 * limit * refusal_seconds / typical), 1.0)
-        length = min(max(length, MIN_SECONDS * limit), longest * limit)
+        length = min(max(length, RAMP_MIN_SECONDS * limit), longest * limit)
         self._length = max(length * sure / unsure, 2 * typical, window)
         self._sent = self.spent = 0.0
         self.rise = 1.0
 
     def end(self, rise: float) -> None:
         """Be at the end, as if the limit had risen, and grow from that share of it."""
-        self._sent, self.spent = RISEN_NO_CREDIT * self._length, self._credit
+        self._sent, self.spent = RAMP_RISEN_NO_CREDIT * self._length, self._credit
         self.rise = rise
 
     @property
@@ -119,7 +119,7 @@ class Ramp:
         """The pace as a share of the limit."""
         along = self.along
         if along < 1.0 or self._no_credit:
-            along = min(along, RISEN_NO_CREDIT)
+            along = min(along, RAMP_RISEN_NO_CREDIT)
             return (1.0 - self._unsure + 2.0 * self._unsure * along * along) * self.rise
         return (1.0 + max(self._unsure, self._excess)) * self.rise
 
@@ -131,7 +131,7 @@ class Ramp:
             return
         self.spent += amount * (1.0 - 1.0 / max(height, 1.0))
         if self._no_credit:
-            risen = float(self.along >= RISEN_NO_CREDIT)
+            risen = float(self.along >= RAMP_RISEN_NO_CREDIT)
         else:
             risen = 1.0 if self.risen else min(max(self._eager * self.spent / self._credit, self._vague), 1.0)
-        self.rise *= exp(risen * min(RISE / self._caution * seconds, RISE_PER_REQUEST * amount / typical))
+        self.rise *= exp(risen * min(RAMP_RISE / self._caution * seconds, RAMP_RISE_PER_REQUEST * amount / typical))

@@ -1,0 +1,1 @@
+"""The conditions that can delay a ticket: one file for each gate."""
