@@ -37,7 +37,7 @@ class Sidecar:
         self._loop = asyncio.get_running_loop()
         self._drain_requested = asyncio.Event()
         self.parts = parts = assemble(settings, self.drain)
-        self.routes, self.data = parts.routes, parts.data
+        self.admission, self.data = parts.admission, parts.data
         self._data_listener = Listener(parts.data, most_connections=_MAX_CALLERS)
         self._admin_listener = Listener(parts.admin, most_connections=_MAX_WATCHERS)
 
@@ -75,12 +75,12 @@ class Sidecar:
         for number in (signal.SIGTERM, signal.SIGINT):
             self._loop.add_signal_handler(number, self._on_signal)
         self.admin_port = await _open(self._admin_listener, settings.admin_host, settings.admin_port, "admin_port")
-        for route in self.parts.all_routes:
+        for backend in self.parts.all_backends:
             try:
-                await route.backend.start()
+                await backend.start()
             except BackendError as error:
-                is_detector = route in self.parts.detectors
-                at = f"DETECTOR_MODEL={settings.detector_model}" if is_detector else f"BACKEND={route.name}"
+                is_detector = backend is self.parts.detector
+                at = f"DETECTOR_MODEL={settings.detector_model}" if is_detector else f"BACKEND={backend.name}"
                 raise StartError(f"SIDECAR_{at} cannot start: {error.message}") from error
         self.data_port = await _open(self._data_listener, settings.host, settings.port, "port")
         if settings.unix_socket is not None:
@@ -92,7 +92,7 @@ class Sidecar:
         gc.collect()
         gc.freeze()  # what start-up made is never garbage: no collection need walk it again
         gc.set_threshold(_GARBAGE_OBJECTS)
-        names = ",".join(route.name for route in self.routes)
+        names = ",".join(backend.name for backend in self.parts.backends)
         if "simulated" in names:
             log.warning("SIMULATED: the backend 'simulated' makes its answers up; SIDECAR_DASHSCOPE_API_KEY ends that")
         log.info(
@@ -104,9 +104,7 @@ class Sidecar:
         """Take nothing new from now on; `run` ends when what was accepted is done. Again is nothing."""
         if not self._drain_requested.is_set():
             log.info("draining; requests under way: %d", self.data.under_way)
-            self.parts.health.draining = True
-            for route in self.parts.all_routes:
-                route.admission.draining = True
+            self.parts.drain()
             self._drain_requested.set()
 
     def _on_signal(self) -> None:
@@ -131,8 +129,8 @@ class Sidecar:
         await self._data_listener.close()
         if self.parts.state_file is not None:
             self.parts.state_file.save()
-        for route in reversed(self.parts.all_routes):
-            await route.backend.close()
+        for backend in reversed(self.parts.all_backends):
+            await backend.close()
         if self.parts.spans is not None:
             await self.parts.spans.close()
         self.parts.sampler.close()

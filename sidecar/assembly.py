@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import inf
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, ProcessCollector
 
@@ -21,10 +21,10 @@ from sidecar import __version__
 from sidecar.admin.health import Health
 from sidecar.admin.server import AdminServer
 from sidecar.admin.status import status_of
-from sidecar.admission import Admission
+from sidecar.admission import Admission, UpstreamSettings
 from sidecar.api.call import CallSettings
 from sidecar.api.server import DataServer
-from sidecar.dispatch.dispatcher import Dispatcher, Route
+from sidecar.dispatch.dispatcher import Dispatcher
 from sidecar.observe.gauges import AdmissionGauges
 from sidecar.observe.metrics import Metrics
 from sidecar.observe.sampler import Sampler
@@ -51,10 +51,12 @@ class Parts:
     health: Health
     metrics: Metrics
     sampler: Sampler
-    routes: list[Route]
+    admission: Admission
+    backends: list[Backend]
     """The backends that `SIDECAR_BACKEND` names, in order."""
-    detectors: list[Route]
-    """The detector, if there is one."""
+    detector: Backend | None
+    detector_admission: Admission | None
+    """The detector has a queue of its own."""
     data: DataServer
     admin: AdminServer
     state_file: StateFile | None
@@ -62,9 +64,15 @@ class Parts:
     """None unless OpenTelemetry's variables name an endpoint."""
 
     @property
-    def all_routes(self) -> list[Route]:
-        """Everything that is started, drained and closed."""
-        return [*self.routes, *self.detectors]
+    def all_backends(self) -> list[Backend]:
+        """Everything that is started and closed."""
+        return [*self.backends, *([self.detector] if self.detector is not None else [])]
+
+    def drain(self) -> None:
+        """Take nothing new from now on."""
+        self.health.draining = self.admission.draining = True
+        if self.detector_admission is not None:
+            self.detector_admission.draining = True
 
 
 def assemble(settings: Settings, drain: Callable[[], None]) -> Parts:
@@ -74,61 +82,74 @@ def assemble(settings: Settings, drain: Callable[[], None]) -> Parts:
     spans = _spans()
     metrics = Metrics(registry, None if spans is None else spans.finished)
     metrics.build_info.labels(__version__, platform.python_version()).set(1)
-    routes = [_route(settings, name, metrics) for name in settings.backend_names]
-    detectors = _detectors(settings)
+    queued: list[Callable[[], int]] = []
+    backends = [_backend(settings, name, metrics, queued) for name in settings.backend_names]
+    admission = Admission(
+        [_upstream(settings, backend, tier) for tier, backend in enumerate(backends, 1)],
+        queue_size=settings.queue_size,
+        queue_bytes=settings.queue_bytes,
+    )
+    queued.append(admission.waiting)
+    admissions = [admission]
+    detector = None if settings.detector_model is None else make_detector(settings.detector_model)
+    detector_admission = None
+    if detector is not None:
+        place = UpstreamSettings(detector.name, concurrency=detector.slots, paced=False)
+        detector_admission = Admission([place], queue_size=_DETECTOR_QUEUE)
+        admissions.append(detector_admission)
     health = Health()
-    health.backend_reason = lambda: _no_backend_is_ready(routes)
-    admissions = {route.name: route.admission for route in [*routes, *detectors]}
+    health.backend_reason = lambda: _no_backend_is_ready(backends)
     registry.register(AdmissionGauges(admissions))
     sampler = Sampler(metrics, admissions)
     data = DataServer(
-        Dispatcher(routes, metrics),
+        Dispatcher(admission, backends, metrics),
         CallSettings(
             deadline=settings.deadline,
             max_body_bytes=settings.max_body_bytes,
             key_header=settings.key_header,
-            default_model=routes[0].backend.model_id or settings.dashscope_model,
-            passthrough=settings.passthrough and routes[0].name == "dashscope",
+            default_model=backends[0].model_id or settings.dashscope_model,
+            passthrough=settings.passthrough and backends[0].name == "dashscope",
             traced=spans is not None,
         ),
-        detector=Dispatcher(detectors, metrics) if detectors else None,
+        detector=None if detector_admission is None else Dispatcher(detector_admission, [detector], metrics),
         api_key=settings.api_key,
         access_log=settings.access_log,
     )
     admin = AdminServer(registry, health, lambda: status_of(health, admissions, sampler), drain, sampler)
-    state_file = _state_file(settings, routes)
-    return Parts(health, metrics, sampler, routes, detectors, data, admin, state_file, spans)
+    state_file = _state_file(settings, admission, backends)
+    return Parts(
+        health, metrics, sampler, admission, backends, detector, detector_admission, data, admin, state_file, spans
+    )
 
 
-def _no_backend_is_ready(routes: Sequence[Route]) -> str | None:
+def _no_backend_is_ready(backends: Sequence[Backend]) -> str | None:
     """Give the reason of the first backend when no backend can serve; else None."""
-    reasons = [route.backend.ready_reason() for route in routes]
+    reasons = [backend.ready_reason() for backend in backends]
     return None if None in reasons else reasons[0]
 
 
-def _route(settings: Settings, name: str, metrics: Metrics) -> Route:
-    """Make a backend and the admission in front of it. A backend with slots of its own has no quota to learn."""
-    queue_of_local: list[Any] = []
-    # The engine's thread asks: the length of one list, read once, needs no lock.
-    backend = make_backend(
-        settings,
-        name,
-        queued=lambda: len(queue_of_local[0]) if queue_of_local else 0,
-        on_batch=metrics.batch_size.labels(name).observe if name == "local" else lambda _: None,
-    )
-    admission = Admission(
-        queue_size=settings.queue_size,
-        queue_bytes=settings.queue_bytes,
+def _backend(settings: Settings, name: str, metrics: Metrics, queued: Sequence[Callable[[], int]]) -> Backend:
+    """Make a backend. `queued` will hold the function that counts what waits: admission is made after the backends."""
+    if name != "local":
+        return make_backend(settings, name)
+    # The engine's thread asks: it reads the lengths of a few lists, once, and needs no lock.
+    observe = metrics.batch_size.labels(name).observe
+    return make_backend(settings, name, queued=lambda: queued[0]() if queued else 0, on_batch=observe)
+
+
+def _upstream(settings: Settings, backend: Backend, tier: int) -> UpstreamSettings:
+    """Describe a backend to admission. One with slots of its own has no quota to learn."""
+    return UpstreamSettings(
+        backend.name,
+        tier,
         requests_per_second=_per_second(settings.requests_per_minute),
         tokens_per_second=_per_second(settings.tokens_per_minute),
         concurrency=settings.max_concurrency or backend.slots,
         refusal_budget=settings.refusal_budget,
         paced=backend.slots is None,
         only_model=backend.model_id,
+        ready_reason=backend.ready_reason,
     )
-    if name == "local":
-        queue_of_local.append(admission.lane(backend.model_id or "").queue)
-    return Route(backend, admission)
 
 
 def make_backend(
@@ -175,19 +196,11 @@ def make_detector(model: Path) -> Backend:
     return DetectorBackend(model)
 
 
-def _detectors(settings: Settings) -> list[Route]:
-    """Make the detector, with a queue of its own, if a model is set."""
-    if settings.detector_model is None:
-        return []
-    detector = make_detector(settings.detector_model)
-    return [Route(detector, Admission(queue_size=_DETECTOR_QUEUE, concurrency=detector.slots, paced=False))]
-
-
-def _state_file(settings: Settings, routes: Sequence[Route]) -> StateFile | None:
-    """Load the file of learned limits into the admissions; None where no file is set."""
+def _state_file(settings: Settings, admission: Admission, backends: Sequence[Backend]) -> StateFile | None:
+    """Load the file of learned limits into admission; None where no file is set."""
     if settings.state_file is None:
         return None
-    state_file = StateFile(settings.state_file, [(route.backend.account, route.admission) for route in routes])
+    state_file = StateFile(settings.state_file, admission, {backend.name: backend.account for backend in backends})
     state_file.load()
     return state_file
 

@@ -12,7 +12,7 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +36,15 @@ Learned = dict[str, dict[str, float]]
 class StateFile:
     """The file, and whose limits are in it.
 
-    An admission's limits are those of an account, told by its function: backend, host and a fingerprint of the key. It
+    An upstream's limits are those of an account, named by its function: backend, host and a fingerprint of the key. It
     is asked at each saving, since a key may be rotated meanwhile.
     """
 
-    def __init__(self, path: Path, admissions: Sequence[tuple[Callable[[], str], Admission]]) -> None:
+    def __init__(self, path: Path, admission: Admission, accounts: Mapping[str, Callable[[], str]]) -> None:
+        """`accounts` gives, by the upstream's name, the function that names its account."""
         self._path = path
-        self._admissions = admissions
+        self._admission = admission
+        self._accounts = accounts
         self._known: dict[tuple[str, str], tuple[float, Learned]] = {}  # account, model: since when, what
         self._seen: dict[tuple[str, str], Learned] = {}  # as the admissions had it when last looked at
         self._warned: set[str] = set()
@@ -58,12 +60,12 @@ class StateFile:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             self._warn("is ignored", error if isinstance(error, _OtherVersionError) else "it is damaged")
         now = time.time()
-        for account, admission in self._admissions:
+        for upstream, account in self._accounts.items():
             name = account()
             for (whose, model), (at, learned) in self._known.items():
                 if whose == name and (share := _share(now - at)):
-                    admission.recall({model: learned}, share)
-            self._seen |= {(name, model): learned for model, learned in admission.learned().items()}
+                    self._admission.recall(upstream, {model: learned}, share)
+        self._seen = self._current()
 
     def save(self) -> None:
         """Write what is known now, whole or not at all. Nothing is written where nothing was learned."""
@@ -84,12 +86,7 @@ class StateFile:
     def _news(self) -> bytes | None:
         """The file's new content; None if it would say the same."""
         now = time.time()
-        current = {
-            (name, model): learned
-            for account, admission in self._admissions
-            for name in (account(),)
-            for model, learned in admission.learned().items()
-        }
+        current = self._current()
         news = {whose: learned for whose, learned in current.items() if self._seen.get(whose) != learned}
         self._seen = current
         if not news:
@@ -102,6 +99,15 @@ class StateFile:
             for (account, model), (at, learned) in self._known.items()
         ]
         return orjson.dumps({"version": VERSION, "limits": limits})
+
+    def _current(self) -> dict[tuple[str, str], Learned]:
+        """Return what is known now, by account and model."""
+        return {
+            (name, model): learned
+            for upstream, account in self._accounts.items()
+            for name in (account(),)
+            for model, learned in self._admission.learned(upstream).items()
+        }
 
     def _write(self, data: bytes) -> None:
         beside = self._path.with_name(f".{self._path.name}.{os.getpid()}")

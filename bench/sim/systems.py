@@ -17,10 +17,9 @@ from prometheus_client import CollectorRegistry
 
 from backends.base import Request, Throttled, Timings
 from backends.simulated import Provider, SimulatedBackend
-from sidecar.admission import Admission, Lane, Ticket
-from sidecar.admission.limits import Limits
+from sidecar.admission import Admission, Ticket, Upstream, UpstreamSettings
 from sidecar.admission.ticket import Cause
-from sidecar.dispatch.dispatcher import Dispatcher, Route
+from sidecar.dispatch.dispatcher import Dispatcher
 from sidecar.observe.metrics import Metrics
 
 MODEL = "qwen-vl-plus"
@@ -54,59 +53,69 @@ class Sidecar:
 
     def __init__(self, provider: Provider, **settings: Any) -> None:
         self._loop = asyncio.get_running_loop()
-        self.admission = Admission(random=random.Random(provider.profile.seed), **settings)
+        self.admission = self._admission(provider, **settings)
         self.metrics = Metrics(CollectorRegistry())
         self.waits: list[tuple[float, float]] = []
         """Of each answered request that had to wait: the predicted seconds in the queue, and the real ones."""
-        self._dispatcher = Dispatcher([Route(SimulatedBackend(provider), self.admission)], self.metrics)
+        self._dispatcher = Dispatcher(self.admission, [SimulatedBackend(provider)], self.metrics)
         self._dispatcher._random.seed(
             provider.profile.seed
         )  # the pauses before retries too: a run is the same each time
 
-    @property
-    def lane(self) -> Lane:
-        return self.admission.lane(MODEL)
+    def _admission(self, provider: Provider, **settings: Any) -> Admission:
+        upstream = UpstreamSettings("simulated", **settings)
+        return Admission([upstream], random=random.Random(provider.profile.seed))
 
     async def ask(self, ask: Ask) -> None:
         now = self._loop.time()
         ticket = Ticket(now=now, deadline=ask.deadline, key=ask.camera, model=MODEL, tokens=float(ask.tokens))
-        lane = self.lane
-        must_wait = len(lane.queue) > 0 or lane.limits.closed(now, ticket)[0] is not None
-        predicted = lane.predicted_wait(now, ticket)
+        pool = self.admission.pool(MODEL)
+        must_wait = pool.would_wait(now, ticket)
+        predicted = pool.predicted_wait(now, ticket)
         await self._dispatcher.run(ticket, ask.request())
         if must_wait:
             self.waits.append((predicted, ticket.stopwatch.seconds["queue"]))
 
 
-class OracleLimits(Limits):
+class OracleUpstream(Upstream):
     """The same queue and permits, with the provider's own state in the place of everything that is learned."""
 
-    def __init__(self, now: float, provider: Provider) -> None:
-        super().__init__(now, paced=False)
+    def __init__(self, clock: Callable[[], float], provider: Provider) -> None:
+        super().__init__(clock, name="simulated", paced=False)
         self._provider = provider
         self._sent_at = -inf
 
-    def closed(self, now: float, ticket: Ticket) -> tuple[Cause | None, float]:
+    def opening(self, now: float, ticket: Ticket) -> tuple[float, Cause | None]:
         if now < self._sent_at + _ARRIVAL_SECONDS:  # the one before has not yet reached the quota
-            return "turn", self._sent_at + _ARRIVAL_SECONDS
+            return self._sent_at + _ARRIVAL_SECONDS, "turn"
         quota = self._provider.quota(MODEL)
         tokens = ticket.tokens
         if quota.would_accept(now, tokens):
             self._sent_at = now
-            return None, now
-        return "request_rate", min(quota.next_accept_at(now, tokens), now + 0.05)
+            return now, None
+        return min(quota.next_accept_at(now, tokens), now + 0.05), "request_rate"
 
     def seconds_for(self, now: float, ticket: Ticket, requests: float, tokens: float) -> float:
         mean = (tokens + ticket.tokens) / (requests + 1)
         return (requests + 1) / max(self._provider.quota(MODEL).true_rate(now, mean), 0.05)
 
 
+class OracleAdmission(Admission):
+    """Admission above the oracle."""
+
+    def __init__(self, provider: Provider) -> None:
+        super().__init__([UpstreamSettings("simulated")])
+        self._provider = provider
+
+    def make_upstream(self, settings: UpstreamSettings, model: str) -> Upstream:
+        return OracleUpstream(self.loop.time, self._provider)
+
+
 class Oracle(Sidecar):
     """What could be had by who knows everything."""
 
-    def __init__(self, provider: Provider) -> None:
-        super().__init__(provider)
-        self.admission.lanes[MODEL] = Lane(self._loop, OracleLimits(self._loop.time(), provider))
+    def _admission(self, provider: Provider, **settings: Any) -> Admission:
+        return OracleAdmission(provider)
 
     async def ask(self, ask: Ask) -> None:
         ticket = Ticket(

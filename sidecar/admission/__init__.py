@@ -1,20 +1,21 @@
 """Who goes next, and when: the product's heart. Pure asyncio and arithmetic; the clock is the event loop's."""
 
-from sidecar.admission.admission import Admission
+from sidecar.admission.admission import Admission, PoolStatus, UpstreamSettings
 from sidecar.admission.arrivals import Arrival
 from sidecar.admission.errors import (
     AccountClosed,
     DeadlineUnreachable,
     Draining,
     NotAdmitted,
-    OnHold,
     QueueFull,
+    StillFailing,
     Superseded,
 )
-from sidecar.admission.gates.circuit import HoldKind
-from sidecar.admission.lane import Lane, Permit
+from sidecar.admission.gates.base import Change, Dimension, GateStatus, Verdict
+from sidecar.admission.gates.circuit import CircuitState
 from sidecar.admission.learning.states import State
 from sidecar.admission.ticket import CAUSES, Cause, Part, Priority, Stopwatch, Ticket
+from sidecar.admission.upstream import Permit, Upstream, UpstreamStatus
 
 __all__ = [
     "CAUSES",
@@ -22,18 +23,25 @@ __all__ = [
     "Admission",
     "Arrival",
     "Cause",
+    "Change",
+    "CircuitState",
     "DeadlineUnreachable",
+    "Dimension",
     "Draining",
-    "HoldKind",
-    "Lane",
+    "GateStatus",
     "NotAdmitted",
-    "OnHold",
     "Part",
     "Permit",
+    "PoolStatus",
     "Priority",
     "QueueFull",
     "State",
+    "StillFailing",
     "Stopwatch",
     "Superseded",
     "Ticket",
+    "Upstream",
+    "UpstreamSettings",
+    "UpstreamStatus",
+    "Verdict",
 ]

@@ -33,5 +33,5 @@ class AccountClosed(NotAdmitted):
     """The provider refuses the account itself (billing): waiting does not help."""
 
 
-class OnHold(NotAdmitted):
-    """It waited behind a hold that closed, and another backend may have it. Never reaches a caller."""
+class StillFailing(NotAdmitted):
+    """It was to go once more if other requests failed too; they do not. Never reaches a caller."""

@@ -179,6 +179,11 @@ class FairQueue:
     def __contains__(self, ticket: Ticket) -> bool:
         return ticket in self.tickets
 
+    @property
+    def cost(self) -> float:
+        """The cost of all tickets."""
+        return sum(group.cost for group in self._classes.values())
+
     def length(self, priority: Priority) -> int:
         """Tickets waiting in one class."""
         return self._classes[priority].length

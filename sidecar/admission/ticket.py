@@ -63,6 +63,8 @@ class Ticket:
         "key",
         "latest",
         "model",
+        "not_before",
+        "only_while_failing",
         "permit",
         "priority",
         "promised",
@@ -72,6 +74,8 @@ class Ticket:
         "streaming",
         "tokens",
         "trace_id",
+        "tried",
+        "waits_since",
     )
 
     def __init__(
@@ -105,6 +109,14 @@ class Ticket:
         """Where it was last sent."""
         self.returned = False
         """It was refused upstream and goes back to the head of its key's queue."""
+        self.not_before = 0.0
+        """A retry may not go before this, on the loop's clock."""
+        self.only_while_failing = False
+        """A last retry, for when `not_before` is over and the upstream still fails whichever request it gets."""
+        self.tried: tuple[object, ...] = ()
+        """The upstreams where an attempt failed in a way that would repeat."""
+        self.waits_since = 0.0
+        """When it began to wait for `not_before`."""
         self.promised = False
         """Its caller was sent away, and told to come back now."""
         self.streaming = False
@@ -112,7 +124,7 @@ class Ticket:
         self.cause_seconds: dict[Cause, float] | None = None
         """Time in the queue by what held it. None: it never waited."""
         self.permit: Future[Any] | None = None
-        """Brings the lane's `Permit` while the ticket is queued. A ticket does not know lanes: they know tickets."""
+        """Brings the pool's `Permit` while the ticket waits. A ticket does not know pools: they know tickets."""
         self.expiry: TimerHandle | None = None
         self._causes_at_entry: tuple[float, ...] = ()
 

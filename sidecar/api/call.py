@@ -89,7 +89,7 @@ class Call:
         if announced is not None and http.content.is_eof():
             return http.content.read_nowait()
         reading = asyncio.timeout_at(self._arrived + self.limits.deadline)
-        with self._dispatcher.routes[0].admission.arrival(reading) as arrival:
+        with self._dispatcher.admission.arrival(reading) as arrival:
             try:
                 async with reading:
                     return await self._receive(arrival, most)
@@ -284,7 +284,7 @@ class Call:
         return Answer(self.http, status, {**headers, **self._own_headers()}, length=length)
 
     def _own_headers(self) -> dict[str, str]:
-        backend = (self.ticket and self.ticket.backend) or self._dispatcher.routes[0].name
+        backend = (self.ticket and self.ticket.backend) or self._dispatcher.first
         headers = {"X-Request-Id": self.request_id, "X-Sidecar-Backend": backend}
         trace = self.http.headers.get("traceparent")
         if trace is not None and trace.isascii():  # what is not could not be written

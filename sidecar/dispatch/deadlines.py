@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from math import inf
 from types import TracebackType
 
@@ -16,9 +17,12 @@ class Deadlines:
         self._timer: asyncio.TimerHandle | None = None
         self._looks_at = inf
 
-    def until(self, when: float) -> Deadline:
-        """End the block at that time of the loop's, with a `TimeoutError`: as `asyncio.timeout_at` does it."""
-        return Deadline(self, when)
+    def until(self, when: float, unless: Callable[[], bool] | None = None) -> Deadline:
+        """End the block at that time of the loop's, with a `TimeoutError`: as `asyncio.timeout_at` does it.
+
+        If `unless` says so at that time, the block goes on without a deadline.
+        """
+        return Deadline(self, when, unless)
 
     def keep(self, deadline: Deadline) -> None:
         """Look after one more."""
@@ -49,10 +53,11 @@ class Deadlines:
 class Deadline:
     """One of them, for as long as its block lasts."""
 
-    __slots__ = ("_cancelling", "_deadlines", "_passed", "_task", "when")
+    __slots__ = ("_cancelling", "_deadlines", "_passed", "_task", "_unless", "when")
 
-    def __init__(self, deadlines: Deadlines, when: float) -> None:
+    def __init__(self, deadlines: Deadlines, when: float, unless: Callable[[], bool] | None) -> None:
         self.when = when
+        self._unless = unless
         self._deadlines = deadlines
         self._passed = False
 
@@ -66,6 +71,8 @@ class Deadline:
 
     def passes(self) -> None:
         """It is late: cancel it."""
+        if self._unless is not None and self._unless():
+            return
         self._passed = True
         self._task.cancel()
 

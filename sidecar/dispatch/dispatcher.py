@@ -1,12 +1,11 @@
 """Takes a ticket through: permit, attempt, verdict back to admission, and round again while that helps.
 
-The only loop around backends. It decides what a failed attempt means for the request (again, elsewhere, or an error to
-the caller) and tells admission, in plain terms, what it means for the limits.
+The only loop around backends. Admission says when and where an attempt may go; `RetryPolicy` says what a failed one
+means for the request; here each attempt is made and its outcome reported, once.
 """
 
 from __future__ import annotations
 
-import asyncio
 import random
 from collections.abc import Awaitable, Callable, Sequence
 
@@ -22,88 +21,65 @@ from backends.base import (
     Timings,
     Unreachable,
 )
-from sidecar.admission import Admission, DeadlineUnreachable, Draining, NotAdmitted, OnHold, Permit, Superseded, Ticket
+from sidecar.admission import (
+    Admission,
+    DeadlineUnreachable,
+    Dimension,
+    Permit,
+    StillFailing,
+    Ticket,
+    Upstream,
+    Verdict,
+)
+from sidecar.admission.gates.base import Outcome as VerdictOutcome
 from sidecar.dispatch.deadlines import Deadlines
+from sidecar.dispatch.retry_policy import LOOK_AROUND_SECONDS, Action, RetryPolicy, Situation, jitter
 from sidecar.observe.metrics import Metrics, Outcome
 from sidecar.observe.trace import TracingStopwatch
 
-#: Retries of failures (never of throttling) may be this share of successes, so that an ailing provider is not
-#: multiplied by us; the reserve starts full and never holds more. Finagle's retry budget has the same 20 %.
-RETRY_SHARE = 0.2
-RETRY_RESERVE = 10.0
-MAX_FAILED_ATTEMPTS = 3
-#: Full jitter: a retry waits between 0 and this many seconds, doubled for each failure before.
-RETRY_STEP_SECONDS = 0.5
-#: Before a request is given up: are others failing too? Then it is not to blame, and waits until the provider is back.
-LOOK_AROUND_SECONDS = 1.0
+#: What a refusal names, by its kind; a kind that is not here names nothing.
+_NAMED: dict[str, Dimension] = {
+    kind: kind for kind in ("request_rate", "token_rate", "growth", "concurrency", "capacity")
+}
 
 
 class DeadlineExceeded(Exception):
-    """The deadline passed with the work upstream."""
+    """The deadline passed while the upstream had the request."""
 
 
-class Route:
-    """A backend behind its admission, and how it has fared."""
-
-    def __init__(self, backend: Backend, admission: Admission) -> None:
-        self.backend = backend
-        self.name = backend.name
-        self.admission = admission
-        self._retries = RETRY_RESERVE
-        self.has_answered = False
-        """Failures are an outage then, and not a wrong address."""
-
-    def takes(self, ticket: Ticket, now: float) -> bool:
-        """Whether the ticket would be answered here before its deadline, as far as can be told."""
-        return self.backend.ready_reason() is None and self.admission.lane(ticket.model).takes(now, ticket)
-
-    def answered(self) -> None:
-        """An attempt brought an answer, if only that the request is at fault."""
-        self.has_answered = True
-
-    def succeeded(self) -> None:
-        """An attempt brought a whole answer."""
-        self.has_answered = True
-        self._retries = min(self._retries + RETRY_SHARE, RETRY_RESERVE)
-
-    def is_out(self, ticket: Ticket) -> bool:
-        """Whether this is an outage, or the beginning of one; a provider that never answered may be a wrong address."""
-        return self.has_answered and self.admission.lane(ticket.model).limits.failing
-
-    def may_retry(self, ticket: Ticket, failed_attempts: int) -> bool:
-        """Whether another attempt here may help, and is within the budget, which it then uses."""
-        if self.is_out(ticket):
-            return True  # single probes will find the provider back
-        if failed_attempts >= MAX_FAILED_ATTEMPTS or self._retries < 1.0:
-            return False
-        self._retries -= 1.0
-        return True
+class NoByteInTime(DeadlineExceeded):
+    """The upstream sent no byte of an answer for so long that another one gets the request."""
 
 
 class Dispatcher:
-    """The loop around the backends. The first serves; a later one takes over while those before it cannot."""
+    """The loop around the backends of one admission."""
 
-    def __init__(self, routes: Sequence[Route], metrics: Metrics) -> None:
-        self.routes = routes
+    def __init__(self, admission: Admission, backends: Sequence[Backend], metrics: Metrics) -> None:
+        """`backends` answer for the upstreams of the same names."""
+        self.admission = admission
+        self.backends = {backend.name: backend for backend in backends}
+        self.first = backends[0].name
         self._metrics = metrics
-        self.now = routes[0].admission.loop.time
+        self.now = admission.loop.time
         """The time, on the loop's clock."""
-        self._deadlines = Deadlines(routes[0].admission.loop)
+        self._deadlines = Deadlines(admission.loop)
+        self._policies = {name: RetryPolicy(self.now()) for name in self.backends}
         self._random = random.Random()  # noqa: S311  jitter, not a secret
 
     @property
     def draining(self) -> bool:
         """Nothing new is taken."""
-        return self.routes[0].admission.draining
+        return self.admission.draining
 
     async def models(self) -> bytes:
-        """The list of models of the first backend that gives one. Raises what the last said."""
-        for route in self.routes[:-1]:
+        """The list of models of the first backend that gives one. Raises the error of the last backend."""
+        *others, last = self.backends.values()
+        for backend in others:
             try:
-                return await route.backend.models()
+                return await backend.models()
             except BackendError:
                 continue
-        return await self.routes[-1].backend.models()
+        return await last.models()
 
     async def run(
         self,
@@ -121,87 +97,71 @@ class Dispatcher:
         failed_attempts = 0
         # Without its traceback, and not kept where it is raised: that holds this frame, and they would keep each other,
         # and with them the body, until the next collection of garbage.
-        last_failure: BackendError | None = None
-        route = self.routes[0]
-        given_up: list[Route] = []  # have had their chance at this ticket
+        last_failure: Exception | None = None
         while True:  # one round is one permit and one attempt
-            route = self._choose(ticket, given_up) or route
-            ticket.backend = route.name
             try:
-                with await route.admission.permit(ticket) as permit:
+                with await self.admission.permit(ticket) as permit:
                     watch.switch("lock", self.now())
                     try:
-                        reply = await self._attempt(route, permit, request, on_stream)
+                        reply = await self._attempt(permit, request, on_stream)
                     except BaseException:
                         watch.switch("queue", self.now())
                         raise
                     watch.switch("write", self.now())
                     return reply
-            except NotAdmitted as refusal:
-                if isinstance(refusal, Draining | Superseded):
+            except (DeadlineUnreachable, StillFailing) as refusal:
+                failed = isinstance(last_failure, ServerFailed | Unreachable | DeadlineExceeded)
+                if last_failure is None or not (failed or isinstance(refusal, StillFailing)):
                     raise
-                if not isinstance(refusal, OnHold):
-                    given_up.append(route)
-                    if self._choose(ticket, given_up) is None:
-                        late = isinstance(refusal, DeadlineUnreachable)
-                        if late and isinstance(last_failure, ServerFailed | Unreachable):
-                            try:
-                                raise last_failure from None
-                            finally:
-                                last_failure = None
-                        raise
-                ticket.returned = True
-                continue
-            except Throttled as refusal:
-                if ticket.streaming:
+                try:
+                    raise last_failure from None
+                finally:
+                    last_failure = None
+            except (BackendError, NoByteInTime) as failure:
+                failed_attempts += isinstance(failure, ServerFailed | Unreachable)
+                action = "fail" if ticket.streaming else self._decide(ticket, permit.upstream, failure, failed_attempts)
+                if action == "fail":
                     raise
-                last_failure = refusal.with_traceback(None)
-            except (ServerFailed, Unreachable) as failure:
-                failed_attempts += 1
-                if ticket.streaming:
-                    raise
-                if route.may_retry(ticket, failed_attempts):
-                    await self._jitter(ticket, failed_attempts)
-                    if route.is_out(ticket):
-                        failed_attempts = 0  # they were the provider's doing, and say nothing of this request
-                else:
-                    given_up.append(route)
-                    if self._choose(ticket, given_up) is None:
-                        await self._pause(ticket, LOOK_AROUND_SECONDS if route.has_answered else 0.0)
-                        if not route.is_out(ticket):
-                            raise
-                        given_up.remove(route)
-                    failed_attempts = 0
+                if action in ("elsewhere", "again_if_failing") or self._is_out(permit.upstream):
+                    failed_attempts = 0  # the failures of an outage are not this request's
                 last_failure = failure.with_traceback(None)
-            except (BillingRefused, Rejected) as refusal:
-                if ticket.streaming or not _is_about_account(refusal):
-                    raise
-                given_up.append(route)
-                if self._choose(ticket, given_up) is None:
-                    raise
-                last_failure = refusal.with_traceback(None)
-            ticket.returned = True
-            self._metrics.retry(route.name, last_failure)
+                self._metrics.retry(permit.upstream.name, last_failure)
 
-    def _choose(self, ticket: Ticket, given_up: Sequence[Route]) -> Route | None:
-        """The first route that would answer the ticket in time; None if there is none."""
-        if len(self.routes) == 1:
-            return None
+    def _decide(self, ticket: Ticket, upstream: Upstream, failure: Exception, failed_attempts: int) -> Action:
+        """Decide what a failed attempt means for the request; the ticket notes what it may still do."""
         now = self.now()
-        return next((route for route in self.routes if route not in given_up and route.takes(ticket, now)), None)
+        situation = Situation(
+            _outcome_of(failure),
+            elsewhere=self.admission.pool(ticket.model).has_another(ticket, upstream),
+            failing=self._is_out(upstream),
+            has_answered=upstream.has_answered,
+            failed_attempts=failed_attempts,
+        )
+        action = self._policies[upstream.name].decide(now, situation)
+        if action == "fail":
+            return action
+        ticket.returned = True
+        ticket.not_before, ticket.only_while_failing = now, False
+        if action == "elsewhere":
+            ticket.tried = (*ticket.tried, upstream)
+        elif action == "again_later":
+            ticket.not_before += jitter(self._random, failed_attempts, ticket.deadline - now)
+        elif action == "again_if_failing":
+            ticket.not_before += min(LOOK_AROUND_SECONDS, max(ticket.deadline - now, 0.0))
+            ticket.only_while_failing = True
+        return action
 
-    def _let_others_move(self, route: Route, model: str) -> None:
-        """What waits for a backend that is away goes to another, if there is one."""
-        if len(self.routes) > 1:
-            lane = route.admission.lane(model)
-            if lane.away is not None:
-                lane.refuse_all(OnHold(f"{route.name} is on hold: {lane.away}"))
+    @staticmethod
+    def _is_out(upstream: Upstream) -> bool:
+        """Whether this is an outage, or the beginning of one. One that never answered may be a wrong address."""
+        return upstream.has_answered and upstream.circuit.failing
 
     async def _attempt(
-        self, route: Route, permit: Permit, request: Request, on_stream: Callable[[Reply], Awaitable[None]] | None
+        self, permit: Permit, request: Request, on_stream: Callable[[Reply], Awaitable[None]] | None
     ) -> Reply:
-        """Make one attempt and tell admission and the metrics what it was told."""
-        ticket, name = permit.ticket, route.name
+        """Make one attempt and report its outcome to admission and the metrics."""
+        ticket, upstream = permit.ticket, permit.upstream
+        name = upstream.name
         trace = ticket.stopwatch if isinstance(ticket.stopwatch, TracingStopwatch) else None
         if trace is not None:
             request = trace.attempt(request, name)
@@ -210,7 +170,7 @@ class Dispatcher:
         try:
             with self._deadlines.until(ticket.deadline):
                 try:
-                    reply = await route.backend.send(request, timings)
+                    reply = await self._send(permit, request, timings)
                 finally:
                     self._note(ticket, timings, self.now())
                 if reply.chunks is not None:
@@ -223,71 +183,82 @@ class Dispatcher:
                         await reply.aclose()
             if reply.failure is not None:
                 raise reply.failure
-            permit.accepted(self.now(), reply.usage)
-            route.succeeded()
+            now = self.now()
+            permit.report(Verdict("accepted", now, usage=reply.usage))
+            self._policies[name].budget.answered(now)
             result = "ok"
             self._metrics.tokens(name, request.model, reply.usage)
         except TimeoutError as timeout:
             result = "timeout"
+            now = self.now()
+            silent = timings.first_byte is None and now - permit.sent_at >= upstream.patience(ticket)
+            permit.report(Verdict("timed_out" if silent else "abandoned", now, reason=f"{name} sent no answer"))
             raise DeadlineExceeded(
                 f"no whole answer from {name} within the request's {ticket.deadline - ticket.stopwatch.started:.1f} s: "
                 "allow more time, in X-Request-Timeout and SIDECAR_DEADLINE"
             ) from timeout
-        except Throttled as refusal:
-            result = "throttled"
-            permit.throttled(self.now(), refusal.kind, refusal.message, refusal.retry_after)
-            self._metrics.throttled(name, refusal.kind, refusal.code)
+        except NoByteInTime as failure:
+            result = "timeout"
+            permit.report(Verdict("timed_out", self.now(), reason=str(failure)))
             raise
-        except BillingRefused as refusal:
-            result = "throttled"
-            permit.account_refused(self.now(), refusal.message)
-            self._metrics.throttled(name, "billing", refusal.code)
-            raise
-        except Rejected as refusal:
-            result = "client_error"
-            if refusal.status == 401:
-                self._metrics.key_refused(name, refusal.message)
-            if _is_about_account(refusal) and len(self.routes) > 1:
-                permit.account_refused(self.now(), refusal.message)
-            else:
-                permit.accepted(self.now())
-                route.answered()
-            raise
-        except ServerFailed as failure:
-            result = "server_error"
-            permit.failed(self.now(), failure.message)
-            raise
-        except Unreachable as failure:
-            result = "connect_error"
-            permit.failed(self.now(), failure.message)
+        except BackendError as error:
+            result = self._report(permit, error)
             raise
         finally:
             self._metrics.attempt(name, result)
             if trace is not None:
                 trace.attempted(result)
-            self._let_others_move(route, ticket.model)
         return reply
+
+    async def _send(self, permit: Permit, request: Request, timings: Timings) -> Reply:
+        """Send; stop an attempt that gets no byte in time, if another upstream could take the request."""
+        ticket, upstream = permit.ticket, permit.upstream
+        backend = self.backends[upstream.name]
+        if not self.admission.pool(ticket.model).has_another(ticket, upstream):
+            return await backend.send(request, timings)
+        patience = upstream.patience(ticket)
+        try:
+            with self._deadlines.until(self.now() + patience, unless=lambda: timings.first_byte is not None):
+                return await backend.send(request, timings)
+        except TimeoutError:
+            raise NoByteInTime(f"{upstream.name} sent no byte for {patience:.1f} s") from None
+
+    def _report(self, permit: Permit, error: BackendError) -> str:
+        """Report an attempt's error as a verdict. Return the result for the metrics."""
+        now, name, reason = self.now(), permit.upstream.name, error.message
+        match error:
+            case Throttled():
+                permit.report(
+                    Verdict("refused", now, _NAMED.get(error.kind), retry_after=error.retry_after, reason=reason)
+                )
+                self._metrics.throttled(name, error.kind, error.code)
+                return "throttled"
+            case BillingRefused():
+                permit.report(Verdict("account", now, reason=reason))
+                self._metrics.throttled(name, "billing", error.code)
+                return "throttled"
+            case Rejected():
+                # The request passed the limits. A refused key is the account's fault, if another account can answer.
+                if error.status == 401:
+                    self._metrics.key_refused(name, reason)
+                about_account = error.status == 401 and len(self.backends) > 1
+                permit.report(Verdict("account" if about_account else "accepted", now, reason=reason))
+                return "client_error"
+            case ServerFailed():
+                permit.report(Verdict("failed", now, reason=reason))
+                return "server_error"
+            case _:
+                permit.report(Verdict("failed", now, reason=reason))
+                return "connect_error"
 
     def finish(self, ticket: Ticket, api: str, outcome: Outcome) -> None:
         """The ticket's last byte is out, or it has failed: stop its watch and write its record, once."""
         ticket.stopwatch.stop(self.now())
-        self._metrics.finished(ticket, api, ticket.backend or self.routes[0].name, outcome)
+        self._metrics.finished(ticket, api, ticket.backend or self.first, outcome)
 
     def invalid(self, api: str) -> None:
         """A request that never became a ticket: its own fault."""
-        self._metrics.invalid(api, self.routes[0].name)
-
-    async def _jitter(self, ticket: Ticket, failed_attempts: int) -> None:
-        longest = RETRY_STEP_SECONDS * 2.0 ** (failed_attempts - 1)
-        await self._pause(ticket, self._random.uniform(0.0, min(longest, max(ticket.deadline - self.now(), 0.0))))
-
-    async def _pause(self, ticket: Ticket, seconds: float) -> None:
-        """Wait a little without a permit, on the account of `hold`."""
-        begun = self.now()
-        try:
-            await asyncio.sleep(min(seconds, max(ticket.deadline - begun, 0.0)))
-        finally:
-            ticket.add_cause("hold", self.now() - begun)
+        self._metrics.invalid(api, self.first)
 
     @staticmethod
     def _note(ticket: Ticket, timings: Timings, now: float) -> None:
@@ -298,9 +269,16 @@ class Dispatcher:
             ticket.stopwatch.switch("body", timings.first_byte or now)
 
 
-def _is_about_account(refusal: BillingRefused | Rejected) -> bool:
-    """The provider refuses whoever sends with this key: money, or a key that is missing or wrong.
-
-    A 401 is never about the caller's own bearer, which is not sent on.
-    """
-    return isinstance(refusal, BillingRefused) or refusal.status == 401
+def _outcome_of(failure: Exception) -> VerdictOutcome:
+    """The outcome that decides what a failure means for the request."""
+    match failure:
+        case Throttled():
+            return "refused"
+        case NoByteInTime():
+            return "timed_out"
+        case BillingRefused() | Rejected(status=401):
+            return "account"  # a 401 is never about the caller's own bearer, which is not sent on
+        case Rejected():
+            return "accepted"
+        case _:
+            return "failed"

@@ -23,13 +23,11 @@ class TokenBucket:
 
     def level(self, now: float) -> float:
         """What could be taken at once. Negative while a debt is being paid."""
-        if now > self._at:
-            if self.rate == inf:
-                self._level = self.capacity
-            else:
-                self._level = min(self.capacity, self._level + self.rate * (now - self._at))
-            self._at = now
-        return self._level
+        if now <= self._at:
+            return self._level
+        if self.rate == inf:
+            return self.capacity
+        return min(self.capacity, self._level + self.rate * (now - self._at))
 
     def wait(self, now: float, amount: float = 1.0) -> float:
         """Seconds until `amount` may be taken, if nothing else is taken before; 0 for now."""
@@ -44,6 +42,7 @@ class TokenBucket:
     def take(self, now: float, amount: float = 1.0) -> None:
         """Take `amount`, into debt if need be. A negative amount gives back."""
         self._level = min(self.capacity, self.level(now) - amount)
+        self._at = max(self._at, now)
 
     def set(self, now: float, rate: float, capacity: float) -> None:
         """Change the size from `now` on. What is in the bucket stays, as far as it fits."""
@@ -53,3 +52,4 @@ class TokenBucket:
         self.rate = rate
         self.capacity = capacity
         self._level = min(level, capacity)
+        self._at = max(self._at, now)

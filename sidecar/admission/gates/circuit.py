@@ -1,13 +1,18 @@
-"""Admission closed but for one probe at a time: while the provider is down, has no room, or refuses everything."""
+"""The circuit: closed while the provider answers; else open but for one half-open probe at a time."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from enum import StrEnum
 from math import inf, isfinite
 
+from sidecar.admission.gates.base import Ahead, GateStatus, Verdict
+from sidecar.admission.learning.learner import Recovery
+from sidecar.admission.ticket import Cause, Ticket
 
-class HoldKind(StrEnum):
-    """Why admission is closed."""
+
+class CircuitState(StrEnum):
+    """Why the circuit is open. The values are labels of `sidecar_limit_state`."""
 
     OUTAGE = "outage"
     CAPACITY = "capacity"
@@ -16,6 +21,13 @@ class HoldKind(StrEnum):
     BILLING = "billing"
 
 
+#: Consecutive failures (5xx, broken connections) that mean the provider is down, and of how many requests they must be:
+#: one request that breaks the provider each time is not an outage.
+OUTAGE_FAILURES, OUTAGE_TICKETS = 6, 2
+#: Attempts in a row that got no byte in time, which mean the same.
+OUTAGE_SILENT = 3
+#: Requests that have failed in a row, none answered between, from which on failing is the provider's doing.
+FAILING_TICKETS = 2
 #: Seconds to the first probe; the factor between probes, up to a step of so many seconds and beyond; the longest step.
 FIRST_STEP, GROWTH, SHORT_STEP, SLOW_GROWTH, MAX_STEP = 0.5, 2.0, 4.0, 1.25, 5.0
 BILLING_STEP = 30.0
@@ -23,118 +35,228 @@ BILLING_STEP = 30.0
 LITTLE_TRUST, MUCH_TRUST = 5.0, 120.0
 #: Nothing is guessed to last longer than this many more.
 MAX_GUESS = 60.0
+#: A probe that was not refused within this many seconds, and thrice the usual time of a refusal, was taken.
+PATIENCE_SECONDS = 0.5
 
 
-class Hold:
-    """Open while `kind` is None. While closed, `may_probe` says when the one probe may go."""
+class Try:
+    """One attempt as the circuit remembers it."""
+
+    __slots__ = ("sent_at", "ticket")
+
+    def __init__(self, sent_at: float, ticket: Ticket) -> None:
+        self.sent_at = sent_at
+        self.ticket = ticket
+
+
+class Circuit:
+    """Closed while `state` is None. While open, one probe at a time may go, at `next_probe`."""
 
     __slots__ = (
-        "_asked",
-        "_confirmed",
-        "_step",
-        "_vain",
-        "gap",
-        "kind",
-        "last_refused",
-        "next_probe",
-        "passes",
-        "probing",
-        "reason",
-        "since",
-    )
+        "_asked", "_confirmed", "_failed", "_failures", "_on_close", "_probe", "_random", "_refusal_seconds", "_silent",
+        "_step", "_vain", "_window_ends", "gap", "last_refused", "name", "next_probe", "passes", "reason", "since",
+        "state",
+    )  # fmt: skip
 
-    def __init__(self) -> None:
-        self.kind: HoldKind | None = None
+    def __init__(
+        self,
+        *,
+        on_close: Callable[[float, CircuitState, Recovery], None],
+        window_ends: Callable[[float], float],
+        refusal_seconds: Callable[[], float],
+        random: Callable[[], float],
+    ) -> None:
+        """`on_close` is called when a probe was accepted, with the state that ends.
+
+        `window_ends` and `refusal_seconds` are the request rate's learner's. `random` gives the jitter, 0 to 1.
+        """
+        self.name: Cause = "hold"
+        self.state: CircuitState | None = None
         self.reason = ""
         self.since = 0.0
         self.next_probe = 0.0
-        self.probing = False
+        self.last_refused = 0.0
         self.gap = 0.0
         """Seconds from the last refusal to the probe that was taken, in the blackout before: what it takes to wait."""
         self.passes = False
         """A blackout ends by itself, as that of a window does, however often is asked meanwhile."""
+        self._on_close = on_close
+        self._window_ends = window_ends
+        self._refusal_seconds = refusal_seconds
+        self._random = random
+        self._probe: Try | None = None
+        self._failures = self._silent = 0
+        self._failed: set[Ticket] = set()
         self._step = FIRST_STEP
-        self.last_refused = 0.0
         self._vain = 0.0  # the longest wait after a refusal that was refused too
         self._asked = 0.0  # the loop's time until which a Retry-After asked to wait
         self._confirmed = 0
 
-    def close(
-        self,
-        now: float,
-        kind: HoldKind,
-        reason: str,
-        retry_after: float | None = None,
-        *,
-        jitter: float = 1.0,
-        expected: float = 0.0,
-    ) -> None:
-        """
-        Close, or stay closed after a probe that failed too. `jitter` is what the step is multiplied by.
+    @property
+    def probing(self) -> bool:
+        """The probe is in flight."""
+        return self._probe is not None
 
-        `expected` is when it should end; only what is near makes a difference.
+    @property
+    def failing(self) -> bool:
+        """The provider fails request after request: none of them is to blame."""
+        return self.state is not None or len(self._failed) >= FAILING_TICKETS
+
+    def may_probe(self, now: float) -> bool:
+        """While open: the probe may go now."""
+        return self._probe is None and now >= self.next_probe
+
+    # -- the gate ------------------------------------------------------------------------------------------------------
+
+    def advance(self, now: float) -> None:
+        """Count a probe that was not refused for long enough as accepted."""
+        if self._probe is not None and self._patience(now) <= 0:
+            self._close(now)
+
+    def opens_at(self, now: float, cost: float) -> float:
+        """See `Gate`: `now` also if the half-open probe may go."""
+        if self.state is None:
+            return now
+        if self._probe is not None:
+            return now + self._patience(now)
+        return max(now, self.next_probe)
+
+    def reserve(self, now: float, ticket: Ticket, cost: float, *, held: bool) -> Try:
+        """See `Gate`. While the circuit is open, this attempt is the probe."""
+        one = Try(now, ticket)
+        if self.state is not None:
+            self._probe = one
+        return one
+
+    def settle(self, now: float, reservation: Try, verdict: Verdict, *, blamed: Cause | None) -> None:
+        """See `Gate`."""
+        is_probe = reservation is self._probe
+        match verdict.outcome:
+            case "accepted":
+                self._forget_failures()
+                if is_probe:
+                    self._close(now)
+            case "refused":
+                self._forget_failures()
+                if verdict.named == "capacity":
+                    self._refused(now, CircuitState.CAPACITY, verdict, opens=is_probe or self.state is None)
+                elif self.state is not None:
+                    self._refused(now, self.state, verdict, opens=is_probe)
+            case "failed":
+                self._failures += 1
+                self._failed.add(reservation.ticket)
+                down = self._failures >= OUTAGE_FAILURES and len(self._failed) >= OUTAGE_TICKETS
+                if is_probe or (self.state is None and down):
+                    self.open(now, CircuitState.OUTAGE, verdict.reason)
+            case "timed_out":
+                self._silent += 1
+                if is_probe or (self.state is None and self._silent >= OUTAGE_SILENT):
+                    self.open(now, CircuitState.OUTAGE, verdict.reason)
+            case "account":
+                self.open(now, CircuitState.BILLING, verdict.reason)
+            case _:
+                pass
+        if reservation is self._probe:  # without a verdict: its caller left
+            self._probe = None
+
+    def explains(self, now: float, reservation: Try) -> float:
+        """See `Gate`: everything is refused while the circuit is open."""
+        return float(self.state is not None)
+
+    def seconds_for(self, now: float, ahead: Ahead) -> float:
+        """See `Gate`."""
+        return self.seconds_left(now)
+
+    def seconds_left(self, now: float) -> float:
+        """A guess at how long it stays open.
+
+        What has lasted some time lasts as long again, as half of such things do whatever their scale (Gott, 1993); a
+        blackout as long as the one before, at least.
         """
-        if self.kind is None:
+        if self.state is None:
+            return 0.0
+        until = self.next_probe
+        if self.state is CircuitState.BLACKOUT:
+            until = max(until, self.last_refused + self.gap)
+        return max(until - now, min(now - self.since, MAX_GUESS))
+
+    def status(self, now: float) -> GateStatus:
+        """See `Gate`."""
+        if self.state is None:
+            return GateStatus("hold", limit=None)
+        return GateStatus(
+            "hold", limit=None, state=self.state.value, why=self.reason, since=self.since, next_at=self.next_probe
+        )
+
+    # -- opening and closing -------------------------------------------------------------------------------------------
+
+    def open(self, now: float, state: CircuitState, reason: str, retry_after: float | None = None) -> None:
+        """Open, or stay open after a probe that failed too."""
+        self._probe = None
+        expected = self._window_ends(now) if state is CircuitState.BLACKOUT else now
+        jitter = 1.0 + 0.2 * self._random()
+        if self.state is None:
             self.since = now
             self._asked = 0.0
             self._step = FIRST_STEP
-            if kind is HoldKind.BLACKOUT and not self.passes:  # as long as it took, unless that was tried in vain
+            if state is CircuitState.BLACKOUT and not self.passes:  # as long as it took, unless that was tried in vain
                 self._step = min(max(self.gap, 1.01 * self._vain, FIRST_STEP), MAX_STEP)
-        elif kind is self.kind:
-            if kind is HoldKind.BLACKOUT:
+        elif state is self.state:
+            if state is CircuitState.BLACKOUT:
                 self._vain = max(self._vain, now - self.last_refused)
             self._step = min(self._step * (GROWTH if self._step < SHORT_STEP else SLOW_GROWTH), MAX_STEP)
-        self.kind = kind
+        self.state = state
         self.reason = reason
         self.last_refused = now
-        step = BILLING_STEP if kind is HoldKind.BILLING else self._step * jitter
+        step = BILLING_STEP if state is CircuitState.BILLING else self._step * jitter
         if 0.0 < expected - now < 2.0 * step:
             step = expected - now
         self.next_probe = now + step
-        self.heard(now, retry_after)
+        self._heed(now, retry_after)
 
-    def heard(self, now: float, retry_after: float | None) -> None:
+    def _close(self, now: float) -> None:
+        """The probe was accepted: the provider takes work again."""
+        state, probe = self.state, self._probe
+        if probe is None or state is None:
+            return
+        self._on_close(now, state, Recovery(self.since, probe.sent_at, probe.sent_at - self.last_refused))
+        if state is CircuitState.BLACKOUT:
+            self.gap = probe.sent_at - self.last_refused
+            if self.gap <= self._vain:  # no penalty that begins anew with each refusal: it ends by itself
+                self._vain = 0.0
+        if self._asked:
+            early = self._asked - probe.sent_at
+            if early > 0.5 * (self._asked - self.since):
+                self._confirmed = 0  # it was taken long before the provider said
+            elif early <= 0 and self.last_refused < self._asked:
+                self._confirmed += 1
+        self.state = None
+        self.reason = ""
+        self.next_probe = -inf
+        self._probe = None
+
+    def _refused(self, now: float, state: CircuitState, verdict: Verdict, *, opens: bool) -> None:
+        if opens:
+            self.open(now, state, verdict.reason, verdict.retry_after)
+        else:
+            self._heed(now, verdict.retry_after)
+
+    def _heed(self, now: float, retry_after: float | None) -> None:
         """
         A refusal asks to wait so many seconds: the newest word counts. It may put the next probe off, as far as it is
         trusted, and never brings it forward.
         """
         if retry_after is not None and isfinite(retry_after) and retry_after > 0:
             self._asked = now + retry_after
-            self.next_probe = max(self.next_probe, now + min(retry_after, self.trust))
+            trust = MUCH_TRUST if self._confirmed >= 2 else LITTLE_TRUST
+            self.next_probe = max(self.next_probe, now + min(retry_after, trust))
 
-    @property
-    def trust(self) -> float:
-        """Seconds that a Retry-After is believed at most."""
-        return MUCH_TRUST if self._confirmed >= 2 else LITTLE_TRUST
+    def _patience(self, now: float) -> float:
+        """Seconds until a probe of which nothing was heard counts as taken; infinite where silence means nothing."""
+        if self._probe is None or self.state is not CircuitState.BLACKOUT:
+            return inf
+        return self._probe.sent_at + max(PATIENCE_SECONDS, 3 * self._refusal_seconds()) - now
 
-    def open(self, probed_at: float | None = None) -> None:
-        """The provider takes work again; `probed_at` is when the probe that it took was sent."""
-        if probed_at is not None and self.kind is HoldKind.BLACKOUT:
-            self.gap = probed_at - self.last_refused
-            if self.gap <= self._vain:  # no penalty that begins anew with each refusal: it ends by itself
-                self._vain = 0.0
-        if probed_at is not None and self._asked:
-            early = self._asked - probed_at
-            if early > 0.5 * (self._asked - self.since):
-                self._confirmed = 0  # it was taken long before the provider said
-            elif early <= 0 and self.last_refused < self._asked:
-                self._confirmed += 1
-        self.kind = None
-        self.reason = ""
-        self.next_probe = -inf
-
-    def seconds_left(self, now: float) -> float:
-        """
-        A guess at how long it stays closed: what has lasted some time lasts as long again, as half of such things do
-        whatever their scale (Gott, 1993); a blackout as long as the one before, at least.
-        """
-        if self.kind is None:
-            return 0.0
-        until = self.next_probe
-        if self.kind is HoldKind.BLACKOUT:
-            until = max(until, self.last_refused + self.gap)
-        return max(until - now, min(now - self.since, MAX_GUESS))
-
-    def may_probe(self, now: float) -> bool:
-        """While closed: the one probe may go now."""
-        return not self.probing and now >= self.next_probe
+    def _forget_failures(self) -> None:
+        self._failures = self._silent = 0
+        self._failed.clear()

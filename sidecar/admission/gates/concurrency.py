@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections import Counter, deque
 from math import inf
 
+from sidecar.admission.gates.base import Ahead, GateStatus, Verdict
+from sidecar.admission.ticket import Cause, Ticket
+
+MAX_CONCURRENCY = 1024
 #: Refusals, over so many seconds and times that of an answer at least, that must all have met more in flight than
 #: accepted attempts did before concurrency is suspected: within a moment of each other they may as well tell of a rate
 #: that fell, and until the first answers are back there are more in flight all the time.
@@ -13,16 +17,32 @@ SUSPECT_AFTER, SUSPECT_SECONDS, SUSPECT_LATENCIES = 4, 10.0, 3.0
 CHANCE = 0.1
 
 
-class Permits:
+class Place:
+    """One attempt in flight."""
+
+    __slots__ = ("beside", "held", "sent_at")
+
+    def __init__(self, sent_at: float, beside: int, held: bool) -> None:
+        self.sent_at = sent_at
+        self.beside = beside
+        """Attempts in flight at the provider when this one started; refused ones were not."""
+        self.held = held
+
+
+class ConcurrencyGate:
     """
-    A counting semaphore whose size moves. It never waits: whoever finds it empty stays in the queue.
+    A counting semaphore whose size moves. It never waits: a ticket that finds no free place stays in the queue.
 
     Shrinking takes nothing back: attempts in flight finish, and none is admitted until they fit.
     """
 
-    __slots__ = ("_budget", "_cut_at", "_paid", "_suspects", "_taken", "in_flight", "learned", "size", "step")
+    __slots__ = (
+        "_budget", "_changed_at", "_cut_at", "_paid", "_places", "_suspects", "_taken", "answer_seconds", "discovered",
+        "in_flight", "learned", "name", "size", "step",
+    )  # fmt: skip
 
     def __init__(self, size: int, budget: float = 0.005) -> None:
+        self.name: Cause = "concurrency"
         self.size = size
         """What the pace needs and memory allows."""
         self.learned = inf
@@ -30,75 +50,144 @@ class Permits:
         self.in_flight = 0
         self.step = 0
         """How many more than learned are let out at present, to see whether more is allowed."""
+        self.answer_seconds = 0.0
+        """Seconds that an answer takes, set by the upstream; 0 while none is known."""
+        self.discovered = False
+        """The last refusal has shown a limit that it did not name."""
         self._budget = budget
+        self._changed_at = -inf
         self._cut_at = -inf
         self._paid = 0.0  # of a refusal, by the budget
         self._suspects: deque[tuple[float, int]] = deque(maxlen=SUSPECT_AFTER)  # when sent, and how many beside
         self._taken: Counter[int] = Counter()  # accepted attempts by how many they had beside them
+        self._places: dict[Place, None] = {}  # in flight, in the order in which they started
 
     @property
     def allowed(self) -> float:
         """Attempts that may be in flight now."""
         return min(self.size, self.learned + self.step)
 
-    @property
-    def free(self) -> bool:
-        """One more attempt may start."""
-        return self.in_flight < self.size and self.in_flight < self.learned + self.step
+    # -- the gate ------------------------------------------------------------------------------------------------------
 
-    def take(self) -> int:
-        """Count one attempt as in flight; returns how many there were beside it."""
+    def advance(self, now: float) -> None:
+        """See `Gate`."""
+
+    def opens_at(self, now: float, cost: float) -> float:
+        """See `Gate`: only the end of an attempt, or a larger limit, opens it."""
+        return now if self.in_flight < self.size and self.in_flight < self.learned + self.step else inf
+
+    def reserve(self, now: float, ticket: Ticket, cost: float, *, held: bool) -> Place:
+        """See `Gate`."""
+        place = Place(now, self.in_flight, held)
         self.in_flight += 1
-        return self.in_flight - 1
+        self._places[place] = None
+        return place
 
-    def give_back(self) -> None:
-        """Count one attempt as ended."""
-        assert self.in_flight > 0, "a permit was given back twice"  # noqa: S101  a defect of ours, never of a caller
+    def settle(self, now: float, reservation: Place, verdict: Verdict, *, blamed: Cause | None) -> None:
+        """See `Gate`."""
+        self.discovered = False
+        if verdict.outcome == "accepted":
+            if reservation.beside < self.learned or self._was_surely_full_before(reservation):
+                self._accepted(reservation.beside, reservation.held)
+        elif verdict.outcome == "refused":
+            self._was_not_there(reservation)
+            if blamed != "hold" and verdict.named != "capacity":
+                self._refused(now, reservation, verdict, blamed=blamed == "concurrency")
         self.in_flight -= 1
+        del self._places[reservation]  # a KeyError here is a defect of ours: a reservation was settled twice
 
-    def accepted(self, beside: int, bound: bool) -> None:
-        """An attempt that had so many beside it was taken. `bound`: it had to wait for a permit."""
+    def explains(self, now: float, reservation: Place) -> float:
+        """See `Gate`: 1 if a limit on concurrency explains the latest refusals better than any rate does."""
+        return float(self.answer_seconds > 0 and (reservation.beside >= self.learned or self._least(reservation) > 0))
+
+    def seconds_for(self, now: float, ahead: Ahead) -> float:
+        """See `Gate`: places become free at the rate of answers."""
+        if self.answer_seconds <= 0:
+            return 0.0
+        return (ahead.requests - (self.allowed - self.in_flight)) * self.answer_seconds / self.allowed
+
+    def status(self, now: float) -> GateStatus:
+        """See `Gate`."""
+        return GateStatus(
+            "concurrency",
+            limit=None if self.learned == inf else self.learned,
+            pace=self.allowed,
+            since=self._changed_at,
+            in_flight=self.in_flight,
+        )
+
+    # -- what verdicts show --------------------------------------------------------------------------------------------
+
+    def _accepted(self, beside: int, held: bool) -> None:
         self._taken[beside] += 1
         if beside >= self.learned:  # more than was thought: the limit has risen, look further and faster
             self.learned = beside + 1
             self.step = max(2 * self.step, 1)
         if self.learned < inf:
             self._paid = min(self._paid + self._budget, 1.0)
-            if bound and self._paid >= 1.0:
+            if held and self._paid >= 1.0:
                 self._paid = 0.0
                 self.step = max(self.step, 1)
 
-    def refused(self, now: float, sent_at: float, beside: int) -> None:
-        """The provider refused an attempt with so many beside it, for that reason. One burst is one event."""
-        if sent_at > self._cut_at:
+    def _refused(self, now: float, place: Place, verdict: Verdict, *, blamed: bool) -> None:
+        if verdict.named in (None, "request_rate") and self.answer_seconds > 0:
+            self._weigh(now, place)
+        if not blamed:
+            return
+        self._changed_at = now
+        if place.sent_at > self._cut_at:  # one burst is one event
             self._cut_at = now
-            self.learned = max(beside, 1) if self.learned == inf else max(min(self.learned, beside), 1)
-        elif beside >= 1:
-            self.learned = min(self.learned, beside)
+            learned = place.beside if self.learned == inf else min(self.learned, place.beside)
+            self.learned = max(learned, 1)
+        elif place.beside >= 1:
+            self.learned = min(self.learned, place.beside)
         self.step = 0
         self._paid = 0.0
 
-    def suspect(self, now: float, sent_at: float, beside: int, latency: float) -> bool:
+    def _weigh(self, now: float, place: Place) -> None:
         """
-        A refusal named another limit, or none. True if concurrency explains the latest ones better.
+        A refusal named another limit, or none: see whether concurrency explains the latest ones better.
 
         A rate refuses at any number in flight; a limit on concurrency only above what was taken, but for a few.
         """
-        if beside >= self.learned:
-            return True
-        if sent_at <= self._cut_at:
-            return False
+        if place.beside >= self.learned or place.sent_at <= self._cut_at:
+            return
+        least = self._least(place)
         self._cut_at = now
-        self._suspects.append((sent_at, beside))
-        seconds = sent_at - self._suspects[0][0]
-        if len(self._suspects) < SUSPECT_AFTER or seconds < max(SUSPECT_SECONDS, SUSPECT_LATENCIES * latency):
-            return False
-        least = min(beside for _, beside in self._suspects)
-        above = sum(count for at, count in self._taken.items() if at >= least)
-        if least < 1 or above > min(SUSPECT_AFTER, CHANCE * self._taken.total()):
+        self._suspects.append((place.sent_at, place.beside))
+        if least > 0:
+            self.discovered = least < self.learned
+            self.learned = least
+            self._suspects.clear()
+        elif least < 0:
             self._taken.clear()  # what was once taken need not be so for ever
             self._suspects.clear()
-            return False
-        self.learned = least
-        self._suspects.clear()
+
+    def _least(self, place: Place) -> int:
+        """The limit that this refusal and the latest ones show; 0 while they are too few, -1 if they show none."""
+        if place.sent_at <= self._cut_at:
+            return 0
+        suspects = [*self._suspects, (place.sent_at, place.beside)][-SUSPECT_AFTER:]
+        seconds = place.sent_at - suspects[0][0]
+        if len(suspects) < SUSPECT_AFTER or seconds < max(SUSPECT_SECONDS, SUSPECT_LATENCIES * self.answer_seconds):
+            return 0
+        least = min(beside for _, beside in suspects)
+        above = sum(count for at, count in self._taken.items() if at >= least)
+        return -1 if least < 1 or above > min(SUSPECT_AFTER, CHANCE * self._taken.total()) else least
+
+    def _was_not_there(self, refused: Place) -> None:
+        """A refused attempt held no place at the provider: the later ones had one less beside them."""
+        later = False
+        for other in self._places:
+            if later:
+                other.beside -= 1
+            later = later or other is refused
+
+    def _was_surely_full_before(self, accepted: Place) -> bool:
+        """No attempt that went out earlier, with as many beside it, may yet turn out to have been refused."""
+        for other in self._places:
+            if other is accepted:
+                break
+            if other.beside >= self.learned:
+                return False
         return True

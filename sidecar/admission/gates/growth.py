@@ -12,6 +12,9 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from math import inf
 
+from sidecar.admission.gates.base import Ahead, GateStatus, Verdict
+from sidecar.admission.ticket import Cause, Ticket
+
 #: The times before the last second, in seconds, that are looked at; the stricter one counts, since the provider's own
 #: is not known.
 MEMORIES = (8.0, 12.0)
@@ -21,10 +24,10 @@ MIN_BASE = 1.0
 CUT = 0.85
 
 
-class GrowthGovernor:
+class GrowthGate:
     """Paces what rises too quickly. Dormant, and free, until the first refusal for growth."""
 
-    __slots__ = ("_bound", "_budget", "_cut_at", "_first", "_log", "base", "factor")
+    __slots__ = ("_bound", "_budget", "_changed_at", "_cut_at", "_first", "_log", "base", "factor", "name")
 
     def __init__(self, budget: float = 0.005) -> None:
         self.base = inf
@@ -32,6 +35,8 @@ class GrowthGovernor:
         self.factor = FACTOR
         self._budget = budget
         self._log: list[float] = []  # send times of what was not refused
+        self.name: Cause = "growth"
+        self._changed_at = -inf
         self._cut_at = -inf
         self._first = False
         self._bound = 0
@@ -41,7 +46,39 @@ class GrowthGovernor:
         """A refusal for growth has been seen."""
         return self.base < inf
 
-    def wait(self, now: float) -> float:
+    def advance(self, now: float) -> None:
+        """See `Gate`."""
+
+    def opens_at(self, now: float, cost: float) -> float:
+        """See `Gate`."""
+        wait = self._wait(now) if self.base < inf else 0.0
+        return now + wait if wait > 0 else now
+
+    def reserve(self, now: float, ticket: Ticket, cost: float, *, held: bool) -> float:
+        """See `Gate`."""
+        self._sent(now, held)
+        return now
+
+    def settle(self, now: float, reservation: float, verdict: Verdict, *, blamed: Cause | None) -> None:
+        """See `Gate`."""
+        if verdict.outcome == "refused" and blamed == "growth":
+            self._refused(now, reservation)
+            self._changed_at = now
+
+    def explains(self, now: float, reservation: float) -> float:
+        """See `Gate`. Only a provider that names growth is taken to limit it."""
+        return 0.0
+
+    def status(self, now: float) -> GateStatus:
+        """See `Gate`."""
+        if not self.active:
+            return GateStatus("growth", limit=None)
+        return GateStatus(
+            "growth", limit=self.base, pace=self.allowed(now), why="refused for growth", since=self._changed_at,
+            factor=self.factor,
+        )  # fmt: skip
+
+    def _wait(self, now: float) -> float:
         """Seconds until one more may be sent; 0 for now."""
         if self.base == inf:
             return 0.0
@@ -53,11 +90,12 @@ class GrowthGovernor:
         index = min(last + max(int(over + 0.999) - 1, 0), len(self._log) - 1)
         return max(self._log[index] + 1.0 - now, 1e-3) if index >= 0 else 0.1
 
-    def seconds_for(self, now: float, requests: float) -> float:
-        """Seconds until the last of so many may have been sent, each second paving the way for the next."""
+    def seconds_for(self, now: float, ahead: Ahead) -> float:
+        """See `Gate`: each second allows more in the next one."""
         if not self.active:
             return 0.0
-        seconds = self.wait(now)
+        requests = ahead.requests
+        seconds = self._wait(now)
         before = float(len(self._log) - bisect_left(self._log, now - MEMORIES[-1]))
         while requests > (allowed := max(self.base + self.factor * before / MEMORIES[-1], 1.0)):
             requests -= allowed
@@ -71,7 +109,7 @@ class GrowthGovernor:
         rates = [(before - bisect_left(self._log, now - 1.0 - memory)) / memory for memory in MEMORIES]
         return max(self.base + self.factor * min(rates), 1.0)
 
-    def sent(self, now: float, bound: bool) -> None:
+    def _sent(self, now: float, bound: bool) -> None:
         """One attempt goes out. `bound`: it had to wait for this."""
         log = self._log
         if len(log) > 64 and log[len(log) // 2] < now - 1.0 - MEMORIES[-1]:
@@ -84,7 +122,7 @@ class GrowthGovernor:
                 self.factor = min(self.factor * 1.05, 2 * FACTOR)
                 self.base *= 1.05
 
-    def refused(self, now: float, sent_at: float) -> None:
+    def _refused(self, now: float, sent_at: float) -> None:
         """An attempt sent at that time was refused for growth. One burst, told by its send times, is one event."""
         index = bisect_left(self._log, sent_at)
         if index < len(self._log) and self._log[index] == sent_at:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from math import inf
-from typing import Any
 
 from sidecar.admission.learning.policer import Interval
 from sidecar.admission.learning.states import State
@@ -110,26 +109,7 @@ class Estimate:
         self.burst = max(0.85 * self.burst, self.typical)
         self.limit = max(self.limit, low)
 
-    def learned(self) -> dict[str, float] | None:
-        """What is worth remembering over a restart, as `recall` takes it; None while nothing was learned."""
-        if self.limit == inf:
-            return None
-        return {"limit": self.limit, "burst": self.burst, "uncertainty": self.unsure}
-
     def recall(self, limit: float, burst: float, uncertainty: float) -> None:
         """Begin with what was learned before a restart."""
         self.burst = max(burst, self.typical)
         self.know(limit, uncertainty, surest=ESTIMATE_RECALLED)
-
-    def status(self, now: float, pace: float) -> dict[str, Any]:
-        """What was learned, and when and why it last changed, for operators."""
-        known = self.limit < inf
-        return {
-            "state": self.state.value,
-            "learned": round(self.limit, 3) if known else None,
-            "pace": None if pace == inf else round(pace, 3),
-            "burst": round(self.burst, 1) if known else None,
-            "uncertainty": round(self.unsure, 3) if known else None,
-            "changed_seconds_ago": round(now - self.changed_at, 1),
-            "changed_why": self.changed_why,
-        }

@@ -1,0 +1,133 @@
+"""The gate of one rate: requests per second, or LLM tokens per second. A token bucket, sized by a learner."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import inf
+
+from sidecar.admission.gates.base import Ahead, Change, GateStatus, Verdict
+from sidecar.admission.gates.bucket import TokenBucket
+from sidecar.admission.learning.learner import Effect, Learner, Recovery, Remembered
+from sidecar.admission.learning.policer import Sent
+from sidecar.admission.ticket import Cause, Ticket
+
+#: A limit that grows while nothing is refused is reported each time it has grown by this share.
+REPORTED_SHARE = 0.1
+
+
+class RateGate:
+    """Paces one dimension of one upstream. Amounts are 1 for each request, or the LLM tokens of an attempt."""
+
+    __slots__ = (
+        "_bucket", "_filled_at", "_in_tokens", "_limit", "_on_change", "_state", "learner", "name", "nothing_accepted",
+    )  # fmt: skip
+
+    def __init__(
+        self, now: float, name: Cause, learner: Learner, on_change: Callable[[Change], None] = lambda _: None
+    ) -> None:
+        """`on_change` is called with every change of the limit that a verdict makes, and every tenth that it grows."""
+        self.name: Cause = name
+        self.learner = learner
+        self.nothing_accepted = False
+        """The last refusal showed that everything is refused, whatever the pace."""
+        self._in_tokens = name == "token_rate"
+        self._bucket = TokenBucket(now, inf, learner.capacity)
+        self._filled_at = -inf
+        self._on_change = on_change
+        self._limit, self._state = learner.limit, learner.snapshot().state  # as last reported
+
+    def advance(self, now: float) -> None:
+        """Let the bucket fill, at the pace of now from now on."""
+        if not self.learner.unpaced:
+            self._fill(now)
+
+    def opens_at(self, now: float, cost: float) -> float:
+        """See `Gate`."""
+        if self.learner.unpaced:
+            return now
+        wait = self._bucket.wait(now, cost if self._in_tokens else 1.0)
+        return now + wait if wait > 0 else now
+
+    def reserve(self, now: float, ticket: Ticket, cost: float, *, held: bool) -> Sent:
+        """See `Gate`."""
+        amount = cost if self._in_tokens else 1.0
+        learner = self.learner
+        if learner.unpaced:
+            return learner.sent(now, amount, held=held, pace=self._bucket.rate)
+        if now != self._filled_at:  # `advance` filled it in the turn of the loop that let this attempt through
+            self._fill(now)
+        sent = learner.sent(now, amount, held=held, pace=self._bucket.rate)
+        self._bucket.take(now, amount)
+        if held and abs(learner.limit - self._limit) > REPORTED_SHARE * self._limit:
+            self._report(now)
+        return sent
+
+    def settle(self, now: float, reservation: Sent, verdict: Verdict, *, blamed: Cause | None) -> None:
+        """See `Gate`. A refusal that is booked to the circuit (`hold`) came while everything was refused."""
+        learner = self.learner
+        if verdict.outcome == "accepted":
+            learner.accepted(now, reservation)
+            if self._in_tokens and verdict.usage is not None:  # what it cost takes the place of what was reserved
+                self._correct(now, reservation, max(float(sum(verdict.usage)), 1.0))
+        elif verdict.outcome != "refused" or verdict.named == "capacity":
+            learner.void(now, reservation)
+        elif blamed == self.name:
+            self.nothing_accepted = self._apply(now, learner.refused(now, reservation))
+        elif blamed == "hold":
+            learner.refused_too(now, reservation)
+        else:
+            learner.void(now, reservation)
+
+    def explains(self, now: float, reservation: Sent) -> float:
+        """See `Gate`: the used share u of the learned limit, as u / (1 + u)."""
+        used = self.learner.use(now)
+        return used / (1.0 + used)
+
+    def seconds_for(self, now: float, ahead: Ahead) -> float:
+        """See `Gate`: at the pace of now."""
+        self._fill(now)
+        amount = ahead.tokens if self._in_tokens else ahead.requests
+        return max(amount - self._bucket.level(now), 0.0) / self.learner.pace(now)
+
+    def resume(self, now: float, after: Recovery | Remembered | float) -> None:
+        """Sending goes on after a pause; see `Learner.resumed`."""
+        self._apply(now, self.learner.resumed(now, after))
+
+    def status(self, now: float) -> GateStatus:
+        """See `Gate`."""
+        known = self.learner.snapshot()
+        pace = self.learner.pace(now)
+        learned = known.limit < inf
+        return GateStatus(
+            self.name,
+            limit=known.limit if learned else None,
+            pace=None if pace == inf else pace,
+            state=known.state,
+            why=known.why,
+            since=known.since,
+            burst=known.burst if learned else None,
+            error=known.error if learned else None,
+        )
+
+    def _correct(self, now: float, reservation: Sent, amount: float) -> None:
+        if not self.learner.unpaced:
+            self._bucket.take(now, amount - reservation.amount)
+        self.learner.settled(reservation, amount)
+
+    def _apply(self, now: float, effect: Effect) -> bool:
+        if effect.level is not None:  # whatever it held; what is below nothing has to flow in first
+            self._fill(now)
+            self._bucket.take(now, self._bucket.level(now) - effect.level)
+        self._report(now)
+        return effect.nothing_accepted
+
+    def _report(self, now: float) -> None:
+        known = self.learner.snapshot()
+        if known.limit != self._limit or known.state != self._state:
+            self._on_change(Change(now, self.name, self._limit, known.limit, known.state, known.why))
+            self._limit, self._state = known.limit, known.state
+
+    def _fill(self, now: float) -> None:
+        self._filled_at = now
+        learner = self.learner
+        self._bucket.set(now, learner.pace(now), learner.capacity)

@@ -1,0 +1,471 @@
+"""One fair queue above every upstream that can answer the same model, and the one decision, `admit`.
+
+*Decide synchronously, act afterwards*: `admit` looks at the queue and at every gate and hands out permits; it runs
+after every change (a ticket came or left, an attempt ended, time opened a gate), and never awaits.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator, Sequence
+from heapq import heappop, heappush
+from math import inf
+
+from sidecar.admission.errors import AccountClosed, DeadlineUnreachable, NotAdmitted, StillFailing
+from sidecar.admission.gates.circuit import CircuitState
+from sidecar.admission.queue import FairQueue
+from sidecar.admission.retry_after import Promises
+from sidecar.admission.ticket import CAUSES, Cause, Priority, Ticket
+from sidecar.admission.upstream import Permit, Upstream
+
+#: While a learned pace holds the queue it is looked at again this often (seconds), since paces change with time.
+LOOK_AGAIN_SECONDS = 0.25
+#: A key's backlog counts as servable in time while a newcomer would be answered within this share of its deadline.
+SERVABLE_SHARE = 0.5
+#: Room is kept for those who were told to come back within so many seconds, and at most this share of a bound.
+SOON_SECONDS, KEPT_SHARE = 4.0, 0.5
+#: A higher tier takes tickets while the last place in the queue is predicted to wait longer than so many seconds.
+SPILL_SECONDS = 2.0
+_WAY_OUT = (
+    "ask less often, allow more time (X-Request-Timeout), or let a newer frame take an older one's place "
+    "(X-Queue-Policy: latest)"
+)
+
+
+class Pool:
+    """The queue and the upstreams of one model. All of it is synchronous.
+
+    A ticket that failed at an upstream in a way that would repeat there has *tried* it. Such tickets wait in queues of
+    their own, one for each set of upstreams that is left, so that no ticket waits behind one that cannot go where it
+    can. These few go first; and while the first of a queue waits for a closed upstream, no ticket of a later queue
+    takes that upstream before it.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, upstreams: Sequence[Upstream]) -> None:
+        now = loop.time()
+        self._loop = loop
+        self.upstreams = upstreams
+        self._one = upstreams[0] if len(upstreams) == 1 else None
+        self._all = (1 << len(upstreams)) - 1
+        self.queue = FairQueue()
+        """The tickets that may go to every upstream."""
+        self._restricted: dict[int, FairQueue] = {}  # by the set of upstreams that are left
+        self._later: list[tuple[float, int, Ticket]] = []  # a heap of retries that may not go yet
+        self._number = 0
+        self._promises = Promises()
+        self._timer: asyncio.TimerHandle | None = None
+        self._held_seconds = [0.0] * len(CAUSES)
+        self.cause: Cause | None = None
+        """What holds the queue at present; None while nothing waits."""
+        self._cause_since = self._entered_at = now
+        self._urgent: set[Ticket] = set()  # predicted to be late in the lowest tier
+        for upstream in upstreams:
+            upstream.on_end.append(self._on_end)
+
+    # -- what waits ----------------------------------------------------------------------------------------------------
+
+    def queues(self) -> Iterator[FairQueue]:
+        """Every queue, in the order in which they are looked at."""
+        yield from self._restricted.values()
+        yield self.queue
+
+    def waiting_of(self, priority: Priority) -> int:
+        """Tickets of one class that wait."""
+        later = sum(ticket.priority is priority for *_, ticket in self._later)
+        return sum(queue.length(priority) for queue in self.queues()) + later
+
+    @property
+    def last_used(self) -> float:
+        """When a ticket last came, or an attempt ended."""
+        return max(self._entered_at, *(one.last_used for one in self.upstreams))
+
+    @property
+    def waiting(self) -> int:
+        """Tickets that wait, those among them whose time has not come."""
+        if not self._restricted and not self._later:
+            return len(self.queue.tickets)
+        return sum(len(queue) for queue in self.queues()) + len(self._later)
+
+    @property
+    def waiting_bytes(self) -> int:
+        """Bytes of their bodies."""
+        return sum(queue.bytes for queue in self.queues()) + sum(ticket.size_bytes for *_, ticket in self._later)
+
+    # -- a ticket comes and goes ---------------------------------------------------------------------------------------
+
+    def enter(self, ticket: Ticket) -> Permit | asyncio.Future[Permit]:
+        """Let a ticket in: it has its permit at once, or it is queued and the future brings the permit or an error.
+
+        Raises `DeadlineUnreachable` for a ticket that cannot be served in time, `AccountClosed` while every provider
+        refuses the account.
+        """
+        now = self._entered_at = self._loop.time()
+        left = self._left_for(ticket)
+        self._check_accounts(now, left)
+        if ticket.not_before > now:
+            return self._enter_later(now, ticket)
+        if not self.waiting and (upstream := self._choose(now, ticket, left)[0]) is not None:
+            return self._start(upstream, ticket, now)
+        if not ticket.returned:
+            self._check_reachable(now, ticket)
+        self._account(now)
+        self._enqueue(now, ticket)
+        permit = ticket.permit
+        assert permit is not None  # noqa: S101  `_enqueue` made it
+        self.admit(now)
+        return permit
+
+    def leave(self, ticket: Ticket) -> None:
+        """The ticket's caller is gone: it waits no more."""
+        now = self._loop.time()
+        if self._take_out(ticket, now):
+            self.admit(now)
+
+    def refuse(self, ticket: Ticket, why: NotAdmitted) -> None:
+        """Take a waiting ticket out and give its caller the error."""
+        self._take_out(ticket, self._loop.time())
+        if ticket.permit is not None and not ticket.permit.done():
+            ticket.permit.set_exception(why)
+            ticket.permit = None
+
+    def superseded_by(self, ticket: Ticket) -> Ticket | None:
+        """The waiting ticket of the same key whose place this one takes."""
+        for queue in self.queues():
+            if (other := queue.superseded_by(ticket)) is not None:
+                return other
+        return next((one for *_, one in self._later if one.latest and one.key == ticket.key), None)
+
+    def _enqueue(self, now: float, ticket: Ticket) -> None:
+        if ticket.permit is None or ticket.permit.done():
+            ticket.permit = self._loop.create_future()
+        ticket.enter_queue(self._held_seconds)
+        left = self._left_for(ticket)
+        if left == self._all:
+            queue = self.queue
+        elif (found := self._restricted.get(left)) is not None:
+            queue = found
+        else:
+            queue = self._restricted[left] = FairQueue()
+        queue.add(ticket)
+        if self._one is None and self._is_late_below(now, ticket):
+            self._urgent.add(ticket)
+        ticket.expiry = self._loop.call_at(max(ticket.deadline - self._latency(left), now), self._expire, ticket)
+
+    def _enter_later(self, now: float, ticket: Ticket) -> asyncio.Future[Permit]:
+        """Keep a retry until its time comes."""
+        ticket.permit = permit = self._loop.create_future()
+        ticket.waits_since = now
+        self._number += 1
+        heappush(self._later, (ticket.not_before, self._number, ticket))
+        ticket.expiry = self._loop.call_at(ticket.deadline, self._expire, ticket)
+        self.admit(now)
+        return permit
+
+    def _release_later(self, now: float) -> None:
+        """Queue the retries whose time has come."""
+        while self._later and self._later[0][0] <= now:
+            ticket = heappop(self._later)[2]
+            self._end_pause(now, ticket)
+            if ticket.only_while_failing and not any(one.circuit.failing for _, one in self._places(ticket)):
+                if ticket.permit is not None and not ticket.permit.done():
+                    ticket.permit.set_exception(StillFailing("the other requests are answered"))
+                continue
+            self._enqueue(now, ticket)
+
+    def _end_pause(self, now: float, ticket: Ticket) -> None:
+        ticket.add_cause("hold", now - ticket.waits_since)
+        if ticket.expiry is not None:
+            ticket.expiry.cancel()
+            ticket.expiry = None
+
+    def _take_out(self, ticket: Ticket, now: float) -> bool:
+        """Take a ticket out, wherever it waits. Return False if it does not."""
+        for entry in self._later:
+            if entry[2] is ticket:
+                self._later.remove(entry)
+                self._later.sort()  # a sorted list is a heap
+                self._end_pause(now, ticket)
+                return True
+        left = self._left_for(ticket)
+        queue = self.queue if left == self._all else self._restricted.get(left)
+        if queue is None or ticket not in queue:
+            return False
+        self._account(now)  # before it is gone: an empty queue books nothing
+        queue.remove(ticket)
+        self._left(ticket, now)
+        return True
+
+    # -- the decision --------------------------------------------------------------------------------------------------
+
+    def admit(self, now: float) -> None:
+        """Hand permits to the tickets whose turn it is, as far as the gates allow; arm the timer for the next look."""
+        self._account(now)
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if self._later:
+            self._release_later(now)
+        self.cause = None
+        claimed, look_at = 0, inf
+        if self._restricted:
+            for left, queue in list(self._restricted.items()):
+                claimed, opens_at = self._admit_from(now, queue, left, claimed)
+                look_at = min(look_at, opens_at)
+                if not queue:
+                    del self._restricted[left]
+        if self.queue.tickets:
+            _, opens_at = self._admit_from(now, self.queue, self._all, claimed)
+            look_at = min(look_at, opens_at)
+        if look_at < inf:
+            look_at = min(look_at, now + LOOK_AGAIN_SECONDS)
+        if self._later:
+            look_at = min(look_at, self._later[0][0])
+        if look_at < inf:
+            self._timer = self._loop.call_at(look_at, self._look_again)
+
+    def _admit_from(self, now: float, queue: FairQueue, left: int, claimed: int) -> tuple[int, float]:
+        """Admit from one queue. Return the upstreams that its first ticket claims, and when one of them opens."""
+        while (ticket := queue.head()) is not None:
+            if ticket.permit is None or ticket.permit.done():  # its caller left in this very turn of the loop
+                queue.remove(ticket)
+                self._left(ticket, now)
+                continue
+            upstream, opens_at, cause = self._choose(now, ticket, left & ~claimed)
+            if upstream is None:
+                self.cause = self.cause or cause or "turn"
+                for one in self.upstreams:
+                    one.held(cause)
+                return claimed | left, opens_at
+            queue.take(ticket)
+            self._left(ticket, now)
+            ticket.permit.set_result(self._start(upstream, ticket, now))
+        return claimed, inf
+
+    def _choose(self, now: float, ticket: Ticket, left: int) -> tuple[Upstream | None, float, Cause | None]:
+        """Choose the open upstream of the lowest tier with the least load; else give when one opens, and the cause."""
+        one = self._one
+        if one is not None:
+            opens_at, cause = one.opening(now, ticket)
+            return (one, now, None) if cause is None else (None, opens_at, cause)
+        best: Upstream | None = None
+        soonest, why = inf, None
+        tier, least = 0, inf
+        for bit, upstream in enumerate(self.upstreams):
+            if not left >> bit & 1 or upstream.ready_reason() is not None:
+                continue
+            if upstream.tier > tier:
+                if best is not None or (tier and not self._spills(now, ticket, upstream.tier)):
+                    break
+                tier = upstream.tier
+            opens_at, cause = upstream.opening(now, ticket)
+            if cause is not None:
+                if opens_at < soonest or why is None:
+                    soonest, why = opens_at, cause
+                continue
+            load = upstream.concurrency.in_flight / upstream.concurrency.allowed
+            if load < least:
+                best, least = upstream, load
+        return best, soonest if best is None else now, why if best is None else None
+
+    def _spills(self, now: float, ticket: Ticket, tier: int) -> bool:
+        """Whether a higher tier may take tickets: the tiers below it cannot serve all that waits in time."""
+        below = [one for one in self.upstreams if one.tier < tier and one.ready_reason() is None and not one.away]
+        if not below or self._urgent:
+            return True
+        if now + min(one.circuit.seconds_left(now) + one.latency for one in below) > ticket.deadline:
+            return True
+        requests = sum(len(queue) for queue in self.queues())
+        cost = sum(queue.cost for queue in self.queues())
+        return self._seconds(now, ticket, below, max(requests - 1, 0), cost, guess=True) > SPILL_SECONDS
+
+    def _start(self, upstream: Upstream, ticket: Ticket, now: float) -> Permit:
+        ticket.backend = upstream.name or ticket.backend
+        return upstream.start(now, ticket, self._ended)
+
+    def _ended(self, permit: Permit) -> None:
+        """An attempt is over: its place goes to the next ticket, here or in a pool that shares the upstream."""
+        now = self._loop.time()
+        pools = permit.upstream.on_end
+        if len(pools) > 1:  # each model is the first in turn
+            pools.append(pools.pop(0))
+        for on_end in tuple(pools):
+            on_end(now)
+
+    def _on_end(self, now: float) -> None:
+        if self.waiting or self.cause is not None:
+            if any(one.circuit.state is CircuitState.BILLING for one in self.upstreams):
+                self._refuse_for_account(now)
+            self.admit(now)
+
+    def close(self) -> None:
+        """Let go of the upstreams: this pool is forgotten."""
+        for upstream in self.upstreams:
+            upstream.on_end.remove(self._on_end)
+
+    def _look_again(self) -> None:
+        self._timer = None
+        self.admit(self._loop.time())
+
+    # -- accounts that are refused -------------------------------------------------------------------------------------
+
+    def _check_accounts(self, now: float, left: int) -> None:
+        """Raise `AccountClosed` if each upstream that is left refuses the account, and none may be probed."""
+        for bit, upstream in enumerate(self.upstreams):
+            if left >> bit & 1:
+                circuit = upstream.circuit
+                if circuit.state is not CircuitState.BILLING or circuit.may_probe(now):
+                    return
+        first = next((one for bit, one in enumerate(self.upstreams) if left >> bit & 1), self.upstreams[0])
+        raise self._account_closed(now, first)
+
+    def _refuse_for_account(self, now: float) -> None:
+        """Refuse every ticket for which only upstreams are left that refuse the account."""
+        for left, queue in [(self._all, self.queue), *self._restricted.items()]:
+            closed = [one for bit, one in enumerate(self.upstreams) if left >> bit & 1]
+            if all(one.circuit.state is CircuitState.BILLING for one in closed):
+                while (ticket := queue.head()) is not None:
+                    self.refuse(ticket, self._account_closed(now, closed[0]))
+        for ticket in [entry[2] for entry in self._later]:
+            if all(one.circuit.state is CircuitState.BILLING for _, one in self._places(ticket)):
+                self.refuse(ticket, self._account_closed(now, self.upstreams[0]))
+
+    @staticmethod
+    def _account_closed(now: float, upstream: Upstream) -> AccountClosed:
+        circuit = upstream.circuit
+        return AccountClosed(circuit.reason, retry_after=max(circuit.next_probe - now, 0.0))
+
+    # -- looking ahead -------------------------------------------------------------------------------------------------
+
+    def predicted_wait(self, now: float, ticket: Ticket) -> float:
+        """Seconds that a newcomer like this one would wait in the queue, as far as can be told or guessed."""
+        return self._wait(now, ticket, guess=True)
+
+    def would_wait(self, now: float, ticket: Ticket) -> bool:
+        """Whether a newcomer like this one could not start at once."""
+        return self.waiting > 0 or self._choose(now, ticket, self._left_for(ticket))[0] is None
+
+    def has_another(self, ticket: Ticket, upstream: Upstream) -> bool:
+        """Whether an upstream that the ticket has not tried, beside this one, could take it."""
+        if self._one is not None:
+            return False
+        return any(
+            one is not upstream
+            and one not in ticket.tried
+            and one.ready_reason() is None
+            and one.circuit.state is not CircuitState.BILLING
+            for one in self.upstreams
+        )
+
+    def _left_for(self, ticket: Ticket) -> int:
+        """The upstreams that the ticket has not tried, as a set of bits; all of them again once it has tried each."""
+        if not ticket.tried:
+            return self._all
+        return sum(1 << bit for bit, one in enumerate(self.upstreams) if one not in ticket.tried) or self._all
+
+    def _places(self, ticket: Ticket) -> list[tuple[int, Upstream]]:
+        left = self._left_for(ticket)
+        return [(bit, one) for bit, one in enumerate(self.upstreams) if left >> bit & 1]
+
+    def _latency(self, left: int) -> float:
+        if self._one is not None:
+            return self._one.latency
+        return min(one.latency for bit, one in enumerate(self.upstreams) if left >> bit & 1)
+
+    def _check_reachable(self, now: float, ticket: Ticket) -> None:
+        left = ticket.deadline - now
+        latency = self._latency(self._left_for(ticket))
+        wait = self._wait(now, ticket, guess=False)
+        if wait + latency > SERVABLE_SHARE * left and self.queue.overload(ticket.priority, ticket.key):
+            wait = self._wait(now, ticket, guess=False)
+        if wait + latency + min(self._kept_seconds(now, ticket), KEPT_SHARE * left) > left:
+            raise DeadlineUnreachable(
+                f"the wait ahead is about {wait:.1f} s and an answer takes {latency:.1f} s, "
+                f"but only {left:.1f} s are left: {_WAY_OUT}",
+                retry_after=self.promise(now, ticket),
+            )
+
+    def _wait(self, now: float, ticket: Ticket, *, guess: bool) -> float:
+        """Seconds until a newcomer could start. `guess` False: if the next probe is taken: nobody is refused upon a
+        guess.
+        """
+        requests, cost = self.queue.ahead_of(ticket)
+        if self._restricted:
+            requests += sum(len(queue) for queue in self._restricted.values())
+            cost += sum(queue.cost for queue in self._restricted.values())
+        return self._seconds(now, ticket, [one for _, one in self._places(ticket)], requests, cost, guess=guess)
+
+    def _seconds(
+        self, now: float, ticket: Ticket, upstreams: Sequence[Upstream], requests: float, cost: float, *, guess: bool
+    ) -> float:
+        """Seconds until `upstreams` together could start this ticket behind so many others."""
+        rate = 0.0
+        for one in upstreams:
+            seconds = one.circuit.seconds_left(now) if guess else one.next_probe_in(now)
+            seconds += one.seconds_for(now, ticket, requests, cost)
+            if len(upstreams) == 1 or seconds <= 0:
+                return seconds
+            rate += 1.0 / seconds
+        return 1.0 / rate if rate else inf
+
+    def _is_late_below(self, now: float, ticket: Ticket) -> bool:
+        """Whether the ticket is predicted to be late if only the lowest tier serves it."""
+        lowest = self.upstreams[0].tier
+        below = [one for one in self.upstreams if one.tier == lowest and not one.away]
+        if not below or len(below) == len(self.upstreams):
+            return False
+        wait = self._seconds(now, ticket, below, *self.queue.ahead_of(ticket), guess=True)
+        return now + wait + min(one.latency for one in below) > ticket.deadline
+
+    # -- those who are sent away, and come back ------------------------------------------------------------------------
+
+    def recognise(self, ticket: Ticket) -> None:
+        """See whether this newcomer was told to come back now."""
+        if len(self._promises):
+            ticket.promised = self._promises.redeem(self._loop.time(), ticket.key)
+
+    def promise(self, now: float, ticket: Ticket, room: float = inf) -> float:
+        """Seconds after which this ticket's caller gets in if it asks again; of so many as find room at once."""
+        per_second = min(self._throughput(now, ticket), KEPT_SHARE * room)
+        return self._promises.make(now, ticket.key, self.predicted_wait(now, ticket), per_second)
+
+    def kept(self, now: float, ticket: Ticket) -> int:
+        """Places that this newcomer must leave to those who are about to come back."""
+        if ticket.promised or not len(self._promises):
+            return 0
+        return self._promises.due(now, SOON_SECONDS + 1.0 / self._throughput(now, ticket))
+
+    def _kept_seconds(self, now: float, ticket: Ticket) -> float:
+        kept = self.kept(now, ticket)
+        return kept / self._throughput(now, ticket) if kept else 0.0
+
+    def _throughput(self, now: float, ticket: Ticket) -> float:
+        return sum(one.throughput(now, ticket) for one in self.upstreams)
+
+    # -- the account of causes -----------------------------------------------------------------------------------------
+
+    def _left(self, ticket: Ticket, now: float) -> None:
+        self._account(now)
+        ticket.leave_queue(self._held_seconds)
+        self._urgent.discard(ticket)
+        if ticket.expiry is not None:
+            ticket.expiry.cancel()
+            ticket.expiry = None
+
+    def _expire(self, ticket: Ticket) -> None:
+        ticket.expiry = None
+        now, since = self._loop.time(), ticket.stopwatch.started
+        if ticket.permit is None or ticket.permit.done():
+            return
+        why = DeadlineUnreachable(
+            f"it waited {now - since:.1f} s of {ticket.deadline - since:.1f} s, and can no longer be answered "
+            f"in time, held by {self.cause or 'turn'}: {_WAY_OUT}",
+            retry_after=self.promise(now, ticket),
+        )
+        self.refuse(ticket, why)
+        self.admit(now)
+
+    def _account(self, now: float) -> None:
+        """Book the time since the last look to what held the queue. One account for all tickets: no walk over them."""
+        if self.queue.tickets or self._restricted:
+            self._held_seconds[CAUSES.index(self.cause or "turn")] += now - self._cause_since
+        self._cause_since = now

@@ -1,0 +1,339 @@
+"""One account and model at one place: the gates in front of it, and everything that was learned about it."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from math import ceil, inf
+from random import Random
+from types import TracebackType
+from typing import Any
+
+from sidecar.admission.gates.base import Ahead, Change, Gate, GateStatus, Verdict
+from sidecar.admission.gates.circuit import Circuit, CircuitState
+from sidecar.admission.gates.concurrency import MAX_CONCURRENCY, ConcurrencyGate
+from sidecar.admission.gates.growth import GrowthGate
+from sidecar.admission.gates.rate import RateGate
+from sidecar.admission.gates.token_cost import TokenCost
+from sidecar.admission.learning.learner import Recovery, Remembered
+from sidecar.admission.learning.policer_learner import PolicerLearner
+from sidecar.admission.ticket import Cause, Ticket
+
+#: After an outage the pace begins at this share of the learned limit.
+OUTAGE_SHARE = 0.4
+#: The share that is sure of a pace at which no limit was met yet, or but one that is guessed.
+UNTRIED_SHARE = 0.25
+#: Seconds that an answer is taken to last until there was one.
+USUAL_SECONDS = 1.0
+#: An attempt without a byte is given up after so many times the 99th percentile of an answer's time, at least so many
+#: seconds; while fewer answers than this are known, after half of the request's time.
+PATIENCE_P99S, MIN_PATIENCE_SECONDS, PATIENCE_ANSWERS = 3.0, 5.0, 20
+
+
+class Permit:
+    """The right to have one attempt in flight. `report` its verdict once; without one it ends as abandoned.
+
+    To be used as `with await admission.permit(ticket) as permit:`. The end of the block reports an attempt that ended
+    without a verdict (its caller left): it was sent all the same, and counts as sent.
+    """
+
+    __slots__ = ("_on_end", "_reservations", "sent_at", "ticket", "upstream")
+
+    def __init__(
+        self, upstream: Upstream, ticket: Ticket, now: float, reservations: list[Any], on_end: Callable[[Permit], None]
+    ) -> None:
+        self.upstream = upstream
+        self.ticket = ticket
+        self.sent_at = now
+        self._reservations: list[Any] | None = reservations
+        self._on_end = on_end
+
+    def __enter__(self) -> Permit:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release(self.upstream.clock())
+
+    def report(self, verdict: Verdict) -> None:
+        """Settle every reservation, and let the next ticket go. The second time does nothing: the first one counted."""
+        reservations, self._reservations = self._reservations, None
+        if reservations is not None:
+            self.upstream.settle(self, reservations, verdict)
+            self._on_end(self)
+
+    def release(self, now: float) -> None:
+        """End an attempt that has no verdict."""
+        if self._reservations is not None:
+            self.report(Verdict("abandoned", now))
+
+
+@dataclass(frozen=True, slots=True)
+class UpstreamStatus:
+    """What metrics, page, log, state file and dispatch read. Rates are per second, times on the event loop's clock."""
+
+    name: str
+    requests: GateStatus
+    tokens: GateStatus
+    growth: GateStatus
+    concurrency: GateStatus
+    circuit: GateStatus
+    probing: bool
+    """The half-open probe is in flight."""
+    latency: float
+    """Seconds that an answer takes, smoothed; 0 while none is known."""
+
+
+class Upstream:
+    """The gates of one account and model, asked in order: the first closed one holds a ticket. Synchronous."""
+
+    def __init__(
+        self,
+        clock: Callable[[], float],
+        *,
+        name: str = "",
+        tier: int = 1,
+        requests_per_second: float = inf,
+        tokens_per_second: float = inf,
+        concurrency: int | None = None,
+        refusal_budget: float = 0.005,
+        paced: bool = True,
+        random: Random | None = None,
+        ready_reason: Callable[[], str | None] = lambda: None,
+        on_change: Callable[[Change], None] = lambda _: None,
+    ) -> None:
+        """`paced` False: only concurrency and the circuit, for a backend that has no quota.
+
+        `ready_reason` says why the backend cannot serve at present. `on_change` is called with every change of a limit.
+        """
+        now = clock()
+        self.clock = clock
+        self.name = name
+        self.tier = tier
+        self.ready_reason = ready_reason
+        self.has_answered = False
+        """An attempt was answered once: failures are an outage then, and not a wrong address."""
+        self.latency = 0.0
+        """Seconds that an answer takes, smoothed."""
+        self.last_used = now
+        self.on_end: list[Callable[[float], None]] = []
+        """Called when an attempt has ended: pools that wait for this upstream look again."""
+        self._paced = paced
+        self._pinned = concurrency is not None
+        self.concurrency = ConcurrencyGate(concurrency or MAX_CONCURRENCY, refusal_budget)
+        ceilings = (requests_per_second, tokens_per_second) if paced else (inf, inf)
+        self.requests = RateGate(
+            now,
+            "request_rate",
+            PolicerLearner(now, ceiling=ceilings[0], budget=refusal_budget, dormant=not paced),
+            on_change,
+        )
+        self.tokens = RateGate(
+            now,
+            "token_rate",
+            PolicerLearner(now, ceiling=ceilings[1], budget=refusal_budget, typical=1000.0, dormant=True),
+            on_change,
+        )
+        self.growth = GrowthGate(refusal_budget)
+        self.circuit = Circuit(
+            on_close=self._on_circuit_closed,
+            window_ends=self.requests.learner.window_ends,
+            refusal_seconds=lambda: self.requests.learner.refusal_seconds,
+            random=(random or Random()).random,  # noqa: S311  jitter, not a secret
+        )
+        rates: list[Gate] = [self.requests, self.growth, self.tokens] if paced else []
+        self._gates: list[Gate] = [self.concurrency, *rates]
+        self._all_gates: list[Gate] = [self.circuit, *self._gates]
+        self._latencies: deque[float] = deque(maxlen=64)
+        self._answers = 0
+        self._p90 = self._p99 = 0.0  # of the latencies
+        self._cost = TokenCost()
+        self._held_by: Cause | None = None  # since the last start
+
+    # -- may a ticket go? ----------------------------------------------------------------------------------------------
+
+    def opening(self, now: float, ticket: Ticket) -> tuple[float, Cause | None]:
+        """When the ticket may start here (inf: only an event can tell), and the gate that holds it until then."""
+        circuit = self.circuit
+        if circuit.state is not None:
+            circuit.advance(now)
+        if circuit.state is not None:  # the probe passes every other gate
+            at = circuit.opens_at(now, 0.0)
+            return (now, None) if at <= now else (at, "hold")
+        cost = 0.0 if not self._paced or self.tokens.learner.unpaced else self.cost(ticket)
+        for gate in self._gates:
+            gate.advance(now)
+            at = gate.opens_at(now, cost)
+            if at > now:
+                return at, gate.name
+        return now, None
+
+    def held(self, cause: Cause | None) -> None:
+        """Note the gate that delays the next attempt."""
+        self._held_by = cause
+
+    def cost(self, ticket: Ticket) -> float:
+        """LLM tokens that the ticket will take: its input as far as it can be told, and an answer of usual length.
+
+        At least 1: of what costs nothing, no rate can be told.
+        """
+        return max(self._cost.of(ticket.tokens), 1.0)
+
+    # -- an attempt ----------------------------------------------------------------------------------------------------
+
+    def start(self, now: float, ticket: Ticket, on_end: Callable[[Permit], None]) -> Permit:
+        """One attempt goes out."""
+        ticket.attempts += 1
+        held, self._held_by = self._held_by, None
+        cost = self.cost(ticket) if self._paced else 0.0
+        if self._paced:
+            # The mean of all until the first answer, and then of the latest.
+            share = 0.05 if self._answers else 1.0 / (self.concurrency.in_flight + 1)
+            learner = self.tokens.learner
+            learner.typical += share * (cost - learner.typical)
+        reservations = [gate.reserve(now, ticket, cost, held=held == gate.name) for gate in self._all_gates]
+        return Permit(self, ticket, now, reservations, on_end)
+
+    def settle(self, permit: Permit, reservations: list[Any], verdict: Verdict) -> None:
+        """An attempt ended: tell every gate, once."""
+        now = verdict.at
+        accepted, refused = verdict.outcome == "accepted", verdict.outcome == "refused"
+        blamed = self._blamed(now, reservations, verdict) if refused else None
+        for gate, reservation in zip(self._all_gates, reservations, strict=True):
+            gate.settle(now, reservation, verdict, blamed=blamed)
+        if accepted:
+            self._answered(now, permit, verdict)
+        elif refused:
+            if self.concurrency.discovered:
+                self.requests.resume(now, 1.0)  # what was taken for its limit was none
+            if blamed in ("request_rate", "token_rate"):
+                gate = self.requests if blamed == "request_rate" else self.tokens
+                if gate.nothing_accepted:
+                    self.circuit.open(now, CircuitState.BLACKOUT, verdict.reason, verdict.retry_after)
+        self.last_used = now
+
+    def _blamed(self, now: float, reservations: list[Any], verdict: Verdict) -> Cause | None:
+        """What a refusal is booked to: what it names, unless something else explains it better."""
+        if verdict.named == "capacity":
+            return None
+        if not self._paced or self.circuit.state is not None:
+            return "hold"
+        circuit, place, requests, _, tokens = reservations
+        del circuit
+        if verdict.named in (None, "request_rate") and self.concurrency.explains(now, place) > 0:
+            return "concurrency"
+        if verdict.named is None:
+            # the rate with the highest use of its own limit; requests while nothing is known
+            by_tokens = self.tokens.explains(now, tokens)
+            return "token_rate" if by_tokens > max(self.requests.explains(now, requests), 0.0) else "request_rate"
+        return verdict.named
+
+    def _answered(self, now: float, permit: Permit, verdict: Verdict) -> None:
+        self.has_answered = True
+        if self._paced and verdict.usage is not None:
+            self._cost.counted(permit.ticket.tokens, *verdict.usage)
+        seconds = now - permit.sent_at
+        self.latency += (0.1 if self._latencies else 1.0) * (seconds - self.latency)
+        self.concurrency.answer_seconds = self.latency
+        self._latencies.append(seconds)
+        self._answers += 1
+        if self._answers % 16 == 1:
+            ordered = sorted(self._latencies)
+            self._p90, self._p99 = ordered[int(len(ordered) * 0.9)], ordered[-1]
+        if self._pinned:
+            return
+        # Enough for the pace: 2 x pace x p90 latency (Little's law with room), at least 8.
+        if self.requests.learner.limit == inf:
+            self.concurrency.size = MAX_CONCURRENCY
+        else:
+            pace = self.requests.learner.pace(now)
+            self.concurrency.size = min(max(ceil(2 * pace * self._p90), 8), MAX_CONCURRENCY)
+
+    def _on_circuit_closed(self, now: float, state: CircuitState, recovery: Recovery) -> None:
+        if state is CircuitState.BLACKOUT:
+            for gate in (self.requests, self.tokens):
+                if gate.learner.limit < inf:
+                    gate.resume(now, recovery)
+                    self.circuit.passes = gate.learner.windowed
+        elif state is CircuitState.OUTAGE or self.requests.learner.limit == inf:
+            self.requests.resume(now, OUTAGE_SHARE)
+
+    # -- looking ahead -------------------------------------------------------------------------------------------------
+
+    @property
+    def away(self) -> bool:
+        """The provider cannot answer: it is down, has no room, or refuses the account.
+
+        A blackout of refusals is none of these: it passes, and the wait until then can be predicted.
+        """
+        return self.circuit.state not in (None, CircuitState.BLACKOUT)
+
+    def seconds_for(self, now: float, ticket: Ticket, requests: float, tokens: float) -> float:
+        """Seconds until this ticket could start behind so many others, of so many LLM tokens as tickets tell them.
+
+        The circuit is taken to be closed.
+        """
+        cost = self._cost.of(tokens, requests) + self.cost(ticket) if self._paced else 0.0
+        ahead = Ahead(requests + 1, cost)
+        wait = 0.0
+        for gate in self._gates:
+            wait = max(wait, gate.seconds_for(now, ahead))
+        return wait
+
+    def patience(self, ticket: Ticket) -> float:
+        """Seconds after which an attempt without a byte is given up, or counts as one that got no answer."""
+        if self._answers < PATIENCE_ANSWERS:
+            return max(MIN_PATIENCE_SECONDS, (ticket.deadline - ticket.stopwatch.started) / 2)
+        return max(MIN_PATIENCE_SECONDS, PATIENCE_P99S * self._p99)
+
+    def next_probe_in(self, now: float) -> float:
+        """Seconds for which nothing can start, as far as is known."""
+        return max(self.circuit.next_probe - now, 0.0) if self.circuit.state is not None else 0.0
+
+    def throughput(self, now: float, ticket: Ticket) -> float:
+        """Attempts a second, each like this ticket, that can start for certain."""
+        pace = self.concurrency.allowed / (self.latency or USUAL_SECONDS)
+        if not self._paced:
+            return pace
+        learner = self.requests.learner
+        requests = learner.pace(now)
+        if learner.limit == inf or learner.guessed:
+            requests = max(UNTRIED_SHARE * requests, learner.rate(now))
+        return min(pace, requests, self.tokens.learner.pace(now) / self.cost(ticket), self.growth.allowed(now))
+
+    # -- state file and operators --------------------------------------------------------------------------------------
+
+    def learned(self) -> dict[str, dict[str, float]]:
+        """What is worth remembering over a restart, by dimension. Rates are per second."""
+        known = {}
+        for dimension, gate in (("requests", self.requests), ("tokens", self.tokens)):
+            one = gate.learner.snapshot()
+            if one.limit < inf:
+                known[dimension] = {"limit": one.limit, "burst": one.burst, "uncertainty": one.error}
+        if self.concurrency.learned < inf:
+            known["concurrency"] = {"limit": self.concurrency.learned}
+        return known
+
+    def recall(self, now: float, learned: Mapping[str, Mapping[str, float]], share: float) -> None:
+        """Begin with that share of what `learned` gave before a restart. Raises `KeyError` if it is something else."""
+        for dimension, gate in (("requests", self.requests), ("tokens", self.tokens)):
+            if dimension in learned:
+                one = learned[dimension]
+                gate.resume(now, Remembered(share * one["limit"], one["burst"], one["uncertainty"]))
+        if "concurrency" in learned:
+            self.concurrency.learned = max(round(share * learned["concurrency"]["limit"]), 1)
+
+    def status(self, now: float) -> UpstreamStatus:
+        """Return the present state."""
+        return UpstreamStatus(
+            self.name,
+            self.requests.status(now),
+            self.tokens.status(now),
+            self.growth.status(now),
+            self.concurrency.status(now),
+            self.circuit.status(now),
+            self.circuit.probing,
+            self.latency,
+        )
