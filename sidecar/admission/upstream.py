@@ -201,8 +201,13 @@ class Upstream:
         now = verdict.at
         accepted, refused = verdict.outcome == "accepted", verdict.outcome == "refused"
         blamed = self._blamed(now, reservations, verdict) if refused else None
-        for gate, reservation in zip(self._all_gates, reservations, strict=True):
+        # An accepted probe closes the circuit before the rates learn from it; a refused one opens it after they have.
+        if accepted:
+            self.circuit.settle(now, reservations[0], verdict, blamed=blamed)
+        for gate, reservation in zip(self._gates, reservations[1:], strict=True):
             gate.settle(now, reservation, verdict, blamed=blamed)
+        if not accepted:
+            self.circuit.settle(now, reservations[0], verdict, blamed=blamed)
         if accepted:
             self._answered(now, permit, verdict)
         elif refused:
