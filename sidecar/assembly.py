@@ -92,10 +92,11 @@ def assemble(settings: Settings, drain: Callable[[], None]) -> Parts:
     queued.append(admission.waiting)
     admissions = [admission]
     detector = None if settings.detector_model is None else make_detector(settings.detector_model)
-    detector_admission = None
+    detector_admission = detector_dispatcher = None
     if detector is not None:
         place = UpstreamSettings(detector.name, concurrency=detector.slots, paced=False)
         detector_admission = Admission([place], queue_size=_DETECTOR_QUEUE)
+        detector_dispatcher = Dispatcher(detector_admission, [detector], metrics)
         admissions.append(detector_admission)
     health = Health()
     health.backend_reason = lambda: _no_backend_is_ready(backends)
@@ -111,7 +112,7 @@ def assemble(settings: Settings, drain: Callable[[], None]) -> Parts:
             passthrough=settings.passthrough and backends[0].name == "dashscope",
             traced=spans is not None,
         ),
-        detector=None if detector_admission is None else Dispatcher(detector_admission, [detector], metrics),
+        detector=detector_dispatcher,
         api_key=settings.api_key,
         access_log=settings.access_log,
     )

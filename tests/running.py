@@ -59,9 +59,8 @@ class Running:
 
     def at_rest(self) -> bool:
         """Nothing is queued, in flight or under way."""
-        admissions = [route.admission for route in self.sidecar.routes]
-        busy = any(admission.in_flight() or admission.waiting() for admission in admissions)
-        return not (busy or self.sidecar.data.under_way)
+        admission = self.sidecar.admission
+        return not (admission.in_flight() or admission.waiting() or self.sidecar.data.under_way)
 
 
 def samples(text: str) -> dict[str, float]:

@@ -97,7 +97,7 @@ def test_bad_usage_and_help():
 
 async def test_a_defect_is_told_with_the_ids_by_which_its_request_is_found(serving, monkeypatch, caplog):
     sidecar = await serving()
-    monkeypatch.setattr(sidecar.sidecar.routes[0].backend, "send", None)
+    monkeypatch.setattr(sidecar.sidecar.parts.backends[0], "send", None)
     headers = {"X-Request-Id": "mine", "traceparent": f"00-{'a' * 32}-{'b' * 16}-01"}
     async with sidecar.post(headers=headers) as response:
         assert (response.status, (await response.json())["error"]["code"]) == (500, "internal_error")

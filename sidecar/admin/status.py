@@ -1,103 +1,276 @@
-"""`GET /status`: what an operator asks when requests wait. Plain data, made when it is asked for."""
+"""`GET /status`: what an operator asks when requests wait. Made from frozen statuses when it is asked for.
+
+The dataclasses here are the schema of the answer; docs/reference.md shows it.
+"""
 
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from math import inf
 from typing import Any
 
 from sidecar import __version__
 from sidecar.admin.health import Health
-from sidecar.admission import Admission, Lane, Priority
-from sidecar.admission.learning.learner import RateController
+from sidecar.admission import Admission, Change, GateStatus, PoolStatus, Priority, UpstreamStatus
 from sidecar.observe.format import duration, number, visible
+from sidecar.observe.gauges import distinct
 from sidecar.observe.sampler import Sampler
 
 #: Keys with the longest queues that are shown.
 _MAX_KEYS = 20
 
 
-def status_of(health: Health, admissions: Mapping[str, Admission], watch: Sampler) -> dict[str, Any]:
-    """Everything `GET /status` says. It names cameras (keys) and models, never a prompt, an image or a key of ours.
+@dataclass(frozen=True, slots=True)
+class Rate:
+    """A learned rate. Rates are per second; None while unknown or unlimited."""
 
-    `in_words` is what holds requests at present, as a sentence; `totals` are the metrics' own sums since the start.
-    """
-    uptime = watch.uptime
-    return {
-        "version": __version__,
-        "python": platform.python_version(),
-        "uptime_seconds": round(uptime, 1),
-        "ready": health.unready_reason() is None,
-        "reason": health.unready_reason(),
-        "backend": ",".join(name for name in admissions if name != "detector"),
-        "simulated": "simulated" in admissions,
-        "backends": [_backend(name, admission, watch) for name, admission in admissions.items()],
-        "throttles": [
-            {"seconds_ago": round(uptime - seen["t"], 1), **{name: seen[name] for name in ("backend", "kind", "count")}}
-            for seen in reversed(watch.throttles)
+    state: str
+    learned: float | None
+    pace: float | None
+    burst: float | None
+    uncertainty: float | None
+    changed_seconds_ago: float
+    changed_why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Growth:
+    """How quickly traffic may rise: `base` calls a second, and `factor` times the calls a second before."""
+
+    base: float
+    factor: float
+
+
+@dataclass(frozen=True, slots=True)
+class Concurrency:
+    """Attempts in flight."""
+
+    allowed: float
+    learned: float | None
+    in_flight: int
+
+
+@dataclass(frozen=True, slots=True)
+class Hold:
+    """The circuit is open."""
+
+    kind: str
+    reason: str
+    since_seconds: float
+    next_probe_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class KeyQueue:
+    """The queue of one key (camera)."""
+
+    key: str
+    requests: int
+    oldest_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """One model at one upstream."""
+
+    model: str
+    bound_by: str | None
+    """What holds the queue: a cause of `sidecar_queue_wait_cause_seconds_total`; None while nothing waits."""
+    in_words: str
+    waiting: int
+    requests: Rate
+    tokens: Rate
+    growth: Growth | None
+    concurrency: Concurrency
+    hold: Hold | None
+    longest_queues: list[KeyQueue]
+
+
+@dataclass(frozen=True, slots=True)
+class Queue:
+    """What waits. Requests that could go to several upstreams are shown at the first one."""
+
+    requests: int
+    bytes: int
+    by_priority: dict[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """One upstream by name, with all its models."""
+
+    name: str
+    in_flight: int
+    queue: Queue
+    totals: dict[str, float]
+    """The metrics' own sums since the start."""
+    models: list[Model]
+
+
+@dataclass(frozen=True, slots=True)
+class Throttle:
+    """Refusals within one second."""
+
+    seconds_ago: float
+    backend: str
+    kind: str
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class LimitChange:
+    """A learned limit changed, or a circuit opened or closed (dimension `hold`). Limits are per second."""
+
+    seconds_ago: float
+    backend: str
+    model: str
+    dimension: str
+    old: float | None
+    new: float | None
+    state: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """The whole answer. It names cameras (keys) and models, never a prompt, an image or a key of ours."""
+
+    version: str
+    python: str
+    uptime_seconds: float
+    ready: bool
+    reason: str | None
+    backend: str
+    simulated: bool
+    backends: list[Backend]
+    throttles: list[Throttle]
+    changes: list[LimitChange]
+    """The latest first."""
+
+
+def status_of(health: Health, admissions: Sequence[Admission], sampler: Sampler) -> dict[str, Any]:
+    """Return everything `GET /status` says, as `Status` has it."""
+    uptime = sampler.uptime
+    names = [name for admission in admissions for name in admission.names]
+    status = Status(
+        version=__version__,
+        python=platform.python_version(),
+        uptime_seconds=round(uptime, 1),
+        ready=health.unready_reason() is None,
+        reason=health.unready_reason(),
+        backend=",".join(name for name in names if name != "detector"),
+        simulated="simulated" in names,
+        backends=[
+            _backend(name, list(admission.status(_MAX_KEYS)), admission.loop.time(), sampler)
+            for admission in admissions
+            for name in admission.names
         ],
-    }
-
-
-def _backend(name: str, admission: Admission, watch: Sampler) -> dict[str, Any]:
-    now = admission.loop.time()
-    lanes = sorted(admission.lanes.items(), key=lambda item: item[1].last_used, reverse=True)
-    return {
-        "name": name,
-        "in_flight": admission.in_flight(),
-        "queue": {
-            "requests": admission.waiting(),
-            "bytes": admission.waiting_bytes(),
-            "by_priority": {priority.name.lower(): admission.waiting(priority) for priority in Priority},
-        },
-        "totals": {key: round(value, 3) for key, value in watch.totals.get(name, {}).items()},
-        "models": [_lane(model, lane, now) for model, lane in lanes],
-    }
-
-
-def _lane(model: str, lane: Lane, now: float) -> dict[str, Any]:
-    return {
-        "model": visible(model),
-        "bound_by": lane.cause,
-        "in_words": in_words(lane, now),
-        "waiting": len(lane.queue),
-        **lane.limits.status(now),
-        "longest_queues": [
-            {"key": visible(key), "requests": count, "oldest_seconds": round(now - arrived, 2)}
-            for key, count, arrived in lane.queue.longest(_MAX_KEYS)
+        throttles=[
+            Throttle(round(uptime - seen["t"], 1), seen["backend"], seen["kind"], seen["count"])
+            for seen in reversed(sampler.throttles)
         ],
-    }
+        changes=[_change(*one, now=admissions[0].loop.time()) for one in reversed(sampler.changes)],
+    )
+    return asdict(status)
 
 
-def in_words(lane: Lane, now: float) -> str:
+def _backend(name: str, pools: Sequence[PoolStatus], now: float, sampler: Sampler) -> Backend:
+    queues = [pool for pool in pools if pool.upstreams[0].name == name]
+    by_priority = {one.name.lower(): sum(pool.waiting[one] for pool in queues) for one in Priority}
+    places = [(pool, one) for pool in pools for one in pool.upstreams if one.name == name]
+    places.sort(key=lambda place: place[0].last_used, reverse=True)
+    return Backend(
+        name=name,
+        in_flight=sum(one.concurrency.in_flight or 0 for one in distinct(pools, name)),
+        queue=Queue(sum(by_priority.values()), sum(pool.waiting_bytes for pool in queues), by_priority),
+        totals={key: round(value, 3) for key, value in sampler.totals.get(name, {}).items()},
+        models=[_model(pool, one, now) for pool, one in places],
+    )
+
+
+def _model(pool: PoolStatus, upstream: UpstreamStatus, now: float) -> Model:
+    is_first = pool.upstreams[0] is upstream
+    growth, concurrency, circuit = upstream.growth, upstream.concurrency, upstream.circuit
+    learned = concurrency.limit
+    return Model(
+        model=visible(pool.model),
+        bound_by=pool.cause if is_first else None,
+        in_words=in_words(pool, upstream, now),
+        waiting=sum(pool.waiting.values()) if is_first else 0,
+        requests=_rate(upstream.requests, now),
+        tokens=_rate(upstream.tokens, now),
+        growth=None if growth.limit is None else Growth(growth.limit, round(growth.factor or 0.0, 3)),
+        concurrency=Concurrency(concurrency.pace or 0.0, learned, concurrency.in_flight or 0),
+        hold=None
+        if not circuit.state
+        else Hold(
+            circuit.state,
+            circuit.why,
+            round(now - circuit.since, 1),
+            round(max((circuit.next_at or now) - now, 0.0), 1),
+        ),
+        longest_queues=[
+            KeyQueue(visible(key), count, round(now - arrived, 2)) for key, count, arrived in pool.longest_queues
+        ]
+        if is_first
+        else [],
+    )
+
+
+def _change(backend: str, model: str, change: Change, *, now: float) -> LimitChange:
+    def limit(value: float) -> float | None:
+        return round(value, 3) if 0.0 < value < inf else None
+
+    ago, old, new = round(now - change.at, 1), limit(change.old), limit(change.new)
+    return LimitChange(ago, backend, visible(model), change.dimension, old, new, change.state, change.reason)
+
+
+def _rate(gate: GateStatus, now: float) -> Rate:
+    def rounded(value: float | None, digits: int) -> float | None:
+        return None if value is None else round(value, digits)
+
+    return Rate(
+        gate.state,
+        rounded(gate.limit, 3),
+        rounded(gate.pace, 3),
+        rounded(gate.burst, 1),
+        rounded(gate.error, 3),
+        round(now - gate.since, 1),
+        gate.why,
+    )
+
+
+def in_words(pool: PoolStatus, upstream: UpstreamStatus, now: float) -> str:
     """What holds this model's requests at present, as a person would say it."""
-    waiting, limits, permits = len(lane.queue), lane.limits, lane.limits.permits
-    hold = limits.hold
-    if hold.kind is not None:
-        probe = "a probe is out" if hold.probing else f"next probe in {max(hold.next_probe - now, 0.0):.1f} s"
-        return f"on hold for {duration(now - hold.since)} ({hold.kind.value}: {hold.reason}); {probe}"
+    waiting = sum(pool.waiting.values()) if pool.upstreams[0] is upstream else 0
+    circuit, in_flight = upstream.circuit, upstream.concurrency.in_flight
+    if circuit.state:
+        next_at = circuit.next_at or now
+        probe = "a probe is out" if upstream.probing else f"next probe in {max(next_at - now, 0.0):.1f} s"
+        return f"on hold for {duration(now - circuit.since)} ({circuit.state}: {circuit.why}); {probe}"
     if not waiting:
-        return f"nothing waits, {permits.in_flight} in flight" if permits.in_flight else "idle"
-    match lane.cause:
+        return f"nothing waits, {in_flight} in flight" if in_flight else "idle"
+    match pool.cause:
         case "request_rate":
-            what = _rate(limits.requests, "requests", now)
+            what = _rate_in_words(upstream.requests, "requests", now)
         case "token_rate":
-            what = _rate(limits.tokens, "tokens", now)
+            what = _rate_in_words(upstream.tokens, "tokens", now)
         case "growth":
             what = "the provider's rule on how quickly traffic may grow"
         case "concurrency":
-            what = f"one of the {permits.allowed} permits, {permits.in_flight} are in flight"
+            what = f"one of the {upstream.concurrency.pace} permits, {in_flight} are in flight"
         case _:
             what = "their turn"
     return f"{waiting} {'waits' if waiting == 1 else 'wait'} for {what}"
 
 
-def _rate(learned: RateController, unit: str, now: float) -> str:
-    pace = f"{number(learned.pace(now))} {unit}/s"
-    if learned.limit == inf:
-        return f"their pace, {pace}: the provider's limit is not known yet"
+def _rate_in_words(gate: GateStatus, unit: str, now: float) -> str:
+    pace = "any" if gate.pace is None else number(gate.pace)
+    if gate.limit is None:
+        return f"their pace, {pace} {unit}/s: the provider's limit is not known yet"
     return (
-        f"the provider's {unit.removesuffix('s')} limit: {number(learned.limit)} {unit}/s, "
-        f"learned {duration(now - learned.estimate.changed_at)} ago, paced at {number(learned.pace(now))}"
+        f"the provider's {unit.removesuffix('s')} limit: {number(gate.limit)} {unit}/s, "
+        f"learned {duration(now - gate.since)} ago, paced at {pace}"
     )

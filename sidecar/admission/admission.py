@@ -85,6 +85,11 @@ class Admission:
         self._pools: OrderedDict[str, Pool] = OrderedDict()
         self._arrivals = Arrivals(self.loop, queue_bytes, self.waiting_bytes)
 
+    @property
+    def names(self) -> list[str]:
+        """The names of the upstreams, in order."""
+        return [one.name for one in self._settings]
+
     async def permit(self, ticket: Ticket) -> Permit:
         """Wait the ticket's turn; `with` the permit, it goes back at the end of the block.
 
@@ -153,6 +158,7 @@ class Admission:
         return Upstream(
             self.loop.time,
             name=settings.name,
+            model=model,
             tier=settings.tier,
             requests_per_second=settings.requests_per_second,
             tokens_per_second=settings.tokens_per_second,

@@ -75,6 +75,7 @@ class UpstreamStatus:
     """What metrics, page, log, state file and dispatch read. Rates are per second, times on the event loop's clock."""
 
     name: str
+    model: str
     requests: GateStatus
     tokens: GateStatus
     growth: GateStatus
@@ -94,6 +95,7 @@ class Upstream:
         clock: Callable[[], float],
         *,
         name: str = "",
+        model: str = "",
         tier: int = 1,
         requests_per_second: float = inf,
         tokens_per_second: float = inf,
@@ -111,6 +113,7 @@ class Upstream:
         now = clock()
         self.clock = clock
         self.name = name
+        self.model = model
         self.tier = tier
         self.ready_reason = ready_reason
         self.has_answered = False
@@ -142,6 +145,7 @@ class Upstream:
             window_ends=self.requests.learner.window_ends,
             refusal_seconds=lambda: self.requests.learner.refusal_seconds,
             random=(random or Random()).random,  # noqa: S311  jitter, not a secret
+            on_change=on_change,
         )
         rates: list[Gate] = [self.requests, self.growth, self.tokens] if paced else []
         self._gates: list[Gate] = [self.concurrency, *rates]
@@ -334,6 +338,7 @@ class Upstream:
         """Return the present state."""
         return UpstreamStatus(
             self.name,
+            self.model,
             self.requests.status(now),
             self.tokens.status(now),
             self.growth.status(now),

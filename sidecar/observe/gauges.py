@@ -1,27 +1,27 @@
-"""What is, read when Prometheus asks: queues, attempts in flight, learned limits. Nothing is written meanwhile."""
+"""Gauges: queues, attempts in flight and learned limits, read from frozen statuses when Prometheus scrapes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from math import inf, isfinite
+from collections import Counter
+from collections.abc import Iterator, Sequence
 
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from sidecar.admission import Admission, HoldKind, Lane, Priority, State
+from sidecar.admission import Admission, CircuitState, PoolStatus, Priority, State, UpstreamStatus
 
 
 class AdmissionGauges(Collector):
-    """The gauges of the contract over every backend's admission. A backend's models are told in sum.
+    """The gauges of the contract. The models of an upstream are summed; a queue counts for its pool's first upstream.
 
     A limit that is not known yet has no sample. A state is 1 while any model is in it.
     """
 
-    def __init__(self, admissions: Mapping[str, Admission]) -> None:
+    def __init__(self, admissions: Sequence[Admission]) -> None:
         self._admissions = admissions
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
-        """Give the families as they are now."""
+        """Return the present values."""
 
         def gauge(name: str, text: str, *labels: str) -> GaugeMetricFamily:
             return GaugeMetricFamily(name, text, labels=("backend", *labels))
@@ -33,33 +33,49 @@ class AdmissionGauges(Collector):
         token_rate = gauge("sidecar_limit_tokens_per_second", "LLM tokens a second that the provider seems to allow.")
         concurrency = gauge("sidecar_limit_concurrency", "Attempts in flight that the provider seems to allow.")
         state = gauge("sidecar_limit_state", "1 while a limit is in this state.", "dimension", "state")
-        for name, admission in self._admissions.items():
-            lanes = list(admission.lanes.values())
-            for priority in Priority:
-                requests.add_metric((name, priority.name.lower()), admission.waiting(priority))
-            size.add_metric((name,), admission.waiting_bytes())
-            in_flight.add_metric((name,), admission.in_flight())
-            for family, limits in (
-                (request_rate, [lane.limits.requests.limit for lane in lanes]),
-                (token_rate, [lane.limits.tokens.limit for lane in lanes]),
-                (concurrency, [lane.limits.permits.learned for lane in lanes]),
-            ):
-                known = sum(limit for limit in limits if isfinite(limit))
-                if known:
-                    family.add_metric((name,), known)
-            for (dimension, value), count in _states(lanes).items():
-                state.add_metric((name, dimension, value), min(count, 1))
+        for admission in self._admissions:
+            pools = list(admission.status())
+            for name in admission.names:
+                queues = [pool for pool in pools if pool.upstreams[0].name == name]
+                for priority in Priority:
+                    waiting = sum(pool.waiting[priority] for pool in queues)
+                    requests.add_metric((name, priority.name.lower()), waiting)
+                size.add_metric((name,), sum(pool.waiting_bytes for pool in queues))
+                upstreams = list(distinct(pools, name))
+                in_flight.add_metric((name,), sum(one.concurrency.in_flight or 0 for one in upstreams))
+                for family, gates in (
+                    (request_rate, [one.requests for one in upstreams]),
+                    (token_rate, [one.tokens for one in upstreams]),
+                    (concurrency, [one.concurrency for one in upstreams]),
+                ):
+                    known = sum(gate.limit for gate in gates if gate.limit is not None)
+                    if known:
+                        family.add_metric((name,), known)
+                for (dimension, value), count in _states(upstreams).items():
+                    state.add_metric((name, dimension, value), min(count, 1))
         yield from (requests, size, in_flight, request_rate, token_rate, concurrency, state)
 
 
-def _states(lanes: list[Lane]) -> dict[tuple[str, str], int]:
-    """How many models are in each state, those that none is in too."""
-    rates = {(dimension, state.value): 0 for dimension in ("requests", "tokens") for state in State}
-    counts = rates | {("hold", kind.value): 0 for kind in HoldKind}
-    for lane in lanes:
-        counts["requests", lane.limits.requests.state.value] += 1
-        if lane.limits.tokens.limit < inf:
-            counts["tokens", lane.limits.tokens.state.value] += 1
-        if lane.limits.hold.kind is not None:
-            counts["hold", lane.limits.hold.kind.value] += 1
+def distinct(pools: Sequence[PoolStatus], name: str) -> Iterator[UpstreamStatus]:
+    """Give the upstreams of this name: one for each model, or the one that all models share."""
+    seen = set()
+    for pool in pools:
+        for one in pool.upstreams:
+            if one.name == name and one.model not in seen:
+                seen.add(one.model)
+                yield one
+
+
+def _states(upstreams: Sequence[UpstreamStatus]) -> Counter[tuple[str, str]]:
+    """How many models are in each state, 0 for those that none is in."""
+    counts: Counter[tuple[str, str]] = Counter(
+        {(dimension, state.value): 0 for dimension in ("requests", "tokens") for state in State}
+        | {("hold", state.value): 0 for state in CircuitState}
+    )
+    for one in upstreams:
+        counts["requests", one.requests.state] += 1
+        if one.tokens.limit is not None:
+            counts["tokens", one.tokens.state] += 1
+        if one.circuit.state:
+            counts["hold", one.circuit.state] += 1
     return counts

@@ -9,13 +9,12 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from math import inf
 from typing import Any
-from weakref import WeakKeyDictionary
 
-from sidecar.admission import CAUSES, Admission, Lane
-from sidecar.admission.learning.learner import RateController
+from sidecar.admission import CAUSES, Admission, Change, PoolStatus
+from sidecar.observe.gauges import distinct
 from sidecar.observe.metrics import Metrics
 from sidecar.observe.time_series import FIELDS, Point, TimeSeries
 
@@ -26,27 +25,34 @@ STEP_SECONDS = 1.0
 SUMMARY_SECONDS = 10
 #: Seconds of refusals remembered for `GET /status`.
 MAX_THROTTLES = 20
+#: Changes of limits and circuits remembered for `GET /status`.
+MAX_CHANGES = 50
 #: A learned limit that has moved by this share is told, though the controller's state is an everyday one.
-_TOLD_SHARE = 0.1
+_REPORTED_SHARE = 0.1
 _EVERYDAY = frozenset({"steady", "probe"})
+#: Limits whose last log line is remembered: callers name models as they like.
+_MAX_REPORTED = 512
 
 
 class Sampler:
     """The observer of one sidecar."""
 
-    def __init__(self, metrics: Metrics, admissions: Mapping[str, Admission]) -> None:
+    def __init__(self, metrics: Metrics, admissions: Sequence[Admission]) -> None:
         self._metrics = metrics
         self._admissions = admissions
         self._clock = asyncio.get_running_loop().time
         self._began = self._looked = self._summed = self._clock()
         self.totals = metrics.totals()
         self._summary_totals = self.totals
-        self.history = {name: TimeSeries() for name in admissions}
+        self._names = [name for admission in admissions for name in admission.names]
+        self.history = {name: TimeSeries() for name in self._names}
         self.throttles: deque[dict[str, Any]] = deque(maxlen=MAX_THROTTLES)
         """Seconds with refusals, newest last: `t` since the start, backend, kind, count."""
-        # What was told last of each; what is forgotten by admission is forgotten here.
-        self._told: WeakKeyDictionary[RateController, tuple[str, float]] = WeakKeyDictionary()
-        self._held: WeakKeyDictionary[Lane, str] = WeakKeyDictionary()
+        self._reported: dict[tuple[str, str, str], tuple[str, float]] = {}  # state and limit, as last logged
+        self.changes: deque[tuple[str, str, Change]] = deque(maxlen=MAX_CHANGES)
+        """Upstream, model and what changed; newest last."""
+        for admission in admissions:
+            admission.on_change.append(self._on_change)
         self._looks = asyncio.Event()
         self.closed = False
 
@@ -80,32 +86,33 @@ class Sampler:
         now = self._clock()
         before, self.totals = self.totals, self._metrics.totals()
         span, self._looked = now - self._looked, now
-        for name, admission in self._admissions.items():
-            grown = _grown(before, self.totals, name)
-            self.history[name].add(self._point(now, span, admission, grown))
-            for kind, count in _with_prefix(grown, "throttles."):
-                self.throttles.append(
-                    {"t": round(now - self._began, 1), "backend": name, "kind": kind, "count": int(count)}
-                )
-            for model, lane in admission.lanes.items():
-                self._tell_hold(name, model, lane)
-                for unit, limit in _limits(lane):
-                    self._tell_limit(name, model, unit, limit)
+        for admission in self._admissions:
+            pools = list(admission.status())
+            for name in admission.names:
+                grown = _grown(before, self.totals, name)
+                self.history[name].add(self._point(now, span, name, pools, grown))
+                for kind, count in _with_prefix(grown, "throttles."):
+                    self.throttles.append(
+                        {"t": round(now - self._began, 1), "backend": name, "kind": kind, "count": int(count)}
+                    )
         if now - self._summed >= SUMMARY_SECONDS:
             self._summarise(now)
         self._looks.set()
         self._looks = asyncio.Event()
 
-    def _point(self, now: float, span: float, admission: Admission, grown: dict[str, float]) -> Point:
+    def _point(self, now: float, span: float, name: str, pools: Sequence[PoolStatus], grown: dict[str, float]) -> Point:
         waiting = dict.fromkeys(CAUSES, 0)
         learned: dict[str, list[float]] = {"requests": [], "tokens": []}
-        for lane in admission.lanes.values():
-            if len(lane.queue):
-                waiting[lane.cause or "turn"] += len(lane.queue)
-            if now - lane.last_used < SUMMARY_SECONDS:
-                for unit, limit in _limits(lane):
-                    if limit.limit != inf:
-                        learned[unit].append(limit.limit)
+        for pool in pools:
+            if pool.upstreams[0].name == name and (count := sum(pool.waiting.values())):
+                waiting[pool.cause or "turn"] += count
+        upstreams = list(distinct(pools, name))
+        used = {pool.model for pool in pools if now - pool.last_used < SUMMARY_SECONDS}
+        for one in upstreams:
+            if one.model in used or len(upstreams) == 1:
+                for unit, gate in (("requests", one.requests), ("tokens", one.tokens)):
+                    if gate.limit is not None:
+                        learned[unit].append(gate.limit)
         values: dict[str, float | None] = {
             "t": now - self._began,
             "span": span,
@@ -120,38 +127,42 @@ class Sampler:
             "upstream_seconds": grown.get("seconds.upstream", 0.0),
             "limit": sum(learned["requests"]) if learned["requests"] else None,
             "token_limit": sum(learned["tokens"]) if learned["tokens"] else None,
-            "in_flight": admission.in_flight(),
+            "in_flight": sum(one.concurrency.in_flight or 0 for one in upstreams),
             **{f"waiting.{cause}": count for cause, count in waiting.items()},
         }
         return tuple(None if (value := values[field]) is None else round(value, 3) for field in FIELDS)
 
     # -- the log -------------------------------------------------------------------------------------------------------
 
-    def _tell_hold(self, backend: str, model: str, lane: Lane) -> None:
-        hold = lane.limits.hold
-        kind = "" if hold.kind is None else hold.kind.value
-        if kind == self._held.get(lane, ""):
-            return
-        self._held[lane] = kind
-        if kind:
-            log.warning("%s: holding %s back but for single probes (%s): %s", backend, model, kind, hold.reason)
+    def _on_change(self, backend: str, model: str, change: Change) -> None:
+        """Log a change and keep it for the views, when it happens: none is lost between two samples."""
+        self.changes.append((backend, model, change))
+        if change.dimension != "hold":
+            self._log_limit(backend, model, change)
+        elif change.state:
+            log.warning(
+                "%s: holding %s back but for single probes (%s): %s", backend, model, change.state, change.reason
+            )
         else:
             log.info("%s: %s takes work again", backend, model)
 
-    def _tell_limit(self, backend: str, model: str, unit: str, learned: RateController) -> None:
-        """Say that a limit was learned, has moved by enough, or is learned in another way, and why."""
-        state = learned.state.value
-        told_state, told_limit = self._told.get(learned, ("start", inf))
-        moved = learned.limit != told_limit and not abs(learned.limit - told_limit) < _TOLD_SHARE * told_limit
-        everyday = state == told_state or {state, told_state} <= _EVERYDAY
+    def _log_limit(self, backend: str, model: str, change: Change) -> None:
+        """Log that a limit was learned, has moved by enough, or is learned in another way, and why."""
+        place = (backend, model, change.dimension)
+        state, limit = self._reported.get(place, ("start", inf))
+        moved = change.new != limit and not abs(change.new - limit) < _REPORTED_SHARE * limit
+        everyday = change.state == state or {change.state, state} <= _EVERYDAY
         if moved or not everyday:
-            self._told[learned] = (state, learned.limit)
-            limit = "unknown" if learned.limit == inf else f"{learned.limit:.3g} {unit}/s"
-            log.info("%s: the limit of %s is %s (%s): %s", backend, model, limit, state, learned.estimate.changed_why)
+            if len(self._reported) >= _MAX_REPORTED:
+                self._reported.clear()
+            self._reported[place] = (change.state, change.new)
+            unit = "tokens" if change.dimension == "token_rate" else "requests"
+            text = "unknown" if change.new == inf else f"{change.new:.3g} {unit}/s"
+            log.info("%s: the limit of %s is %s (%s): %s", backend, model, text, change.state, change.reason)
 
     def _summarise(self, now: float) -> None:
         """One line for all refusals since the last one."""
-        for name in self._admissions:
+        for name in self._names:
             grown = _grown(self._summary_totals, self.totals, name)
             kinds = [f"{kind} {count:.0f}" for kind, count in _with_prefix(grown, "throttles.")]
             if kinds:
@@ -161,10 +172,6 @@ class Sampler:
                     name, grown.get("attempts.throttled", 0.0), sent, now - self._summed, ", ".join(kinds),
                 )  # fmt: skip
         self._summed, self._summary_totals = now, self.totals
-
-
-def _limits(lane: Lane) -> tuple[tuple[str, RateController], ...]:
-    return (("requests", lane.limits.requests), ("tokens", lane.limits.tokens))
 
 
 def _grown(

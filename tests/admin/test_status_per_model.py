@@ -49,7 +49,7 @@ async def test_status_tells_the_limit_that_binds_what_was_learned_and_why(servin
     assert idle["requests"]["changed_why"] == "nothing was refused yet"
 
     crowd = [asyncio.ensure_future(ask(sidecar, OTHER)) for _ in range(20)]
-    lane = sidecar.sidecar.routes[0].admission.lane(OTHER)
+    lane = sidecar.sidecar.admission.lane(OTHER)
     await sidecar.until(lambda: simulated.counts.refused["request_rate"] and lane.cause == "request_rate")
     bound = (await status(sidecar))[OTHER]
     assert bound["bound_by"] == "request_rate"

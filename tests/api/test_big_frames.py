@@ -48,7 +48,7 @@ async def test_a_frame_of_10_mb_waits_in_one_copy_and_passes(serving, scripted, 
         tracemalloc.start()
         try:
             second = tasks.create_task(ask(body, path))
-            await sidecar.until(lambda: sidecar.sidecar.routes[0].admission.waiting() == 1)
+            await sidecar.until(lambda: sidecar.sidecar.admission.waiting() == 1)
             # Not at once: the thread that checked the body may not have let go of it yet.
             await sidecar.until(lambda: tracemalloc.get_traced_memory()[0] < 1.1 * len(body))
         finally:

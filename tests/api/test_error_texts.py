@@ -158,7 +158,7 @@ async def deadline_unreachable_on_arrival(given):
 async def deadline_unreachable_in_the_queue(given):
     sidecar = await given.before(never, max_concurrency=1)
     first = asyncio.create_task(given.ask(sidecar))
-    await sidecar.until(lambda: sidecar.sidecar.routes[0].admission.in_flight() == 1)
+    await sidecar.until(lambda: sidecar.sidecar.admission.in_flight() == 1)
     answer = await given.ask(sidecar, X_Request_Timeout="0.3")
     first.cancel()
     await asyncio.gather(first, return_exceptions=True)
@@ -174,7 +174,7 @@ async def draining(given):
 async def cut_off_by_the_drain(given):
     sidecar = await given.before(never)
     task = asyncio.create_task(given.ask(sidecar))
-    await sidecar.until(lambda: sidecar.sidecar.routes[0].admission.in_flight() == 1)
+    await sidecar.until(lambda: sidecar.sidecar.admission.in_flight() == 1)
     sidecar.sidecar.data.give_up()
     return await task
 
@@ -213,7 +213,7 @@ async def deadline_exceeded(given):
 async def defect(given):
     """A defect, which cannot be ordered from outside: what counts tickets breaks."""
     sidecar = await given.before()
-    sidecar.sidecar.routes[0].backend.send = None
+    sidecar.sidecar.parts.backends[0].send = None
     return await given.ask(sidecar)
 
 

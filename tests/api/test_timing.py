@@ -90,7 +90,7 @@ async def test_cancelled_in_the_queue_and_upstream(serving, provider, tickets):
     url, simulated = await provider(latency_seconds=30)
     sidecar = await serving(dashscope_url=url, max_concurrency=1)
     tasks = [asyncio.ensure_future(timed(sidecar)) for _ in range(3)]
-    await sidecar.until(lambda: simulated.counts.in_flight == 1 and sidecar.sidecar.routes[0].admission.waiting() == 2)
+    await sidecar.until(lambda: simulated.counts.in_flight == 1 and sidecar.sidecar.admission.waiting() == 2)
     for task in reversed(tasks):
         task.cancel()
         await asyncio.sleep(0.05)
@@ -106,7 +106,7 @@ async def test_superseded(serving, provider, tickets):
     await sidecar.until(lambda: simulated.counts.in_flight == 1)
     latest = {"X-Camera-Id": "gate", "X-Queue-Policy": "latest"}
     old = asyncio.ensure_future(timed(sidecar, headers=latest))
-    await sidecar.until(lambda: sidecar.sidecar.routes[0].admission.waiting() == 1)
+    await sidecar.until(lambda: sidecar.sidecar.admission.waiting() == 1)
     new = asyncio.ensure_future(timed(sidecar, headers=latest))
     assert [status for status, _, _ in await asyncio.gather(first, old, new)] == [200, 409, 200]
     assert_sums(tickets, "superseded")

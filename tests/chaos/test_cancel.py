@@ -94,7 +94,7 @@ async def test_who_leaves_the_queue_is_out_of_it_at_once_and_never_sent(serving,
     first = asyncio.ensure_future(ask(sidecar, stream=False))
     await asyncio.wait_for(holding.held.wait(), 10)
     task = asyncio.ensure_future(ask(sidecar, stream=stream))
-    admission = sidecar.sidecar.routes[0].admission
+    admission = sidecar.sidecar.admission
     await sidecar.until(lambda: admission.waiting() == 1)
     await leave(task)
     async with asyncio.timeout(AT_ONCE):
@@ -108,7 +108,7 @@ async def test_who_leaves_the_queue_is_out_of_it_at_once_and_never_sent(serving,
 async def test_who_vanishes_while_sending_its_body_leaves_nothing_behind(serving, scripted):
     upstream = await scripted()
     sidecar = await serving(dashscope_url=f"{upstream.origin}/v1")
-    admission = sidecar.sidecar.routes[0].admission
+    admission = sidecar.sidecar.admission
     head = b"POST %b HTTP/1.1\r\nHost: x\r\nContent-Length: 100000\r\n\r\n" % CHAT.encode()
     for said in (head[:40], head, head + b"{" * 50_000):
         _, writer = await asyncio.open_connection("127.0.0.1", sidecar.sidecar.data_port)
@@ -128,7 +128,7 @@ async def test_who_leaves_while_everything_is_held_is_out_of_the_queue_at_once(s
     """In an outage one waits to be the probe and the others behind it; probing goes on without those who left."""
     url, simulated = await provider(outages=((0.0, 4.0),), outage_status=503)
     sidecar = await serving(dashscope_url=url)
-    admission = sidecar.sidecar.routes[0].admission
+    admission = sidecar.sidecar.admission
     tasks = [asyncio.ensure_future(ask(sidecar, stream=number % 2 == 0)) for number in range(6)]
     await sidecar.until(lambda: admission.waiting() == 6)
     for task in tasks[:5]:
@@ -152,7 +152,7 @@ async def test_what_is_in_flight_here_is_so_at_a_provider_that_hangs_past_every_
     monkeypatch.setattr("backends.http1.client._CONNECT_SECONDS", 0.5)
     url, simulated = await provider(latency_seconds=600.0)
     sidecar = await serving(dashscope_url=url, max_concurrency=4, deadline=2.5)
-    admission = sidecar.sidecar.routes[0].admission
+    admission = sidecar.sidecar.admission
     tasks = [asyncio.ensure_future(ask(sidecar, stream=number % 2 == 0)) for number in range(4)]
     await sidecar.until(lambda: simulated.counts.in_flight == 4)
     while not any(task.done() for task in tasks):
@@ -262,7 +262,7 @@ async def test_10000_requests_with_every_kind_of_end_leave_nothing_behind():
         before = len(upstream.seen)
         last = [asyncio.ensure_future(ask(sidecar, stream=False)) for _ in range(20)]
         await sidecar.until(lambda: len(upstream.seen) - before == 16)
-        assert sidecar.sidecar.routes[0].admission.in_flight() == 16
+        assert sidecar.sidecar.admission.in_flight() == 16
         holding.release.set()
         assert await asyncio.gather(*last) == [200] * 20
         await sidecar.until(sidecar.at_rest)

@@ -62,7 +62,7 @@ async def test_a_full_queue_fails_no_probe_and_is_told_with_a_wait(serving, prov
     url, _ = await provider(latency_seconds=1.0)
     sidecar = await serving(dashscope_url=url, max_concurrency=1, queue_size=5)
     tasks = [asyncio.ensure_future(sidecar.post().__aenter__()) for _ in range(6)]
-    await sidecar.until(lambda: sidecar.sidecar.routes[0].admission.waiting() == 5)
+    await sidecar.until(lambda: sidecar.sidecar.admission.waiting() == 5)
     async with sidecar.post() as response:
         assert (response.status, (await response.json())["error"]["code"]) == (503, "queue_full")
         assert int(response.headers["Retry-After"]) >= 1

@@ -86,7 +86,7 @@ async def test_uploads_that_stall_give_way_to_those_that_come(serving, scripted,
     monkeypatch.setattr("sidecar.admission.arrivals.STALLED_SECONDS", 0.2)
     upstream = await scripted()
     sidecar = await serving(dashscope_url=f"{upstream.origin}/v1", queue_bytes=4 * MIB)
-    admission = sidecar.sidecar.routes[0].admission
+    admission = sidecar.sidecar.admission
     head = HEAD % (CHAT.encode(), 10 * MIB)
     stalled = []
     for _ in range(4):

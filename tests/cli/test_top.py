@@ -39,7 +39,7 @@ async def test_on_no_terminal_it_prints_once_what_holds_requests(serving, provid
     asking = [
         asyncio.ensure_future(sidecar.post(headers={"X-Camera-Id": f"gate-{n % 2}"}).__aenter__()) for n in range(6)
     ]
-    await sidecar.until(lambda: simulated.counts.in_flight == 2 and sidecar.sidecar.routes[0].admission.waiting() == 4)
+    await sidecar.until(lambda: simulated.counts.in_flight == 2 and sidecar.sidecar.admission.waiting() == 4)
     sidecar.sidecar.parts.sampler.look()
     status, printed, complaint = await run_top(sidecar.sidecar.admin_port)
     assert (status, complaint) == (0, "")

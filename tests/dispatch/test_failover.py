@@ -114,7 +114,7 @@ async def test_what_waits_when_a_hold_closes_moves_on(pair):
 
     provider.act = act
     asking = [asyncio.create_task(who(sidecar)) for _ in range(4)]
-    await sidecar.until(lambda: sidecar.sidecar.routes[0].admission.waiting() == 3)
+    await sidecar.until(lambda: sidecar.sidecar.admission.waiting() == 3)
     out_of_room.set()
     assert await asyncio.gather(*asking) == [(200, "simulated")] * 4
     assert provider.asked == 1
@@ -138,10 +138,10 @@ async def test_a_request_that_would_wait_past_its_deadline_goes_where_it_need_no
 
     provider.act = wait
     busy = asyncio.create_task(who(sidecar))
-    await sidecar.until(lambda: sidecar.sidecar.routes[0].admission.in_flight() == 1)
+    await sidecar.until(lambda: sidecar.sidecar.admission.in_flight() == 1)
     assert await who(sidecar, headers={"X-Request-Timeout": "0.8"}) == (200, "simulated")
     patient = asyncio.create_task(who(sidecar))
-    await sidecar.until(lambda: sidecar.sidecar.routes[0].admission.waiting() == 1)
+    await sidecar.until(lambda: sidecar.sidecar.admission.waiting() == 1)
     go_on.set()
     assert await asyncio.gather(busy, patient) == [(200, "dashscope")] * 2
 

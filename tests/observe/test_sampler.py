@@ -48,7 +48,7 @@ async def test_who_waits_is_counted_by_what_holds_them_and_told_in_words(serving
     url, simulated = await provider(latency_seconds=1.0)
     sidecar = await serving(dashscope_url=url, max_concurrency=2)
     asking = asyncio.ensure_future(ask_many(sidecar, 7))
-    await sidecar.until(lambda: simulated.counts.in_flight == 2 and sidecar.sidecar.routes[0].admission.waiting() == 5)
+    await sidecar.until(lambda: simulated.counts.in_flight == 2 and sidecar.sidecar.admission.waiting() == 5)
     sidecar.sidecar.parts.sampler.look()
     assert column(sidecar, "waiting.concurrency") == [5]
     assert column(sidecar, "in_flight") == [2]
@@ -78,7 +78,7 @@ async def test_a_hundred_refusals_are_one_line_and_a_changed_limit_says_why(serv
     assert f"request_rate {refused}" in summary
     changed = [record.message for record in caplog.records if "the limit of" in record.message]
     assert changed
-    lane = sidecar.sidecar.routes[0].admission.lane("qwen-vl-plus")
+    lane = sidecar.sidecar.admission.lane("qwen-vl-plus")
     assert changed[-1].endswith(lane.limits.requests.estimate.changed_why)
     assert len(changed) <= 3
 

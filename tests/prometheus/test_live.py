@@ -33,7 +33,7 @@ async def test_queue_wait_and_lock_wait_are_what_the_callers_measured(serving, p
     url, simulated = await provider(latency_seconds=0.1, requests_per_second=8, burst_requests=4)
     sidecar = await serving(dashscope_url=url, max_concurrency=4)
     watched = await monitored(sidecar)
-    locked = Locked(sidecar.sidecar.routes[0].backend)
+    locked = Locked(sidecar.sidecar.parts.backends[0])
     trace = "4bf92f3577b34da6a3ce929d0e0e4736"
 
     async def call():

@@ -70,14 +70,15 @@ class GateStatus:
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """A learned limit or its state changed."""
+    """A learned limit or its state changed, or the circuit opened or closed."""
 
     at: float
     dimension: Cause
     old: float
     new: float
-    """The limit before and after, per second; infinite while none is known."""
+    """The limit before and after, per second; infinite while none is known; 0 for the circuit."""
     state: str
+    """The learner's state, or why the circuit is open; empty where it has closed."""
     reason: str
 
 

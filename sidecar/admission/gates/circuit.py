@@ -6,7 +6,7 @@ from collections.abc import Callable
 from enum import StrEnum
 from math import inf, isfinite
 
-from sidecar.admission.gates.base import Ahead, GateStatus, Verdict
+from sidecar.admission.gates.base import Ahead, Change, GateStatus, Verdict
 from sidecar.admission.learning.learner import Recovery
 from sidecar.admission.ticket import Cause, Ticket
 
@@ -53,9 +53,9 @@ class Circuit:
     """Closed while `state` is None. While open, one probe at a time may go, at `next_probe`."""
 
     __slots__ = (
-        "_asked", "_confirmed", "_failed", "_failures", "_on_close", "_probe", "_random", "_refusal_seconds", "_silent",
-        "_step", "_vain", "_window_ends", "gap", "last_refused", "name", "next_probe", "passes", "reason", "since",
-        "state",
+        "_asked", "_confirmed", "_failed", "_failures", "_on_change", "_on_close", "_probe", "_random",
+        "_refusal_seconds", "_silent", "_step", "_vain", "_window_ends", "gap", "last_refused", "name", "next_probe",
+        "passes", "reason", "since", "state",
     )  # fmt: skip
 
     def __init__(
@@ -65,8 +65,9 @@ class Circuit:
         window_ends: Callable[[float], float],
         refusal_seconds: Callable[[], float],
         random: Callable[[], float],
+        on_change: Callable[[Change], None] = lambda _: None,
     ) -> None:
-        """`on_close` is called when a probe was accepted, with the state that ends.
+        """`on_close` is called when a probe was accepted, with the state that ends; `on_change` with every new state.
 
         `window_ends` and `refusal_seconds` are the request rate's learner's. `random` gives the jitter, 0 to 1.
         """
@@ -84,6 +85,7 @@ class Circuit:
         self._window_ends = window_ends
         self._refusal_seconds = refusal_seconds
         self._random = random
+        self._on_change = on_change
         self._probe: Try | None = None
         self._failures = self._silent = 0
         self._failed: set[Ticket] = set()
@@ -205,9 +207,11 @@ class Circuit:
             if state is CircuitState.BLACKOUT:
                 self._vain = max(self._vain, now - self.last_refused)
             self._step = min(self._step * (GROWTH if self._step < SHORT_STEP else SLOW_GROWTH), MAX_STEP)
-        self.state = state
+        before, self.state = self.state, state
         self.reason = reason
         self.last_refused = now
+        if state is not before:
+            self._on_change(Change(now, "hold", 0.0, 0.0, state.value, reason))
         step = BILLING_STEP if state is CircuitState.BILLING else self._step * jitter
         if 0.0 < expected - now < 2.0 * step:
             step = expected - now
@@ -234,6 +238,7 @@ class Circuit:
         self.reason = ""
         self.next_probe = -inf
         self._probe = None
+        self._on_change(Change(now, "hold", 0.0, 0.0, "", f"a probe was accepted after {now - self.since:.1f} s"))
 
     def _refused(self, now: float, state: CircuitState, verdict: Verdict, *, opens: bool) -> None:
         if opens:

@@ -158,7 +158,7 @@ async def test_errors_of_the_sidecar_are_a_detail_and_carry_retry_after(asking):
     status, answer = await post({"image_b64": IMAGE}, headers={"X-Request-Timeout": "0.2"})
     assert status == 504
     assert "0.2 s" in answer["detail"]
-    post.sidecar.sidecar.routes[0].admission.draining = True
+    post.sidecar.sidecar.admission.draining = True
     async with post.sidecar.post({"image_b64": IMAGE}, path=DESCRIBE) as response:
         assert (response.status, response.headers["Retry-After"]) == (503, "1")
         assert "shutting down" in (await response.json())["detail"]

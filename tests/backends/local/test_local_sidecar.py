@@ -58,7 +58,7 @@ async def test_ten_at_once_with_batches_of_one_show_the_ladder_of_lock_waits(loc
     sidecar = await local(local_max_batch=1, max_concurrency=10)
     await tap.hold()
     asking = [asyncio.create_task(ask(sidecar)) for _ in range(10)]
-    await until(lambda: len(sidecar.sidecar.routes[0].backend._rows) == 10)
+    await until(lambda: len(sidecar.sidecar.parts.backends[0]._rows) == 10)
     tap.let(10**6)
     timings = sorted((timing for _, timing, _ in await asyncio.gather(*asking)), key=lambda timing: timing["lock"])
     ahead = 0.0  # the answers given since all ten were there: the first was held until then
@@ -76,7 +76,7 @@ async def test_ten_at_once_with_batches_of_one_show_the_ladder_of_lock_waits(loc
 async def test_what_finds_no_slot_waits_in_the_fair_queue_whatever_model_is_named(local, tap):
     sidecar = await local(local_max_batch=2)
     await tap.hold()
-    admission = sidecar.sidecar.routes[0].admission
+    admission = sidecar.sidecar.admission
     asking = [asyncio.create_task(ask(sidecar, {**frame(), "model": f"model {at}"})) for at in range(9)]
     await until(lambda: admission.waiting() == 5)
     assert admission.in_flight() == 4
@@ -93,8 +93,8 @@ async def test_concurrent_requests_share_batches(local, tap):
     first = asyncio.create_task(ask(sidecar))
     await until(lambda: tap.running)
     rest = [asyncio.create_task(ask(sidecar)) for _ in range(8)]
-    await until(lambda: sidecar.sidecar.routes[0].admission.in_flight() == 9)
-    await until(lambda: len(sidecar.sidecar.routes[0].backend._rows) == 9)
+    await until(lambda: sidecar.sidecar.admission.in_flight() == 9)
+    await until(lambda: len(sidecar.sidecar.parts.backends[0]._rows) == 9)
     tap.let(10**6)
     await asyncio.gather(first, *rest)
     metrics = await sidecar.metrics()
@@ -143,7 +143,7 @@ async def test_a_caller_that_hangs_up_while_it_waits_for_the_engine_is_never_com
     first = asyncio.create_task(ask(sidecar))
     await until(lambda: tap.running)
     second = asyncio.create_task(ask(sidecar, frame(stream=stream)))
-    admission = sidecar.sidecar.routes[0].admission
+    admission = sidecar.sidecar.admission
     await until(lambda: admission.in_flight() == 2)
     second.cancel()
     await asyncio.wait([second])
@@ -236,7 +236,7 @@ async def test_the_model_takes_over_from_a_provider_that_is_gone_and_gives_back(
 async def test_a_dead_engine_beside_a_provider_does_not_unready_the_pod(local, scripted, tap):
     upstream = await scripted()
     sidecar = await local(backend="dashscope,local", dashscope_url=upstream.origin + "/v1")
-    sidecar.sidecar.routes[1].backend._unready = "the engine died"
+    sidecar.sidecar.parts.backends[1]._unready = "the engine died"
     assert (await probe(sidecar, "/readyz"))[0] == 200
 
 
