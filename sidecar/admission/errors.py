@@ -34,4 +34,4 @@ class AccountClosed(NotAdmitted):
 
 
 class OnHold(NotAdmitted):
-    """The circuit opened while the ticket waited, and another backend may serve it. Never reaches a caller."""
+    """Admission to one backend closed while the ticket waited; another backend may serve it. Never reaches a caller."""

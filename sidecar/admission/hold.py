@@ -81,7 +81,8 @@ class Hold:
             self.since = now
             self._asked = 0.0
             self._step = FIRST_STEP
-            if kind is HoldKind.BLACKOUT and not self.passes:  # the wait that was enough, but above waits that failed
+            if kind is HoldKind.BLACKOUT and not self.passes:
+                # Begin with the wait that was enough last time, but with more than the longest wait that failed.
                 self._step = min(max(self.gap, 1.01 * self._vain, FIRST_STEP), MAX_STEP)
         elif kind is self.kind:
             if kind is HoldKind.BLACKOUT:
@@ -115,7 +116,8 @@ class Hold:
         """Open admission: the provider accepts work again. `probed_at` is the send time of the successful probe."""
         if probed_at is not None and self.kind is HoldKind.BLACKOUT:
             self.gap = probed_at - self.last_refused
-            if self.gap <= self._vain:  # so refusals do not restart a penalty, and the blackout ends by itself
+            if self.gap <= self._vain:
+                # A shorter wait was enough. So a refusal does not restart a penalty: the blackout ends by itself.
                 self._vain = 0.0
         if probed_at is not None and self._asked:
             early = self._asked - probed_at

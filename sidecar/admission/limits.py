@@ -129,7 +129,7 @@ class Limits:
         return attempt
 
     def held(self, now: float) -> float:
-        """Return the seconds until the next probe; 0 while admission is open. Before it no attempt can start."""
+        """Return the seconds until the next probe, before which no attempt can start; 0 while admission is open."""
         return max(self.hold.next_probe - now, 0.0) if self.hold.kind is not None else 0.0
 
     def seconds_for(self, now: float, ticket: Ticket, requests: float, tokens: float) -> float:

@@ -1,7 +1,7 @@
 """
 The fair queue: it decides which waiting ticket is next. It does not use limits, time or futures. `Lane` uses it.
 
-It has three levels. The cost of each does not depend on the number of keys or tickets:
+It has three levels. Their cost hardly grows with the number of keys and tickets (at most logarithmically):
 
 1. Priority classes share by weight.
 2. The keys within a class share by deficit round robin (Shreedhar & Varghese, 1995) over cost.
