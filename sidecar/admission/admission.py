@@ -1,4 +1,4 @@
-"""The door: `with await admission.permit(ticket) as permit:`."""
+"""The entry to admission: `with await admission.permit(ticket) as permit:`."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from sidecar.admission.lane import KEPT_SHARE, Lane, Permit
 from sidecar.admission.limits import Limits
 from sidecar.admission.ticket import Priority, Ticket
 
-#: Models that keep limits of their own. The least recently used idle one goes when there are more.
+#: Maximum number of models that have their own lane. A new model beyond it replaces the least recently used idle lane.
 MAX_LANES = 64
 
 
 class Admission:
-    """Who goes next, and when, for one backend. Every model has a `Lane`; the bounds on what waits are for all of them.
+    """Grant permits for one backend. Every model has its own `Lane`; all lanes share the bounds on waiting requests.
 
-    Must be made and used in one event loop; it takes the time from that loop and nowhere else.
+    Create and use it in one event loop. That loop is its only clock.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class Admission:
         only_model: str | None = None,
         random: Random | None = None,
     ) -> None:
-        """`only_model`: the one that answers whatever model is named, so that there is one queue."""
+        """`only_model`: the model that answers every request, whatever model the request names; there is one queue."""
         self.loop = asyncio.get_running_loop()
         self._queue_size = queue_size
         self._queue_bytes = queue_bytes
@@ -58,7 +58,7 @@ class Admission:
         self._arrivals = Arrivals(self.loop, queue_bytes, self.waiting_bytes)
 
     async def permit(self, ticket: Ticket) -> Permit:
-        """Wait the ticket's turn; `with` the permit, it goes back at the end of the block.
+        """Wait for the ticket's turn and return its permit. Use it in a `with` block, which releases it at the end.
 
         Raises `QueueFull`, `DeadlineUnreachable`, `Superseded`, `Draining` or `AccountClosed`.
         """
@@ -68,17 +68,17 @@ class Admission:
         try:
             return await entry
         except asyncio.CancelledError:
-            # The permit may have come in the same turn of the loop as the cancellation: then it goes straight back.
+            # The permit may arrive in the same loop iteration as the cancellation. Then release it immediately.
             if entry.done() and not entry.cancelled() and entry.exception() is None:
                 entry.result().release(self.loop.time())
             else:
                 self.lane(ticket.model).leave(ticket)
             raise
         finally:
-            del entry  # it may hold an error that holds this frame: they would keep each other, and the body
+            del entry  # its error may refer to this frame: a reference cycle would keep the request body in memory
 
     def lane(self, model: str) -> Lane:
-        """The model's own queue and limits, made when first asked for."""
+        """Return the model's own lane (queue and limits). The first call for a model creates it."""
         model = self._only_model or model
         lane = self.lanes.get(model)
         if lane is None:
@@ -88,36 +88,39 @@ class Admission:
         return lane
 
     def learned(self) -> dict[str, Any]:
-        """What is worth remembering over a restart, by model: plain data for `recall`."""
+        """Return the learned values to keep over a restart, by model: plain data for `recall`."""
         return {model: learned for model, lane in self.lanes.items() if (learned := lane.limits.learned())}
 
     def recall(self, learned: Mapping[str, Any], share: float) -> None:
-        """Begin with that share of what `learned` gave before a restart. Raises `KeyError` on other data."""
+        """Restore what `learned` returned before a restart, with limits scaled by `share`.
+
+        Raises `KeyError` if the data has another form.
+        """
         for model, limits in learned.items():
             self.lane(model).limits.recall(self.loop.time(), limits, share)
 
     def waiting(self, priority: Priority | None = None) -> int:
-        """Tickets in all queues, or in those of one class."""
+        """Return the number of tickets in all queues, of all priority classes or of one."""
         return sum(len(lane.queue) if priority is None else lane.queue.length(priority) for lane in self.lanes.values())
 
     def waiting_bytes(self) -> int:
-        """Bytes of request bodies in all queues."""
+        """Return the bytes of request bodies in all queues."""
         return sum(lane.queue.bytes for lane in self.lanes.values())
 
     def in_flight(self) -> int:
-        """Attempts that hold a permit."""
+        """Return the number of attempts that hold a permit."""
         return sum(lane.limits.permits.in_flight for lane in self.lanes.values())
 
     def arrival(self, reading: asyncio.Timeout) -> Arrival:
-        """Count a body while it is received, `with` this; see `Arrival`."""
+        """Return a context manager that counts a body while it is received; see `Arrival`."""
         return Arrival(self._arrivals, reading)
 
     def arriving_bytes(self) -> int:
-        """Bytes of bodies that are still being received."""
+        """Return the bytes received so far of bodies that are not complete."""
         return self._arrivals.bytes
 
     def enter(self, ticket: Ticket) -> Permit | asyncio.Future[Permit]:
-        """What `permit` does on entering, without the wait."""
+        """Do the first, synchronous part of `permit`: return the permit, or the future that will bring it."""
         lane = self.lane(ticket.model)
         if self.draining and not ticket.returned:
             raise Draining(
@@ -129,7 +132,7 @@ class Admission:
                 f"a newer request of key {ticket.key!r} took its place: where both answers are wanted, send no "
                 "X-Queue-Policy: latest"
             )
-            if other.stopwatch.started > ticket.stopwatch.started:  # it came while this one was upstream
+            if other.stopwatch.started > ticket.stopwatch.started:  # it arrived while this ticket was upstream
                 raise superseded
             lane.refuse(other, superseded)
         if not ticket.returned:
@@ -139,11 +142,11 @@ class Admission:
 
     def _check_bounds(self, lane: Lane, ticket: Ticket) -> None:
         if not self._arrivals.bytes:
-            for other in self.lanes.values():  # as a loop: this is asked for each request
+            for other in self.lanes.values():  # a plain loop is faster, and this runs for each request
                 if other.queue.tickets:
                     break
             else:
-                return  # one always finds room alone
+                return  # if nothing waits, one request always fits, whatever its size
         waiting, size = self.waiting(), ticket.size_bytes
         now = self.loop.time()
         room = max(min(self._queue_size, self._queue_bytes // max(size, 1)), 1)

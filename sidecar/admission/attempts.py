@@ -1,4 +1,4 @@
-"""The attempts in flight, and how many of them the provider had at once."""
+"""The attempts in flight, and how many of them were at the provider at the same time."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from sidecar.admission.ticket import Cause, Ticket
 
 
 class Attempt:
-    """What the limits remember of one attempt until its verdict."""
+    """The data that the limits keep of one attempt until its verdict."""
 
     __slots__ = ("beside", "bound", "probe", "requests", "started", "ticket", "tokens", "told")
 
@@ -15,18 +15,18 @@ class Attempt:
         self.ticket = ticket
         self.started = now
         self.beside = beside
-        """Attempts in flight at the provider when this one started; those it refused were not."""
+        """Other attempts in flight at the provider when this one started, without attempts that it refused."""
         self.bound = bound
-        """The gate that held the queue just before."""
+        """The gate that delayed the queue just before the start, or None."""
         self.probe = probe
         self.told = False
-        """It has had its verdict."""
+        """True once its verdict was reported."""
         self.requests: Sent | None = None
         self.tokens: Sent | None = None
 
 
 class InFlight:
-    """Those that have not ended, in the order in which they started."""
+    """The attempts that have not ended, in the order in which they started."""
 
     __slots__ = ("_attempts",)
 
@@ -34,15 +34,15 @@ class InFlight:
         self._attempts: dict[Attempt, None] = {}
 
     def add(self, attempt: Attempt) -> None:
-        """One starts."""
+        """Add an attempt that starts."""
         self._attempts[attempt] = None
 
     def remove(self, attempt: Attempt) -> None:
-        """One has ended."""
+        """Remove an attempt that has ended."""
         del self._attempts[attempt]
 
     def was_not_there(self, refused: Attempt) -> None:
-        """A refused attempt held no place at the provider: the later ones had one less beside them."""
+        """Correct `beside` of the later attempts: a refused attempt was not in flight at the provider beside them."""
         later = False
         for other in self._attempts:
             if later:
@@ -50,7 +50,11 @@ class InFlight:
             later = later or other is refused
 
     def was_surely_beside(self, taken: Attempt, most: float) -> bool:
-        """Whether none that went out before, with so many beside it or more, may yet turn out to have been refused."""
+        """Return True if the count in `taken.beside` is final, as far as it matters at `most` attempts in flight.
+
+        It is not final while an attempt that started earlier, with `most` or more others in flight, may still be
+        refused: a refusal would lower the count.
+        """
         for other in self._attempts:
             if other is taken:
                 break

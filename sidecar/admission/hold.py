@@ -1,4 +1,4 @@
-"""Admission closed but for one probe at a time: while the provider is down, has no room, or refuses everything."""
+"""The circuit: while the provider is down, has no capacity, or refuses every call, only one probe at a time is sent."""
 
 from __future__ import annotations
 
@@ -12,21 +12,23 @@ class HoldKind(StrEnum):
     OUTAGE = "outage"
     CAPACITY = "capacity"
     BLACKOUT = "blackout"
-    """Every call is refused for a limit: a used-up window, or a provider that punishes."""
+    """A limit refuses every call: the quota of a window is used up, or the provider punishes calls above the limit."""
     BILLING = "billing"
 
 
-#: Seconds to the first probe; the factor between probes, up to a step of so many seconds and beyond; the longest step.
+#: The step is the time from a refusal to the next probe. FIRST_STEP: the first step in seconds. The step grows by the
+#: factor GROWTH while it is below SHORT_STEP seconds, then by SLOW_GROWTH, up to MAX_STEP seconds.
 FIRST_STEP, GROWTH, SHORT_STEP, SLOW_GROWTH, MAX_STEP = 0.5, 2.0, 4.0, 1.25, 5.0
+#: Seconds between probes while the provider refuses the account.
 BILLING_STEP = 30.0
-#: How long a Retry-After may put off the next probe: until the provider's word was found true, and after it was twice.
+#: Seconds by which a Retry-After may delay the next probe: normally, and after it was twice found to be true.
 LITTLE_TRUST, MUCH_TRUST = 5.0, 120.0
-#: Nothing is guessed to last longer than this many more.
+#: Longest estimate, in seconds, of the time for which admission stays closed.
 MAX_GUESS = 60.0
 
 
 class Hold:
-    """Open while `kind` is None. While closed, `may_probe` says when the one probe may go."""
+    """Admission is open while `kind` is None. While it is closed, `may_probe` returns True if a probe may be sent."""
 
     __slots__ = (
         "_asked",
@@ -50,13 +52,13 @@ class Hold:
         self.next_probe = 0.0
         self.probing = False
         self.gap = 0.0
-        """Seconds from the last refusal to the probe that was taken, in the blackout before: what it takes to wait."""
+        """Seconds from the last refusal to the successful probe in the previous blackout: this wait was long enough."""
         self.passes = False
-        """A blackout ends by itself, as that of a window does, however often is asked meanwhile."""
+        """True: blackouts end by themselves, for example with a quota window, however often probes are sent."""
         self._step = FIRST_STEP
         self.last_refused = 0.0
-        self._vain = 0.0  # the longest wait after a refusal that was refused too
-        self._asked = 0.0  # the loop's time until which a Retry-After asked to wait
+        self._vain = 0.0  # the longest wait in seconds after which a probe was refused again
+        self._asked = 0.0  # loop time until which a Retry-After asked to wait
         self._confirmed = 0
 
     def close(
@@ -70,15 +72,17 @@ class Hold:
         expected: float = 0.0,
     ) -> None:
         """
-        Close, or stay closed after a probe that failed too. `jitter` is what the step is multiplied by.
+        Close admission, or keep it closed after a failed probe. `jitter` is a factor on the step.
 
-        `expected` is when it should end; only what is near makes a difference.
+        `expected` is the loop time at which the closure should end. It replaces the step if it is less than two steps
+        away.
         """
         if self.kind is None:
             self.since = now
             self._asked = 0.0
             self._step = FIRST_STEP
-            if kind is HoldKind.BLACKOUT and not self.passes:  # as long as it took, unless that was tried in vain
+            if kind is HoldKind.BLACKOUT and not self.passes:
+                # Begin with the wait that was enough last time, but with more than the longest wait that failed.
                 self._step = min(max(self.gap, 1.01 * self._vain, FIRST_STEP), MAX_STEP)
         elif kind is self.kind:
             if kind is HoldKind.BLACKOUT:
@@ -95,8 +99,9 @@ class Hold:
 
     def heard(self, now: float, retry_after: float | None) -> None:
         """
-        A refusal asks to wait so many seconds: the newest word counts. It may put the next probe off, as far as it is
-        trusted, and never brings it forward.
+        Take account of a refusal's Retry-After in seconds. The newest value counts.
+
+        It may delay the next probe, by at most `trust` seconds. It never makes the next probe earlier.
         """
         if retry_after is not None and isfinite(retry_after) and retry_after > 0:
             self._asked = now + retry_after
@@ -104,19 +109,20 @@ class Hold:
 
     @property
     def trust(self) -> float:
-        """Seconds that a Retry-After is believed at most."""
+        """Seconds for which a Retry-After is believed at most."""
         return MUCH_TRUST if self._confirmed >= 2 else LITTLE_TRUST
 
     def open(self, probed_at: float | None = None) -> None:
-        """The provider takes work again; `probed_at` is when the probe that it took was sent."""
+        """Open admission: the provider accepts work again. `probed_at` is the send time of the successful probe."""
         if probed_at is not None and self.kind is HoldKind.BLACKOUT:
             self.gap = probed_at - self.last_refused
-            if self.gap <= self._vain:  # no penalty that begins anew with each refusal: it ends by itself
+            if self.gap <= self._vain:
+                # A shorter wait was enough. So a refusal does not restart a penalty: the blackout ends by itself.
                 self._vain = 0.0
         if probed_at is not None and self._asked:
             early = self._asked - probed_at
             if early > 0.5 * (self._asked - self.since):
-                self._confirmed = 0  # it was taken long before the provider said
+                self._confirmed = 0  # the probe was accepted long before the time that the provider named
             elif early <= 0 and self.last_refused < self._asked:
                 self._confirmed += 1
         self.kind = None
@@ -125,8 +131,10 @@ class Hold:
 
     def seconds_left(self, now: float) -> float:
         """
-        A guess at how long it stays closed: what has lasted some time lasts as long again, as half of such things do
-        whatever their scale (Gott, 1993); a blackout as long as the one before, at least.
+        Return an estimate of the seconds for which admission stays closed; 0 while it is open.
+
+        The estimate is the time since it closed: if the scale is unknown, the median of the remaining duration equals
+        the time that has passed (Gott, 1993). A blackout lasts at least as long as the previous one.
         """
         if self.kind is None:
             return 0.0
@@ -136,5 +144,5 @@ class Hold:
         return max(until - now, min(now - self.since, MAX_GUESS))
 
     def may_probe(self, now: float) -> bool:
-        """While closed: the one probe may go now."""
+        """Return True if the single probe may be sent now. Only meaningful while admission is closed."""
         return not self.probing and now >= self.next_probe

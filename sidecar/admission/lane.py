@@ -1,7 +1,7 @@
 """One provider account and model: its queue, its limits, and the one decision, `admit`.
 
-*Decide synchronously, act afterwards*: `admit` looks at the queue and at every gate and hands out permits; it runs
-after every change (a ticket came or left, an attempt ended, time opened a gate), and never awaits.
+*Decide synchronously, act afterwards*: `admit` examines the queue and every gate and grants permits. It runs after
+every change (a ticket arrived or left, an attempt ended, time opened a gate) and never awaits.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from sidecar.admission.promises import Promises
 from sidecar.admission.queue import FairQueue
 from sidecar.admission.ticket import CAUSES, Cause, Ticket
 
-#: While a learned pace holds the queue it is looked at again this often (seconds), since paces change with time.
+#: Longest time in seconds until the gates are examined again while tickets wait: a learned pace changes with time.
 LOOK_AGAIN_SECONDS = 0.25
-#: A key's backlog counts as servable in time while a newcomer would be answered within this share of its deadline.
+#: A key's backlog can be served in time while a new ticket would be answered within this share of its time left.
 SERVABLE_SHARE = 0.5
-#: Room is kept for those who were told to come back within so many seconds, and at most this share of a bound.
+#: New callers leave room for the callers whose Retry-After ends within SOON_SECONDS, at most this share of a bound.
 SOON_SECONDS, KEPT_SHARE = 4.0, 0.5
 _WAY_OUT = (
     "ask less often, allow more time (X-Request-Timeout), or let a newer frame take an older one's place "
@@ -31,10 +31,10 @@ _WAY_OUT = (
 
 
 class Permit:
-    """The right to have one attempt in flight. Say what the attempt was told, then release it; once each.
+    """The right to have one attempt in flight. Report the attempt's verdict once, then release the permit once.
 
-    The end of a `with` block releases it too.
-    An attempt that ends without a verdict (its caller left) was sent all the same, and counts as taken.
+    The end of a `with` block also releases it.
+    An attempt without a verdict (its caller left) was sent nevertheless, so it counts as use of the provider's quota.
     """
 
     __slots__ = ("_attempt", "_lane", "_released", "ticket")
@@ -54,29 +54,29 @@ class Permit:
         self.release(self._lane.now())
 
     def accepted(self, now: float, usage: tuple[int, int] | None = None) -> None:
-        """The provider took the attempt and answered it, or found fault with the request itself.
+        """Report that the provider admitted the attempt: it answered, or rejected the request itself as invalid.
 
-        `usage` are the LLM tokens of input and output as the provider counted them, if it said.
+        `usage` are the LLM tokens of input and output as the provider counted them, or None if it did not report them.
         """
         self._lane.limits.accepted(self._attempt, now, usage)
 
     def throttled(self, now: float, kind: str, reason: str, retry_after: float | None = None) -> None:
-        """The provider refused the attempt because of a limit of this kind.
+        """Report that the provider refused the attempt because of a limit of this kind.
 
-        `retry_after` are the seconds it asks to wait, in which little trust is put.
+        `retry_after` are the seconds that the provider asks to wait. They are trusted only in part (see `Hold`).
         """
         self._lane.limits.throttled(self._attempt, now, kind, reason, retry_after)
 
     def failed(self, now: float, reason: str) -> None:
-        """The provider failed, or could not be reached."""
+        """Report that the provider failed or could not be reached."""
         self._lane.limits.failed(self._attempt, now, reason)
 
     def account_refused(self, now: float, reason: str) -> None:
-        """The provider refuses the account (billing): everything that waits is told so."""
+        """Report that the provider refuses the account (billing). All waiting tickets are refused with that reason."""
         self._lane.account_refused(self._attempt, now, reason)
 
     def release(self, now: float) -> None:
-        """Give the permit back. Again is nothing: the first time counted."""
+        """Release the permit. A second call does nothing."""
         if not self._released:
             self._released = True
             self._lane.ended(self._attempt, now)
@@ -95,18 +95,18 @@ class Lane:
         self._timer: asyncio.TimerHandle | None = None
         self._held_seconds = [0.0] * len(CAUSES)
         self.cause: Cause | None = None
-        """What holds the queue at present; None while nothing waits."""
+        """The present cause of waiting; None while no ticket waits."""
         self._cause_since = now
-        self._bound: Cause | None = None  # what held it since the last start
+        self._bound: Cause | None = None  # the gate that delayed the queue since the last start
         self.last_used = now
 
-    # -- a ticket comes and goes ---------------------------------------------------------------------------------------
+    # -- a ticket enters and leaves ------------------------------------------------------------------------------------
 
     def enter(self, ticket: Ticket) -> Permit | asyncio.Future[Permit]:
-        """Let a ticket in: it has its permit at once, or it is queued and the future brings the permit or an error.
+        """Return a permit immediately, or queue the ticket and return the future of its permit or error.
 
-        Raises `DeadlineUnreachable` for a ticket that cannot be served in time, `AccountClosed` while the provider
-        refuses the account.
+        Raises `DeadlineUnreachable` if the ticket cannot be served in time, `AccountClosed` while the provider refuses
+        the account.
         """
         now = self._loop.time()
         self.last_used = now
@@ -139,16 +139,16 @@ class Lane:
             )
 
     def leave(self, ticket: Ticket) -> None:
-        """The ticket's caller is gone, or a newer one took its place: it waits no more."""
+        """Remove a ticket whose caller left, or which a newer ticket replaced."""
         if ticket in self.queue:
             now = self._loop.time()
-            self._account(now)  # before it is gone: an empty queue books nothing
+            self._account(now)  # before the removal: an empty queue books no time
             self.queue.remove(ticket)
             self._left(ticket, now)
             self.admit(now)
 
     def refuse(self, ticket: Ticket, why: NotAdmitted) -> None:
-        """Take a queued ticket out and tell its caller why."""
+        """Remove a queued ticket and send the error to its caller."""
         now = self._loop.time()
         self._account(now)
         self.queue.remove(ticket)
@@ -158,20 +158,20 @@ class Lane:
             ticket.permit = None
 
     def refuse_all(self, why: NotAdmitted) -> None:
-        """Empty the queue and tell every caller why."""
+        """Empty the queue and send the error to every caller."""
         while (ticket := self.queue.head()) is not None:
             self.refuse(ticket, why)
 
     # -- the decision --------------------------------------------------------------------------------------------------
 
     def admit(self, now: float) -> None:
-        """Hand permits to the tickets whose turn it is, as far as the gates allow; arm the timer for the next look."""
+        """Grant permits to the next tickets until a gate is closed. Then set the timer for the next call."""
         self._account(now)
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
         while (ticket := self.queue.head()) is not None:
-            if ticket.permit is None or ticket.permit.done():  # its caller left in this very turn of the loop
+            if ticket.permit is None or ticket.permit.done():  # its caller left in this loop iteration
                 self.queue.remove(ticket)
                 self._left(ticket, now)
                 continue
@@ -200,14 +200,14 @@ class Lane:
         return Permit(self, ticket, attempt)
 
     def ended(self, attempt: Attempt, now: float) -> None:
-        """An attempt is over, whatever it said: its permit goes to the next."""
+        """End an attempt, with or without a verdict. Its permit becomes available for the next ticket."""
         self.limits.ended(attempt, now)
         self.last_used = now
         if self.queue.tickets or self.cause is not None:
             self.admit(now)
 
     def account_refused(self, attempt: Attempt, now: float, reason: str) -> None:
-        """The provider refuses the account: everything that waits is told so."""
+        """Close admission because the provider refuses the account, and refuse all waiting tickets."""
         self.limits.account_refused(attempt, now, reason)
         self.refuse_all(AccountClosed(reason, retry_after=self.limits.hold.next_probe - now))
 
@@ -215,15 +215,15 @@ class Lane:
 
     @property
     def away(self) -> str | None:
-        """Why the provider cannot answer, if so: it is down, has no room, or refuses the account.
+        """The reason why the provider cannot answer: it is down, has no capacity, or refuses the account. Else None.
 
-        A blackout of refusals is none of these: it passes, and the wait until then can be predicted.
+        A blackout (it refuses every call because of a limit) does not count: it ends, and the wait can be predicted.
         """
         hold = self.limits.hold
         return None if hold.kind in (None, HoldKind.BLACKOUT) else hold.reason
 
     def takes(self, now: float, ticket: Ticket) -> bool:
-        """Whether a newcomer like this one would be answered before its deadline, as far as can be told."""
+        """Return True if a new ticket like this one would probably be answered before its deadline."""
         free = self.limits.closed(now, ticket)[0] is None
         if self.away is not None:
             return free
@@ -231,30 +231,33 @@ class Lane:
         return now + wait + self.limits.latency <= ticket.deadline
 
     def predicted_wait(self, now: float, ticket: Ticket) -> float:
-        """Seconds that a newcomer like this one would wait in the queue, as far as can be told or guessed."""
+        """Return the predicted seconds that a new ticket like this one would wait in the queue."""
         return self.limits.hold.seconds_left(now) + self._wait_when_open(now, ticket)
 
     def _soonest(self, now: float, ticket: Ticket) -> float:
-        """The same if the next probe is taken: nobody is refused upon a guess."""
+        """Return the predicted wait in seconds if the next probe succeeds. No ticket is refused because of a guess."""
         return self.limits.held(now) + self._wait_when_open(now, ticket)
 
     def _wait_when_open(self, now: float, ticket: Ticket) -> float:
         return self.limits.seconds_for(now, ticket, *self.queue.ahead_of(ticket))
 
-    # -- those who are sent away, and come back -----------------------------------------------------------------------
+    # -- callers that are refused and return later ---------------------------------------------------------------------
 
     def recognise(self, ticket: Ticket) -> None:
-        """See whether this newcomer was told to come back now."""
+        """Mark the ticket if a place is reserved for it now: its caller returns at the time of its Retry-After."""
         if len(self.promises):
             ticket.promised = self.promises.redeem(self._loop.time(), ticket.key)
 
     def promise(self, now: float, ticket: Ticket, room: float = inf) -> float:
-        """Seconds after which this ticket's caller gets in if it asks again; of so many as find room at once."""
+        """Reserve a place and return the seconds after which this ticket's caller is admitted if it asks again.
+
+        `room` is the number of tickets that can wait at once.
+        """
         per_second = min(self.limits.throughput(now, ticket), KEPT_SHARE * room)
         return self.promises.make(now, ticket.key, self.predicted_wait(now, ticket), per_second)
 
     def kept(self, now: float, ticket: Ticket) -> int:
-        """Places that this newcomer must leave to those who are about to come back."""
+        """Return the number of places that this new ticket must leave for callers that will return soon."""
         if ticket.promised or not len(self.promises):
             return 0
         return self.promises.due(now, SOON_SECONDS + 1.0 / self.limits.throughput(now, ticket))
@@ -263,7 +266,7 @@ class Lane:
         kept = self.kept(now, ticket)
         return kept / self.limits.throughput(now, ticket) if kept else 0.0
 
-    # -- the account of causes -----------------------------------------------------------------------------------------
+    # -- accounting of the causes of waits -----------------------------------------------------------------------------
 
     def _left(self, ticket: Ticket, now: float) -> None:
         self._account(now)
@@ -287,7 +290,7 @@ class Lane:
             self.admit(now)
 
     def _account(self, now: float) -> None:
-        """Book the time since the last look to what held the queue. One account for all tickets: no walk over them."""
+        """Book the time since the last call to the present cause. One total serves all tickets, without a loop."""
         if self.queue.tickets:
             self._held_seconds[CAUSES.index(self.cause or "turn")] += now - self._cause_since
         self._cause_since = now

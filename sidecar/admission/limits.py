@@ -1,4 +1,4 @@
-"""Everything that can hold a request of one account and model back, and everything learned about it."""
+"""All gates that can delay a request of one account and model, and all that is learned about its limits."""
 
 from __future__ import annotations
 
@@ -17,24 +17,26 @@ from sidecar.admission.permits import Permits
 from sidecar.admission.states import State
 from sidecar.admission.ticket import Cause, Ticket
 
-#: Consecutive failures (5xx, broken connections) that mean the provider is down, and of how many requests they must be:
-#: one request that breaks the provider each time is not an outage.
+#: The provider is down after OUTAGE_FAILURES consecutive failures (5xx, broken connections) of at least OUTAGE_TICKETS
+#: different requests: one request that makes the provider fail each time is not an outage.
 OUTAGE_FAILURES, OUTAGE_TICKETS = 6, 2
-#: Requests that have failed in a row, none answered between, from which on failing is the provider's doing.
+#: If this many different requests have failed and none was answered in between, the failures are the provider's fault.
 FAILING_TICKETS = 2
 #: After an outage the pace begins at this share of the learned limit.
 OUTAGE_SHARE = 0.4
-#: A probe that was not refused within this many seconds, and thrice the usual time of a refusal, was taken.
+#: A probe counts as accepted if it is not refused within this many seconds, or within three times the usual time of a
+#: refusal if that is longer.
 PATIENCE_SECONDS = 0.5
+#: Upper bound on attempts in flight. It bounds memory.
 MAX_CONCURRENCY = 1024
-#: The share that is sure of a pace at which no limit was met yet, or but one that is guessed.
+#: Share of the pace that counts as certain while no limit was met, or while the limit is only a guess.
 UNTRIED_SHARE = 0.25
-#: An answer is taken to last so many seconds until there was one.
+#: Assumed seconds of an answer until the first answer was measured.
 USUAL_SECONDS = 1.0
 
 
 class Limits:
-    """The gates in front of one account and model. Synchronous; every call takes `now`, nothing is scheduled."""
+    """The gates of one account and model. Synchronous: the time is the argument `now`, and nothing is scheduled."""
 
     def __init__(
         self,
@@ -47,7 +49,7 @@ class Limits:
         paced: bool = True,
         random: Random | None = None,
     ) -> None:
-        """`paced` False: only permits and holds, for a backend that has no quota."""
+        """`paced` False: only permits and the circuit are used, for a backend that has no quota."""
         self._paced = paced
         self._pinned = concurrency is not None
         self._random = (random or Random()).random  # noqa: S311  jitter, not a secret
@@ -61,7 +63,7 @@ class Limits:
         )
         self.growth = GrowthGovernor(refusal_budget)
         self.latency = 0.0
-        """Seconds that an answer takes, smoothed."""
+        """Smoothed seconds from the start of an attempt to its accepted verdict."""
         self._latencies: deque[float] = deque(maxlen=64)
         self._answers = 0
         self._p90 = 0.0  # of the latencies
@@ -74,7 +76,10 @@ class Limits:
     # -- the gates -----------------------------------------------------------------------------------------------------
 
     def closed(self, now: float, ticket: Ticket) -> tuple[Cause | None, float]:
-        """The gate that keeps this ticket from starting now and when time alone opens it (inf: an event must)."""
+        """Return the gate that delays this ticket, and the loop time at which it opens (inf: only an event opens it).
+
+        The gate is None if the ticket may start now.
+        """
         hold = self.hold
         if hold.kind is not None:
             if hold.probing and self._patience(now) <= 0:
@@ -100,14 +105,14 @@ class Limits:
         return None, now
 
     def cost(self, ticket: Ticket) -> float:
-        """LLM tokens that the ticket will take: its input as far as it can be told, and an answer of usual length.
+        """Return the estimated LLM tokens of the ticket: its input and an answer of average length.
 
-        At least 1: of what costs nothing, no rate can be told.
+        At least 1: without a cost, no token rate could be measured.
         """
         return max(self._cost.of(ticket.tokens), 1.0)
 
     def start(self, now: float, ticket: Ticket, bound: Cause | None) -> Attempt:
-        """One attempt goes out. `bound` is the gate that held the queue since the last one; None if none did."""
+        """Start one attempt. `bound` is the gate that delayed the queue since the last start, or None."""
         attempt = Attempt(ticket, now, self.permits.take(), bound, self.hold.kind is not None)
         self._in_flight.add(attempt)
         if attempt.probe:
@@ -124,11 +129,14 @@ class Limits:
         return attempt
 
     def held(self, now: float) -> float:
-        """Seconds for which nothing can start, as far as is known."""
+        """Return the seconds until the next probe, before which no attempt can start; 0 while admission is open."""
         return max(self.hold.next_probe - now, 0.0) if self.hold.kind is not None else 0.0
 
     def seconds_for(self, now: float, ticket: Ticket, requests: float, tokens: float) -> float:
-        """Seconds until this ticket could start behind so many others, of so many LLM tokens as tickets tell them."""
+        """Return the seconds until this ticket could start behind `requests` others.
+
+        `tokens` is the total estimated input of the others in LLM tokens.
+        """
         wait = 0.0
         if self._paced:
             cost = self._cost.of(tokens, requests) + self.cost(ticket)
@@ -137,13 +145,13 @@ class Limits:
                 self.growth.seconds_for(now, requests + 1),
                 self.tokens.seconds_for(now, cost),
             )
-        if self.latency > 0:  # permits come back at this rate
+        if self.latency > 0:  # permits are released at the rate allowed / latency
             missing = requests + 1 - (self.permits.allowed - self.permits.in_flight)
             wait = max(wait, missing * self.latency / self.permits.allowed)
         return wait
 
     def throughput(self, now: float, ticket: Ticket) -> float:
-        """Attempts a second, each like this ticket, that can start for certain."""
+        """Return the rate in attempts/s, each like this ticket, that can certainly start."""
         pace = self.permits.allowed / (self.latency or USUAL_SECONDS)
         if not self._paced:
             return pace
@@ -154,13 +162,13 @@ class Limits:
 
     @property
     def failing(self) -> bool:
-        """The provider fails request after request: none of them is to blame."""
+        """True if the provider fails different requests in a row, so that no single request is the cause."""
         return self.hold.kind is not None or len(self._failed) >= FAILING_TICKETS
 
     # -- verdicts ------------------------------------------------------------------------------------------------------
 
     def accepted(self, attempt: Attempt, now: float, usage: tuple[int, int] | None = None) -> None:
-        """The provider took the attempt. `usage` are the LLM tokens that it counted, of input and output."""
+        """Learn from an accepted attempt. `usage`: LLM tokens of input and output as the provider counted them."""
         attempt.told = True
         self._failures = 0
         self._failed.clear()
@@ -172,7 +180,7 @@ class Limits:
             self.requests.accepted(now, attempt.requests)
         if attempt.tokens is not None:
             self.tokens.accepted(now, attempt.tokens)
-            if usage is not None:  # put what it cost in the place of what was reserved, and reserve better
+            if usage is not None:  # replace the reserved cost by the real cost, and improve later estimates
                 self.tokens.settle(now, attempt.tokens, max(float(sum(usage)), 1.0))
                 self._cost.counted(attempt.ticket.tokens, *usage)
         seconds = now - attempt.started
@@ -184,7 +192,7 @@ class Limits:
         self._size_permits(now)
 
     def throttled(self, attempt: Attempt, now: float, kind: str, reason: str, retry_after: float | None = None) -> None:
-        """The provider refused the attempt because of a limit of this kind (`backends.base.ThrottleKind`)."""
+        """Learn from a refusal because of a limit of this kind (`backends.base.ThrottleKind`)."""
         attempt.told = True
         self._failures = 0
         self._failed.clear()
@@ -198,7 +206,7 @@ class Limits:
             return
         if attempt.requests is None or attempt.tokens is None:
             return
-        if self.hold.kind is not None:  # the probe, or what was sent before everything was refused
+        if self.hold.kind is not None:  # the attempt is the probe, or was sent before admission closed
             self.requests.refused_too(now, attempt.requests)
             self.tokens.refused_too(now, attempt.tokens)
             if attempt is self._probe:
@@ -224,7 +232,7 @@ class Limits:
             self._close(now, HoldKind.BLACKOUT, reason, retry_after)
 
     def failed(self, attempt: Attempt, now: float, reason: str) -> None:
-        """The provider failed, or could not be reached."""
+        """Learn from a failure: the provider failed or could not be reached."""
         attempt.told = True
         self._failures += 1
         self._failed.add(attempt.ticket)
@@ -234,33 +242,33 @@ class Limits:
             self._close(now, HoldKind.OUTAGE, reason)
 
     def account_refused(self, attempt: Attempt, now: float, reason: str) -> None:
-        """The provider refuses the account (billing)."""
+        """Close admission: the provider refuses the account (billing)."""
         attempt.told = True
         self._void(attempt, now)
         self._close(now, HoldKind.BILLING, reason)
 
     def ended(self, attempt: Attempt, now: float) -> None:
-        """The attempt is over, whatever it said: its permit is free."""
+        """End the attempt, with or without a verdict, and free its permit."""
         self.permits.give_back()
         self._in_flight.remove(attempt)
         if not attempt.told:
             self._void(attempt, now)
-        if attempt is self._probe:  # without a verdict: its caller left
+        if attempt is self._probe:  # the probe ended without a verdict: its caller left
             self._probe = None
             self.hold.probing = False
 
-    # -- what follows --------------------------------------------------------------------------------------------------
+    # -- consequences of a verdict -------------------------------------------------------------------------------------
 
     def _dimension(self, attempt: Attempt, now: float, kind: str) -> str:
-        """What a refusal is booked to: what it names, unless something else explains it better."""
+        """Return the cause of a refusal: the dimension that it names, unless another dimension explains it better."""
         if kind in {"unknown", "request_rate"}:
             known = self.permits.learned
             if self.latency and self.permits.suspect(now, attempt.started, attempt.beside, self.latency):
                 if self.permits.learned < known:
-                    self.requests.restart(now, 1.0)  # what was taken for its limit was none
+                    self.requests.restart(now, 1.0)  # the learned request rate was a wrong explanation
                 return "concurrency"
         if kind == "unknown":
-            # the dimension with the highest use of its own limit; requests while nothing is known
+            # the dimension that uses the highest share of its limit; the request rate while no limit is known
             used = self.tokens.use(now)
             return "token_rate" if used > 0 and used > self.requests.use(now) else "request_rate"
         return kind
@@ -272,7 +280,10 @@ class Limits:
             self.tokens.void(now, attempt.tokens)
 
     def _patience(self, now: float) -> float:
-        """Seconds until a probe of which nothing was heard counts as taken; infinite where silence means nothing."""
+        """Return the seconds until a probe without a verdict counts as accepted.
+
+        Infinite outside a blackout: there a missing refusal proves nothing.
+        """
         if self._probe is None or self.hold.kind is not HoldKind.BLACKOUT:
             return inf
         return self._probe.started + max(PATIENCE_SECONDS, 3 * self.requests.refusal_seconds) - now
@@ -284,7 +295,7 @@ class Limits:
         self.hold.close(now, kind, reason, retry_after, jitter=1.0 + 0.2 * self._random(), expected=expected)
 
     def _opened(self, now: float) -> None:
-        """A probe was taken: the provider takes work again."""
+        """Open admission: the provider accepted the probe."""
         hold, probe = self.hold, self._probe
         if probe is None:
             return
@@ -300,7 +311,7 @@ class Limits:
         hold.probing = False
 
     def _size_permits(self, now: float) -> None:
-        """Enough permits for the pace: 2 x pace x p90 latency (Little's law with room), at least 8."""
+        """Set the number of permits for the pace: 2 x pace x p90 latency (twice Little's law), at least 8."""
         if self._pinned:
             return
         if self.requests.limit == inf:
@@ -308,17 +319,20 @@ class Limits:
             return
         self.permits.size = min(max(ceil(2 * self.requests.pace(now) * self._p90), 8), MAX_CONCURRENCY)
 
-    # -- memory and operators ------------------------------------------------------------------------------
+    # -- state for restarts and operators ------------------------------------------------------------------------------
 
     def learned(self) -> dict[str, dict[str, float]]:
-        """What is worth remembering over a restart, by dimension. Rates are a second."""
+        """Return the learned values to keep over a restart, by dimension. Rates are per second."""
         known = {"requests": self.requests.estimate.learned(), "tokens": self.tokens.estimate.learned()}
         if self.permits.learned < inf:
             known["concurrency"] = {"limit": self.permits.learned}
         return {dimension: values for dimension, values in known.items() if values is not None}
 
     def recall(self, now: float, learned: Mapping[str, Mapping[str, float]], share: float) -> None:
-        """Begin with that share of what `learned` gave before a restart. Raises `KeyError` if it is something else."""
+        """Restore what `learned` returned before a restart, with limits scaled by `share`.
+
+        Raises `KeyError` if the data has another form.
+        """
         for dimension, controller in (("requests", self.requests), ("tokens", self.tokens)):
             if dimension in learned:
                 values = learned[dimension]
@@ -327,7 +341,7 @@ class Limits:
             self.permits.learned = max(round(share * learned["concurrency"]["limit"]), 1)
 
     def status(self, now: float) -> dict[str, Any]:
-        """What was learned, and when and why it last changed, as plain data. Rates are a second."""
+        """Return the learned values as plain data, with time and reason of the last change. Rates are per second."""
         growth, permits, hold = self.growth, self.permits, self.hold
         return {
             "requests": self.requests.status(now),

@@ -1,40 +1,42 @@
-"""How many attempts may be in flight: derived from the pace, and learned where the provider limits it."""
+"""Limit the attempts in flight. The number is derived from the pace, and learned if the provider limits concurrency."""
 
 from __future__ import annotations
 
 from collections import Counter, deque
 from math import inf
 
-#: Refusals, over so many seconds and times that of an answer at least, that must all have met more in flight than
-#: accepted attempts did before concurrency is suspected: within a moment of each other they may as well tell of a rate
-#: that fell, and until the first answers are back there are more in flight all the time.
+#: Refusals are put down to concurrency only if SUSPECT_AFTER of them all met more attempts in flight than accepted
+#: attempts did. They must span at least SUSPECT_SECONDS seconds and SUSPECT_LATENCIES times the latency of an answer.
+#: Refusals close together can equally come from a rate limit that fell, and until the first answers arrive the number
+#: in flight only rises.
 SUSPECT_AFTER, SUSPECT_SECONDS, SUSPECT_LATENCIES = 4, 10.0, 3.0
-#: No more than this share of the accepted had as many beside them: four refusals that all do would otherwise be chance.
+#: Concurrency is suspected only if at most this share of the accepted attempts had as many others in flight. With a
+#: larger share, four refusals at such numbers could be chance.
 CHANCE = 0.1
 
 
 class Permits:
     """
-    A counting semaphore whose size moves. It never waits: whoever finds it empty stays in the queue.
+    A counting semaphore with a variable size. It never waits: without a free permit, the ticket stays in the queue.
 
-    Shrinking takes nothing back: attempts in flight finish, and none is admitted until they fit.
+    A smaller size revokes no permit: attempts in flight finish, and no other starts until the number is below the size.
     """
 
     __slots__ = ("_budget", "_cut_at", "_paid", "_suspects", "_taken", "in_flight", "learned", "size", "step")
 
     def __init__(self, size: int, budget: float = 0.005) -> None:
         self.size = size
-        """What the pace needs and memory allows."""
+        """Permits that the pace needs, within the bound for memory."""
         self.learned = inf
-        """What the provider allows, once a refusal has shown it."""
+        """The provider's limit on concurrency; infinite until a refusal has shown it."""
         self.in_flight = 0
         self.step = 0
-        """How many more than learned are let out at present, to see whether more is allowed."""
+        """Attempts allowed at present above the learned limit, to test whether the provider allows more."""
         self._budget = budget
         self._cut_at = -inf
-        self._paid = 0.0  # of a refusal, by the budget
-        self._suspects: deque[tuple[float, int]] = deque(maxlen=SUSPECT_AFTER)  # when sent, and how many beside
-        self._taken: Counter[int] = Counter()  # accepted attempts by how many they had beside them
+        self._paid = 0.0  # share of one refusal for which the budget has paid
+        self._suspects: deque[tuple[float, int]] = deque(maxlen=SUSPECT_AFTER)  # send time, other attempts in flight
+        self._taken: Counter[int] = Counter()  # accepted attempts by the number of other attempts in flight
 
     @property
     def allowed(self) -> float:
@@ -43,11 +45,11 @@ class Permits:
 
     @property
     def free(self) -> bool:
-        """One more attempt may start."""
+        """True if one more attempt may start."""
         return self.in_flight < self.size and self.in_flight < self.learned + self.step
 
     def take(self) -> int:
-        """Count one attempt as in flight; returns how many there were beside it."""
+        """Count one attempt as in flight and return the number of other attempts in flight."""
         self.in_flight += 1
         return self.in_flight - 1
 
@@ -57,9 +59,9 @@ class Permits:
         self.in_flight -= 1
 
     def accepted(self, beside: int, bound: bool) -> None:
-        """An attempt that had so many beside it was taken. `bound`: it had to wait for a permit."""
+        """Learn from an accepted attempt with `beside` others in flight. `bound`: it had to wait for a permit."""
         self._taken[beside] += 1
-        if beside >= self.learned:  # more than was thought: the limit has risen, look further and faster
+        if beside >= self.learned:  # more than the learned limit: it has risen, so double the steps of the search
             self.learned = beside + 1
             self.step = max(2 * self.step, 1)
         if self.learned < inf:
@@ -69,7 +71,7 @@ class Permits:
                 self.step = max(self.step, 1)
 
     def refused(self, now: float, sent_at: float, beside: int) -> None:
-        """The provider refused an attempt with so many beside it, for that reason. One burst is one event."""
+        """Learn from a refusal for concurrency with `beside` others in flight. A burst of refusals counts once."""
         if sent_at > self._cut_at:
             self._cut_at = now
             self.learned = max(beside, 1) if self.learned == inf else max(min(self.learned, beside), 1)
@@ -80,9 +82,10 @@ class Permits:
 
     def suspect(self, now: float, sent_at: float, beside: int, latency: float) -> bool:
         """
-        A refusal named another limit, or none. True if concurrency explains the latest ones better.
+        Return True if concurrency explains the latest refusals better. Call it if a refusal does not name concurrency.
 
-        A rate refuses at any number in flight; a limit on concurrency only above what was taken, but for a few.
+        A rate limit refuses at any number in flight. A limit on concurrency refuses only above the numbers at which
+        attempts were accepted, with few exceptions.
         """
         if beside >= self.learned:
             return True
@@ -96,7 +99,7 @@ class Permits:
         least = min(beside for _, beside in self._suspects)
         above = sum(count for at, count in self._taken.items() if at >= least)
         if least < 1 or above > min(SUSPECT_AFTER, CHANCE * self._taken.total()):
-            self._taken.clear()  # what was once taken need not be so for ever
+            self._taken.clear()  # old observations may no longer be true: the provider's limit can change
             self._suspects.clear()
             return False
         self.learned = least
