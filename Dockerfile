@@ -1,5 +1,6 @@
-# Slim by default. With a model of its own: --build-arg EXTRAS="--extra local", which is torch for CUDA. For another
-# build of torch, in uv's words: --build-arg EXTRAS="--extra crops --group local" --build-arg TORCH="--index-url URL torch".
+# By default the image contains no model. For the in-process model: --build-arg EXTRAS="--extra local" (torch for CUDA).
+# For another build of torch, with uv's options:
+#   --build-arg EXTRAS="--extra crops --group local" --build-arg TORCH="--index-url URL torch"
 ARG PYTHON=python:3.11-slim
 
 FROM ${PYTHON} AS build
@@ -8,7 +9,7 @@ ENV UV_PROJECT_ENVIRONMENT=/opt/vlm-sidecar UV_PYTHON_DOWNLOADS=never UV_LINK_MO
 WORKDIR /src
 COPY pyproject.toml uv.lock README.md ./
 ARG EXTRAS="--extra crops --extra otel"
-# Dependencies first: this layer is kept until the lock file changes.
+# Install the dependencies first: this layer is cached until the lock file changes.
 # hadolint ignore=SC2086
 RUN /uv/bin/uv sync --no-cache --locked --no-default-groups --no-install-project ${EXTRAS}
 ARG TORCH=""
@@ -20,7 +21,7 @@ COPY sidecar sidecar
 RUN /uv/bin/uv sync --no-cache --locked --inexact --no-default-groups --no-editable ${EXTRAS}
 
 FROM ${PYTHON}
-# Nothing installs anything in what runs.
+# The running container installs no packages, so pip is removed.
 RUN rm -rf /usr/local/bin/pip* /usr/local/lib/python3*/site-packages/pip* /usr/local/lib/python3*/ensurepip
 COPY --from=build /opt/vlm-sidecar /opt/vlm-sidecar
 ENV PATH=/opt/vlm-sidecar/bin:${PATH} PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1
@@ -29,7 +30,7 @@ LABEL org.opencontainers.image.title="vlm-sidecar" \
       org.opencontainers.image.version="0.1.0"
 USER 10001:10001
 EXPOSE 9464
-# SIGTERM drains: what was accepted is finished.
+# SIGTERM starts a drain: accepted requests are finished.
 STOPSIGNAL SIGTERM
 ENTRYPOINT ["vlm-sidecar"]
 CMD ["serve"]

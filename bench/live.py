@@ -1,10 +1,11 @@
-"""Seven of the scenarios over real sockets: a provider with a hidden quota, `vlm-sidecar serve` as a process before it.
+"""Run seven of the scenarios over real sockets: `vlm-sidecar serve` as a process, and a provider with a hidden quota.
 
     make live                        (or .venv/bin/python bench/live.py --only 1 14)
 
-Each is shortened to about 30 s of real time (the one with three quotas: 30 s each); they run beside each other, each
-with a provider and a sidecar of its own. The same shortened scenario in virtual time stands beside each figure: where
-the two differ, a real socket or a real clock made the difference. The target is that of the whole scenario.
+Each scenario is shortened to about 30 s of real time (the scenario with three quotas: 30 s for each quota). They run at
+the same time, each with its own provider and sidecar. The table also shows each figure of the same shortened scenario
+in virtual time. If the two differ, the real sockets or the real clock are the cause. The target is that of the full
+scenario.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ START_SECONDS = 20.0
 
 
 def steps(result: Result, oracle: Result) -> list[Check]:
-    """Scenario 4, with 30 s for each quota."""
+    """Judge scenario 4 with 30 s for each quota."""
     return [
         at_least("goodput", share(result, oracle), 0.92),
         at_most("s down", settled(result, SECONDS, 2 * SECONDS, lambda rate: rate >= 3.6, 4.0), 10.0),
@@ -65,7 +66,7 @@ def shortened() -> list[Scenario]:
 
 
 class Live:
-    """A running sidecar, asked through its socket."""
+    """A running sidecar, used through its socket."""
 
     def __init__(self, client: aiohttp.ClientSession, url: str) -> None:
         self._client = client
@@ -95,7 +96,7 @@ class Live:
 
 @contextlib.asynccontextmanager
 async def serving(upstream: str) -> AsyncIterator[str]:
-    """Run `vlm-sidecar serve` on free ports; gives the URL of its chat completions."""
+    """Run `vlm-sidecar serve` on free ports. Yields the URL of its chat completions."""
     command = [sys.executable, "-m", "sidecar", "serve", "--port", "0", "--admin-port", "0", "--log-format", "human"]
     process = await asyncio.create_subprocess_exec(
         *command, "--admin-host", "127.0.0.1", "--dashscope-url", upstream, stderr=subprocess.PIPE
@@ -118,7 +119,7 @@ async def serving(upstream: str) -> AsyncIterator[str]:
 
 
 async def _drop(stream: asyncio.StreamReader) -> None:
-    """Read the log on, so that it is never full."""
+    """Read and discard the log, so that its pipe never becomes full."""
     while await stream.readline():
         pass
 
@@ -131,7 +132,7 @@ async def play_live(scenario: Scenario) -> Result:
         host, port = runner.addresses[0][:2]
         client = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0))
         async with serving(f"http://{host}:{port}/v1") as url, client:
-            provider.change(provider.profile)  # its times count from now on
+            provider.change(provider.profile)  # the times in the profile start now
             run = Run(Live(client, url), scenario.seconds, scenario.deadline, scenario.tokens, Random(f"{SEED} 0"))
             began = provider.begin()
             await scenario.load(run)

@@ -1,12 +1,12 @@
-"""What batching in the local backend brings, and what it costs the event loop, on a tiny real model.
+"""Measure the gain of batching in the local backend, and its effect on the event loop, with a tiny real model.
 
     python bench/local.py [--family idefics3] [--tokens 40] [--rounds 5] [--seconds 5]
 
-Prints ratios and milliseconds; only the ratios carry over to other machines. The peer is what trio-core 1.1.5 does:
-a thread for each request, and one `threading.Lock` around `generate`.
+Prints ratios and milliseconds. Only the ratios are valid on other machines. The peer works as trio-core 1.1.5 does:
+one thread for each request, and one `threading.Lock` around `generate`.
 """
 
-# ruff: noqa: PLC0415 - torch and transformers are imported where they are used: the child process loads its own
+# ruff: noqa: PLC0415 - torch and transformers are imported inside functions: the child process imports them itself
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def percentile(values: list[float], share: float) -> float:
 
 
 async def seconds(rounds: int, work: Callable[[], Awaitable[object]]) -> float:
-    """The median of some rounds."""
+    """Return the median duration of `work` in seconds over `rounds` rounds."""
     took = []
     for _ in range(rounds):
         began = time.perf_counter()
@@ -58,7 +58,7 @@ async def seconds(rounds: int, work: Callable[[], Awaitable[object]]) -> float:
 
 
 def plain_lock(folder: Path, tokens: int) -> Callable[[int], None]:
-    """The peer: one request, in whichever thread, behind the lock."""
+    """Return the peer: a function that answers one request in the calling thread, under the lock."""
     import torch
     import transformers
     from PIL import Image
@@ -121,7 +121,7 @@ async def lock_waits(folder: Path, tokens: int) -> None:
 
 
 async def lag(for_seconds: float) -> str:
-    """How late the loop is, asked a hundred times a second."""
+    """Measure the event-loop lag a hundred times per second; return its quantiles in milliseconds as text."""
     loop = asyncio.get_running_loop()
     late = []
     end = loop.time() + for_seconds
@@ -138,7 +138,7 @@ async def keep_busy(backend: LocalBackend) -> None:
 
 
 def generate_forever(folder: str, started: threading.Event) -> None:
-    """The child process: an engine of its own that never rests."""
+    """Run in the child process: its own engine that generates without pause."""
 
     async def run() -> None:
         backend = LocalBackend(folder)
@@ -155,7 +155,7 @@ async def lags(folder: Path, for_seconds: float) -> None:
     backend = LocalBackend(str(folder))
     await backend.start()
     generating = asyncio.create_task(keep_busy(backend))
-    await asyncio.sleep(0.5)  # the pictures are drawn, the first batch is under way
+    await asyncio.sleep(0.5)  # then the pictures have been made and the first batch runs
     print(f"{'engine in a thread':<25}", await lag(for_seconds))
     generating.cancel()
     await asyncio.wait([generating])

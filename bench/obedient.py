@@ -1,6 +1,6 @@
-"""Does who obeys a Retry-After get in? Callers that wait as they are told and ask again, in virtual time.
+"""Measure whether a caller that obeys a Retry-After is admitted on its next try. Runs in virtual time.
 
-python bench/obedient.py [WORD ...]: the cases whose name has one of the words, or all.
+python bench/obedient.py [WORD ...]: run the cases whose name contains one of the words, or all cases.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from bench.sim.systems import Ask, Sidecar
 from sidecar.admission import NotAdmitted
 from sidecar.dispatch.dispatcher import DeadlineExceeded
 
-#: From the answer that says to wait until the caller's next request is here, besides what it says.
+#: Range of the seconds between the end of the Retry-After and the arrival of the caller's next request.
 LAG_SECONDS = (0.001, 0.02)
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """`callers` that ask again and again (with `once`: until they are served), or so many `arrivals` a second."""
+    """One load: `callers` that send continuously (with `once`: until they are served), or `arrivals` per second."""
 
     name: str
     profile: dict[str, Any]
@@ -38,18 +38,21 @@ class Case:
     once: bool = False
     arrivals: float = 0.0
     keys: int | None = None
-    """None: each caller has a key of its own."""
+    """Number of keys. None: each caller has its own key."""
     deadline: float = 60.0
     seconds: float = 300.0
     think_seconds: float = 0.001
     obedient: float = 1.0
-    """The share of arrivals that come back at all."""
+    """The share of arrivals that return after a Retry-After. The others give up."""
     settings: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
 class Outcome:
-    """What became of all tries: of the first of each request, and of those that came as they were told."""
+    """Outcomes of the first try of each request (`first`), and of the tries after a Retry-After (`again`).
+
+    `longest` is the longest Retry-After in seconds.
+    """
 
     first: Counter[str] = field(default_factory=Counter)
     again: Counter[str] = field(default_factory=Counter)
@@ -61,7 +64,7 @@ class Outcome:
 
 
 def play(case: Case, seed: int) -> Outcome:
-    """Run one case; the same seed gives the same."""
+    """Run one case. The same seed gives the same outcome."""
     outcome = Outcome()
     random = Random(seed)
 
@@ -83,13 +86,13 @@ def play(case: Case, seed: int) -> Outcome:
                     tries[type(refusal).__name__] += 1
                     if not obedient or refusal.retry_after is None:
                         return
-                    told = max(ceil(refusal.retry_after), 1)
+                    wait = max(ceil(refusal.retry_after), 1)
                 except (BackendError, DeadlineExceeded) as failure:
                     tries[type(failure).__name__] += 1
                     return
-                outcome.longest = max(outcome.longest, told)
+                outcome.longest = max(outcome.longest, wait)
                 tries = outcome.again
-                await asyncio.sleep(told + random.uniform(*LAG_SECONDS))
+                await asyncio.sleep(wait + random.uniform(*LAG_SECONDS))
 
         async def caller(number: int) -> None:
             while loop.time() < end:
@@ -118,7 +121,7 @@ def play(case: Case, seed: int) -> Outcome:
 
 
 def quota(per_second: float, **other: Any) -> dict[str, Any]:
-    """A provider with that quota, answers of about half a second."""
+    """Return the profile of a provider with this quota that answers in about half a second."""
     return {
         "requests_per_second": per_second,
         "burst_requests": per_second,

@@ -1,9 +1,9 @@
-"""Draws docs/images/limiting-*.svg: what the sidecar learns, from runs of the real code in virtual time.
+"""Draw docs/images/limiting-*.svg: how the sidecar learns a quota, from runs of the real code in virtual time.
 
     python bench/pictures.py        (about half a minute)
 
-Each picture has the quota that nobody told it, what it learned, what it sent, what was refused, and the controller's
-state, all over one axis of time.
+Each picture shows over one time axis: the quota (unknown to the sidecar), the learned limit, the accepted requests, the
+refusals, and the controller's state.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ DAY = 86_400.0
 
 @dataclass(slots=True)
 class Picture:
-    """One run and how to draw it. Rates are in the dimension's unit a second."""
+    """One run and how to draw it. Rates are in requests/s or LLM tokens/s, depending on `dimension`."""
 
     name: str
     title: str
@@ -39,7 +39,7 @@ class Picture:
     load: Callable[[Run], Awaitable[None]]
     seconds: float
     step: float
-    """Width of a bin, and the time between two looks at what was learned."""
+    """Width of a bin in seconds; also the interval at which the learned limit is sampled."""
     dimension: str = "requests"
     tokens: Tokens = field(default=lambda random: 300)
     ticks: tuple[tuple[float, str], ...] = ()
@@ -47,7 +47,7 @@ class Picture:
 
 @dataclass(slots=True)
 class Track:
-    """What was seen, one value for each step."""
+    """The samples of one run, one value for each step."""
 
     quota: list[float] = field(default_factory=list)
     learned: list[float] = field(default_factory=list)
@@ -58,7 +58,7 @@ class Track:
 
 
 def record(picture: Picture) -> Track:
-    """Run it on virtual time and look at it at each step."""
+    """Run the picture's load on virtual time and take a sample at each step."""
 
     async def main() -> Track:
         provider = Provider(replace(picture.profile, seed=1), history=1_000_000)
@@ -130,10 +130,10 @@ text { font: 12px system-ui, sans-serif; fill: #52514e }
 
 
 def draw(picture: Picture, track: Track) -> str:
-    """Give the picture as SVG. It follows the reader's light or dark scheme."""
+    """Return the picture as SVG. It follows the reader's light or dark colour scheme."""
     step = picture.step
     quota = max(track.quota)
-    most = min(1.2 * max(quota, *track.sent), 2 * quota)  # a first burst may well go over the edge
+    most = min(1.2 * max(quota, *track.sent), 2 * quota)  # a first burst may exceed the picture's upper edge
 
     def x(seconds: float) -> float:
         return LEFT + (WIDTH - LEFT - RIGHT) * seconds / picture.seconds
@@ -143,7 +143,7 @@ def draw(picture: Picture, track: Track) -> str:
         return bottom - (bottom - top) * min(rate / most, 1.0)
 
     def line(values: list[float]) -> str:
-        """The steps' values, each at its end; what is unknown or infinite is left out."""
+        """Return the path through the values, each at the end of its step. Infinite values are left out."""
         points = [(index, value) for index, value in enumerate(values) if value < inf]
         if not points:
             return ""
@@ -232,7 +232,7 @@ def _states(states: list[str], step: float, x: Callable[[float], float]) -> Iter
 
 
 async def day(run: Run) -> None:
-    """Ten cameras that see little at night and more than the quota lets through around noon."""
+    """Run ten cameras that send little at night, and more than the quota around noon."""
     loop = asyncio.get_running_loop()
     begun = loop.time()
     async with asyncio.TaskGroup() as tasks:

@@ -1,11 +1,12 @@
-"""How well the sidecar learns: every scenario of docs/limiting.md in virtual time, beside an oracle and two others.
+"""Measure how well the sidecar learns: every scenario of docs/limiting.md in virtual time, compared with an oracle.
 
     make scenarios                                  # = python bench/scenarios.py
     python bench/scenarios.py --only 1 4 15c --seeds 5 --systems sidecar,semaphore,cubic
-    python bench/scenarios.py --sweep 100           # seeded providers drawn by chance
+    python bench/scenarios.py --sweep 100           # randomly drawn providers; each seed gives the same provider
 
-Prints each figure's median and worst over the seeds beside its target, and marks what misses. Beneath, how true the
-waits were that the sidecar predicted: it refuses by them, and tells them as Retry-After.
+Two other clients can run in place of the sidecar: a semaphore and CUBIC. The program prints the median and the worst
+value of each figure over the seeds beside its target, and marks missed targets. Below the figures it prints the error
+of the sidecar's predicted waits. The sidecar refuses requests by these predictions and sends them as Retry-After.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def main() -> None:
 
 
 def sweep(count: int) -> None:
-    """Print one line for each provider drawn by chance, and what is in the middle and at the end of them."""
+    """Print one line for each randomly drawn provider, then median, deciles, minimum and maximum of the figures."""
     figures: dict[str, list[float]] = defaultdict(list)
     for seed in range(1, count + 1):
         scenario = drawn(seed)
@@ -64,7 +65,7 @@ def sweep(count: int) -> None:
 
 
 def show(scenario: Scenario, name: str, seeds: range) -> int:
-    """Print one line for each figure; returns how many miss."""
+    """Print one line for each figure; return the number of missed targets."""
     begun = time.perf_counter()
     figures: dict[str, list[Check]] = defaultdict(list)
     waits: list[tuple[float, float]] = []

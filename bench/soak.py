@@ -1,7 +1,8 @@
-"""A sidecar under everything at once for a while; whatever grows or does not add up fails it: `make soak`.
+"""Run a sidecar for minutes under all kinds of load at once; fail if a resource leaks or counts differ: `make soak`.
 
-Nine well-behaved cameras, whole and streaming, beside one that floods, one that sends monsters, callers that leave and
-callers that never read, in front of a simulated provider with a quota that also fails and resets.
+The load: nine well-behaved cameras, some of them streaming; one camera that floods; one that sends huge requests;
+callers that leave; callers that never read. The simulated provider has a quota, and sometimes fails or resets a
+connection.
 """
 
 from __future__ import annotations
@@ -21,16 +22,17 @@ from running import CHAT, Process, chat, samples
 from backends.simulated import PROVIDER, Profile, serve
 
 CAMERAS = 9
-#: Growth of resident memory between the second and the last quarter that is no leak: arenas and pools fill up. Runs of
-#: three minutes on two cores grew by 2, 13 and 22 MB; 4 KB lost with each of the 12,000 requests between are more.
+#: Allowed growth of resident memory in bytes between the second and the last quarter of a run; arenas and pools fill.
+#: Runs of three minutes on two cores grew by 2, 13 and 22 MB. A leak of 4 KB with each of the 12,000 requests between
+#: these quarters is more than this bound.
 MEMORY_BYTES = 40 * 1024 * 1024
-#: A shorter run says nothing of memory: its second quarter is still warm-up, in which pools and caches fill.
+#: Shorter runs (seconds) cannot show a leak: their second quarter is still warm-up, in which pools and caches fill.
 WARM_UP_SECONDS = 150
 HEAD = b"POST %b HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%b"
 
 
 class Soak:
-    """The load, and what is seen while it runs."""
+    """The load, and the measurements while it runs."""
 
     def __init__(self, process: Process, client: aiohttp.ClientSession, seconds: float) -> None:
         self.process = process
@@ -38,7 +40,7 @@ class Soak:
         self.loop = asyncio.get_running_loop()
         self.until = self.loop.time() + seconds
         self.ends: Counter[tuple[str, object]] = Counter()
-        self.seconds: list[float] = []  # of what the nine were answered in
+        self.seconds: list[float] = []  # durations of the answers to the nine cameras
         self.memory: list[float] = []
         self.probes: list[float] = []
         self.chance = random.Random(7)
@@ -107,14 +109,14 @@ def total(metrics: dict[str, float], name: str, within: str = "") -> int:
 
 
 def lag(metrics: dict[str, float]) -> str:
-    """Within what the event loop has run 99 in 100 of its timers, as far as the histogram tells."""
+    """Return the 99th percentile of the event-loop lag in seconds, rounded up to a bound of its histogram."""
     name = "sidecar_event_loop_lag_seconds"
     within = {key.partition('le="')[2].rstrip('"}'): value for key, value in metrics.items() if f"{name}_bucket" in key}
     return next(bound for bound, count in within.items() if count >= 0.99 * metrics[f"{name}_count"])
 
 
 async def soak(seconds: float) -> list[str]:
-    """Run it, print what was seen; gives what is wrong."""
+    """Run the load, print the measurements, and return the list of failures."""
     profile = Profile(
         requests_per_second=80, burst_requests=20, latency_seconds=0.1, latency_sigma=0.3, answer_tokens=30,
         stream_tokens_per_second=200, error_share=0.002, reset_share=0.002,
@@ -167,11 +169,11 @@ async def soak(seconds: float) -> list[str]:
                 shares.append(mine.get(200, 0) / max(sum(mine.values()), 1))
             if min(shares) < 0.95:
                 wrong.append(f"a well-behaved camera got {min(shares):.1%} of what it asked")
-            told = run.loop.time()
+            began = run.loop.time()
             process.signal(signal.SIGTERM)
             status = await process.ended()
-            if status or run.loop.time() - told > 10:  # a drain waits for whatever is still under way
-                wrong.append(f"with nobody asking the drain took {run.loop.time() - told:.1f} s, exit status {status}")
+            if status or run.loop.time() - began > 10:  # a drain waits only for requests in flight; there are none
+                wrong.append(f"with nobody asking the drain took {run.loop.time() - began:.1f} s, exit status {status}")
             if "defect" in process.log or "Traceback" in process.log:
                 wrong.append("the log tells of a defect")
             flood = {end: count for (camera, end), count in run.ends.items() if camera == "flood"}
@@ -195,7 +197,7 @@ async def soak(seconds: float) -> list[str]:
 
 
 def main() -> int:
-    """Run it; 0 if nothing is wrong."""
+    """Run the soak; return 0 if nothing failed."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=180.0)
     wrong = asyncio.run(soak(parser.parse_args().seconds))

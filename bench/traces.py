@@ -1,11 +1,11 @@
-"""Fingerprints of every virtual-time scenario: equal lines before and after a change prove that behaviour is the same.
+"""Print a fingerprint of every scenario in virtual time. Equal lines before and after a change prove equal behaviour.
 
     python bench/traces.py --seeds 5 >before.txt     # in the tree before the change
     python bench/traces.py --seeds 5 >after.txt      # in the tree after it
     diff before.txt after.txt
 
-A fingerprint is a SHA-256 of what the provider saw (each call's time and fate) and of what each caller got (camera,
-time of arrival, seconds until the end, outcome), to the last bit of each number.
+A fingerprint is a SHA-256 over the provider's view (time and result of each call) and the callers' view (camera, time
+of arrival, seconds until the end, outcome). It contains every bit of each number.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from bench.sim.table import SYSTEMS, TABLE, Result, play
 
 
 def fingerprint(result: Result) -> str:
-    """Give the hash of one run."""
+    """Return the hash of one run."""
     trace = hashlib.sha256()
     for at, fate in result.provider.history:
         trace.update(f"{(at - result.began).hex()} {fate}\n".encode())
@@ -34,7 +34,7 @@ def fingerprint(result: Result) -> str:
 
 
 def main() -> None:
-    """Print one line for each scenario of the table and seed, then one for each of the providers drawn by chance."""
+    """Print one line for each scenario of the table and each seed, then one line for each randomly drawn provider."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5, help="seeds of each scenario in the table (default: 5)")
     parser.add_argument("--drawn", type=int, default=20, help="providers drawn by chance (default: 20)")

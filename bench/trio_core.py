@@ -1,11 +1,11 @@
-"""trio-core 1.1.5 at a semaphore of 1 and of 16, and the sidecar: the same cortex-like load, one after the other.
+"""Run the same cortex-like load on trio-core 1.1.5 with a semaphore of 1, then of 16, and then on the sidecar.
 
     make .venv-trio/.ready && .venv/bin/python bench/trio_core.py [--seconds 48]
 
-Ten cameras send a frame every few seconds, all at the same instant, to describe and to crop-describe in turn. The
-simulated provider behind takes about 1.27 s, allows 3 requests/s, and ends one call in twenty with a 500. Unlike
-`make demo` this runs trio-core itself, with its own client and thread pool. A frame is lost when it has no 200 within a
-minute.
+Ten cameras send a frame every few seconds, all at the same instant, alternately to `describe` and `crop-describe`. The
+simulated provider needs about 1.27 s per answer, allows 3 requests/s and answers one call in twenty with a 500. Unlike
+`make demo`, this runs trio-core itself, with its own client and thread pool. A frame counts as lost if it gets no 200
+within a minute.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ async def of_sidecar(url: str) -> AsyncIterator[tuple[str, int]]:
 
 
 async def run(system: System, seconds: float) -> Result:
-    """Put the load on one system, in front of a provider of its own."""
+    """Run the load on one system, in front of its own simulated provider."""
     runner = await serve(PROFILE)
     result = Result()
     try:
@@ -90,7 +90,7 @@ async def run(system: System, seconds: float) -> Result:
 
 
 async def camera(client: aiohttp.ClientSession, url: str, number: int, seconds: float, result: Result) -> None:
-    """Send a frame at every beat, whatever became of those before."""
+    """Send a frame every `EVERY_SECONDS`, independent of earlier frames."""
     image = base64.b64encode(frame(number)).decode()
     loop = asyncio.get_running_loop()
     began = loop.time()
@@ -113,14 +113,14 @@ async def send(client: aiohttp.ClientSession, url: str, body: object, key: str, 
             await response.read()
             status = response.status
     except (TimeoutError, aiohttp.ClientError):
-        pass  # the frame is lost: that is counted
+        pass  # the frame is lost, and counted as such below
     if status == 200:
         result.seconds.append(loop.time() - sent)
     result.statuses.append(status)
 
 
 async def watch(pid: int, result: Result, is_running: Callable[[], bool]) -> None:
-    """The most memory that the process has had: Linux tells it."""
+    """Record the peak memory of the process, from Linux's VmHWM, while the system runs."""
     status = Path(f"/proc/{pid}/status")
     while is_running():
         text = await asyncio.to_thread(status.read_text)

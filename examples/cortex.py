@@ -1,4 +1,4 @@
-"""Ten cameras that ask for a description of each frame, with the official client: what cortex does, in 50 lines.
+"""Ten cameras request a description of each frame with the official client, as cortex does.
 
 vlm-sidecar serve &
 python examples/cortex.py http://127.0.0.1:8100/v1
@@ -15,7 +15,7 @@ import openai
 
 
 def frame(camera: int, number: int) -> str:
-    """A 64 x 64 PNG, another one each time, as a data URL."""
+    """Return a 64 x 64 PNG as a data URL, a different image for each camera and number."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -37,10 +37,10 @@ async def watch(client: openai.AsyncOpenAI, camera: int, frames: int) -> None:
             answer = await client.chat.completions.with_raw_response.create(
                 model="qwen-vl-plus",
                 messages=[{"role": "user", "content": content}],
-                # whose turn it takes; and an old frame is of no use once there is a newer one
+                # the key for fair sharing between cameras; a newer frame replaces an older one that still waits
                 extra_headers={"X-Camera-Id": f"camera-{camera}", "X-Queue-Policy": "latest"},
             )
-        except openai.APIStatusError as error:  # 409: superseded; 503: it would have been too late, said at once
+        except openai.APIStatusError as error:  # 409: superseded; 503: it would be too late, so refused immediately
             print(f"camera {camera}: {error.status_code} {error.code}")
             continue
         text = answer.parse().choices[0].message.content
@@ -53,7 +53,7 @@ async def main() -> None:
     parser.add_argument("--cameras", type=int, default=10)
     parser.add_argument("--frames", type=int, default=3)
     args = parser.parse_args()
-    # No retries of its own: the sidecar's queue is the backoff.
+    # The client does not retry: the sidecar queues and retries.
     async with openai.AsyncOpenAI(base_url=args.url, api_key="unused", max_retries=0) as client:
         await asyncio.gather(*(watch(client, camera, args.frames) for camera in range(args.cameras)))
 

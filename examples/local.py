@@ -1,7 +1,7 @@
-"""Ten cameras ask a model in the sidecar's own process: one at a time, as trio-core does it, then in batches of 8.
+"""Ten cameras use a model in the sidecar's own process: one request at a time, as in trio-core, then in batches of 8.
 
-make demo-local                          # with a tiny model of random weights: noise, but every step is real
-python examples/local.py FOLDER          # with a model of yours
+make demo-local                          # with a tiny model of random weights: noise as answers, but every step is real
+python examples/local.py FOLDER          # with your own model
 """
 
 from __future__ import annotations

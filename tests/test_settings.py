@@ -1,4 +1,4 @@
-"""Where settings come from, which one wins, and that the README lists every one as it is."""
+"""Test the sources of settings, their precedence, and that the README lists each setting with its default."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import pytest
 from sidecar.settings import FOREIGN_NAMES, Settings, SettingsError, load
 
 README = Path(__file__).parent.parent / "README.md"
+#: Settings that the contract has but that are refused until their feature works. The README leaves them out.
+REFUSED_UNTIL_THEY_WORK = {"SIDECAR_SHARED_URL"}
 
 
 def test_option_beats_environment_beats_file_beats_default(tmp_path):
@@ -65,8 +67,8 @@ def test_an_error_names_setting_value_and_source():
 def test_the_readme_lists_every_setting_with_its_default():
     rows = dict(re.findall(r"^\| `(SIDECAR_\w+)` \| (.*?) \|", README.read_text(), re.MULTILINE))
     defaults = {f"SIDECAR_{name.upper()}": field.default for name, field in Settings.model_fields.items()}
-    assert rows.keys() == defaults.keys()
-    for name, default in defaults.items():
+    assert rows.keys() == defaults.keys() - REFUSED_UNTIL_THEY_WORK
+    for name, default in ((name, defaults[name]) for name in rows):
         shown = rows[name].strip("`")
         if default is None:
             assert shown in ("", "auto", "derived", "by terminal", "by the other settings"), name

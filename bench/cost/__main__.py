@@ -1,8 +1,8 @@
-"""What the sidecar costs beside other proxies: ratios of one run on one machine.
+"""Measure the cost of the sidecar in comparison with other proxies, as ratios within one run on one machine.
 
-make bench                               # all usual peers; writes docs/performance.md, its picture, the ratios
-make bench PEERS="bare nginx litellm"    # LiteLLM only when asked for by name
-make bench-check                         # compare a fresh run with the ratios that are committed; 1: got worse
+make bench                               # all usual peers; writes docs/performance.md, its picture and the ratios
+make bench PEERS="bare nginx litellm"    # LiteLLM is measured only if it is named
+make bench-check                         # compare a new run with the committed ratios; exit status 1: got worse
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def main() -> int:
     options = parser.parse_args()
     if unknown := set(options.peers) - set(PEERS):
         parser.error(f"no such peer: {', '.join(sorted(unknown))}")
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # ends what was started, as Ctrl-C does
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # ends the child processes, as Ctrl-C does
     busy = os.getloadavg()[0]
     rounds, idle = side_by_side.run(list(options.peers))
     costs = [admission.one_round() for _ in range(admission.ROUNDS)]
@@ -60,7 +60,7 @@ def main() -> int:
 
 
 def _is_asked(figure: str, peers: list[str]) -> bool:
-    """A figure that is no ratio to a peer, or to one of these."""
+    """Return True for a figure that is a ratio to one of these peers, or no ratio to a peer at all."""
     peer = figure.rpartition(" ÷ ")[2]
     return peer not in PEERS or peer in peers
 

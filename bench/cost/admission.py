@@ -1,6 +1,6 @@
-"""What admission alone costs a request, and how that grows with the keys there are and the requests that wait.
+"""Measure the cost of admission alone per request, and how it grows with the numbers of keys and waiting requests.
 
-The real door, in virtual time: nothing waits, so the processor time is that of the code.
+Runs the real admission in virtual time. Nothing sleeps in real time, so the processor time is that of the code.
 """
 
 from __future__ import annotations
@@ -11,19 +11,21 @@ import time
 from bench.sim import clock
 from sidecar.admission import Admission, Ticket
 
-#: Keys, and requests that always wait. What the others are by the second one is how far from flat admission is.
+#: Pairs: number of keys, number of requests that always wait. The growth is the ratio of the largest cost to that of
+#: the second pair; 1 means that the cost does not depend on the size.
 SIZES = ((10, 0), (10, 10), (10_000, 10), (10, 2_000), (10_000, 2_000))
 ROUNDS = 5
 REQUESTS = 6_000
 
 
 def microseconds(keys: int, waiting: int) -> float:
-    """Processor time of one request: entering, waiting its turn, permit, verdict, return. The cameras take turns."""
+    """Return the processor time of one request: enter, wait, permit, verdict, release. The cameras send in turn."""
 
     async def main() -> float:
         admission = Admission(concurrency=1, queue_size=2 * waiting + 1)
         loop = admission.loop
-        warm, done = asyncio.Event(), asyncio.Event()  # each of those that wait has been served once; all have
+        # warm: each request that waited at the start was served once; done: all requests were served.
+        warm, done = asyncio.Event(), asyncio.Event()
         left = REQUESTS + waiting + 1
         number = 0
 
@@ -51,10 +53,10 @@ def microseconds(keys: int, waiting: int) -> float:
 
 
 def growth(cost: dict[tuple[int, int], float]) -> float:
-    """The dearest size of a round by the smallest queue there is."""
+    """Return the cost of the most expensive size of a round, divided by the cost with 10 keys and 10 waiting."""
     return max(cost.values()) / cost[10, 10]
 
 
 def one_round() -> dict[tuple[int, int], float]:
-    """Microseconds a request by size: the sizes take turns, since the machine is not always equal."""
+    """Return microseconds per request by size. Each round measures all sizes, because the machine's speed varies."""
     return {size: microseconds(*size) for size in SIZES}

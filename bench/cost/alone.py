@@ -1,4 +1,4 @@
-"""What the sidecar takes for itself: memory at rest and with a full queue, the time to start, its event loop's lag."""
+"""Measure the sidecar alone: memory when idle and with a full queue, start time, event-loop lag."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ class Start:
     """One start of the sidecar."""
 
     seconds: float
-    """From the process's start to `/readyz` saying so."""
+    """Seconds from the start of the process until `/readyz` answers 200."""
     cpu: float
-    """Processor time until then: what it takes on a machine that does nothing else."""
+    """Processor time until then in seconds. An otherwise idle machine needs this long."""
     resident: float
-    """Bytes in memory, at rest."""
+    """Resident memory when idle, in bytes."""
 
 
 def starts() -> list[Start]:
-    """Start it again and again. The first time, which may compile, is not counted."""
+    """Start the sidecar several times. The first start is not counted, because it may compile bytecode."""
     return [_start() for _ in range(STARTS + 1)][1:]
 
 
@@ -50,7 +50,7 @@ def _start() -> Start:
 
 
 def queue_of_frames() -> float:
-    """The bytes by which the sidecar grows while 2,000 frames wait, as a share of their bodies."""
+    """Return the growth of the sidecar's memory while 2,000 frames wait, divided by the bytes of their bodies."""
     upstream, port, admin = free_port(), free_port(), free_port()
     body = bodies()["frame"]
     with (
@@ -74,7 +74,7 @@ def queue_of_frames() -> float:
 
 
 def lag() -> float:
-    """Seconds that its event loop is late, 99th percentile of its own metric, at 500 frames a second."""
+    """Return the event-loop lag in seconds at 500 frames/s: the 99th percentile of the sidecar's own metric."""
     upstream, port, admin = free_port(), free_port(), free_port()
     with (
         process(wire("upstream", upstream), upstream),
@@ -92,7 +92,7 @@ def lag() -> float:
 
 
 def quantile(share: float, buckets: dict[float, float]) -> float:
-    """The quantile of a histogram's cumulative buckets, within a bucket in proportion, as PromQL has it."""
+    """Return a quantile of a histogram with cumulative buckets, by linear interpolation in a bucket, as PromQL does."""
     bounds = sorted(buckets)
     rank = share * buckets[bounds[-1]]
     for below, bound in pairwise([0.0, *bounds]):

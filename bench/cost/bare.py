@@ -1,7 +1,7 @@
-"""The bare pass-through that the sidecar is measured against: `python -m bench.cost.bare PORT UPSTREAM_PORT`.
+"""A bare pass-through proxy, to which the sidecar is compared: `python -m bench.cost.bare PORT UPSTREAM_PORT`.
 
-aiohttp's low-level server and uvloop, as the sidecar has them, and a pooled session. It reads a request, sends it on
-and writes the answer: no queue, no limits, no metrics, no look at the body.
+It uses aiohttp's low-level server and uvloop, as the sidecar does, and a session with a connection pool. It reads a
+request, forwards it and writes the answer. It has no queue, limits or metrics, and does not parse the body.
 """
 
 from __future__ import annotations

@@ -1,25 +1,26 @@
-"""Figures of a run: what they are to reach, what they were when last committed, and which of them got worse."""
+"""The figures of a run: their targets, their last committed values, and which of them got worse."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from statistics import median
 
-#: A figure got worse if its median did by more than this share, and no round of it was as good as the median before.
-#: On two shared cores the medians of two runs of the same code differ by less than this; single rounds do not.
+#: A figure got worse if its median got worse by more than this share, and none of its rounds was as good as the earlier
+#: median. On two shared cores, the medians of two runs of the same code differ by less than this. Single rounds differ
+#: by more.
 TOLERANCE = 0.15
 
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """One figure, with a value for each round it was measured in."""
+    """One figure, with a value for each round in which it was measured."""
 
     name: str
     values: tuple[float, ...]
     unit: str = ""
     target: float | None = None
     at_least: bool = False
-    """More is better; else less is."""
+    """True: a higher value is better. False: a lower value is better."""
 
     @property
     def value(self) -> float:
@@ -33,23 +34,23 @@ class Figure:
 
     @property
     def holds(self) -> bool:
-        """It reaches its target, if it has one."""
+        """True if the figure reaches its target or has none."""
         return self.target is None or not self.is_worse_than(self.target)
 
     def is_worse_than(self, value: float, share: float = 0.0) -> bool:
-        """Its median is, by more than this share."""
+        """Return True if the median is worse than `value` by more than this share."""
         return self.value < value * (1 - share) if self.at_least else self.value > value * (1 + share)
 
 
 def got_worse(figure: Figure, before: tuple[float, ...]) -> bool:
-    """Beyond what two runs of the same code differ by: see `TOLERANCE`."""
+    """Return True if the figure got worse by more than two runs of the same code differ: see `TOLERANCE`."""
     was = median(before)
     as_good = figure.best >= was if figure.at_least else figure.best <= was
     return figure.is_worse_than(was, TOLERANCE) and not as_good
 
 
 def compared(figures: list[Figure], committed: dict[str, list[float]]) -> tuple[list[str], list[str]]:
-    """Say of each figure what it was and is: first the lines of those that got worse, then all others."""
+    """Return lines with the old and the new value of each figure: those that got worse, and all others."""
     worse, others = [], []
     for figure in figures:
         before = committed.get(figure.name)

@@ -1,9 +1,9 @@
-"""Where the sidecar's time goes: a flame graph of it under load, and the share of each room.
+"""Show where the sidecar spends its time: a flame graph under load, and the share of each package ("room").
 
     make flame                 (or .venv/bin/python -m bench.cost.flame, with py-spy in .venv-spy)
 
-py-spy looks at the running process 250 times a second; a function's own time is with its innermost Python frame, so
-what a system call or C code takes is with whoever called it.
+py-spy samples the running process 250 times per second. A sample counts for the innermost Python frame, so the time of
+system calls and C code counts for the Python function that called them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from sidecar.cli.demo.processes import free_port
 SPY = ROOT / ".venv-spy" / "bin" / "py-spy"
 SECONDS = 8
 CONNECTIONS = 16
-#: The first that a file's path begins with is its room.
+#: Pairs: path prefix, room. The first prefix that matches a file's path gives its room.
 ROOMS = (
     ("sidecar/api/", "sidecar/api: read, understand, answer"),
     ("sidecar/admission/", "sidecar/admission: queue, limits"),
@@ -40,13 +40,16 @@ ROOMS = (
 
 
 def record(pid: int, path: Path, form: str) -> None:
-    """Look at a process for `SECONDS`."""
+    """Sample a process for `SECONDS` seconds and write the result to `path`."""
     command = [SPY, "record", "--pid", str(pid), "--duration", str(SECONDS), "--rate", "250", "--function"]
     subprocess.run([*command, "--format", form, "--output", str(path)], check=True, capture_output=True)
 
 
 def rooms(raw: str) -> dict[str, float]:
-    """The share of samples by the room of the innermost frame; py-spy's raw lines are `outer (file);inner (file) n`."""
+    """Return the share of samples by the room of the innermost frame.
+
+    Each line of py-spy's raw output is `outer (file);inner (file) count`.
+    """
     samples: Counter[str] = Counter()
     for line in raw.splitlines():
         stack, _, count = line.rpartition(" ")
@@ -56,7 +59,7 @@ def rooms(raw: str) -> dict[str, float]:
 
 
 def look(kind: str) -> dict[str, float]:
-    """Draw the flame graph of a sidecar that is sent this kind of request; gives the shares of the rooms."""
+    """Write the flame graph of a sidecar under this kind of request, and return the shares of the rooms."""
     image = IMAGES / f"flame-{kind}.svg"
     upstream, port = free_port(), free_port()
     with (
@@ -72,7 +75,7 @@ def look(kind: str) -> dict[str, float]:
             load.stdin.write(bodies()[kind])
             load.stdin.close()
             record(pid, image, "flamegraph")
-            image.write_text(image.read_text().replace(f"{ROOT}/", ""))  # it quotes the command that made it
+            image.write_text(image.read_text().replace(f"{ROOT}/", ""))  # the image contains the command line
             record(pid, Path(folder) / "raw", "raw")
             return rooms((Path(folder) / "raw").read_text())
         finally:
@@ -80,7 +83,7 @@ def look(kind: str) -> dict[str, float]:
 
 
 def table(shares: dict[str, dict[str, float]]) -> str:
-    """The rooms' shares by kind of request, the dearest first."""
+    """Return the table of the rooms' shares by kind of request, the largest share first."""
     names = sorted({room for of_kind in shares.values() for room in of_kind}, key=lambda r: -shares["frame"].get(r, 0))
     lines = ["| own time | " + " | ".join(f"[{kind}](images/flame-{kind}.svg)" for kind in shares) + " |"]
     lines.append("|---" * (len(shares) + 1) + "|")

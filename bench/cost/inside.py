@@ -1,9 +1,9 @@
-"""What the sidecar's own code takes of a frame: everything between the sockets, and neither the kernel nor a network.
+"""Measure the processor time of a request in the sidecar's own code, without sockets, kernel and network.
 
     python -m bench.cost.inside [small|frame]      # prints microseconds of processor time
 
-The real listener, API, admission, dispatcher and backend, between transports that only call back. Runs on one core and
-waits for nothing, so two trees can be compared to the hundredth where `make bench` needs an idle machine.
+Runs the real listener, API, admission, dispatcher and backend between fake transports, which only call callbacks. It
+uses one core and never sleeps. So two trees can be compared to 1 %, while `make bench` needs an idle machine.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ ROUNDS, REQUESTS = 12, 1_500
 
 
 class _Transport:
-    """Calls back with what is written."""
+    """A fake transport that passes written data to a callback."""
 
     def __init__(self, written: Callable[[Any], None]) -> None:
         self.write = self.writelines = written
@@ -42,18 +42,18 @@ class _Transport:
         return False
 
     def get_extra_info(self, name: str) -> None:
-        """Give nothing: there is no socket."""
+        """Return None: there is no socket."""
 
 
 class _Pooled:
-    """A connection as aiohttp's connector gives it."""
+    """A connection in the form that aiohttp's connector returns."""
 
     def __init__(self, protocol: _Protocol) -> None:
         self.protocol = protocol
 
 
 async def microseconds(body: bytes) -> float:
-    """Ask one request after another; gives the quickest round's mean."""
+    """Send one request after another; return the mean of the fastest round, in microseconds of processor time."""
     loop = asyncio.get_running_loop()
     backend = DashScopeBackend(base_url="http://127.0.0.1:1/v1")
     await backend.start()

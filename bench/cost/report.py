@@ -1,4 +1,4 @@
-"""From what was seen to figures, a table and a picture."""
+"""Turn the measurements into figures, tables and a picture."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from bench.cost.side_by_side import DIRECT, SIDECAR, Rounds, Seen
 PAGE = ROOT / "docs" / "performance.md"
 IMAGES = PAGE.parent / "images"
 
-#: Targets of ratios to a peer, by what is divided. Frames are what the product is for; the others are told.
+#: (figure, peer) -> target of the ratio. Only frames have targets, because the product exists for them. The other
+#: ratios are only reported.
 _TARGETS = {
     ("frame, 16 connections: requests/s", "bare"): 1.0,
     ("frame, 16 connections: requests/s", "vllm-router"): 1.0,
@@ -24,7 +25,7 @@ _TITLES = {DIRECT: "nothing between", SIDECAR: "**vlm-sidecar** (Python)"} | {p.
 
 
 def ratios(rounds: Rounds) -> list[Figure]:
-    """The sidecar by each peer, round by round: both values of a ratio are seconds apart."""
+    """Return the ratios of the sidecar to each peer, one value per round: both parts were measured seconds apart."""
     peers = [name for name in rounds["frame", 16] if name not in (DIRECT, SIDECAR)]
     return [figure for peer in peers for figure in _by_peer(rounds, peer)]
 
@@ -54,7 +55,7 @@ def _by_peer(rounds: Rounds, peer: str) -> Iterator[Figure]:
 
 
 def streams(rounds: Rounds) -> list[Figure]:
-    """What a stream waits for the sidecar, in milliseconds."""
+    """Return the delays that the sidecar adds to a stream, in milliseconds."""
     pairs = list(zip(rounds["stream", 1][SIDECAR], rounds["stream", 1][DIRECT], strict=True))
     return [
         Figure("stream: added to the first event", tuple((s.first - d.first) * 1e3 for s, d in pairs), " ms", 0.5),
@@ -66,7 +67,7 @@ def streams(rounds: Rounds) -> list[Figure]:
 
 
 def targets_table(figures: list[Figure]) -> str:
-    """Every figure that has a target."""
+    """Return the table of all figures that have a target."""
     lines = ["| figure | target | here | |", "|---|---|---|---|"]
     for figure in figures:
         if figure.target is not None:
@@ -78,7 +79,7 @@ def targets_table(figures: list[Figure]) -> str:
 
 
 def peers_table(rounds: Rounds, idle: dict[str, float]) -> str:
-    """Medians of all proxies side by side: what each adds to what the client sees when nothing lies between."""
+    """Return the table of the medians of all proxies. Added time is relative to a client without a proxy."""
     lines = [
         "| | small: p50 added, µs | requests/s at 1, at 16 | CPU, µs | frame: p50 added, µs | requests/s at 1, at 16 "
         "| CPU, µs | stream: first event added, µs | each event added, µs | CPU an event, µs | idle MB |",
@@ -101,7 +102,7 @@ def peers_table(rounds: Rounds, idle: dict[str, float]) -> str:
 
 
 def admission_table(costs: list[dict[tuple[int, int], float]]) -> str:
-    """What the door alone costs a request, by keys and by how many wait."""
+    """Return the table of the cost of admission alone, by the numbers of keys and waiting requests."""
     lines = ["| admission alone, in virtual time | µs a request | requests/s |", "|---|---|---|"]
     for keys, waiting in costs[0]:
         microseconds = median(cost[keys, waiting] for cost in costs)
@@ -110,14 +111,14 @@ def admission_table(costs: list[dict[tuple[int, int], float]]) -> str:
 
 
 def between(page: str, command: str, made: str) -> str:
-    """The page with what a command made in its place there, between two comments that name it."""
+    """Return the page with the text `made` between the two comments that name the command."""
     begin, end = f"<!-- {command}: begin -->\n", f"<!-- {command}: end -->"
     before, after = page.partition(begin)[0], page.partition(end)[2]
     return f"{before}{begin}{made}\n{end}{after}"
 
 
 def number(value: float) -> str:
-    """Three digits that count."""
+    """Return the number with three significant digits, or as an integer from 100 on."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
@@ -148,7 +149,10 @@ rect { fill: #b9b7b0 } .ours { fill: #2a78d6 } .best { font-weight: 600 }
 
 
 def picture(rounds: Rounds, idle: dict[str, float]) -> str:
-    """Bars of what counts most, as SVG for light and dark readers. LiteLLM's would dwarf all others."""
+    """Return bar charts of the main figures as SVG, for light and dark colour schemes.
+
+    LiteLLM is left out: its bars would make all others too short to compare.
+    """
     names = [name for name in rounds["frame", 16] if name not in (DIRECT, "litellm")]
     one, many, stream = rounds["frame", 1], rounds["frame", 16], rounds["stream", 1]
 

@@ -1,4 +1,4 @@
-"""All proxies before one upstream, asked in turns: what the machine does meanwhile befalls them all alike."""
+"""Measure all proxies in front of one upstream, in turns, so that other load on the machine affects all alike."""
 
 from __future__ import annotations
 
@@ -18,37 +18,38 @@ from sidecar.cli.demo.processes import free_port
 KINDS = ("small", "frame", "stream")
 CONNECTIONS = (1, 16)
 SECONDS = 0.8
-#: A stream lasts a fifth of a second: of a short turn with one at a time, four first events would be all there is.
+#: Seconds of one measurement of streams on one connection. A stream lasts a fifth of a second, so `SECONDS` would give
+#: only four first events.
 STREAM_SECONDS = 3.0
 ROUNDS = 5
 _WARM_UP_SECONDS = 0.3
 _SMALL = {"model": "qwen-vl-plus", "messages": [{"role": "user", "content": "Hello."}]}
 
-#: The client asks the upstream itself: what is left of a wait when nothing lies between.
+#: The client sends to the upstream directly. Its latency is the baseline that is subtracted from that of the proxies.
 DIRECT = "direct"
 SIDECAR = "sidecar"
 
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """What one proxy did with one kind of request for a second. Seconds."""
+    """The measurement of one proxy with one kind of request. Times are in seconds."""
 
     per_second: float
     p50: float
     cpu: float
-    """The proxy's own processor time of a request; for a stream, of an event."""
+    """The proxy's own processor time per request, or per event of a stream."""
     first: float = 0.0
-    """From the request to a stream's first event."""
+    """Time from the request to the first event of a stream."""
     event: float = 0.0
-    """From the upstream's sending of an event to the client's receiving it."""
+    """Time from the sending of an event by the upstream to its receipt by the client."""
 
 
-#: Rounds of one run: what was seen of a proxy, by kind and connections, one value a round.
+#: (kind of request, connections) -> name of the proxy -> one measurement per round.
 Rounds = dict[tuple[str, int], dict[str, list[Seen]]]
 
 
 def bodies() -> dict[str, bytes]:
-    """The body of each kind of request."""
+    """Return the body of each kind of request."""
     return {
         "small": json.dumps(_SMALL).encode(),
         "frame": body_of(frame(0)),
@@ -57,7 +58,7 @@ def bodies() -> dict[str, bytes]:
 
 
 def run(names: list[str]) -> tuple[Rounds, dict[str, float]]:
-    """Measure the sidecar and these peers; gives the rounds, and each one's idle memory in bytes."""
+    """Measure the sidecar and these peers. Returns the rounds, and the idle memory in bytes by name."""
     upstream = free_port()
     with contextlib.ExitStack() as stack:
         stack.enter_context(process(wire("upstream", upstream), upstream))
@@ -100,13 +101,13 @@ def _rounds(lines: dict[str, tuple[int, int | None]]) -> Rounds:
 
 
 def _turned(names: list[str], number: int) -> list[str]:
-    """The same names from another one on: nobody always runs after the same neighbour at the start of a second."""
+    """Return the names in rotated order, so that the first proxy of a round is a different one each time."""
     at = number % len(names)
     return names[at:] + names[:at]
 
 
 def see(port: int, pid: int | None, connections: int, seconds: float, body: bytes) -> Seen:
-    """Ask one proxy for so long. Raises `RuntimeError`."""
+    """Load one proxy for `seconds` seconds and return the measurement. Raises `RuntimeError` if a request fails."""
     before = cpu_seconds(pid) if pid is not None else 0.0
     done = subprocess.run(
         wire("load", port, connections, seconds), input=body, capture_output=True, timeout=seconds + 60, check=False

@@ -1,13 +1,14 @@
-"""Both ends of every measured line, as bare protocols, each in a process of its own: what is measured lies between.
+"""The client and the upstream of every measurement, as bare asyncio protocols, each in its own process.
 
     python -m bench.cost.wire upstream PORT
-    python -m bench.cost.wire silent PORT                            # takes everything, and never answers
-    python -m bench.cost.wire load PORT CONNECTIONS SECONDS < body   # prints what it saw as JSON
+    python -m bench.cost.wire silent PORT                            # reads all requests and never answers
+    python -m bench.cost.wire load PORT CONNECTIONS SECONDS < body   # prints its measurements as JSON
     python -m bench.cost.wire pace PORT PER_SECOND SECONDS < body    # likewise
-    python -m bench.cost.wire pile PORT REQUESTS < body              # sends them all at once, and holds on
+    python -m bench.cost.wire pile PORT REQUESTS < body              # sends all requests at once and keeps waiting
 
-The upstream answers at once. Asked for a stream it sends `EVENTS` events, `EVENT_SECONDS` apart, and each says when it
-was sent: both ends read the one clock of the machine, so that the client knows how long each was on its way.
+The measured proxy is between them. The upstream answers immediately. To a streaming request it sends `EVENTS` events,
+`EVENT_SECONDS` apart, and each event contains its send time. Both ends read the same clock of the machine, so the
+client can compute the travel time of each event.
 """
 
 from __future__ import annotations
@@ -40,14 +41,14 @@ EVENT = (
     b'data: {"id":"chat-1","object":"chat.completion.chunk","created":1,"model":"qwen-vl-plus",'
     b'"choices":[{"index":0,"delta":{"role":"assistant","content":"%019d"},"finish_reason":null}]}\n\n'
 )
-#: What asks for a stream, in a body that came whole: bodies that come in pieces are frames, and not looked at.
+#: Matches a body that requests a stream. Only bodies that arrive in one piece are searched: larger ones are frames.
 _STREAM = re.compile(rb'"stream": ?true')
 _SENT = re.compile(rb'"(\d{19})"')
 _END = b"data: [DONE]"
 
 
 class Upstream(asyncio.Protocol):
-    """Answers every request. Reads no more of HTTP than where a request ends."""
+    """Answer every request. Parses HTTP only to find the end of a request."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = transport
@@ -77,7 +78,7 @@ class Upstream(asyncio.Protocol):
                 self.transport.write(WHOLE)
 
     def send_event(self) -> None:
-        if self.transport.is_closing():  # the client had seen enough
+        if self.transport.is_closing():  # the client has closed the connection
             return
         if self.events_left:
             self.events_left -= 1
@@ -88,7 +89,7 @@ class Upstream(asyncio.Protocol):
 
 
 class Client(asyncio.Protocol):
-    """Sends one request after another on its connection, and notes how long each took. Subclasses tell the end."""
+    """Send one request after another on one connection, and record the seconds that each took."""
 
     def __init__(self, request: bytes) -> None:
         self.request = request
@@ -136,7 +137,7 @@ class Client(asyncio.Protocol):
 
 
 class StreamClient(Client):
-    """Notes when the first event came, and how long each later one was on its way."""
+    """Record the time to the first event of each stream, and the travel time of each later event."""
 
     def __init__(self, request: bytes) -> None:
         super().__init__(request)
@@ -160,7 +161,7 @@ class StreamClient(Client):
 
 
 class PacedClient(Client):
-    """Sends the next request when it is told to, and is free between."""
+    """Send a request only when `send` is called. `busy` is False between requests."""
 
     busy = False
 
@@ -194,7 +195,7 @@ async def connect(kind: type[Client], port: int, count: int, body: bytes) -> lis
 
 
 async def hold(clients: list[Client], seconds: float) -> float:
-    """Give the seconds that passed. Raises what broke a client."""
+    """Wait `seconds` seconds, or until a client breaks; return the seconds that passed. Raises that client's error."""
     began = time.perf_counter()
     done, _ = await asyncio.wait([client.lost for client in clients], timeout=seconds, return_when="FIRST_COMPLETED")
     for lost in done:
@@ -203,7 +204,7 @@ async def hold(clients: list[Client], seconds: float) -> float:
 
 
 async def load(port: int, connections: int, seconds: float, body: bytes) -> dict[str, float]:
-    """Ask again as soon as there is an answer, on every connection; gives medians in seconds."""
+    """Send the next request as soon as the answer arrives, on every connection; return medians in seconds."""
     streams = _STREAM.match(body, 1) is not None
     clients = await connect(StreamClient if streams else Client, port, connections, body)
     for client in clients:
@@ -221,13 +222,13 @@ async def load(port: int, connections: int, seconds: float, body: bytes) -> dict
 
 
 async def pace(port: int, per_second: float, seconds: float, body: bytes) -> dict[str, float]:
-    """Ask at a steady rate, whatever the answers do: a request that finds no free connection is late, and counted."""
+    """Send at a steady rate, independent of the answers. Requests without a free connection are counted as late."""
     clients = await connect(PacedClient, port, 64, body)
     began, late = time.perf_counter(), 0
     for number in range(round(per_second * seconds)):
         await asyncio.sleep(max(began + number / per_second - time.perf_counter(), 0))
         free = next((client for client in clients if not client.busy), None)
-        clients.append(clients.pop(0))  # in turn: one that never asks is closed after some seconds
+        clients.append(clients.pop(0))  # use the connections in turn: an idle connection is closed after some seconds
         if free is None:
             late += 1
         else:
@@ -236,7 +237,7 @@ async def pace(port: int, per_second: float, seconds: float, body: bytes) -> dic
 
 
 async def pile(port: int, requests: int, body: bytes) -> None:
-    """Ask so many at once, and wait for answers until killed."""
+    """Send all requests at once, then wait (at most 600 s) until killed."""
     clients = await connect(Client, port, requests, body)
     for client in clients:
         client.send()

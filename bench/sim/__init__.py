@@ -1,1 +1,1 @@
-"""Hours of traffic in seconds: the real admission and dispatch around the simulated provider, on a virtual clock."""
+"""Run hours of traffic in seconds: the real admission and dispatch with the simulated provider, in virtual time."""

@@ -1,6 +1,6 @@
-"""An event loop whose clock jumps: when nothing is ready to run, it is at once the time of the next timer.
+"""An event loop on virtual time: when nothing is ready to run, its clock jumps to the time of the next timer.
 
-Real asyncio with no wait in it, so what runs here is the very code that serves, and it runs the same each time.
+It is real asyncio without real waiting. So the serving code itself runs here, and every run is the same.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 class VirtualLoop(asyncio.SelectorEventLoop):
-    """An asyncio loop on virtual time, which begins at `start` seconds. For code without sockets and threads."""
+    """An asyncio loop on virtual time that begins at `start` seconds. For code without sockets and threads."""
 
     def __init__(self, start: float = 1000.0) -> None:
         self.now = start
@@ -26,7 +26,7 @@ class VirtualLoop(asyncio.SelectorEventLoop):
 
 
 class _JumpingSelector(selectors.SelectSelector):
-    """Instead of waiting for a timer, makes it that time."""
+    """Set the loop's clock to the time of the next timer instead of waiting for it."""
 
     def __init__(self, loop: VirtualLoop) -> None:
         super().__init__()
@@ -41,6 +41,6 @@ class _JumpingSelector(selectors.SelectSelector):
 
 
 def run(main: Coroutine[Any, Any, T]) -> T:
-    """`asyncio.run` on virtual time."""
+    """Run a coroutine as `asyncio.run` does, but on virtual time."""
     with asyncio.Runner(loop_factory=VirtualLoop) as runner:
         return runner.run(main)

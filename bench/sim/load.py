@@ -1,4 +1,4 @@
-"""Who asks, and when; and what became of it."""
+"""Generate the load of a run, and record the outcome of each request."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from sidecar.dispatch.dispatcher import DeadlineExceeded
 
 from .systems import Ask, System
 
-#: LLM tokens of a request's input, drawn by chance.
+#: Returns a request's input in LLM tokens, drawn at random.
 Tokens = Callable[[Random], int]
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One request's story. Seconds since the run began."""
+    """One request: camera, loop time of its arrival, seconds until its end, outcome."""
 
     camera: str
     arrived: float
@@ -40,7 +40,7 @@ class Run:
     records: list[Record] = field(default_factory=list)
 
     async def one(self, camera: str) -> str:
-        """Ask once and note how it ended."""
+        """Send one request and record its outcome."""
         loop = asyncio.get_running_loop()
         arrived = loop.time()
         ask = Ask(camera, arrived + self.deadline, self.tokens(self.random))
@@ -59,7 +59,7 @@ class Run:
         return outcome
 
     async def saturate(self, workers: int, cameras: int = 10, start: float = 0.0) -> None:
-        """Keep so many requests waiting or under way: whoever has an answer asks again at once."""
+        """Keep `workers` requests waiting or in flight: each worker sends again as soon as it is answered."""
         loop = asyncio.get_running_loop()
         end = loop.time() + self.seconds
         await asyncio.sleep(start)
@@ -72,7 +72,7 @@ class Run:
         await self._until(end, [worker(f"camera-{index % cameras}") for index in range(workers)])
 
     async def arrive(self, per_second: float, cameras: int = 10, hog: float = 1.0) -> None:
-        """Poisson arrivals, whatever the answers do. The first camera sends `hog` times as often as the others."""
+        """Send Poisson arrivals, independent of the answers. The first camera sends `hog` times as often as another."""
         loop = asyncio.get_running_loop()
         end = loop.time() + self.seconds
         weights = [hog, *[1.0] * (cameras - 1)]
@@ -83,7 +83,7 @@ class Run:
                 tasks.create_task(self.one(f"camera-{camera}"))
 
     async def volleys(self, every: float, frames: int, cameras: int = 10) -> None:
-        """All cameras send so many frames at the same instant, again and again."""
+        """Send `frames` frames from every camera at the same instant, every `every` seconds."""
         loop = asyncio.get_running_loop()
         end = loop.time() + self.seconds
         async with asyncio.TaskGroup() as tasks:
@@ -100,7 +100,7 @@ class Run:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    # -- what became of it -------------------------------------------------------------------------------------------
+    # -- outcomes ----------------------------------------------------------------------------------------------------
 
     def outcomes(self) -> Counter[str]:
         return Counter(record.outcome for record in self.records)
@@ -110,6 +110,6 @@ class Run:
         return sum(record.outcome == "ok" for record in chosen) / max(len(chosen), 1)
 
     def quantile(self, share: float) -> float:
-        """Of the answered ones, seconds from arrival to answer."""
+        """Return a quantile of the seconds from arrival to answer, over the answered requests."""
         seconds = sorted(record.seconds for record in self.records if record.outcome == "ok")
         return seconds[min(int(share * len(seconds)), len(seconds) - 1)] if seconds else float("inf")

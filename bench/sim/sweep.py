@@ -1,4 +1,4 @@
-"""Providers drawn by chance: what nobody tuned anything for."""
+"""Randomly drawn providers. No constant was tuned for them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .table import Scenario, saturated, usual
 
 
 def drawn(seed: int) -> Scenario:
-    """One provider and a load that wants more than it gives. The same seed draws the same."""
+    """Return a random provider with a load above its capacity. The same seed gives the same scenario."""
     chance = Random(f"provider {seed}")
     rate = 0.3 * (100 / 0.3) ** chance.random()
     latency = 0.2 * 100 ** chance.random()

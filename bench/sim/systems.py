@@ -1,6 +1,6 @@
-"""What stands between the callers and the provider: the sidecar, and what it is compared with.
+"""The systems between the callers and the provider: the sidecar, and the clients to which it is compared.
 
-Each has `ask`, which brings one answer or raises, and each makes its calls to the same simulated backend.
+Each has a method `ask`, which sends one request until it is answered or raises. All use the same simulated backend.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from sidecar.dispatch.dispatcher import Dispatcher
 from sidecar.observe.metrics import Metrics
 
 MODEL = "qwen-vl-plus"
-#: Until a request that was let through has been judged.
+#: Seconds from the admission of a request until the provider has accepted or refused it.
 _ARRIVAL_SECONDS = 1e-6
 
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """One request of a camera. `tokens` is what its input costs; the answer costs `answer_tokens` more."""
+    """One request of a camera. Its input costs `tokens` LLM tokens, its answer `answer_tokens` more."""
 
     camera: str
     deadline: float
@@ -43,24 +43,23 @@ class Ask:
 
 
 class System(Protocol):
-    """Anything that brings answers."""
+    """A system that answers requests."""
 
     async def ask(self, ask: Ask) -> None: ...
 
 
 class Sidecar:
-    """The real thing."""
+    """The real admission and dispatch of the sidecar."""
 
     def __init__(self, provider: Provider, **settings: Any) -> None:
         self._loop = asyncio.get_running_loop()
         self.admission = self._admission(provider, **settings)
         self.metrics = Metrics(CollectorRegistry())
         self.waits: list[tuple[float, float]] = []
-        """Of each answered request that had to wait: the predicted seconds in the queue, and the real ones."""
+        """Predicted and real seconds in the queue, of each answered request that had to wait."""
         self._dispatcher = Dispatcher(self.admission, [SimulatedBackend(provider)], self.metrics)
-        self._dispatcher._random.seed(
-            provider.profile.seed
-        )  # the pauses before retries too: a run is the same each time
+        # The pauses before retries are random too. With a fixed seed, every run is the same.
+        self._dispatcher._random.seed(provider.profile.seed)
 
     def _admission(self, provider: Provider, **settings: Any) -> Admission:
         upstream = UpstreamSettings("simulated", **settings)
@@ -78,7 +77,7 @@ class Sidecar:
 
 
 class OracleUpstream(Upstream):
-    """The same queue and permits, with the provider's own state in the place of everything that is learned."""
+    """An upstream whose gate reads the provider's own state instead of learned limits."""
 
     def __init__(self, clock: Callable[[], float], provider: Provider) -> None:
         super().__init__(clock, name="simulated", paced=False)
@@ -86,7 +85,7 @@ class OracleUpstream(Upstream):
         self._sent_at = -inf
 
     def opening(self, now: float, ticket: Ticket) -> tuple[float, Cause | None]:
-        if now < self._sent_at + _ARRIVAL_SECONDS:  # the one before has not yet reached the quota
+        if now < self._sent_at + _ARRIVAL_SECONDS:  # the previous request has not yet reached the quota
             return self._sent_at + _ARRIVAL_SECONDS, "turn"
         quota = self._provider.quota(MODEL)
         tokens = ticket.tokens
@@ -112,7 +111,7 @@ class OracleAdmission(Admission):
 
 
 class Oracle(Sidecar):
-    """What could be had by who knows everything."""
+    """The best possible system: it knows the provider's state."""
 
     def _admission(self, provider: Provider, **settings: Any) -> Admission:
         return OracleAdmission(provider)
@@ -129,7 +128,7 @@ class Oracle(Sidecar):
 
 
 class Direct:
-    """One attempt at the provider; what the comparisons are made of."""
+    """Send attempts directly to the provider: the base class of the systems for comparison."""
 
     def __init__(self, provider: Provider) -> None:
         self._backend = SimulatedBackend(provider)
@@ -141,9 +140,10 @@ class Direct:
 
 
 class Semaphore(Direct):
-    """A semaphore around the openai client: two retries, 0.5 s doubled up to 8 s, less up to a quarter by chance.
+    """A semaphore around the openai client with two retries.
 
-    After openai-python, `_base_client.py`: `_calculate_retry_timeout`, which also obeys a Retry-After up to 60 s.
+    The wait starts at 0.5 s, doubles up to 8 s, and is reduced at random by up to a quarter. It obeys a Retry-After up
+    to 60 s. Source: openai-python, `_base_client.py`, `_calculate_retry_timeout`.
     """
 
     def __init__(self, provider: Provider, size: int = 16, retries: int = 2) -> None:
@@ -168,10 +168,11 @@ class Semaphore(Direct):
 
 
 class Cubic(Direct):
-    """The client-side rate limiter of AWS SDKs' adaptive mode, with its three attempts.
+    """The client-side rate limiter of the adaptive mode of AWS SDKs, with its three attempts.
 
-    After botocore, `retries/adaptive.py`, `throttling.py` (CUBIC: beta 0.7, scale 0.4) and `bucket.py`: nothing is
-    limited until the first refusal; measured rates are smoothed over half-second buckets; fill rate <= 2 x measured.
+    Source: botocore, `retries/adaptive.py`, `throttling.py` (CUBIC: beta 0.7, scale 0.4) and `bucket.py`. It limits
+    nothing before the first refusal, smooths the measured rate over half-second buckets, and keeps the fill rate at or
+    below 2 x the measured rate.
     """
 
     _BETA, _SCALE, _SMOOTH = 0.7, 0.4, 0.8

@@ -1,4 +1,4 @@
-"""The fifteen scenarios of the design, each with the load, the provider, and what is asked of the sidecar."""
+"""The scenarios of the design, each with its provider, its load and the targets for the sidecar."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from . import clock
 from .load import Run, Tokens
 from .systems import Cubic, Oracle, Semaphore, Sidecar, System
 
-#: The first burst and its refusals.
+#: Seconds from the start that contain the first burst and its refusals.
 FIRST_BURST_SECONDS = 2.0
 
 Load = Callable[[Run], Awaitable[None]]
@@ -22,7 +22,7 @@ Load = Callable[[Run], Awaitable[None]]
 
 @dataclass(slots=True)
 class Result:
-    """What one system made of one scenario."""
+    """The result of one system in one scenario."""
 
     runs: list[Run]
     provider: Provider
@@ -40,12 +40,12 @@ class Result:
 
     @property
     def per_thousand(self) -> float:
-        """Refusals in 1,000 calls, those of the first seconds as one: nobody can know before the first."""
+        """Refusals per 1,000 calls. Those of the first burst count as one: before it, no client can know the limit."""
         first = self.refusals(0.0, FIRST_BURST_SECONDS)
         return 1000.0 * (self.refused - first + min(first, 1)) / max(self.calls, 1)
 
     def answered(self, start: float = 0.0, end: float = inf) -> int:
-        """Calls that the provider took, by the time at which they came."""
+        """Return the number of accepted calls that arrived at the provider between `start` and `end` (seconds)."""
         return sum(fate == "accepted" and start <= at - self.began < end for at, fate in self.provider.history)
 
     def refusals(self, start: float = 0.0, end: float = inf) -> int:
@@ -55,7 +55,7 @@ class Result:
 
     @property
     def ok(self) -> int:
-        """Answers in time."""
+        """Requests that were answered in time."""
         return sum(run.outcomes()["ok"] for run in self.runs)
 
     @property
@@ -73,7 +73,7 @@ class Result:
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One figure of a run beside its target."""
+    """One figure of a run with its target."""
 
     name: str
     value: float
@@ -179,7 +179,7 @@ def _overload(result: Result, oracle: Result) -> list[Check]:
     ]
 
 
-#: When scenario 4's quota moves, and to what.
+#: The quota of scenario 4: (seconds from the start, requests/s).
 _STEPS = ((0.0, 10.0), (200.0, 4.0), (400.0, 16.0))
 
 
@@ -193,7 +193,11 @@ def _steps(result: Result, oracle: Result) -> list[Check]:
 
 
 def settled(result: Result, start: float, end: float, good: Callable[[float], bool], quota: float) -> float:
-    """Seconds after `start` from which 5 s without a rush of refusals are accepted at a good rate."""
+    """Return the seconds from `start` until the system has settled on a new quota (requests/s); inf if it never does.
+
+    It has settled when, over the next 5 s, the rate of accepted calls is `good` and at most 10 % of the quota's calls
+    are refused.
+    """
     at = start
     while at + 5.0 <= end:
         rate = result.answered(at, at + 5.0) / 5.0
@@ -252,7 +256,7 @@ def _outage(result: Result, oracle: Result) -> list[Check]:
 
 
 def _images(random: Random) -> int:
-    """A thumbnail, a 720p or a 1080p frame, as `qwen-vl` counts them."""
+    """Return the LLM tokens of a thumbnail, a 720p frame or a 1080p frame, as `qwen-vl` counts them."""
     return random.choice((300, 1200, 2600))
 
 

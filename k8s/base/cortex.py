@@ -1,6 +1,6 @@
-"""Stands in for cortex: every camera sends a frame a second; a line each ten seconds says what became of them.
+"""A stand-in for cortex: every camera sends one frame per second. It logs the counts of outcomes every ten seconds.
 
-On SIGTERM it sends no more, waits for the answers to what it has sent, and says how many frames were lost.
+On SIGTERM it stops sending, waits for the answers to the frames in flight, and logs the number of lost frames.
 """
 
 import asyncio

@@ -1,8 +1,8 @@
-"""Builds dashboard.json for Grafana: where do requests wait? Then the limits, then errors, then resources.
+"""Build dashboard.json for Grafana. It shows first where requests wait, then the limits, errors and resources.
 
     make dashboard            (or .venv/bin/python k8s/monitoring/dashboard.py)
 
-The JSON is committed; a test says when it is not what this script builds, and runs every query on a live Prometheus.
+The JSON is committed. A test fails if this script builds another one, and runs every query on a live Prometheus.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ from grafana_foundation_sdk.models import dashboard as models
 
 TARGET = Path(__file__).with_name("dashboard.json")
 
-#: Every query is narrowed to what the two selectors at the top choose.
+#: Label matchers in every query: the namespace and backend that the user selects at the top of the dashboard.
 _CHOSEN = 'namespace=~"$namespace",backend=~"$backend"'
 _RATE = "[$__rate_interval]"
 
-#: Rows of panels: title, unit, stacked, and each line's query and legend. `CHOSEN` and `RATE` are filled in.
+#: Row title -> panels: title, unit, stacked, and the query and legend of each line. `_filled` replaces `CHOSEN` and
+#: `RATE`.
 ROWS: dict[str, list[tuple[str, str, bool, list[tuple[str, str]]]]] = {
     "Where do requests wait?": [
         (
@@ -130,7 +131,7 @@ ROWS: dict[str, list[tuple[str, str, bool, list[tuple[str, str]]]]] = {
 
 
 def queries() -> list[str]:
-    """Every panel's PromQL, with the dashboard's variables in it."""
+    """Return the PromQL queries of all panels, with the dashboard's variables."""
     return [_filled(query) for row in ROWS.values() for _, _, _, lines in row for query, _ in lines]
 
 
@@ -139,7 +140,7 @@ def _filled(query: str) -> str:
 
 
 def build() -> str:
-    """Give the dashboard's JSON."""
+    """Return the dashboard's JSON."""
     made = (
         dashboard.Dashboard("vlm-sidecar")
         .uid("vlm-sidecar")
@@ -167,7 +168,7 @@ def build() -> str:
 
 
 def common_source() -> models.DataSourceRef:
-    """The Prometheus that is chosen at the top."""
+    """Return the Prometheus data source that the user selects at the top of the dashboard."""
     return models.DataSourceRef(type_val="prometheus", uid="${datasource}")
 
 

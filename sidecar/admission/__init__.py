@@ -1,4 +1,7 @@
-"""Who goes next, and when: the product's heart. Pure asyncio and arithmetic; the clock is the event loop's."""
+"""Decide which request is sent next, and when: the core of the product.
+
+Uses only asyncio and arithmetic. The event loop is the only clock.
+"""
 
 from sidecar.admission.admission import Admission, PoolStatus, UpstreamSettings
 from sidecar.admission.arrivals import Arrival

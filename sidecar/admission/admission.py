@@ -59,7 +59,7 @@ class PoolStatus:
 class Admission:
     """Who goes next, and when. Every model has a `Pool`; the bounds on what waits hold for all pools together.
 
-    Must be made and used in one event loop; it takes the time from that loop and nowhere else.
+    Create and use it in one event loop. That loop is its only clock.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class Admission:
         return [one.name for one in self._settings]
 
     async def permit(self, ticket: Ticket) -> Permit:
-        """Wait the ticket's turn; `with` the permit, it goes back at the end of the block.
+        """Wait for the ticket's turn and return its permit. Use it in a `with` block, which releases it at the end.
 
         Raises `QueueFull`, `DeadlineUnreachable`, `Superseded`, `Draining`, `AccountClosed` or `StillFailing`.
         """
@@ -101,17 +101,17 @@ class Admission:
         try:
             return await entry
         except asyncio.CancelledError:
-            # The permit may have come in the same turn of the loop as the cancellation: then it goes straight back.
+            # The permit may arrive in the same loop iteration as the cancellation. Then release it immediately.
             if entry.done() and not entry.cancelled() and entry.exception() is None:
                 entry.result().release(self.loop.time())
             else:
                 self.pool(ticket.model).leave(ticket)
             raise
         finally:
-            del entry  # it may hold an error that holds this frame: they would keep each other, and the body
+            del entry  # its error may refer to this frame: a reference cycle would keep the request body in memory
 
     def enter(self, ticket: Ticket) -> Permit | asyncio.Future[Permit]:
-        """What `permit` does on entering, without the wait."""
+        """Do the first, synchronous part of `permit`: return the permit, or the future that will bring it."""
         pool = self.pool(ticket.model)
         if self.draining and not ticket.returned:
             raise Draining(
@@ -123,7 +123,7 @@ class Admission:
                 f"a newer request of key {ticket.key!r} took its place: where both answers are wanted, send no "
                 "X-Queue-Policy: latest"
             )
-            if other.stopwatch.started > ticket.stopwatch.started:  # it came while this one was upstream
+            if other.stopwatch.started > ticket.stopwatch.started:  # it arrived while this ticket was upstream
                 raise superseded
             pool.refuse(other, superseded)
         if not ticket.returned:
@@ -173,11 +173,11 @@ class Admission:
     # -- bounds --------------------------------------------------------------------------------------------------------
 
     def arrival(self, reading: asyncio.Timeout) -> Arrival:
-        """Count a body while it is received, `with` this; see `Arrival`."""
+        """Return a context manager that counts a body while it is received; see `Arrival`."""
         return Arrival(self._arrivals, reading)
 
     def arriving_bytes(self) -> int:
-        """Bytes of bodies that are still being received."""
+        """Return the bytes received so far of bodies that are not complete."""
         return self._arrivals.bytes
 
     def waiting(self) -> int:
@@ -198,7 +198,7 @@ class Admission:
                 if other.waiting:
                     break
             else:
-                return  # one always finds room alone
+                return  # if nothing waits, one request always fits, whatever its size
         waiting, size = self.waiting(), ticket.size_bytes
         now = self.loop.time()
         room = max(min(self._queue_size, self._queue_bytes // max(size, 1)), 1)
@@ -245,7 +245,10 @@ class Admission:
         }
 
     def recall(self, name: str, learned: Mapping[str, Any], share: float) -> None:
-        """Begin with that share of what `learned` gave before a restart. Raises `KeyError` on other data."""
+        """Restore what `learned` returned before a restart, with limits scaled by `share`.
+
+        Raises `KeyError` if the data has another form.
+        """
         for model, limits in learned.items():
             for upstream in self.pool(model).upstreams:
                 if upstream.name == name:

@@ -1,7 +1,7 @@
-"""Bodies that are still being received. They share the bound on bytes with those that wait, which are whole.
+"""Count the request bodies that are still being received. They share one bound on bytes with the waiting requests.
 
-Without it a caller's slow uploads would be limited by memory alone. Where the bound is reached, who has stalled gives
-way to who sends: one caller that never finishes must not shut the others out until its deadline.
+Without the bound, only memory would limit slow uploads. At the bound, the reader of a stalled body is stopped to make
+room for bodies that make progress: a caller that never finishes must not block the others until its deadline.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from types import TracebackType
 
 from sidecar.admission.errors import QueueFull
 
-#: Seconds without a byte after which a body gives way to others.
+#: Seconds without a new byte after which a body counts as stalled and may be dropped to make room for others.
 STALLED_SECONDS = 1.0
 
 
 class Arrivals:
-    """All of them, the one that has been silent for longest first."""
+    """All bodies that are being received, ordered by the time of their last byte, oldest first."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, most_bytes: int, waiting_bytes: Callable[[], int]) -> None:
-        """`waiting_bytes` are those of bodies that are whole and wait."""
+        """`waiting_bytes` returns the bytes of complete bodies in the queues."""
         self.bytes = 0
         self._loop = loop
         self._most_bytes = most_bytes
@@ -29,7 +29,7 @@ class Arrivals:
 
     def add(self, arrival: Arrival, more_bytes: int) -> None:
         """See `Arrival.add`."""
-        if arrival.refusal is not None:  # it came to life in the very turn of the loop in which it had to give way
+        if arrival.refusal is not None:  # it was stopped in this loop iteration, and data arrived in the same one
             raise arrival.refusal
         size = arrival.bytes + more_bytes
         if not self.make_room(size, arrival):
@@ -44,11 +44,14 @@ class Arrivals:
         self.bytes += more_bytes
 
     def held(self, own: Arrival | None = None) -> int:
-        """Bytes that wait or are being received, without those of one's own."""
+        """Return the bytes that wait or are being received, without the bytes of the arrival `own`."""
         return self._waiting_bytes() + self.bytes - (own.bytes if own is not None else 0)
 
     def make_room(self, size_bytes: int, own: Arrival | None = None) -> bool:
-        """Whether a body of this size finds room, which one always does alone; who has stalled gives way for it."""
+        """Return True if a body of this size fits, after stopping stalled bodies if necessary.
+
+        A body that is alone always fits.
+        """
         while (others := self.held(own)) and others + size_bytes > self._most_bytes:
             stalled = next(iter(self._heard), own)
             if stalled is own or stalled is None or self._loop.time() - self._heard[stalled] < STALLED_SECONDS:
@@ -58,26 +61,26 @@ class Arrivals:
         return True
 
     def remove(self, arrival: Arrival) -> None:
-        """The body is whole, or given up. Again is nothing."""
+        """Stop counting a body that is complete or abandoned. A second call does nothing."""
         if self._heard.pop(arrival, None) is not None:
             self.bytes -= arrival.bytes
 
 
 class Arrival:
-    """One body, for as long as the block lasts that reads it."""
+    """One body that is being received. Use it in a `with` block around the code that reads the body."""
 
     __slots__ = ("_arrivals", "_reading", "bytes", "refusal")
 
     def __init__(self, arrivals: Arrivals, reading: asyncio.Timeout) -> None:
-        """`reading` is the timeout that the reader is under; it ends early where the body has to give way."""
+        """`reading` is the timeout around the reader. It expires early if the body has to make room for others."""
         self.bytes = 0
         self.refusal: QueueFull | None = None
-        """Why it had to give way, if it had to: what its caller is to be told."""
+        """The error for the caller if the body had to make room for others, else None."""
         self._arrivals = arrivals
         self._reading = reading
 
     def give_way(self, most_bytes: int) -> None:
-        """Have the reader stop now."""
+        """Stop the reader now."""
         self.refusal = QueueFull(
             f"the body paused after {self.bytes} bytes and gave way to others: SIDECAR_QUEUE_BYTES = {most_bytes} were "
             "waiting or being received: try again after 1 s and send it without a pause, or raise it",
@@ -87,7 +90,7 @@ class Arrival:
             self._reading.reschedule(asyncio.get_running_loop().time())
 
     def add(self, more_bytes: int) -> None:
-        """More of it has come. Raises `QueueFull` where it finds no room."""
+        """Count `more_bytes` received bytes. Raises `QueueFull` if they do not fit."""
         self._arrivals.add(self, more_bytes)
 
     def __enter__(self) -> Arrival:

@@ -1,16 +1,16 @@
-"""Why admission does not let a request through. Every one carries what a caller needs to try again well."""
+"""Reasons why admission refuses a request. Each error carries the seconds after which the caller can try again."""
 
 from __future__ import annotations
 
 
 class NotAdmitted(Exception):
-    """The request was not let through, and no attempt is under way."""
+    """The request was not admitted, and no attempt is in flight."""
 
     def __init__(self, message: str, *, retry_after: float | None = None) -> None:
         super().__init__(message)
         self.message = message
         self.retry_after = retry_after
-        """Seconds after which a new try would get in, as far as can be told."""
+        """Predicted seconds after which a new request would be admitted; None if there is no prediction."""
 
 
 class QueueFull(NotAdmitted):
@@ -18,19 +18,19 @@ class QueueFull(NotAdmitted):
 
 
 class DeadlineUnreachable(NotAdmitted):
-    """It cannot be served before its deadline."""
+    """The request cannot be served before its deadline."""
 
 
 class Superseded(NotAdmitted):
-    """A newer request of the same key took its place."""
+    """A newer request of the same key replaced this request."""
 
 
 class Draining(NotAdmitted):
-    """Nothing new is taken: the sidecar is stopping."""
+    """The sidecar is stopping and accepts no new requests."""
 
 
 class AccountClosed(NotAdmitted):
-    """The provider refuses the account itself (billing): waiting does not help."""
+    """The provider refuses the account itself (billing), so that waiting does not help."""
 
 
 class StillFailing(NotAdmitted):

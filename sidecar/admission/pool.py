@@ -1,7 +1,7 @@
 """One fair queue above every upstream that can answer the same model, and the one decision, `admit`.
 
-*Decide synchronously, act afterwards*: `admit` looks at the queue and at every gate and hands out permits; it runs
-after every change (a ticket came or left, an attempt ended, time opened a gate), and never awaits.
+*Decide synchronously, act afterwards*: `admit` examines the queue and every gate and grants permits. It runs after
+every change (a ticket arrived or left, an attempt ended, time opened a gate) and never awaits.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from sidecar.admission.retry_after import Promises
 from sidecar.admission.ticket import CAUSES, Cause, Priority, Ticket
 from sidecar.admission.upstream import Permit, Upstream
 
-#: While a learned pace holds the queue it is looked at again this often (seconds), since paces change with time.
+#: Longest time in seconds until the gates are examined again while tickets wait: a learned pace changes with time.
 LOOK_AGAIN_SECONDS = 0.25
-#: A key's backlog counts as servable in time while a newcomer would be answered within this share of its deadline.
+#: A key's backlog can be served in time while a new ticket would be answered within this share of its time left.
 SERVABLE_SHARE = 0.5
-#: Room is kept for those who were told to come back within so many seconds, and at most this share of a bound.
+#: New callers leave room for the callers whose Retry-After ends within SOON_SECONDS, at most this share of a bound.
 SOON_SECONDS, KEPT_SHARE = 4.0, 0.5
 #: A higher tier takes tickets while the last place in the queue is predicted to wait longer than so many seconds.
 SPILL_SECONDS = 2.0
@@ -56,7 +56,7 @@ class Pool:
         self._timer: asyncio.TimerHandle | None = None
         self._held_seconds = [0.0] * len(CAUSES)
         self.cause: Cause | None = None
-        """What holds the queue at present; None while nothing waits."""
+        """The present cause of waiting; None while no ticket waits."""
         self._cause_since = self._entered_at = now
         self._urgent: set[Ticket] = set()  # predicted to be late in the lowest tier
         for upstream in upstreams:
@@ -91,10 +91,10 @@ class Pool:
         """Bytes of their bodies."""
         return sum(queue.bytes for queue in self.queues()) + sum(ticket.size_bytes for *_, ticket in self._later)
 
-    # -- a ticket comes and goes ---------------------------------------------------------------------------------------
+    # -- a ticket enters and leaves ------------------------------------------------------------------------------------
 
     def enter(self, ticket: Ticket) -> Permit | asyncio.Future[Permit]:
-        """Let a ticket in: it has its permit at once, or it is queued and the future brings the permit or an error.
+        """Return a permit immediately, or queue the ticket and return the future of its permit or error.
 
         Raises `DeadlineUnreachable` for a ticket that cannot be served in time, `AccountClosed` while every provider
         refuses the account.
@@ -198,7 +198,7 @@ class Pool:
     # -- the decision --------------------------------------------------------------------------------------------------
 
     def admit(self, now: float) -> None:
-        """Hand permits to the tickets whose turn it is, as far as the gates allow; arm the timer for the next look."""
+        """Grant permits to the next tickets until a gate is closed. Then set the timer for the next call."""
         self._account(now)
         if self._timer is not None:
             self._timer.cancel()
@@ -226,7 +226,7 @@ class Pool:
     def _admit_from(self, now: float, queue: FairQueue, left: int, claimed: int) -> tuple[int, float]:
         """Admit from one queue. Return the upstreams that its first ticket claims, and when one of them opens."""
         while (ticket := queue.head()) is not None:
-            if ticket.permit is None or ticket.permit.done():  # its caller left in this very turn of the loop
+            if ticket.permit is None or ticket.permit.done():  # its caller left in this loop iteration
                 queue.remove(ticket)
                 self._left(ticket, now)
                 continue
@@ -337,7 +337,7 @@ class Pool:
     # -- looking ahead -------------------------------------------------------------------------------------------------
 
     def predicted_wait(self, now: float, ticket: Ticket) -> float:
-        """Seconds that a newcomer like this one would wait in the queue, as far as can be told or guessed."""
+        """Return the predicted seconds that a new ticket like this one would wait in the queue."""
         return self._wait(now, ticket, guess=True)
 
     def would_wait(self, now: float, ticket: Ticket) -> bool:
@@ -419,17 +419,20 @@ class Pool:
     # -- those who are sent away, and come back ------------------------------------------------------------------------
 
     def recognise(self, ticket: Ticket) -> None:
-        """See whether this newcomer was told to come back now."""
+        """Mark the ticket if a place is reserved for it now: its caller returns at the time of its Retry-After."""
         if len(self._promises):
             ticket.promised = self._promises.redeem(self._loop.time(), ticket.key)
 
     def promise(self, now: float, ticket: Ticket, room: float = inf) -> float:
-        """Seconds after which this ticket's caller gets in if it asks again; of so many as find room at once."""
+        """Reserve a place and return the seconds after which this ticket's caller is admitted if it asks again.
+
+        `room` is the number of tickets that can wait at once.
+        """
         per_second = min(self._throughput(now, ticket), KEPT_SHARE * room)
         return self._promises.make(now, ticket.key, self.predicted_wait(now, ticket), per_second)
 
     def kept(self, now: float, ticket: Ticket) -> int:
-        """Places that this newcomer must leave to those who are about to come back."""
+        """Return the number of places that this new ticket must leave for callers that will return soon."""
         if ticket.promised or not len(self._promises):
             return 0
         return self._promises.due(now, SOON_SECONDS + 1.0 / self._throughput(now, ticket))
@@ -441,7 +444,7 @@ class Pool:
     def _throughput(self, now: float, ticket: Ticket) -> float:
         return sum(one.throughput(now, ticket) for one in self.upstreams)
 
-    # -- the account of causes -----------------------------------------------------------------------------------------
+    # -- accounting of the causes of waits -----------------------------------------------------------------------------
 
     def _left(self, ticket: Ticket, now: float) -> None:
         self._account(now)
@@ -465,7 +468,7 @@ class Pool:
         self.admit(now)
 
     def _account(self, now: float) -> None:
-        """Book the time since the last look to what held the queue. One account for all tickets: no walk over them."""
+        """Book the time since the last call to the present cause. One total serves all tickets, without a loop."""
         if self.queue.tickets or self._restricted:
             self._held_seconds[CAUSES.index(self.cause or "turn")] += now - self._cause_since
         self._cause_since = now

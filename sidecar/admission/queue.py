@@ -1,13 +1,16 @@
 """
-The fair queue: whose turn it is. Knows nothing of limits, time or futures; `Lane` asks it for the next ticket.
+The fair queue: it decides which waiting ticket is next. It does not use limits, time or futures. `Lane` uses it.
 
-Three levels, each flat in the number of keys and tickets: priority classes share by weight, the keys within a class
-share by deficit round robin (Shreedhar & Varghese, 1995) over cost, and within a key order is earliest deadline first
-while the backlog can be served in time, newest first when it cannot (but first those who were told to come back now).
+It has three levels. Their cost hardly grows with the number of keys and tickets (at most logarithmically):
 
-The round robin is the *surplus* variant: a key is served while its deficit is positive and may overdraw it by one
-ticket, so a quantum need not be as large as the largest ticket, and one camera's huge frame never makes the quantum of
-all the others coarse. A key's deficit stays within (-largest cost, quantum].
+1. Priority classes share by weight.
+2. The keys within a class share by deficit round robin (Shreedhar & Varghese, 1995) over cost.
+3. Within a key, the earliest deadline goes first while the backlog can be served in time. If it cannot, the newest
+   ticket goes first, but after the tickets of callers that returned at the time of their Retry-After.
+
+The round robin is the *surplus* variant: a key is served while its deficit is positive, and the last ticket may make
+the deficit negative. So the quantum need not be as large as the largest ticket, and one camera's huge frame does not
+make the quantum of all other cameras coarse. A key's deficit stays within (-largest cost, quantum].
 """
 
 from __future__ import annotations
@@ -19,13 +22,14 @@ from math import inf
 
 from sidecar.admission.ticket import Priority, Ticket
 
-#: A key whose backlog could not be served in time has caught up when one in so many of it is left.
+#: A key that could not be served in time has caught up when 1/CALM_SHARE of its backlog is left.
 CALM_SHARE = 8
-#: Those who come back as they were told are spaced: more than so many of one key are a flood that passes for them.
+#: Callers that return at the time of their Retry-After come spaced in time. If more than this many such tickets of one
+#: key wait, they are a flood that is only mistaken for returning callers (which are recognised by key and time alone).
 MAX_PROMISED = 8
-#: Rounds that a key sits out at most for one ticket, however large: what `head` may have to walk.
+#: Maximum number of rounds for which a key is passed over after one large ticket. It bounds the loop in `head`.
 MAX_ROUNDS = 256
-#: Share of each priority class while all are waiting.
+#: Weight of each priority class. The classes share in this ratio while all of them have waiting tickets.
 WEIGHTS: dict[Priority, int] = {Priority.HIGH: 8, Priority.NORMAL: 3, Priority.LOW: 1}
 
 
@@ -47,14 +51,14 @@ class _KeyQueue:
 
     def __init__(self, key: str) -> None:
         self.key = key
-        self.latest: Ticket | None = None  # the one that a newer frame would supersede
+        self.latest: Ticket | None = None  # the ticket that a newer frame would supersede
         self.deficit = 0.0
-        self.cost = 0.0  # of all that waits
-        self.place = 0  # in the ring: consecutive numbers from its head to its tail
+        self.cost = 0.0  # sum over all waiting tickets
+        self.place = 0  # position in the ring: consecutive numbers from its head to its tail
         self.returned: deque[Ticket] = deque()
-        self.promised: OrderedDict[int, Ticket] = OrderedDict()  # of those that wait; not behind newer ones
+        self.promised: OrderedDict[int, Ticket] = OrderedDict()  # a part of `_waiting`; newer tickets do not pass them
         self._waiting: OrderedDict[int, Ticket] = OrderedDict()  # in order of arrival
-        self._calm_below = 0  # newest first until fewer than this are left; 0: earliest deadline first
+        self._calm_below = 0  # newest first until fewer tickets than this are left; 0: earliest deadline first
         self._by_deadline: list[tuple[float, int]] = []  # a heap; entries whose ticket has left are skipped
 
     def __len__(self) -> int:
@@ -80,7 +84,7 @@ class _KeyQueue:
         if self.returned:
             return self.returned[0]
         if self._calm_below:
-            if self.promised:  # in order; but of a flood that passes for them the newest, as ever
+            if self.promised:  # in order of arrival; but newest first if they are a flood (see MAX_PROMISED)
                 many = len(self.promised) > MAX_PROMISED
                 return self.promised[next(reversed(self.promised) if many else iter(self.promised))]
             return self._waiting[next(reversed(self._waiting))]
@@ -109,27 +113,27 @@ class _KeyQueue:
             heapify(self._by_deadline)
 
     def ahead_of(self, deadline: float, *, promised: bool) -> tuple[int, float]:
-        """How many would be served before a newcomer with this deadline, and what they cost."""
+        """Return the number and the cost of the tickets that would be served before a new one with this deadline."""
         if self._calm_below:
             earlier = [] if promised else [*map(_cost, self.promised.values())]
         else:
             if self._waiting and deadline >= next(reversed(self._waiting.values())).deadline:
-                return len(self), self.cost  # the common case: everybody has the same budget
+                return len(self), self.cost  # the common case: all callers allow the same time
             earlier = [_cost(ticket) for ticket in self._waiting.values() if ticket.deadline <= deadline]
         earlier += map(_cost, self.returned)
         return len(earlier), sum(earlier)
 
 
 def _cost(ticket: Ticket) -> float:
-    """What the round robin shares: LLM tokens, at least 1."""
+    """Return the cost that the round robin shares, in LLM tokens, at least 1."""
     return max(ticket.tokens, 1.0)
 
 
 class _Class:
-    """One priority class: a ring of the keys that have something waiting.
+    """One priority class: a ring of the keys that have waiting tickets.
 
-    A key that runs empty away from the ring's head stays in the ring until its turn comes: taking it out of the middle
-    would cost a walk over all keys.
+    A key that becomes empty elsewhere than at the ring's head stays in the ring until its turn. Its removal from the
+    middle would cost a walk over all keys.
     """
 
     __slots__ = ("active", "cost", "credit", "keys", "length", "ring")
@@ -138,7 +142,7 @@ class _Class:
         self.keys: dict[str, _KeyQueue] = {}
         self.ring: deque[_KeyQueue] = deque()
         self.length = 0  # tickets
-        self.cost = 0.0  # of all of them
+        self.cost = 0.0  # sum over all tickets
         self.active = 0  # keys that are not empty
         self.credit = 0.0
 
@@ -154,21 +158,21 @@ class _Class:
         self.append(self.ring.popleft())
 
     def turns_before(self, queue: _KeyQueue | None) -> float:
-        """How many other keys have their turn before this one's next, or a new key's."""
+        """Return how many other keys have a turn before the next turn of this key, or of a new key (None)."""
         if queue is None or not self.ring:
             return self.active
-        return (queue.place - self.ring[0].place) * self.active / len(self.ring)  # empty keys have none
+        return (queue.place - self.ring[0].place) * self.active / len(self.ring)  # empty keys have no turn
 
 
 class FairQueue:
-    """Whose turn it is among waiting tickets. Calls are amortised O(1) in keys, O(log n) in the tickets of one key."""
+    """Choose the next of the waiting tickets. Calls are amortised O(1) in keys, O(log n) in the tickets of one key."""
 
     __slots__ = ("_classes", "_next_number", "_quantum", "bytes", "tickets")
 
     def __init__(self) -> None:
         self._classes = {priority: _Class() for priority in Priority}
         self.tickets: dict[Ticket, int] = {}
-        """Those that wait, by number; quicker to ask than the length."""
+        """The waiting tickets with their numbers. Its truth value is a faster test for emptiness than `len(queue)`."""
         self._next_number = 0
         self._quantum = 1.0
         self.bytes = 0
@@ -185,13 +189,13 @@ class FairQueue:
         return sum(group.cost for group in self._classes.values())
 
     def length(self, priority: Priority) -> int:
-        """Tickets waiting in one class."""
+        """Return the number of waiting tickets of one class."""
         return self._classes[priority].length
 
     def longest(self, most: int) -> list[tuple[str, int, float]]:
-        """The keys with the longest queues: key, tickets, and when the oldest of them arrived.
+        """Return the `most` keys with the longest queues: key, number of tickets, arrival time of the oldest ticket.
 
-        Walks all keys: for people, not for the hot path.
+        Walks over all keys: for displays, not for the request path.
         """
         totals: dict[str, tuple[int, float]] = {}
         for group in self._classes.values():
@@ -202,7 +206,7 @@ class FairQueue:
         return sorted(((key, *of_key) for key, of_key in totals.items()), key=lambda entry: -entry[1])[:most]
 
     def add(self, ticket: Ticket) -> None:
-        """Queue a ticket; one that was `returned` goes to the head of its key."""
+        """Queue a ticket. A `returned` ticket goes to the head of its key."""
         group = self._classes[ticket.priority]
         queue = group.keys.get(ticket.key)
         if queue is None:
@@ -218,7 +222,7 @@ class FairQueue:
         self.bytes += ticket.size_bytes
 
     def superseded_by(self, ticket: Ticket) -> Ticket | None:
-        """The queued ticket of the same key that `ticket` (with `latest`) takes the place of."""
+        """Return the queued ticket of the same key that `ticket` (with `latest`) replaces, or None."""
         for group in self._classes.values():
             queue = group.keys.get(ticket.key)
             if queue is not None and queue.latest is not None:
@@ -226,7 +230,7 @@ class FairQueue:
         return None
 
     def remove(self, ticket: Ticket) -> None:
-        """Take a ticket out, wherever it stands. Charges nothing."""
+        """Remove a ticket from any position. Does not charge its key or class for it."""
         group = self._classes[ticket.priority]
         queue = group.keys[ticket.key]
         queue.remove(self.tickets.pop(ticket), ticket)
@@ -241,7 +245,7 @@ class FairQueue:
             group.credit = group.cost = 0.0
 
     def head(self) -> Ticket | None:
-        """The ticket whose turn it is; None if none waits. Asking again without a change gives the same one."""
+        """Return the next ticket, or None if none waits. Without a change in between, it returns the same ticket."""
         if not self.tickets:
             return None
         group = self._choose()
@@ -252,17 +256,18 @@ class FairQueue:
                 del group.keys[queue.key]
                 ring.popleft()
             elif queue.deficit > 0:
-                queue.deficit = min(queue.deficit, self._quantum)  # which may have shrunk since the last top-up
+                queue.deficit = min(queue.deficit, self._quantum)  # the quantum may have shrunk since the last top-up
                 return queue.head()
             else:
                 queue.deficit += self._quantum
-                if queue.deficit <= 0:  # still paying for a large one
+                if queue.deficit <= 0:  # the key still pays for a large ticket
                     group.rotate()
 
     def take(self, ticket: Ticket) -> None:
-        """Take out the ticket that `head` gave and charge its key and class for it."""
-        # The typical cost: what a key is topped up by in each round. No single ticket can more than double it: after a
-        # monster every key would be served in a run of thousands, whoever has the longest backlog before all others.
+        """Remove the ticket that `head` returned and charge its key and class for it."""
+        # The quantum is the smoothed cost of a ticket. Each round adds one quantum to a key's deficit. One ticket can
+        # at most double the quantum. Otherwise, after one huge ticket, each key would get thousands of tickets served
+        # in one turn, and the key with the longest backlog would gain most.
         self._quantum += 0.05 * (min(_cost(ticket), 21 * self._quantum) - self._quantum)
         cost = min(_cost(ticket), MAX_ROUNDS * self._quantum)
         group = self._classes[ticket.priority]
@@ -275,22 +280,23 @@ class FairQueue:
 
     def overload(self, priority: Priority, key: str) -> bool:
         """
-        The key's backlog cannot be served in time: newest first until it has caught up. True if it was not yet so.
+        Serve this key newest first until it has caught up. Call it if the key's backlog cannot be served in time.
 
-        Otherwise each would be served just after it is of no more use. The old ones are refused when their time is up.
+        Returns True if the order changes. In the other order, each ticket would be served just after its deadline. The
+        old tickets are refused when their time has run out.
         """
         queue = self._classes[priority].keys.get(key)
-        if not queue:  # nothing waits: the key may yet have its place in the ring
+        if not queue:  # nothing waits; the empty key may still have a place in the ring
             return False
         return queue.overload()
 
     def ahead_of(self, ticket: Ticket) -> tuple[float, float]:
         """
-        What will be served before this newcomer, as requests and as cost: what a predicted wait is made of.
+        Return what will be served before this new ticket: the number of requests, and their cost. Predicts a wait.
 
-        Its key gets a quantum in each round, so it comes on in the round in which that has paid for what is ahead of it
-        in its key; until then the other keys get as much each, those that are before it in the ring once more. Other
-        classes take their share by weight meanwhile.
+        Each round gives one quantum to the ticket's key. The ticket is served in the round in which these quanta have
+        paid for the tickets ahead of it in its key. In each round until then, every other key gets one quantum too; the
+        keys that are before it in the ring get one more. Other classes meanwhile get their share by weight.
         """
         group = self._classes[ticket.priority]
         queue = group.keys.get(ticket.key)
@@ -312,7 +318,7 @@ class FairQueue:
         return requests, ahead
 
     def _choose(self) -> _Class:
-        """The class whose turn it is: the first with credit left; when none has, all that wait are topped up."""
+        """Return the next class: the first with credit left. If none has credit, all classes with tickets get more."""
         while True:
             for group in self._classes.values():
                 if group.length and group.credit > 0:

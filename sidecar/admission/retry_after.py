@@ -1,8 +1,9 @@
-"""The callers that were sent away with a `Retry-After`: when each comes back, a place is kept for it.
+"""Reserve a place for each caller that was refused with a `Retry-After`, for the time at which it will return.
 
-Told the bare wait, all that are sent away in one moment come back in one moment, find those in their places who never
-had to go, and are sent away again. So each is told a time of its own, spaced by what can be served, and near that time
-newcomers leave room. Who came back is told by its key and the time: callers have no name of their own.
+If each caller got only the predicted wait, all callers refused in one moment would return in one moment. By then, new
+callers would have taken their places, and they would be refused again. So each caller gets its own time, spaced by
+what can be served, and near that time new callers leave room. A returning caller is recognised by its key and the
+time, because callers have no identity of their own.
 """
 
 from __future__ import annotations
@@ -11,57 +12,60 @@ from bisect import bisect_left, insort
 from collections import Counter, deque
 from math import ceil
 
-#: Those who come back are given this share of what can be served; the rest is for newcomers, and for error.
+#: Share of the throughput that is reserved for returning callers. The rest is for new callers and prediction errors.
 SHARE = 0.9
-#: A caller may be so many seconds late, or early by an error of a clock.
+#: Seconds by which a returning caller may be late, or early because of clock error.
 LATE_SECONDS, EARLY_SECONDS = 2.0, 0.001
-#: Nobody is sent away for longer, whatever the backlog; and so many are remembered at most.
+#: The longest Retry-After in seconds, whatever the backlog; the maximum number of reserved places (bounds the memory).
 MAX_SECONDS, MOST = 3600, 4096
-#: Seconds that are looked at for one that is not crowded: what sending one caller away may cost.
+#: Seconds that `make` examines at most to find one that is not crowded. Bounds the processor time of one refusal.
 MAX_LATER = 100
 
 
 class Promises:
-    """When whom was told to come back. Times are the loop's."""
+    """The reserved places: which key returns at which loop time."""
 
     __slots__ = ("_expected", "_later", "_later_of_key")
 
     def __init__(self) -> None:
-        self._later: list[tuple[float, str]] = []  # in order
+        self._later: list[tuple[float, str]] = []  # places in the future, sorted by time
         self._later_of_key: Counter[str] = Counter()
-        self._expected: deque[tuple[float, str]] = deque()  # whose time has come
+        self._expected: deque[tuple[float, str]] = deque()  # places whose time has come
 
     def __len__(self) -> int:
         return len(self._later) + len(self._expected)
 
     def make(self, now: float, key: str, wait: float, per_second: float) -> int:
         """
-        Whole seconds after which to come back: `wait`, and behind those of its key and as many of each other key (as
-        the queue's round robin would have it) that come later than now, of whom `per_second` can be served.
+        Reserve a place for a caller with this key and return its Retry-After in whole seconds.
+
+        The time is `wait` seconds plus the time to serve the future places ahead of it at `per_second` requests/s.
+        Ahead of it are all future places of its own key, and from each other key as many as the queue's round robin
+        would serve first.
         """
         self._advance(now)
         pace = max(SHARE * per_second, 1 / MAX_SECONDS)
         own = self._later_of_key.get(key, 0)
         others = len(self._later_of_key) - (own > 0)
         ahead = min(own + others * (own + 1), len(self._later))
-        told = max(ceil(min(wait + ahead / pace, MAX_SECONDS)), 1)
-        # Each is told from another wait, and rounded up: some seconds would be crowded.
-        window, latest = max(1.0, 1.0 / pace), min(told + MAX_LATER, MAX_SECONDS)
-        while told < latest and self._crowd(now + told, window, 2 * (own + 1)) >= pace * window:
-            told += 1
+        seconds = max(ceil(min(wait + ahead / pace, MAX_SECONDS)), 1)
+        # Each caller's time starts from a different wait and is rounded up, so some seconds would be crowded.
+        window, latest = max(1.0, 1.0 / pace), min(seconds + MAX_LATER, MAX_SECONDS)
+        while seconds < latest and self._crowd(now + seconds, window, 2 * (own + 1)) >= pace * window:
+            seconds += 1
         if len(self._later) < MOST:
-            insort(self._later, (now + told, key))
+            insort(self._later, (now + seconds, key))
             self._later_of_key[key] += 1
-        return told
+        return seconds
 
     def _crowd(self, end: float, window: float, most: int) -> int:
-        """How many come then, but for those of keys that have more than so many to come."""
-        end += EARLY_SECONDS  # this instant's too
+        """Count the places in the `window` seconds up to `end`, except of keys with more than `most` future places."""
+        end += EARLY_SECONDS  # include the places at `end` itself
         first, last = bisect_left(self._later, (end - window,)), bisect_left(self._later, (end,))
         return sum(self._later_of_key[key] <= most for _, key in self._later[first:last])
 
     def redeem(self, now: float, key: str) -> bool:
-        """Whether somebody of this key was to come back now. That promise is kept, and none any more."""
+        """Return True if a place is reserved for this key now, and use that place up."""
         self._advance(now)
         for promise in self._expected:
             if promise[1] == key:
@@ -70,7 +74,7 @@ class Promises:
         return False
 
     def due(self, now: float, seconds: float) -> int:
-        """How many are to come within so many seconds, those who are late among them."""
+        """Return how many callers should return within `seconds`, including those that are late."""
         self._advance(now)
         return len(self._expected) + bisect_left(self._later, (now + seconds,))
 

@@ -1,4 +1,4 @@
-"""A request from arrival to answer: who sent it, until when it is of use, what it costs, where its time went."""
+"""A request from arrival to answer: its key, its deadline, its cost, and where its time was spent."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from asyncio import Future, TimerHandle
 from enum import IntEnum
 from typing import Any, Literal, get_args
 
-#: What can hold a queued request back. `turn`: nothing but the instant it takes to be chosen.
+#: What can delay a queued request. `turn`: no gate delays it; it only waits for the moment in which it is chosen.
 Cause = Literal["turn", "request_rate", "token_rate", "growth", "concurrency", "hold"]
 CAUSES: tuple[Cause, ...] = get_args(Cause)
 
@@ -15,7 +15,7 @@ Part = Literal["queue", "lock", "first_byte", "body", "write"]
 
 
 class Priority(IntEnum):
-    """Classes above the keys. They share 8 : 3 : 1, so nothing starves."""
+    """Priority classes. Each contains its own keys. They share 8 : 3 : 1, so that none starves."""
 
     HIGH = 0
     NORMAL = 1
@@ -23,7 +23,7 @@ class Priority(IntEnum):
 
 
 class Stopwatch:
-    """One watch, always running, always on exactly one part: so the parts sum to the wall time by construction."""
+    """Measure the parts of a request's wall time. It always runs on exactly one part, so the parts sum to the total."""
 
     __slots__ = ("_part", "_since", "seconds", "started")
 
@@ -34,24 +34,24 @@ class Stopwatch:
         self._since = now
 
     def switch(self, part: Part, now: float) -> None:
-        """From `now` on, time goes to `part`."""
+        """Book the time from `now` on to `part`."""
         self.seconds[self._part] += now - self._since
         self._part = part
         self._since = now
 
     def stop(self, now: float) -> float:
-        """Close the running part; returns the wall time so far in seconds."""
+        """Close the running part and return the wall time so far in seconds."""
         self.switch(self._part, now)
         return now - self.started
 
     @property
     def upstream_seconds(self) -> float:
-        """From the backend starting work to the last byte of its answer."""
+        """Seconds from the moment the backend starts work to the last byte of its answer."""
         return self.seconds["first_byte"] + self.seconds["body"]
 
 
 class Ticket:
-    """One request. Made by the API, queued by admission, carried through by dispatch."""
+    """One request. The API creates it, admission queues it, and dispatch runs it."""
 
     __slots__ = (
         "_causes_at_entry",
@@ -91,24 +91,24 @@ class Ticket:
         latest: bool = False,
     ) -> None:
         self.key = key
-        """The fair-queue key: the camera."""
+        """The key of the fair queue: the camera."""
         self.priority = priority
         self.model = model
         self.deadline = deadline
-        """On the loop's clock: after this the answer is of no more use."""
+        """Loop time after which the answer is useless."""
         self.tokens = tokens
-        """LLM tokens this request is expected to cost."""
+        """Estimated input of this request in LLM tokens."""
         self.size_bytes = size_bytes
         self.latest = latest
-        """A newer request of the same key takes this one's place while it is still queued."""
+        """True: a newer request of the same key replaces this one while it is queued."""
         self.trace_id: str | None = None
-        """The trace that somebody keeps of this request."""
+        """The id of the request's trace if the trace is recorded, else None."""
         self.stopwatch = Stopwatch(now)
         self.attempts = 0
         self.backend = ""
-        """Where it was last sent."""
+        """The name of the backend of the last attempt."""
         self.returned = False
-        """It was refused upstream and goes back to the head of its key's queue."""
+        """True: an upstream refused it, and it goes back to the head of its key's queue."""
         self.not_before = 0.0
         """A retry may not go before this, on the loop's clock."""
         self.only_while_failing = False
@@ -118,27 +118,27 @@ class Ticket:
         self.waits_since = 0.0
         """When it began to wait for `not_before`."""
         self.promised = False
-        """Its caller was sent away, and told to come back now."""
+        """True: its caller was refused before and now returns at the time of its Retry-After."""
         self.streaming = False
-        """A part of the answer may have reached the caller: there is no other attempt after this."""
+        """True: a part of the answer may have reached the caller, so no other attempt may follow."""
         self.cause_seconds: dict[Cause, float] | None = None
-        """Time in the queue by what held it. None: it never waited."""
+        """Seconds in the queue by cause of the wait. None: it never waited."""
         self.permit: Future[Any] | None = None
         """Brings the pool's `Permit` while the ticket waits. A ticket does not know pools: they know tickets."""
         self.expiry: TimerHandle | None = None
         self._causes_at_entry: tuple[float, ...] = ()
 
     def enter_queue(self, held_seconds: list[float]) -> None:
-        """Remember the queue's own account of causes (seconds each, in the order of `CAUSES`) as it is on arrival."""
+        """Store the queue's totals per cause at arrival: `held_seconds`, seconds in the order of `CAUSES`."""
         self._causes_at_entry = tuple(held_seconds)
 
     def leave_queue(self, held_seconds: list[float]) -> None:
-        """Add what the account has grown by since `enter_queue`."""
+        """Book what was added to the queue's totals since `enter_queue`."""
         for cause, before, after in zip(CAUSES, self._causes_at_entry, held_seconds, strict=True):
             self.add_cause(cause, after - before)
 
     def add_cause(self, cause: Cause, seconds: float) -> None:
-        """Book seconds of waiting to what held the request back."""
+        """Book seconds of waiting to the cause that delayed the request."""
         if self.cause_seconds is None:
             self.cause_seconds = dict.fromkeys(CAUSES, 0.0)
         self.cause_seconds[cause] += seconds

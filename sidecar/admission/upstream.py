@@ -22,7 +22,7 @@ from sidecar.admission.ticket import Cause, Ticket
 
 #: After an outage the pace begins at this share of the learned limit.
 OUTAGE_SHARE = 0.4
-#: The share that is sure of a pace at which no limit was met yet, or but one that is guessed.
+#: Share of the pace that counts as certain while no limit was met, or while the limit is only a guess.
 UNTRIED_SHARE = 0.25
 #: Seconds that an answer is taken to last until there was one.
 USUAL_SECONDS = 1.0
@@ -119,7 +119,7 @@ class Upstream:
         self.has_answered = False
         """An attempt was answered once: failures are an outage then, and not a wrong address."""
         self.latency = 0.0
-        """Seconds that an answer takes, smoothed."""
+        """Smoothed seconds from the start of an attempt to its accepted verdict."""
         self.last_used = now
         self.on_end: list[Callable[[float], None]] = []
         """Called when an attempt has ended: pools that wait for this upstream look again."""
@@ -179,9 +179,9 @@ class Upstream:
         self._held_by = cause
 
     def cost(self, ticket: Ticket) -> float:
-        """LLM tokens that the ticket will take: its input as far as it can be told, and an answer of usual length.
+        """Return the estimated LLM tokens of the ticket: its input and an answer of average length.
 
-        At least 1: of what costs nothing, no rate can be told.
+        At least 1: without a cost, no token rate could be measured.
         """
         return max(self._cost.of(ticket.tokens), 1.0)
 
@@ -224,7 +224,7 @@ class Upstream:
         self.last_used = now
 
     def _blamed(self, now: float, reservations: list[Any], verdict: Verdict) -> Cause | None:
-        """What a refusal is booked to: what it names, unless something else explains it better."""
+        """Return the cause of a refusal: the dimension that it names, unless another dimension explains it better."""
         if verdict.named == "capacity":
             return None
         if not self._paced or self.circuit.state is not None:
@@ -275,7 +275,7 @@ class Upstream:
     def away(self) -> bool:
         """The provider cannot answer: it is down, has no room, or refuses the account.
 
-        A blackout of refusals is none of these: it passes, and the wait until then can be predicted.
+        A blackout (it refuses every call because of a limit) does not count: it ends, and the wait can be predicted.
         """
         return self.circuit.state not in (None, CircuitState.BLACKOUT)
 
@@ -298,11 +298,11 @@ class Upstream:
         return max(MIN_PATIENCE_SECONDS, PATIENCE_P99S * self._p99)
 
     def next_probe_in(self, now: float) -> float:
-        """Seconds for which nothing can start, as far as is known."""
+        """Return the seconds until the next probe, before which no attempt can start; 0 while admission is open."""
         return max(self.circuit.next_probe - now, 0.0) if self.circuit.state is not None else 0.0
 
     def throughput(self, now: float, ticket: Ticket) -> float:
-        """Attempts a second, each like this ticket, that can start for certain."""
+        """Return the rate in attempts/s, each like this ticket, that can certainly start."""
         pace = self.concurrency.allowed / (self.latency or USUAL_SECONDS)
         if not self._paced:
             return pace
@@ -326,7 +326,10 @@ class Upstream:
         return known
 
     def recall(self, now: float, learned: Mapping[str, Mapping[str, float]], share: float) -> None:
-        """Begin with that share of what `learned` gave before a restart. Raises `KeyError` if it is something else."""
+        """Restore what `learned` returned before a restart, with limits scaled by `share`.
+
+        Raises `KeyError` if the data has another form.
+        """
         for dimension, gate in (("requests", self.requests), ("tokens", self.tokens)):
             if dimension in learned:
                 one = learned[dimension]

@@ -1,4 +1,4 @@
-"""Tickets through a real lane on virtual time: each ends exactly once, and every permit comes back."""
+"""Tickets pass through a real lane on virtual time: each ticket ends exactly once, and every permit is released."""
 
 import asyncio
 from itertools import pairwise
@@ -14,7 +14,7 @@ VERDICTS = ("accepted", "request_rate", "token_rate", "growth", "concurrency", "
 USAGES = (None, (120, 30), (0, 0), (10_000_000, 10_000_000))
 
 
-async def one(admission, number, verdict, seconds, ends):
+async def run_ticket(admission, number, verdict, seconds, ends):
     loop = asyncio.get_running_loop()
     ticket = Ticket(now=loop.time(), deadline=loop.time() + 5.0, key=f"camera-{number % 3}", model="m", tokens=100.0)
     try:
@@ -41,36 +41,36 @@ async def one(admission, number, verdict, seconds, ends):
         assert abs(waited) <= ticket.stopwatch.seconds["queue"] + 1e-6
 
 
-STORIES = st.lists(
+TICKETS = st.lists(
     st.tuples(
-        st.floats(0.0, 0.5),  # seconds after the one before
+        st.floats(0.0, 0.5),  # seconds after the previous ticket
         st.sampled_from(VERDICTS),
         st.floats(0.0, 2.0),  # seconds that its attempt takes
-        st.one_of(st.none(), st.floats(0.0, 3.0)),  # its caller leaves after so many
+        st.one_of(st.none(), st.floats(0.0, 3.0)),  # its caller leaves after this many seconds, or never
     ),
     max_size=40,
 )
 
 
 @settings(max_examples=150, deadline=None)
-@given(stories=STORIES, concurrency=st.one_of(st.none(), st.integers(1, 4)))
-def test_every_ticket_ends_once_and_every_permit_comes_back_whoever_leaves_when(stories, concurrency):
+@given(tickets=TICKETS, concurrency=st.one_of(st.none(), st.integers(1, 4)))
+def test_every_ticket_ends_once_and_every_permit_is_released_whenever_callers_leave(tickets, concurrency):
     async def main():
         loop = asyncio.get_running_loop()
         admission = Admission(concurrency=concurrency)
         ends, tasks = [], []
-        for number, (gap, verdict, seconds, leaves) in enumerate(stories):
+        for number, (gap, verdict, seconds, leaves_after) in enumerate(tickets):
             await asyncio.sleep(gap)
-            task = loop.create_task(one(admission, number, verdict, seconds, ends))
-            if leaves is not None:
-                loop.call_later(leaves, task.cancel)
+            task = loop.create_task(run_ticket(admission, number, verdict, seconds, ends))
+            if leaves_after is not None:
+                loop.call_later(leaves_after, task.cancel)
             tasks.append(task)
             assert concurrency is None or admission.in_flight() <= concurrency
         results = await asyncio.gather(*tasks, return_exceptions=True)
         wrong = [r for r in results if isinstance(r, Exception)]
         assert not wrong
         never_ran = sum(isinstance(r, asyncio.CancelledError) for r in results) - ends.count("cancelled")
-        assert len(ends) + never_ran == len(stories)
+        assert len(ends) + never_ran == len(tickets)
         assert admission.in_flight() == 0
         assert admission.waiting() == 0
         assert admission.waiting_bytes() == 0
@@ -78,7 +78,7 @@ def test_every_ticket_ends_once_and_every_permit_comes_back_whoever_leaves_when(
     clock.run(main())
 
 
-def test_a_provider_that_counts_no_tokens_and_refuses_by_them_is_borne():
+def test_a_provider_that_reports_zero_tokens_but_refuses_by_token_rate_breaks_nothing():
     async def main():
         loop = asyncio.get_running_loop()
         admission = Admission()
@@ -95,8 +95,8 @@ def test_a_provider_that_counts_no_tokens_and_refuses_by_them_is_borne():
     clock.run(main())
 
 
-def test_while_everything_is_refused_only_one_probe_goes_out_at_a_time():
-    """An outage of a minute: nothing but single probes, at most one a half second."""
+def test_while_every_attempt_fails_only_one_probe_is_sent_at_a_time():
+    """During an outage of a minute, only single probes are sent, at most one per half second."""
 
     async def main():
         loop = asyncio.get_running_loop()
@@ -117,8 +117,8 @@ def test_while_everything_is_refused_only_one_probe_goes_out_at_a_time():
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        held = [at for at in attempts if at > 1001.0]
-        assert 8 <= len(held) <= 30
-        assert min(b - a for a, b in pairwise(held)) > 0.4
+        probes = [at for at in attempts if at > 1001.0]
+        assert 8 <= len(probes) <= 30
+        assert min(b - a for a, b in pairwise(probes)) > 0.4
 
     clock.run(main())

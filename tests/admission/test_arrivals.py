@@ -1,4 +1,4 @@
-"""Bodies on their way in: bounded in sum, every byte given back, and nobody that sends gives way."""
+"""Bodies that are being received: their sum is bounded, every byte is released, and only stalled bodies give way."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from sidecar.admission.arrivals import STALLED_SECONDS, Arrival, Arrivals
 BOUND = 100
 
 
-async def body(arrivals, pieces):
-    """Receive pieces of so many bytes, each after so many seconds; gives how it ended."""
+async def receive(arrivals, pieces):
+    """Receive pieces, each a pair (seconds to wait before it, bytes); return how the body ended."""
     loop = asyncio.get_running_loop()
-    heard = loop.time()
+    last_byte_at = loop.time()
     try:
         async with asyncio.timeout(1e6) as reading:
             with Arrival(arrivals, reading) as arrival:
                 for seconds, more in pieces:
                     await asyncio.sleep(seconds)
-                    heard = loop.time()
+                    last_byte_at = loop.time()
                     arrival.add(more)
         return "whole"
     except QueueFull:
         return "refused"
     except TimeoutError:
         assert arrival.refusal is not None
-        assert loop.time() - heard >= STALLED_SECONDS
+        assert loop.time() - last_byte_at >= STALLED_SECONDS
         return "gave way"
 
 
@@ -40,11 +40,11 @@ PIECES = st.lists(st.tuples(st.floats(0.0, 3.0), st.integers(1, 60)), min_size=1
 
 @settings(max_examples=200, deadline=None)
 @given(bodies=st.lists(PIECES, min_size=1, max_size=8), waiting=st.integers(0, 80))
-def test_what_is_received_stays_within_the_bound_and_is_given_back(bodies, waiting):
+def test_received_bytes_stay_within_the_bound_and_are_released(bodies, waiting):
     async def main():
         loop = asyncio.get_running_loop()
         arrivals = Arrivals(loop, BOUND, lambda: waiting)
-        tasks = [loop.create_task(body(arrivals, pieces)) for pieces in bodies]
+        tasks = [loop.create_task(receive(arrivals, pieces)) for pieces in bodies]
         while not all(task.done() for task in tasks):
             await asyncio.sleep(0.01)
             alone = waiting == 0 and len(arrivals._heard) == 1
@@ -57,11 +57,11 @@ def test_what_is_received_stays_within_the_bound_and_is_given_back(bodies, waiti
     clock.run(main())
 
 
-def test_a_body_that_wakes_in_the_turn_in_which_it_gave_way_is_refused_and_counted_once():
+def test_a_body_that_gets_data_in_the_loop_iteration_in_which_it_gave_way_is_refused_and_uncounted_once():
     async def main():
         loop = asyncio.get_running_loop()
         arrivals = Arrivals(loop, BOUND, lambda: 0)
-        with pytest.raises(TimeoutError):  # which the API tells as its refusal
+        with pytest.raises(TimeoutError):  # the API turns it into `Arrival.refusal`
             async with asyncio.timeout(60.0) as reading:
                 with Arrival(arrivals, reading) as slow:
                     slow.add(80)

@@ -1,4 +1,4 @@
-"""The token bucket against its definition."""
+"""The token bucket is compared with its definition."""
 
 from math import inf
 
@@ -12,7 +12,7 @@ steps = st.lists(st.tuples(st.floats(0.0, 5.0), st.floats(0.1, 3.0)), max_size=6
 
 
 @given(rate=st.floats(0.1, 100.0), capacity=st.floats(3.0, 50.0), wanted=steps)
-def test_no_stretch_of_time_gets_more_than_the_rate_and_one_capacity(rate, capacity, wanted):
+def test_no_interval_gets_more_than_the_rate_plus_one_capacity(rate, capacity, wanted):
     bucket, now, taken = TokenBucket(0.0, rate, capacity), 0.0, []
     for gap, amount in wanted:
         now += gap
@@ -28,7 +28,7 @@ def test_no_stretch_of_time_gets_more_than_the_rate_and_one_capacity(rate, capac
 
 
 @given(rate=st.floats(0.1, 100.0), capacity=st.floats(1.0, 50.0), amounts=st.lists(st.floats(0.1, 200.0), max_size=40))
-def test_after_the_wait_it_may_be_taken_and_not_before(rate, capacity, amounts):
+def test_an_amount_may_be_taken_after_the_wait_and_not_before(rate, capacity, amounts):
     bucket, now = TokenBucket(0.0, rate, capacity), 0.0
     for amount in amounts:
         wait = bucket.wait(now, amount)
@@ -55,7 +55,7 @@ def test_a_clock_that_stands_still_or_steps_back_fills_nothing():
     assert bucket.level(12.0) == 2.0
 
 
-def test_what_is_given_back_never_overfills():
+def test_an_amount_given_back_never_overfills_the_bucket():
     bucket = TokenBucket(0.0, rate=1.0, capacity=5.0)
     bucket.take(0.0, 1.0)
     bucket.take(0.0, -3.0)
@@ -70,7 +70,7 @@ def test_an_unlimited_bucket_that_becomes_limited_starts_empty():
     assert bucket.wait(1.0) == pytest.approx(0.5)
 
 
-def test_a_smaller_capacity_takes_the_rest_away_and_a_larger_one_gives_nothing():
+def test_a_smaller_capacity_cuts_the_level_and_a_larger_capacity_does_not_raise_it():
     bucket = TokenBucket(0.0, 1.0, 10.0)
     bucket.set(0.0, 1.0, 4.0)
     assert bucket.level(0.0) == 4.0
@@ -78,14 +78,14 @@ def test_a_smaller_capacity_takes_the_rest_away_and_a_larger_one_gives_nothing()
     assert bucket.level(0.0) == 4.0
 
 
-def test_at_rate_zero_what_is_not_there_never_comes():
+def test_at_rate_zero_the_wait_for_a_missing_amount_is_infinite():
     bucket = TokenBucket(0.0, 0.0, 1.0)
     bucket.take(0.0)
     assert bucket.wait(1e9) == inf
 
 
 @given(now=st.floats(1.0, 1e6), missing=st.floats(1e-12, 1e-6), rate=st.floats(1e3, 1e6))
-def test_a_wait_that_no_clock_could_tell_is_none(now, missing, rate):
+def test_a_wait_below_the_resolution_of_the_clock_is_zero(now, missing, rate):
     bucket = TokenBucket(now, rate, 1e6)
     bucket.take(now, 1e6 - 1.0 + missing)
     assert bucket.wait(now, 1.0) == 0.0 or now + bucket.wait(now, 1.0) > now

@@ -1,4 +1,4 @@
-"""The door on virtual time: what holds whoever leaves at whatever moment, and whatever the clock does."""
+"""Admission on virtual time: invariants that hold at whatever moment a caller leaves, and whatever the clock does."""
 
 import asyncio
 from contextlib import suppress
@@ -19,7 +19,7 @@ from sidecar.observe.metrics import Metrics
 
 
 class TurningLoop(clock.VirtualLoop):
-    """A virtual loop that says when it turns: between two turns is every await at which something waits."""
+    """A virtual loop that calls `at_turn` before each iteration. Each await that waits lies between two iterations."""
 
     turns = 0
     at_turn = staticmethod(lambda turn: None)
@@ -30,8 +30,11 @@ class TurningLoop(clock.VirtualLoop):
         super()._run_once()
 
 
-def leave_at(turn):
-    """Six callers of an ailing provider, one of whom leaves at this turn; gives the turn at which it had ended."""
+def end_of_caller_that_leaves_at(turn):
+    """Run six callers of an unreliable provider; one leaves at loop iteration `turn` (None: it stays).
+
+    Returns the loop iteration at which that caller ended.
+    """
 
     async def main():
         loop = asyncio.get_running_loop()
@@ -47,7 +50,7 @@ def leave_at(turn):
         )
         provider.begin()
         sidecar = Sidecar(provider, concurrency=2)
-        sidecar._dispatcher._random.seed(3)  # each run has the same turns
+        sidecar._dispatcher._random.seed(3)  # each run has the same loop iterations
         began, ended = loop.turns, {}
 
         async def ask(number):
@@ -70,11 +73,11 @@ def leave_at(turn):
         return runner.run(main())
 
 
-def test_a_caller_that_leaves_at_any_await_leaves_nothing_behind():
-    last = leave_at(None)
+def test_a_caller_that_leaves_at_any_await_leaves_no_ticket_or_permit_behind():
+    last = end_of_caller_that_leaves_at(None)
     assert last > 10
     for turn in range(1, last + 1):
-        assert leave_at(turn) <= turn
+        assert end_of_caller_that_leaves_at(turn) <= turn
 
 
 @settings(max_examples=40)
@@ -97,7 +100,7 @@ def test_the_causes_of_a_wait_sum_to_the_wait_and_the_parts_to_the_whole(seed, c
         admission = Admission(concurrency=concurrency)
         dispatcher = Dispatcher([Route(SimulatedBackend(provider), admission)], Metrics(CollectorRegistry()))
 
-        async def one(number):
+        async def run_one(number):
             now = loop.time()
             ticket = Ticket(now=now, deadline=now + deadline, key=str(number % 3), model=MODEL, tokens=300.0)
             with suppress(NotAdmitted, BackendError, DeadlineExceeded):
@@ -109,7 +112,7 @@ def test_the_causes_of_a_wait_sum_to_the_wait_and_the_parts_to_the_whole(seed, c
 
         async with asyncio.TaskGroup() as tasks:
             for number in range(30):
-                tasks.create_task(one(number))
+                tasks.create_task(run_one(number))
                 await asyncio.sleep(0.05)
 
     clock.run(main())
@@ -126,10 +129,10 @@ def test_a_clock_that_jumps_ahead_ends_every_ticket_and_starts_no_burst(jumps):
         def jump(seconds):
             loop.now += seconds
 
-        async def one(number):
+        async def run_one(number):
             ticket = Ticket(now=loop.time(), deadline=loop.time() + 60.0, key=str(number % 3), model="m")
             with suppress(NotAdmitted), await admission.permit(ticket) as permit:
-                starts.append(permit._attempt.started)  # it may wake up to a later time
+                starts.append(permit._attempt.started)  # not loop.time(): the clock may jump before this task resumes
                 await asyncio.sleep(0.2)
                 permit.accepted(loop.time())
 
@@ -137,29 +140,29 @@ def test_a_clock_that_jumps_ahead_ends_every_ticket_and_starts_no_burst(jumps):
             loop.call_later(after, jump, seconds)
         async with asyncio.TaskGroup() as tasks:
             for number in range(60):
-                tasks.create_task(one(number))
+                tasks.create_task(run_one(number))
                 await asyncio.sleep(0.1)
         assert (admission.in_flight(), admission.waiting()) == (0, 0)
         before = len(starts)
-        await one(0)
+        await run_one(0)
         assert len(starts) == before + 1
         starts.sort()
-        for first, begun in enumerate(starts):
+        for first, interval_start in enumerate(starts):
             for count, at in enumerate(starts[first:], start=1):
-                assert count <= 5 + 5.0 * (at - begun) + 1e-6
+                assert count <= 5 + 5.0 * (at - interval_start) + 1e-6
 
     clock.run(main())
 
 
 @given(
     size=st.integers(1, 6),
-    most_bytes=st.integers(0, 1000),
+    max_bytes=st.integers(0, 1000),
     bodies=st.lists(st.integers(0, 600), max_size=20),
 )
-def test_what_waits_stays_within_the_bounds(size, most_bytes, bodies):
+def test_waiting_requests_stay_within_the_bounds(size, max_bytes, bodies):
     async def main():
         loop = asyncio.get_running_loop()
-        admission = Admission(concurrency=1, queue_size=size, queue_bytes=most_bytes)
+        admission = Admission(concurrency=1, queue_size=size, queue_bytes=max_bytes)
         first = admission.enter(Ticket(now=loop.time(), deadline=loop.time() + 1e6, model="m"))
         for number, body in enumerate(bodies):
             ticket = Ticket(
@@ -169,10 +172,10 @@ def test_what_waits_stays_within_the_bounds(size, most_bytes, bodies):
             try:
                 entry = admission.enter(ticket)
             except QueueFull:
-                assert waiting >= size or (waiting and held + body > most_bytes)
+                assert waiting >= size or (waiting and held + body > max_bytes)
                 continue
             assert admission.waiting() <= size
-            assert admission.waiting_bytes() <= max(most_bytes, *bodies)
+            assert admission.waiting_bytes() <= max(max_bytes, *bodies)
             if isinstance(entry, Permit):
                 entry.release(loop.time())
         first.release(loop.time())
@@ -180,7 +183,7 @@ def test_what_waits_stays_within_the_bounds(size, most_bytes, bodies):
     clock.run(main())
 
 
-def test_a_newer_frame_takes_the_place_of_one_that_waits():
+def test_a_newer_frame_replaces_a_waiting_frame():
     async def main():
         loop = asyncio.get_running_loop()
         admission = Admission(concurrency=1)
@@ -201,7 +204,7 @@ def test_a_newer_frame_takes_the_place_of_one_that_waits():
     clock.run(main())
 
 
-def test_a_frame_that_comes_back_refused_gives_way_to_the_newer_one_that_waits():
+def test_a_refused_frame_that_returns_is_superseded_by_a_newer_waiting_frame():
     async def main():
         loop = asyncio.get_running_loop()
         admission = Admission(concurrency=1)
@@ -228,7 +231,7 @@ def test_a_frame_that_comes_back_refused_gives_way_to_the_newer_one_that_waits()
     callers=st.integers(1, 30),
     concurrency=st.none() | st.integers(1, 6),
 )
-def test_nothing_starts_in_a_hold_but_one_probe_at_a_time_and_never_more_than_permits_allow(
+def test_in_a_hold_only_one_probe_starts_at_a_time_and_permits_always_bound_the_attempts(
     seed, down, window, callers, concurrency
 ):
     profile = Profile(
@@ -250,7 +253,7 @@ def test_nothing_starts_in_a_hold_but_one_probe_at_a_time_and_never_more_than_pe
         limits = sidecar.lane.limits
         start, probes = limits.start, []
 
-        def watched(now, ticket, bound):
+        def checked_start(now, ticket, bound):
             if limits.hold.kind is not None:
                 probes.append(now)
                 assert limits.hold.may_probe(now)
@@ -258,17 +261,17 @@ def test_nothing_starts_in_a_hold_but_one_probe_at_a_time_and_never_more_than_pe
                 assert limits.permits.in_flight < limits.permits.allowed
             return start(now, ticket, bound)
 
-        limits.start = watched
+        limits.start = checked_start
 
-        async def one(number):
+        async def run_one(number):
             with suppress(NotAdmitted, BackendError, DeadlineExceeded):
                 await sidecar.ask(Ask(str(number % 4), loop.time() + 30.0))
 
         async with asyncio.TaskGroup() as tasks:
             for number in range(12 * callers):
-                tasks.create_task(one(number))
+                tasks.create_task(run_one(number))
                 await asyncio.sleep(1.0 / callers)
-        assert probes or down < 10.0 or callers < 10  # or nothing here was tested
+        assert probes or down < 10.0 or callers < 10  # otherwise this test has tested nothing
         assert (sidecar.admission.in_flight(), sidecar.admission.waiting()) == (0, 0)
 
     clock.run(main())

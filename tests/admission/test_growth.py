@@ -1,4 +1,4 @@
-"""The growth governor against providers with a growth rule."""
+"""The growth governor is run against providers with a growth rule."""
 
 import pytest
 from hypothesis import given, settings
@@ -8,30 +8,30 @@ from sidecar.admission.gates.growth import GrowthGovernor
 
 
 class Provider:
-    """Takes base + factor x (calls a second over the ten seconds before) calls in a second."""
+    """Accepts at most base + factor x (calls/s over the ten seconds before) calls in one second."""
 
     def __init__(self, base, factor=2.0):
-        self.base, self.factor, self.taken = base, factor, []
+        self.base, self.factor, self.accepted = base, factor, []
 
-    def takes(self, now):
-        last = sum(at > now - 1.0 for at in self.taken)
-        before = sum(now - 11.0 < at <= now - 1.0 for at in self.taken) / 10.0
+    def accepts(self, now):
+        last = sum(at > now - 1.0 for at in self.accepted)
+        before = sum(now - 11.0 < at <= now - 1.0 for at in self.accepted) / 10.0
         if last + 1 > self.base + self.factor * before:
             return False
-        self.taken.append(now)
+        self.accepted.append(now)
         return True
 
 
-def volley(governor, provider, now, calls, most_seconds=60.0):
-    """Send so many as fast as allowed; gives how many were refused and when the last was taken."""
-    refused, end = 0, now + most_seconds
+def volley(governor, provider, now, calls, max_seconds=60.0):
+    """Send `calls` calls as fast as allowed; return the number of refusals and the time of the last accepted call."""
+    refused, end = 0, now + max_seconds
     while calls and now < end:
         wait = governor.wait(now)
         if wait > 0:
             now += wait
             continue
         governor.sent(now, bound=False)
-        if provider.takes(now):
+        if provider.accepts(now):
             calls -= 1
         else:
             refused += 1
@@ -41,7 +41,7 @@ def volley(governor, provider, now, calls, most_seconds=60.0):
     return refused, now
 
 
-def test_nothing_is_held_back_before_the_first_refusal_for_growth():
+def test_no_call_waits_before_the_first_refusal_for_growth():
     governor = GrowthGovernor()
     for _ in range(1000):
         assert governor.wait(0.0) == 0.0
@@ -49,7 +49,7 @@ def test_nothing_is_held_back_before_the_first_refusal_for_growth():
 
 
 @pytest.mark.parametrize("base", [2.0, 4.0, 10.0])
-def test_the_first_volley_shows_the_base_and_later_ones_are_hardly_refused(base):
+def test_the_first_volley_shows_the_base_and_later_volleys_are_rarely_refused(base):
     governor, provider = GrowthGovernor(), Provider(base)
     volley(governor, provider, 0.0, 60)
     refused = sum(volley(governor, provider, 100.0 * number, 60)[0] for number in range(1, 20))
@@ -58,7 +58,7 @@ def test_the_first_volley_shows_the_base_and_later_ones_are_hardly_refused(base)
 
 
 @pytest.mark.parametrize("rate", [3.0, 10.0])
-def test_a_steady_stream_is_let_through(rate):
+def test_a_steady_stream_does_not_wait(rate):
     governor, provider = GrowthGovernor(), Provider(2.0)
     volley(governor, provider, 0.0, 20)
     now, waited = 20.0, 0.0
@@ -70,12 +70,12 @@ def test_a_steady_stream_is_let_through(rate):
         if number >= 300:
             waited = max(waited, now - due)
         governor.sent(now, bound=False)
-        if not provider.takes(now):
+        if not provider.accepts(now):
             governor.refused(now, now)
     assert waited < 0.5
 
 
-def test_a_burst_of_refusals_is_one_event():
+def test_a_burst_of_refusals_counts_once():
     governor = GrowthGovernor()
     governor.sent(0.0, bound=False)
     governor.refused(0.1, 0.0)
@@ -92,9 +92,9 @@ def test_a_burst_of_refusals_is_one_event():
 @given(
     base=st.floats(1.0, 20.0),
     gaps=st.lists(st.floats(0.0, 3.0), max_size=150),
-    fates=st.lists(st.booleans(), min_size=1, max_size=20),
+    acceptances=st.lists(st.booleans(), min_size=1, max_size=20),
 )
-def test_what_is_sent_stays_within_what_it_allows_and_the_wait_always_ends(base, gaps, fates):
+def test_calls_sent_stay_within_the_allowed_number_and_every_wait_ends(base, gaps, acceptances):
     governor, now = GrowthGovernor(), 0.0
     governor.sent(0.0, bound=False)
     governor.refused(0.0, 0.0)
@@ -102,14 +102,14 @@ def test_what_is_sent_stays_within_what_it_allows_and_the_wait_always_ends(base,
     sent = []
     for number, gap in enumerate(gaps):
         now += gap
-        begun = now
+        wait_start = now
         while (wait := governor.wait(now)) > 0:
             now += wait
-            assert now - begun < 5.0
+            assert now - wait_start < 5.0
         allowed = governor.allowed(now)
         governor.sent(now, bound=False)
         sent.append(now)
         assert sum(at > now - 1.0 for at in sent) <= allowed + 1e-9
-        if not fates[number % len(fates)]:
+        if not acceptances[number % len(acceptances)]:
             governor.refused(now, now)
             sent.pop()

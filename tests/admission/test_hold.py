@@ -1,4 +1,4 @@
-"""Hold: when the one probe may go, and how far a provider's Retry-After is believed."""
+"""Hold: when the probe may be sent, and how far a provider's Retry-After is believed."""
 
 from math import inf, nan
 
@@ -8,11 +8,11 @@ from hypothesis import strategies as st
 
 from sidecar.admission.gates.circuit import BILLING_STEP, FIRST_STEP, LITTLE_TRUST, MAX_STEP, MUCH_TRUST, Hold, HoldKind
 
-THROTTLED = (HoldKind.OUTAGE, HoldKind.CAPACITY, HoldKind.BLACKOUT)
+NOT_BILLING = (HoldKind.OUTAGE, HoldKind.CAPACITY, HoldKind.BLACKOUT)
 
 
-@pytest.mark.parametrize("kind", THROTTLED)
-def test_probes_come_ever_later_up_to_the_longest_step(kind):
+@pytest.mark.parametrize("kind", NOT_BILLING)
+def test_the_step_between_probes_grows_up_to_the_longest_step(kind):
     hold, now, steps = Hold(), 0.0, []
     for _ in range(12):
         hold.close(now, kind, "busy")
@@ -33,23 +33,23 @@ def test_one_probe_at_a_time():
     assert not hold.may_probe(100.0)
 
 
-def test_a_refused_account_is_asked_again_every_half_minute():
+def test_a_refused_account_is_probed_every_half_minute():
     hold = Hold()
     for now in (0.0, 40.0):
         hold.close(now, HoldKind.BILLING, "no money")
         assert hold.next_probe == now + BILLING_STEP
 
 
-def confirm(hold, start, asked, taken_after):
-    """A hold in which the provider asks for so many seconds and takes a probe after so many others."""
-    hold.close(start, HoldKind.CAPACITY, "busy", retry_after=asked)
-    hold.open(start + taken_after)
+def confirm(hold, start, retry_after, accepted_after):
+    """Close at `start` with a Retry-After in seconds, and accept a probe after `accepted_after` seconds."""
+    hold.close(start, HoldKind.CAPACITY, "busy", retry_after=retry_after)
+    hold.open(start + accepted_after)
 
 
-@pytest.mark.parametrize("word", [60.0, 1e9])
-def test_an_unproved_retry_after_is_believed_for_seconds_only(word):
+@pytest.mark.parametrize("retry_after", [60.0, 1e9])
+def test_an_unproved_retry_after_is_believed_for_a_few_seconds_only(retry_after):
     hold = Hold()
-    hold.close(0.0, HoldKind.CAPACITY, "busy", retry_after=word)
+    hold.close(0.0, HoldKind.CAPACITY, "busy", retry_after=retry_after)
     assert hold.next_probe == LITTLE_TRUST
 
 
@@ -62,7 +62,7 @@ def test_the_newest_retry_after_counts_and_not_the_first():
     assert hold.next_probe == 8.0
 
 
-def test_a_shorter_word_never_brings_the_next_probe_forward():
+def test_a_shorter_retry_after_never_makes_the_next_probe_earlier():
     hold = Hold()
     hold.close(0.0, HoldKind.CAPACITY, "busy", retry_after=4.0)
     for shorter in (1.0, 0.0, None):
@@ -70,14 +70,14 @@ def test_a_shorter_word_never_brings_the_next_probe_forward():
         assert hold.next_probe == 4.0
 
 
-@pytest.mark.parametrize("word", [None, 0.0, -5.0, nan, inf, -inf])
-def test_what_is_no_time_to_wait_changes_nothing(word):
+@pytest.mark.parametrize("retry_after", [None, 0.0, -5.0, nan, inf, -inf])
+def test_an_invalid_retry_after_changes_nothing(retry_after):
     hold = Hold()
-    hold.close(0.0, HoldKind.CAPACITY, "busy", retry_after=word)
+    hold.close(0.0, HoldKind.CAPACITY, "busy", retry_after=retry_after)
     assert hold.next_probe == FIRST_STEP
 
 
-def test_a_word_found_true_twice_is_believed_and_found_false_once_no_more():
+def test_a_retry_after_is_believed_after_it_was_true_twice_and_until_it_is_false_once():
     hold = Hold()
     confirm(hold, 0.0, 4.0, 4.0)
     assert hold.trust == LITTLE_TRUST
@@ -85,12 +85,12 @@ def test_a_word_found_true_twice_is_believed_and_found_false_once_no_more():
     assert hold.trust == MUCH_TRUST
     hold.close(200.0, HoldKind.CAPACITY, "busy", retry_after=60.0)
     assert hold.next_probe == 260.0
-    hold.open(205.0)  # it was taken long before
+    hold.open(205.0)  # the probe was accepted long before the end of the Retry-After
     assert hold.trust == LITTLE_TRUST
 
 
 @given(
-    words=st.lists(
+    refusals=st.lists(
         st.tuples(
             st.sampled_from(HoldKind), st.floats(allow_nan=True) | st.none(), st.booleans(), st.floats(0.0, 50.0)
         ),
@@ -98,22 +98,22 @@ def test_a_word_found_true_twice_is_believed_and_found_false_once_no_more():
     ),
     jitter=st.floats(1.0, 1.2),
 )
-def test_whatever_a_provider_says_the_next_probe_comes_within_bounds(words, jitter):
+def test_the_next_probe_stays_within_bounds_whatever_the_provider_asks(refusals, jitter):
     hold, now = Hold(), 0.0
-    for kind, word, taken, pause in words:
-        hold.close(now, kind, "busy", word, jitter=jitter)
+    for kind, retry_after, accepted, pause in refusals:
+        hold.close(now, kind, "busy", retry_after, jitter=jitter)
         wait = hold.next_probe - now
-        own = BILLING_STEP if kind is HoldKind.BILLING else MAX_STEP * jitter
-        assert FIRST_STEP * 0.99 <= wait <= max(hold.trust, own) + 1e-6
+        longest_step = BILLING_STEP if kind is HoldKind.BILLING else MAX_STEP * jitter
+        assert FIRST_STEP * 0.99 <= wait <= max(hold.trust, longest_step) + 1e-6
         now = hold.next_probe + pause
-        if taken:
+        if accepted:
             hold.open(now)
             assert hold.kind is None
     hold.open(now)
     assert not hold.reason
 
 
-def test_a_blackout_begins_with_the_wait_that_the_last_one_took():
+def test_a_blackout_begins_with_the_wait_that_ended_the_previous_blackout():
     hold = Hold()
     hold.close(0.0, HoldKind.BLACKOUT, "all used")
     hold.close(0.5, HoldKind.BLACKOUT, "all used")

@@ -1,4 +1,4 @@
-"""Permits: how many may be in flight, and what a provider that limits that number shows."""
+"""Permits: how many attempts may be in flight, and how a provider's limit on concurrency is learned."""
 
 from dataclasses import replace
 from math import inf
@@ -16,7 +16,7 @@ from sidecar.admission.gates.concurrency import SUSPECT_AFTER, Permits
 
 
 @given(sizes=st.lists(st.integers(1, 20), min_size=1), moves=st.lists(st.booleans(), max_size=200))
-def test_none_is_free_beyond_what_is_allowed_and_all_come_back(sizes, moves):
+def test_no_permit_is_free_beyond_the_size_and_all_are_given_back(sizes, moves):
     permits = Permits(sizes[0])
     for number, take in enumerate(moves):
         permits.size = sizes[number % len(sizes)]
@@ -35,7 +35,7 @@ def test_a_permit_given_back_twice_is_a_defect():
         Permits(1).give_back()
 
 
-def test_shrinking_takes_nothing_back():
+def test_a_smaller_size_revokes_no_permit():
     permits = Permits(4)
     for _ in range(4):
         permits.take()
@@ -45,13 +45,13 @@ def test_shrinking_takes_nothing_back():
     assert not permits.free
 
 
-def test_the_first_refusal_for_concurrency_shows_the_number():
+def test_the_first_refusal_for_concurrency_shows_the_limit():
     permits = Permits(100)
     permits.refused(1.0, 0.5, beside=12)
     assert permits.learned == permits.allowed == 12
 
 
-def test_a_burst_of_refusals_lowers_it_once():
+def test_a_burst_of_refusals_lowers_the_limit_once():
     permits = Permits(100)
     for beside in (15, 14, 13, 12):
         permits.refused(1.0, 0.5, beside)
@@ -61,7 +61,7 @@ def test_a_burst_of_refusals_lowers_it_once():
 
 
 @given(besides=st.lists(st.integers(0, 50), min_size=1))
-def test_one_at_least_is_always_allowed(besides):
+def test_at_least_one_attempt_is_always_allowed(besides):
     permits = Permits(8)
     for number, beside in enumerate(besides):
         permits.refused(number + 0.5, float(number), beside)
@@ -85,7 +85,7 @@ def test_a_risen_limit_is_found_within_the_budget(limit):
     assert refused / calls < 0.06
 
 
-def test_vague_refusals_above_what_is_taken_are_put_down_to_concurrency():
+def test_unnamed_refusals_above_the_accepted_numbers_are_put_down_to_concurrency():
     permits = Permits(100)
     for _ in range(50):
         permits.accepted(beside=5, bound=False)
@@ -96,7 +96,7 @@ def test_vague_refusals_above_what_is_taken_are_put_down_to_concurrency():
     assert permits.learned == 9
 
 
-def test_refusals_at_numbers_that_were_taken_before_are_not():
+def test_refusals_at_numbers_accepted_before_are_not_put_down_to_concurrency():
     permits = Permits(100)
     for _ in range(50):
         permits.accepted(beside=9, bound=False)
@@ -107,7 +107,7 @@ def test_refusals_at_numbers_that_were_taken_before_are_not():
 
 
 def test_refusals_within_a_moment_are_not_put_down_to_concurrency():
-    """Where every answer takes as long, a rate that falls is met at more in flight than it takes from then on."""
+    """When a rate limit falls, more attempts are in flight than it accepts from then on (at constant latency)."""
     permits = Permits(100)
     for _ in range(50):
         permits.accepted(beside=5, bound=False)
@@ -116,7 +116,7 @@ def test_refusals_within_a_moment_are_not_put_down_to_concurrency():
     )
 
 
-def test_what_was_not_spent_on_probing_pays_for_looking_further_once_permits_hold_requests_back():
+def test_saved_budget_pays_for_a_higher_trial_limit_once_requests_wait_for_permits():
     permits = Permits(100, budget=0.05)
     permits.refused(0.0, -1.0, beside=2)
     for _ in range(20):
@@ -126,7 +126,7 @@ def test_what_was_not_spent_on_probing_pays_for_looking_further_once_permits_hol
     assert permits.allowed == 3
 
 
-def test_permits_follow_the_pace_however_long_it_has_run():
+def test_permits_follow_the_pace_after_a_long_run():
     limits = Limits(0.0)
     limits.requests.recall(0.0, 10.0, 10.0)
 
@@ -138,10 +138,10 @@ def test_permits_follow_the_pace_however_long_it_has_run():
             limits.ended(attempt, now + 2.0)
 
     answer(0, 200)
-    few = limits.permits.size
+    size_at_10_per_second = limits.permits.size
     limits.requests.estimate.limit = 100.0
     answer(200, 220)
-    assert limits.permits.size > 5 * few
+    assert limits.permits.size > 5 * size_at_10_per_second
 
 
 VAGUE = Profile(
@@ -154,7 +154,7 @@ VAGUE = Profile(
 
 
 @pytest.mark.parametrize(
-    ("how", "found"),
+    ("limits_of_provider", "found"),
     [
         ({"concurrency": 12}, 12),
         ({"concurrency": 1, "latency_seconds": 2.0}, 1),
@@ -166,6 +166,8 @@ VAGUE = Profile(
         ({"requests_per_second": 10, "burst_requests": 10}, inf),
     ],
 )
-def test_a_limit_on_concurrency_that_no_refusal_names_is_found_and_a_rate_is_not_taken_for_one(how, found):
-    scenario = Scenario("", "", replace(VAGUE, **how), saturated(60), lambda *_: [], seconds=500.0, deadline=120.0)
+def test_an_unnamed_limit_on_concurrency_is_found_and_a_rate_is_not_mistaken_for_it(limits_of_provider, found):
+    scenario = Scenario(
+        "", "", replace(VAGUE, **limits_of_provider), saturated(60), lambda *_: [], seconds=500.0, deadline=120.0
+    )
     assert play(scenario, 1, Sidecar).system.lane.limits.permits.learned == found

@@ -1,4 +1,4 @@
-"""Who is sent away is told when to come back, and a place is kept for that."""
+"""A refused caller gets a Retry-After, and a place is reserved for its return."""
 
 import asyncio
 from collections import Counter
@@ -12,8 +12,9 @@ from bench.sim import clock
 from sidecar.admission import Admission, QueueFull, Ticket
 from sidecar.admission.retry_after import LATE_SECONDS, MAX_SECONDS, SHARE, Promises
 
-#: Where capacity is known or soon found: bounds of the queue, deadlines, both orders, and sustained overload.
-OBEYED = (
+#: Cases in which the capacity is known or soon learned. They cover the queue's bounds, deadlines, both orders within a
+#: key, and sustained overload.
+CASES_THAT_OBEY = (
     "burst of 200, 10/s, 20 may wait",
     "burst of 300, 10/s, deadline 10 s",
     "100 callers, 10 keys, 10/s, 20 may wait",
@@ -27,15 +28,15 @@ OBEYED = (
 )
 
 
-@pytest.mark.parametrize("name", OBEYED)
-def test_who_comes_back_as_told_gets_in(name):
+@pytest.mark.parametrize("name", CASES_THAT_OBEY)
+def test_a_caller_that_returns_at_its_retry_after_is_admitted(name):
     (case,) = (case for case in CASES if case.name == name)
     outcome = play(case, 1)
     assert outcome.again.total() > 100
     assert outcome.got_in >= 0.95, outcome
 
 
-def told(promises, count, *, now=0.0, key=lambda number: "a", wait=0.0, per_second=5.0):
+def make_promises(promises, count, *, now=0.0, key=lambda number: "a", wait=0.0, per_second=5.0):
     return [promises.make(now, key(number), wait, per_second) for number in range(count)]
 
 
@@ -45,31 +46,31 @@ def told(promises, count, *, now=0.0, key=lambda number: "a", wait=0.0, per_seco
     keys=st.integers(1, 200),
     wait=st.floats(0.0, 30.0),
 )
-def test_those_sent_away_at_once_come_back_no_faster_than_they_can_be_served(count, per_second, keys, wait):
-    seconds = told(Promises(), count, key=lambda number: str(number % keys), wait=wait, per_second=per_second)
+def test_callers_refused_at_one_moment_return_no_faster_than_they_can_be_served(count, per_second, keys, wait):
+    seconds = make_promises(Promises(), count, key=lambda number: str(number % keys), wait=wait, per_second=per_second)
     assert min(seconds) >= max(wait, 1)
     window = max(1.0, 1.0 / (SHARE * per_second))
     for end in set(seconds):
         if end < MAX_SECONDS:
-            crowd = sum(end - window < one <= end for one in seconds)
-            assert crowd <= SHARE * per_second * window + 1
+            in_window = sum(end - window < other <= end for other in seconds)
+            assert in_window <= SHARE * per_second * window + 1
 
 
-def test_a_camera_that_was_often_sent_away_does_not_put_the_others_off():
+def test_a_camera_that_was_often_refused_does_not_delay_the_others():
     promises = Promises()
-    assert max(told(promises, 500)) > 60
+    assert max(make_promises(promises, 500)) > 60
     assert promises.make(0.0, "b", 0.0, 5.0) <= 2
 
 
-def test_a_promise_is_kept_once_for_its_key_and_not_for_ever():
+def test_a_reserved_place_serves_its_key_once_and_expires():
     promises = Promises()
-    (seconds,) = told(promises, 1)
+    (seconds,) = make_promises(promises, 1)
     assert not promises.redeem(seconds - 0.5, "a")
     assert promises.due(seconds - 0.5, 1.0) == 1
     assert not promises.redeem(seconds, "b")
     assert promises.redeem(seconds + LATE_SECONDS, "a")
     assert not promises.redeem(seconds + LATE_SECONDS, "a")
-    told(promises, 1, now=100.0)
+    make_promises(promises, 1, now=100.0)
     assert not promises.redeem(101.1 + LATE_SECONDS, "a")
     assert len(promises) == 0
 
@@ -79,14 +80,14 @@ def test_a_promise_is_kept_once_for_its_key_and_not_for_ever():
         st.tuples(st.sampled_from("abc"), st.booleans(), st.floats(0.0, 3.0), st.floats(0.0, 20.0)), max_size=60
     )
 )
-def test_every_promise_is_redeemed_by_its_key_or_forgotten(moves):
+def test_every_reserved_place_is_redeemed_by_its_key_or_expires(moves):
     promises, now, owed = Promises(), 0.0, Counter()
-    for key, comes, pause, wait in moves:
+    for key, returns, pause, wait in moves:
         now += pause
-        if comes and promises.redeem(now, key):
+        if returns and promises.redeem(now, key):
             owed[key] -= 1
             assert owed[key] >= 0
-        elif not comes:
+        elif not returns:
             promises.make(now, key, wait, 2.0)
             owed[key] += 1
         assert 0 <= promises.due(now, 5.0) <= len(promises) <= owed.total()
@@ -94,7 +95,7 @@ def test_every_promise_is_redeemed_by_its_key_or_forgotten(moves):
     assert len(promises) == 0
 
 
-def test_a_newcomer_leaves_the_last_places_to_those_who_are_about_to_come_back():
+def test_a_new_caller_leaves_the_last_places_to_callers_that_return_soon():
     async def main():
         loop = asyncio.get_running_loop()
         admission = Admission(concurrency=1, queue_size=4)

@@ -1,4 +1,4 @@
-"""The fair queue: order within a key, shares between keys and classes, and a cost that what waits does not raise."""
+"""The fair queue: order within a key, shares between keys and classes, and a cost that is independent of its length."""
 
 import sys
 from collections import Counter
@@ -15,58 +15,58 @@ KEYS = ("a", "b", "c")
 keys, priorities = st.sampled_from(KEYS), st.sampled_from(Priority)
 
 
-def ticket(key="a", deadline=60.0, tokens=1.0, **how):
-    return Ticket(now=0.0, deadline=deadline, key=key, tokens=tokens, **how)
+def make_ticket(key="a", deadline=60.0, tokens=1.0, **options):
+    return Ticket(now=0.0, deadline=deadline, key=key, tokens=tokens, **options)
 
 
-def turn(queue):
-    """Take the ticket whose turn it is."""
+def take_next(queue):
+    """Take and return the next ticket."""
     head = queue.head()
     queue.take(head)
     return head
 
 
 class Model(RuleBasedStateMachine):
-    """The queue beside a plain list of what should be in it, in order of arrival."""
+    """Compare the queue with a plain list of the tickets that it should contain, in order of arrival."""
 
     def __init__(self):
         super().__init__()
         self.queue = FairQueue()
         self.waiting = []
-        self.newest_until = {}  # (class, key) -> newest first until fewer than so many are left
+        self.newest_until = {}  # (class, key) -> newest first until fewer tickets than this number are left
         self.largest = 1.0
 
     def of(self, priority, key):
-        return [one for one in self.waiting if (one.priority, one.key) == (priority, key)]
+        return [ticket for ticket in self.waiting if (ticket.priority, ticket.key) == (priority, key)]
 
     def expected(self, priority, key):
-        """Who goes next of this key."""
-        mine = self.of(priority, key)
-        returned = [one for one in mine if one.returned]
+        """Return the ticket of this key that should be next."""
+        own = self.of(priority, key)
+        returned = [ticket for ticket in own if ticket.returned]
         if returned:
             return returned[0]
         if self.newest_until.get((priority, key)):
-            return mine[-1]
-        return min(mine, key=lambda one: one.deadline)
+            return own[-1]
+        return min(own, key=lambda ticket: ticket.deadline)
 
-    def gone(self, one):
-        self.waiting.remove(one)
-        left = len(self.of(one.priority, one.key))
-        if left < self.newest_until.get((one.priority, one.key), 0):
-            self.newest_until[one.priority, one.key] = 0
-        if not any(other.priority == one.priority for other in self.waiting):
+    def removed(self, ticket):
+        self.waiting.remove(ticket)
+        left = len(self.of(ticket.priority, ticket.key))
+        if left < self.newest_until.get((ticket.priority, ticket.key), 0):
+            self.newest_until[ticket.priority, ticket.key] = 0
+        if not any(other.priority == ticket.priority for other in self.waiting):
             for key in KEYS:
-                self.newest_until[one.priority, key] = 0
+                self.newest_until[ticket.priority, key] = 0
 
     @rule(
         key=keys, priority=priorities, deadline=st.integers(1, 9), tokens=st.floats(0.0, 50.0), returned=st.booleans()
     )
     def add(self, key, priority, deadline, tokens, returned):
-        one = ticket(key, float(deadline), tokens, priority=priority, size_bytes=int(tokens))
-        one.returned = returned
+        ticket = make_ticket(key, float(deadline), tokens, priority=priority, size_bytes=int(tokens))
+        ticket.returned = returned
         self.largest = max(self.largest, tokens)
-        self.waiting.append(one)
-        self.queue.add(one)
+        self.waiting.append(ticket)
+        self.queue.add(ticket)
 
     @precondition(lambda self: self.waiting)
     @rule()
@@ -75,31 +75,31 @@ class Model(RuleBasedStateMachine):
         assert head is self.queue.head()
         assert head is self.expected(head.priority, head.key)
         self.queue.take(head)
-        self.gone(head)
+        self.removed(head)
 
     @precondition(lambda self: self.waiting)
     @rule(data=st.data())
     def leave(self, data):
-        one = data.draw(st.sampled_from(self.waiting))
-        self.queue.remove(one)
-        self.gone(one)
+        ticket = data.draw(st.sampled_from(self.waiting))
+        self.queue.remove(ticket)
+        self.removed(ticket)
 
     @rule(priority=priorities, key=keys)
     def overload(self, priority, key):
-        mine = len(self.of(priority, key))
+        own = len(self.of(priority, key))
         changed = self.queue.overload(priority, key)
         before = self.newest_until.get((priority, key), 0)
-        assert changed == (mine > 0 and not before)
-        if mine:
-            self.newest_until[priority, key] = max(before, mine // CALM_SHARE, 1)
+        assert changed == (own > 0 and not before)
+        if own:
+            self.newest_until[priority, key] = max(before, own // CALM_SHARE, 1)
 
     @invariant()
     def everything_is_counted(self):
         assert len(self.queue) == len(self.waiting)
-        assert self.queue.bytes == sum(one.size_bytes for one in self.waiting)
-        assert all(one in self.queue for one in self.waiting)
+        assert self.queue.bytes == sum(ticket.size_bytes for ticket in self.waiting)
+        assert all(ticket in self.queue for ticket in self.waiting)
         for priority in Priority:
-            assert self.queue.length(priority) == sum(one.priority == priority for one in self.waiting)
+            assert self.queue.length(priority) == sum(ticket.priority == priority for ticket in self.waiting)
 
     @invariant()
     def deficits_and_credits_are_bounded(self):
@@ -113,11 +113,11 @@ TestModel = Model.TestCase
 TestModel.settings = settings(max_examples=150, stateful_step_count=60, deadline=None, derandomize=True)
 
 
-def served(queue, refill, takes):
-    """Take so many, putting another like it in the place of each; gives what was taken."""
+def serve(queue, refill, takes):
+    """Take `takes` tickets and return them. Queue a replacement, `refill(ticket)`, for each."""
     taken = []
     for _ in range(takes):
-        taken.append(turn(queue))
+        taken.append(take_next(queue))
         queue.add(refill(taken[-1]))
     return taken
 
@@ -126,28 +126,28 @@ def served(queue, refill, takes):
 def test_keys_get_equal_shares_of_cost_whatever_their_tickets_cost(costs):
     queue = FairQueue()
 
-    def like(one):
-        return ticket(one.key, tokens=one.tokens)
+    def like(ticket):
+        return make_ticket(ticket.key, tokens=ticket.tokens)
 
     for key, cost in enumerate(costs):
         for _ in range(3):
-            queue.add(ticket(str(key), tokens=cost))
+            queue.add(make_ticket(str(key), tokens=cost))
     spent = Counter()
-    for one in served(queue, like, 400 * len(costs)):
-        spent[one.key] += one.tokens
+    for ticket in serve(queue, like, 400 * len(costs)):
+        spent[ticket.key] += ticket.tokens
     even = spent.total() / len(costs)
     assert max(spent.values()) <= 1.1 * even + 2 * max(costs)
     assert min(spent[str(key)] for key in range(len(costs))) >= 0.9 * even - 2 * max(costs)
 
 
-def test_a_camera_that_sends_much_more_gets_no_more_than_its_turn():
+def test_a_camera_that_sends_much_more_gets_no_more_than_its_share():
     queue = FairQueue()
     for _ in range(500):
-        queue.add(ticket("hog"))
+        queue.add(make_ticket("hog"))
     for key in "abc":
         for _ in range(5):
-            queue.add(ticket(key))
-    taken = Counter(turn(queue).key for _ in range(20))
+            queue.add(make_ticket(key))
+    taken = Counter(take_next(queue).key for _ in range(20))
     assert taken == {"hog": 5, "a": 5, "b": 5, "c": 5}
 
 
@@ -156,49 +156,50 @@ def test_priorities_share_8_to_3_to_1(cost, rounds):
     queue = FairQueue()
     for priority in Priority:
         for _ in range(3):
-            queue.add(ticket(tokens=cost, priority=priority))
+            queue.add(make_ticket(tokens=cost, priority=priority))
     taken = Counter(
-        one.priority for one in served(queue, lambda one: ticket(tokens=cost, priority=one.priority), 240 + 12 * rounds)
+        ticket.priority
+        for ticket in serve(queue, lambda ticket: make_ticket(tokens=cost, priority=ticket.priority), 240 + 12 * rounds)
     )
     for priority, weight in WEIGHTS.items():
         assert taken[priority] == pytest.approx(weight * (20 + rounds), abs=8)
 
 
-def test_an_idle_class_saves_up_no_credit():
+def test_an_idle_class_accumulates_no_credit():
     queue = FairQueue()
     for _ in range(100):
-        queue.add(ticket(priority=Priority.LOW))
-    served(queue, lambda one: ticket(priority=Priority.LOW), 1000)
+        queue.add(make_ticket(priority=Priority.LOW))
+    serve(queue, lambda ticket: make_ticket(priority=Priority.LOW), 1000)
     for _ in range(50):
-        queue.add(ticket(priority=Priority.HIGH))
-    taken = [one.priority for one in served(queue, lambda one: ticket(priority=one.priority), 45)]
+        queue.add(make_ticket(priority=Priority.HIGH))
+    taken = [ticket.priority for ticket in serve(queue, lambda ticket: make_ticket(priority=ticket.priority), 45)]
     assert 25 <= taken.count(Priority.HIGH) <= 44
 
 
-def test_the_earliest_deadline_goes_first_while_all_can_be_served():
+def test_the_earliest_deadline_goes_first_while_all_can_be_served_in_time():
     queue = FairQueue()
     for deadline in (30.0, 10.0, 20.0):
-        queue.add(ticket(deadline=deadline))
-    assert [turn(queue).deadline for _ in range(3)] == [10.0, 20.0, 30.0]
+        queue.add(make_ticket(deadline=deadline))
+    assert [take_next(queue).deadline for _ in range(3)] == [10.0, 20.0, 30.0]
 
 
 def test_the_newest_goes_first_under_overload_until_the_key_has_caught_up():
     queue = FairQueue()
-    tickets = [ticket(deadline=float(number)) for number in range(16)]
-    for one in tickets:
-        queue.add(one)
+    tickets = [make_ticket(deadline=float(number)) for number in range(16)]
+    for ticket in tickets:
+        queue.add(ticket)
     assert queue.overload(Priority.NORMAL, "a")
-    order = [int(turn(queue).deadline) for _ in range(16)]
+    order = [int(take_next(queue).deadline) for _ in range(16)]
     assert order == [*range(15, 0, -1), 0]
-    for one in tickets:
-        queue.add(one)
-    assert turn(queue) is tickets[0]
+    for ticket in tickets:
+        queue.add(ticket)
+    assert take_next(queue) is tickets[0]
 
 
 def test_a_returned_ticket_goes_before_all_others_of_its_key():
     queue = FairQueue()
-    queue.add(ticket(deadline=1.0))
-    refused = ticket(deadline=99.0)
+    queue.add(make_ticket(deadline=1.0))
+    refused = make_ticket(deadline=99.0)
     refused.returned = True
     queue.add(refused)
     assert queue.head() is refused
@@ -209,24 +210,24 @@ def test_a_returned_ticket_goes_before_all_others_of_its_key():
     priority=priorities,
     key=keys,
 )
-def test_a_newcomers_place_is_predicted(backlog, priority, key):
-    """Of tickets of one cost and budget it is known but for what the round robin and the classes owe just now."""
+def test_the_place_of_a_new_ticket_is_predicted(backlog, priority, key):
+    """If all tickets have the same cost and deadline, only present deficits and credits make the prediction inexact."""
     queue = FairQueue()
     for (other, name), length in backlog.items():
         for _ in range(length):
-            queue.add(ticket(name, priority=other))
-    newcomer = ticket(key, priority=priority)
+            queue.add(make_ticket(name, priority=other))
+    newcomer = make_ticket(key, priority=priority)
     predicted, _ = queue.ahead_of(newcomer)
     queue.add(newcomer)
     ahead = 0
-    while turn(queue) is not newcomer:
+    while take_next(queue) is not newcomer:
         ahead += 1
     assert ahead == pytest.approx(predicted, abs=9)
     assert ahead <= sum(backlog.values())
 
 
-def lines(call):
-    """Lines of Python that a call runs: what it costs, on any machine."""
+def count_lines(call):
+    """Count the lines of Python that a call runs: a measure of its cost that is the same on every machine."""
     count = 0
 
     def trace(frame, event, arg):
@@ -244,20 +245,20 @@ def lines(call):
 
 
 @pytest.mark.parametrize(("keys_", "each"), [(10_000, 1), (1, 10_000), (100, 100)])
-def test_a_turn_costs_the_same_whether_ten_wait_or_ten_thousand(keys_, each):
+def test_taking_a_ticket_costs_the_same_whether_ten_or_ten_thousand_wait(keys_, each):
     def turn_cost(keys_, each):
         queue = FairQueue()
         for _ in range(each):
             for key in range(keys_):
-                queue.add(ticket(str(key)))
+                queue.add(make_ticket(str(key)))
 
         def turns():
             for _ in range(200):
-                one = turn(queue)
-                queue.ahead_of(one)
-                queue.add(ticket(one.key))
+                ticket = take_next(queue)
+                queue.ahead_of(ticket)
+                queue.add(make_ticket(ticket.key))
 
-        return lines(turns)
+        return count_lines(turns)
 
-    few = turn_cost(min(keys_, 10), min(each, 10))
-    assert turn_cost(keys_, each) < 1.5 * few
+    cost_of_few = turn_cost(min(keys_, 10), min(each, 10))
+    assert turn_cost(keys_, each) < 1.5 * cost_of_few

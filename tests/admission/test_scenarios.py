@@ -1,4 +1,4 @@
-"""The scenarios that took longest to get right, each over five seeds, beside an oracle: see docs/limiting.md."""
+"""The most difficult scenarios, each with five seeds, compared with an oracle: see docs/limiting.md."""
 
 from statistics import median
 
@@ -27,7 +27,7 @@ def test_a_scenario_meets_its_targets(scenario):
 
 @pytest.mark.parametrize(("quota", "burst"), [(1.5, 3), (3.0, 3), (6.0, 3), (12.0, 3), (24.0, 3), (12.0, 1)])
 def test_no_frame_is_lost_while_the_limit_is_learned(quota, burst):
-    """Ten cameras send at the same instant, three times, nine tenths of a quota that nobody knows."""
+    """Ten cameras send at the same instant, three times, at nine tenths of a quota that the sidecar does not know."""
     period = 10 / (0.9 * quota)
     profile = Profile(requests_per_second=quota, burst_requests=burst, latency_seconds=0.38 * period)
     scenario = Scenario(
@@ -39,7 +39,7 @@ def test_no_frame_is_lost_while_the_limit_is_learned(quota, burst):
 
 
 @pytest.mark.parametrize(("per_second", "burst"), [(226.0, 400.0), (120.0, 450.0)])
-def test_a_token_quota_that_holds_one_call_at_once_is_used(per_second, burst):
+def test_a_token_quota_that_holds_one_call_at_a_time_is_used(per_second, burst):
     profile = Profile(tokens_per_second=per_second, burst_tokens=burst, latency_seconds=0.3)
     scenario = Scenario("", "", profile, saturated(20), lambda *_: [], seconds=900.0, deadline=600.0)
     assert share(play(scenario, 1, SYSTEMS["sidecar"]), play(scenario, 1, SYSTEMS["oracle"])) > 0.94

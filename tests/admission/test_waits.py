@@ -1,4 +1,4 @@
-"""The wait that a newcomer is told, beside the one it has: on virtual time, under both orders and behind each gate."""
+"""Compare the predicted wait of a new ticket with its real wait, on virtual time, in both orders and at each gate."""
 
 from dataclasses import replace
 from statistics import median
@@ -20,22 +20,22 @@ GATES = {
 
 
 @pytest.mark.parametrize("gate", GATES)
-def test_those_that_are_served_wait_as_long_as_was_predicted(gate):
+def test_served_tickets_wait_as_long_as_predicted(gate):
     limits, deadline = GATES[gate]
     scenario = Scenario(
         "", gate, replace(PROFILE, **limits), saturated(), lambda *_: [], seconds=400.0, deadline=deadline
     )
     waits = play(scenario, 1, Sidecar).system.waits
     settled = waits[len(waits) // 4 :]
-    real = median(wait for _, wait in settled)
-    off = sorted(abs(predicted - wait) for predicted, wait in settled)
+    median_wait = median(wait for _, wait in settled)
+    errors = sorted(abs(predicted - wait) for predicted, wait in settled)
     assert len(settled) > 100
-    assert median(off) <= 0.1 * real + 0.05
-    turn = 300.0 / len(settled)  # seconds from one to the next: whose it is among the newest is known to half of it
-    assert off[int(0.9 * len(off))] <= 0.3 * real + max(0.6, 0.5 * turn)
+    assert median(errors) <= 0.1 * median_wait + 0.05
+    seconds_between_starts = 300.0 / len(settled)  # newest first, the prediction is exact only to half of this
+    assert errors[int(0.9 * len(errors))] <= 0.3 * median_wait + max(0.6, 0.5 * seconds_between_starts)
 
 
-def test_what_is_closed_is_guessed_to_stay_so_for_as_long_again():
+def test_a_hold_is_estimated_to_last_as_long_again_as_it_has_lasted():
     hold = Hold()
     assert hold.seconds_left(5.0) == 0.0
     hold.close(10.0, HoldKind.OUTAGE, "down")
@@ -44,7 +44,7 @@ def test_what_is_closed_is_guessed_to_stay_so_for_as_long_again():
     assert hold.seconds_left(1000.0) == MAX_GUESS
 
 
-def test_a_blackout_is_guessed_to_last_as_long_as_the_one_before():
+def test_a_blackout_is_estimated_to_last_as_long_as_the_previous_blackout():
     hold = Hold()
     hold.close(10.0, HoldKind.BLACKOUT, "refused")
     hold.open(12.5)

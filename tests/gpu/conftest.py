@@ -1,4 +1,4 @@
-"""The checks of this folder speak to the backend as its other tests do."""
+"""Make the helpers of tests/backends/local importable for the checks in this folder."""
 
 from __future__ import annotations
 

@@ -1,11 +1,12 @@
-"""What only a machine with an NVIDIA GPU can tell of the local backend. Not part of `make test`; run it with
+"""Checks of the local backend that need a machine with an NVIDIA GPU. Not part of `make test`. Run them with
 
     make .venv/.torch TORCH_INDEX=<an index with a CUDA build>
     SIDECAR_LOCAL_MODEL=<folder or id> .venv/bin/pytest tests/gpu/gpu_checks.py
 
-Without SIDECAR_LOCAL_MODEL a tiny model of random weights is used: that tells of the code, not of your model's memory.
+Without SIDECAR_LOCAL_MODEL they use a tiny model of random weights. This tests the code, but not whether your model
+fits into the GPU's memory.
 """
-# ruff: noqa: PLC0415 - torch is imported where it is known to be there
+# ruff: noqa: PLC0415 - torch is imported inside functions, because it may be missing
 
 from __future__ import annotations
 
@@ -48,15 +49,15 @@ async def backend(model):
     await backend.close()
 
 
-async def together(backend, requests):
-    """Send all at once behind one that keeps the engine busy, so that they share a batch."""
+async def send_together(backend, requests):
+    """Send all requests at once while another request keeps the engine busy, so that they share a batch."""
     first = asyncio.create_task(ask(backend, chat(max_tokens=64)))
     while not backend.batches:  # noqa: ASYNC110 - another thread sets it
         await asyncio.sleep(0.001)
     return (await asyncio.gather(first, *(ask(backend, request) for request in requests)))[1:]
 
 
-async def test_auto_takes_the_gpu_and_a_quick_type_of_number(backend):
+async def test_auto_selects_the_gpu_and_half_precision(backend):
     import torch
 
     model = backend._engine._model
@@ -65,28 +66,28 @@ async def test_auto_takes_the_gpu_and_a_quick_type_of_number(backend):
     assert model._model.dtype == wanted
 
 
-async def test_batched_answers_are_those_given_one_by_one(backend):
-    """Half precision rounds otherwise in another shape, so a late token may differ: the first ones may not."""
+async def test_batched_answers_equal_the_answers_to_single_requests(backend):
+    """Half precision rounds differently in another batch shape. So a late token may differ, but the first may not."""
     requests = various(BATCH, max_tokens=4)
     alone = [(await ask(backend, request)).text for request in requests]
-    assert [answer.text for answer in await together(backend, requests)] == alone
+    assert [answer.text for answer in await send_together(backend, requests)] == alone
 
 
-async def test_memory_that_runs_out_halves_the_batch_and_everybody_is_served(backend):
-    """Ballast leaves room for a few rows, not for eight."""
+async def test_out_of_memory_halves_the_batch_and_every_request_is_answered(backend):
+    """An allocation (`ballast`) leaves memory for a few rows, but not for eight."""
     import torch
 
     requests = various(BATCH, max_tokens=32)
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    await together(backend, requests)
+    await send_together(backend, requests)
     needed = torch.cuda.max_memory_allocated() - before
     backend.batches.clear()
     torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info()
     ballast = torch.empty(free - needed * 6 // 10, dtype=torch.uint8, device="cuda")
     try:
-        answers = await together(backend, requests)
+        answers = await send_together(backend, requests)
     finally:
         del ballast
         torch.cuda.empty_cache()
@@ -98,31 +99,31 @@ async def test_memory_that_runs_out_halves_the_batch_and_everybody_is_served(bac
 async def test_a_batch_leaves_no_memory_behind(backend):
     import torch
 
-    await together(backend, various(BATCH))
+    await send_together(backend, various(BATCH))
     before = torch.cuda.memory_allocated()
     for _ in range(3):
-        await together(backend, various(BATCH))
+        await send_together(backend, various(BATCH))
     assert torch.cuda.memory_allocated() <= before
 
 
 async def test_a_caller_that_hangs_up_stops_its_generation(backend):
-    asking = asyncio.create_task(ask(backend, chat(max_tokens=3000)))
+    request = asyncio.create_task(ask(backend, chat(max_tokens=3000)))
     while not backend.batches:  # noqa: ASYNC110 - another thread sets it
         await asyncio.sleep(0.001)
     loop = asyncio.get_running_loop()
-    asking.cancel()
+    request.cancel()
     with contextlib.suppress(asyncio.CancelledError):
-        await asking
+        await request
     began = loop.time()
     await ask(backend, chat(max_tokens=1))
     assert loop.time() - began < 2
 
 
-async def test_a_device_that_fails_ends_the_engine_and_says_so(backend, monkeypatch):
-    """A failed kernel takes the CUDA context of the whole process with it, so nothing can run on the GPU after this.
+async def test_a_failed_device_ends_the_engine_and_readiness_reports_it(backend, monkeypatch):
+    """A failed kernel breaks the CUDA context of the whole process, which then cannot use the GPU any more.
 
-    The last of the checks. The engine cannot be started again in this process: the reason must say so until someone
-    restarts it, which readiness that stays false makes an orchestrator do.
+    So this is the last check. The engine cannot be started again in this process. Readiness must stay false, with this
+    reason, so that an orchestrator restarts the process.
     """
     import torch
 

@@ -1,6 +1,7 @@
-"""The examples with containers, as they are but for their ports: podman plays the pod, podman-compose the compose file.
+"""Run the examples with containers, changed only in their ports: the pod with podman, the compose file with
+podman-compose.
 
-`make test-pod` runs this. Where Prometheus's image cannot be pulled, one is made from Debian's package.
+`make test-pod` runs this. If Prometheus's image cannot be pulled, a substitute is built from Debian's package.
 """
 
 from __future__ import annotations
@@ -29,10 +30,10 @@ CHAT = {"messages": [{"role": "user", "content": "Say hello."}]}
 
 @pytest.fixture(scope="module", autouse=True)
 def prometheus_image() -> None:
-    """The image that the examples name, or a stand-in that is started in the same way."""
-    for look in (["image", "exists", PROMETHEUS], ["pull", "--quiet", PROMETHEUS]):
+    """Provide the image that the examples name, or a substitute that is started in the same way."""
+    for command in (["image", "exists", PROMETHEUS], ["pull", "--quiet", PROMETHEUS]):
         with contextlib.suppress(AssertionError):
-            podman(*look)
+            podman(*command)
             return
     run = ["--config.file=/etc/prometheus/prometheus.yml", "--storage.tsdb.path=/prometheus"]
     container = buildah("from", "--pull-never", "python:3.11-slim")
@@ -47,18 +48,18 @@ def buildah(*arguments: str) -> str:
     ).stdout.strip()
 
 
-def on_free_ports(text: str, pattern: str) -> tuple[str, dict[int, int]]:
-    """The same text with other ports of the host, and which took the place of which."""
+def with_free_ports(text: str, pattern: str) -> tuple[str, dict[int, int]]:
+    """Return the text with free host ports in place of the given ones, and the mapping from old to new port."""
     free = {port: free_port() for port in map(int, re.findall(pattern, text))}
     return re.sub(pattern, lambda found: found[0].replace(found[1], str(free[int(found[1])]), 1), text), free
 
 
 @contextlib.contextmanager
-def played(tmp_path: Path) -> Iterator[dict[int, int]]:
-    text, ports = on_free_ports((EXAMPLES / "pod" / "pod.yaml").read_text(), r"hostPort: (\d+)")
+def running_pod(tmp_path: Path) -> Iterator[dict[int, int]]:
+    text, ports = with_free_ports((EXAMPLES / "pod" / "pod.yaml").read_text(), r"hostPort: (\d+)")
     file = tmp_path / "pod.yaml"
     file.write_text(text)
-    podman("kube", "play", "--replace", file)  # one of a test that was killed may be there
+    podman("kube", "play", "--replace", file)  # a killed test may have left a pod
     try:
         yield ports
     finally:
@@ -66,8 +67,8 @@ def played(tmp_path: Path) -> Iterator[dict[int, int]]:
 
 
 @contextlib.contextmanager
-def composed(tmp_path: Path) -> Iterator[dict[int, int]]:
-    text, ports = on_free_ports((EXAMPLES / "compose" / "compose.yaml").read_text(), r"127\.0\.0\.1:(\d+):")
+def running_compose(tmp_path: Path) -> Iterator[dict[int, int]]:
+    text, ports = with_free_ports((EXAMPLES / "compose" / "compose.yaml").read_text(), r"127\.0\.0\.1:(\d+):")
     (tmp_path / "compose.yaml").write_text(text)
     (tmp_path / "prometheus.yml").write_text((EXAMPLES / "compose" / "prometheus.yml").read_text())
 
@@ -79,7 +80,7 @@ def composed(tmp_path: Path) -> Iterator[dict[int, int]]:
         )
         assert done.returncode == 0, done.stdout + done.stderr
 
-    compose("down", "--timeout", "5")  # what a test that was killed may have left
+    compose("down", "--timeout", "5")  # a killed test may have left containers
     try:
         compose("up", "--detach", "--no-build")  # `make image` has built it
         yield ports
@@ -88,7 +89,7 @@ def composed(tmp_path: Path) -> Iterator[dict[int, int]]:
 
 
 def ask(url: str, body: Any = None) -> Any:
-    """JSON or text from a URL; None while nobody answers."""
+    """Return JSON or text from a URL, or None while nobody answers."""
     data = None if body is None else json.dumps(body).encode()
     try:
         with urllib.request.urlopen(url, data, timeout=20) as response:  # noqa: S310  ours, on loopback
@@ -98,7 +99,7 @@ def ask(url: str, body: Any = None) -> Any:
     return json.loads(text) if text.startswith("{") else text
 
 
-@pytest.mark.parametrize("start", [played, composed])
+@pytest.mark.parametrize("start", [running_pod, running_compose])
 def test_it_answers_and_prometheus_sees_it(start: Any, tmp_path: Path) -> None:
     with start(tmp_path) as ports:
         data, admin, prometheus = (f"http://127.0.0.1:{ports[port]}" for port in (8100, 9464, 9090))

@@ -1,4 +1,4 @@
-"""Plays a rendered overlay with podman, which knows no native sidecars: the sidecar becomes the first container."""
+"""Run a rendered overlay with podman. Podman has no native sidecars, so the sidecar becomes the first container."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def podman(*arguments: str | Path, **options: Any) -> str:
 
 
 def until(condition: Callable[[], Any], what: str) -> Any:
-    """Wait, within a bound, until the condition gives something true."""
+    """Wait until the condition returns a true value, and return it. Fails after `BOUND` seconds."""
     end = time.monotonic() + BOUND
     while not (found := condition()):
         assert time.monotonic() < end, f"no {what} within {BOUND} s"
@@ -45,19 +45,19 @@ def until(condition: Callable[[], Any], what: str) -> Any:
 
 
 def playable(overlay: Path, image: str) -> list[dict[str, Any]]:
-    """The overlay's objects that podman plays: the pod, on this image, first, and its ConfigMaps."""
+    """Return the overlay's objects that podman can run: first the pod, with this image, then its ConfigMaps."""
     objects = render(overlay)
     template = deployment(objects)["spec"]["template"]
     pod = template["spec"]
     sidecar = pod.pop("initContainers")[0]
     del sidecar["restartPolicy"], sidecar["ports"]
     for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
-        del sidecar[probe]  # podman would run curl in the container; the test asks itself
-    # As kubelet does: the app starts once the sidecar's startup probe has succeeded.
+        del sidecar[probe]  # podman would run curl in the container; the test checks readiness itself
+    # As with kubelet, the app starts when the sidecar's startup probe has succeeded.
     started = "import urllib.request as r; r.urlopen('http://127.0.0.1:9464/startupz')"
     cortex = container(pod, "cortex")
-    waits = f'until python -c "{started}" 2>/dev/null; do sleep 0.2; done; exec {" ".join(cortex["command"])}'
-    cortex["command"] = ["sh", "-c", waits]
+    wait_then_start = f'until python -c "{started}" 2>/dev/null; do sleep 0.2; done; exec {" ".join(cortex["command"])}'
+    cortex["command"] = ["sh", "-c", wait_then_start]
     pod["containers"] = [sidecar, *pod["containers"]]
     for item in pod["containers"]:
         item["image"] = image
@@ -70,7 +70,7 @@ def playable(overlay: Path, image: str) -> list[dict[str, Any]]:
 
 
 class Pod:
-    """The pod that is being played."""
+    """A running pod."""
 
     def inspect(self, name: str) -> dict[str, Any]:
         return json.loads(podman("container", "inspect", f"cortex-{name}"))[0]
@@ -79,16 +79,16 @@ class Pod:
         return self.inspect(name)["State"]["Pid"]
 
     def get(self, path: str) -> str:
-        """Ask the admin port from within the pod's network; empty if nobody answers."""
-        asked = f"http://127.0.0.1:9464{path}"
+        """Send a GET to the admin port from inside the pod's network; return "" if nobody answers."""
+        url = f"http://127.0.0.1:9464{path}"
         done = subprocess.run(
-            ["nsenter", "-t", str(self.pid("cortex")), "-n", "curl", "-s", "-m", "2", asked],
+            ["nsenter", "-t", str(self.pid("cortex")), "-n", "curl", "-s", "-m", "2", url],
             capture_output=True, text=True, check=False, timeout=10,
         )  # fmt: skip
         return done.stdout
 
     def answered(self) -> float:
-        """Frames of cortex that a model has described."""
+        """Return the number of cortex's frames that were answered with success."""
         found = samples(self.get("/metrics"))
         return sum(found[name] for name in found if re.match(r'sidecar_requests_total{.*outcome="ok"', name))
 
@@ -96,20 +96,20 @@ class Pod:
         return podman("logs", f"cortex-{name}")
 
     def stop(self, name: str) -> int:
-        """SIGTERM; returns the exit status."""
+        """Send SIGTERM to a container and return its exit status."""
         podman("container", "stop", "--time", "40", f"cortex-{name}")
         return self.inspect(name)["State"]["ExitCode"]
 
 
 @contextlib.contextmanager
 def playing(objects: list[dict[str, Any]], folder: Path) -> Iterator[Pod]:
-    """Play these objects, without a network, until cortex has answers; nothing of it is left afterwards."""
-    played = folder / "pod.yaml"
-    played.write_text(yaml.safe_dump_all(objects))
-    podman("kube", "play", "--replace", "--network", "none", played)  # one of a test that was killed may be there
+    """Run these objects without a network. Yields the pod when cortex has answers; removes everything at the end."""
+    file = folder / "pod.yaml"
+    file.write_text(yaml.safe_dump_all(objects))
+    podman("kube", "play", "--replace", "--network", "none", file)  # a killed test may have left a pod
     try:
         pod = Pod()
         until(lambda: pod.answered() > 10, "answered frame")
         yield pod
     finally:
-        podman("kube", "down", played)
+        podman("kube", "down", file)

@@ -1,7 +1,7 @@
-"""The image and the rendered manifest for real: podman plays the pod. `make test-pod` runs this; see README.
+"""Run the real image and the rendered manifest as a pod with podman. `make test-pod` runs this; see README.
 
-The pod has no network but its own loopback; a third container, the simulated provider with a latency, stands where
-DashScope would be.
+The pod has only its own loopback network. A third container, the simulated provider with a latency, takes the place of
+DashScope.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ OK = 'sidecar_requests_total{api="trio",backend="dashscope",outcome="ok"}'
 
 
 def manifest() -> list[dict[str, Any]]:
-    """The overlay `simulated`, with the provider in a container of its own."""
+    """Return the overlay `simulated`, with the provider in a separate container."""
     pod, *maps = playable(OVERLAY, IMAGE)
     containers = pod["spec"]["containers"]
     provider = {
@@ -48,7 +48,7 @@ def pod(tmp_path: Path) -> Iterator[Pod]:
         yield pod
 
 
-def test_what_the_sidecar_may_do(pod: Pod) -> None:
+def test_the_sidecar_has_no_privileges_and_writes_only_its_state(pod: Pod) -> None:
     pid = pod.pid("vlm-sidecar")
     status = dict(line.split(":\t", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
     assert set(status["Uid"].split()) == {"10001"}
@@ -86,7 +86,7 @@ def test_data_is_on_loopback_and_the_admin_port_is_not(pod: Pod) -> None:
 
 
 def in_image(script: str, *options: str) -> str:
-    """Run Python in the image, without a network and with nowhere to write; gives what it prints."""
+    """Run Python in the image, without a network and with a read-only file system; return its output."""
     return podman("run", "--rm", "--network=none", "--read-only", *options, "--entrypoint=python", IMAGE, "-c", script)
 
 
@@ -99,11 +99,11 @@ def test_nothing_installs_or_compiles_in_the_image() -> None:
     assert in_image(script).strip() == "[] None"
 
 
-def test_the_slim_image_draws_crops_and_sends_spans() -> None:
+def test_the_slim_image_contains_pillow_and_opentelemetry() -> None:
     assert in_image("import PIL.Image, sidecar.observe.otel; print('has them')").strip() == "has them"
 
 
-def test_the_image_is_nobody_and_drains_when_stopped() -> None:
+def test_the_image_runs_as_an_unprivileged_user_and_stops_by_sigterm() -> None:
     (image,) = json.loads(podman("image", "inspect", IMAGE))
     assert image["Config"]["User"] == "10001:10001"
     assert image["Config"]["StopSignal"] == "SIGTERM"
@@ -116,7 +116,7 @@ def test_the_slim_image_adds_at_most_150_mb_to_its_base() -> None:
 
 
 def test_it_is_ready_within_a_second_of_its_start() -> None:
-    """What it waits for a core is another's doing, and the best of three counts: a busy machine is no slow sidecar."""
+    """Waits for a core are subtracted, and the best of three runs counts, so that other load does not matter."""
     script = """if True:
         import subprocess, time, urllib.request
         begun = time.monotonic()
@@ -147,8 +147,8 @@ def test_the_app_recovers_when_the_sidecar_is_killed_under_load(pod: Pod) -> Non
     assert pod.inspect("cortex")["RestartCount"] == 0
 
 
-def test_stopped_as_kubelet_does_it_nothing_is_lost(pod: Pod) -> None:
-    """The app first, then the sidecar."""
+def test_no_frame_is_lost_when_the_pod_is_stopped_in_kubelets_order(pod: Pod) -> None:
+    """Kubelet stops the app first, then the sidecar."""
     assert pod.stop("cortex") == 0
     counts = json.loads(pod.log("cortex").splitlines()[-1])
     assert counts["sent"] > 10
@@ -156,8 +156,8 @@ def test_stopped_as_kubelet_does_it_nothing_is_lost(pod: Pod) -> None:
     assert pod.stop("vlm-sidecar") == 0
 
 
-def test_sigterm_in_the_middle_of_load_answers_what_was_accepted(pod: Pod) -> None:
-    """Without native sidecars both may be told at once: only frames sent after that are refused."""
+def test_after_sigterm_under_load_all_accepted_requests_are_answered(pod: Pod) -> None:
+    """Without native sidecars, both may get SIGTERM at once. Then only frames that are sent afterwards are refused."""
     in_flight = 'sidecar_in_flight_requests{backend="dashscope"}'
     now = until(lambda: (now := samples(pod.get("/metrics"))).get(in_flight) and now, "call in flight")
     assert pod.stop("vlm-sidecar") == 0

@@ -1,4 +1,4 @@
-"""What `kubectl kustomize` makes of a folder of k8s/."""
+"""Render a folder of k8s/ with `kubectl kustomize`, and find objects in the result."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ OVERLAYS = sorted(path.parent for path in K8S.glob("overlays/*/kustomization.yam
 
 
 def render(folder: Path) -> list[dict[str, Any]]:
-    """Give the objects that `kubectl apply -k` would send."""
+    """Return the objects that `kubectl apply -k` would send."""
     return copy.deepcopy(_render(folder))
 
 
@@ -29,7 +29,7 @@ def _render(folder: Path) -> list[dict[str, Any]]:
 
 
 def deployment(objects: list[dict[str, Any]]) -> dict[str, Any]:
-    """Give the only Deployment."""
+    """Return the only Deployment."""
     (found,) = (item for item in objects if item["kind"] == "Deployment")
     return found
 
@@ -44,6 +44,6 @@ def container(pod: dict[str, Any], name: str, kind: str = "containers") -> dict[
 
 
 def settings(objects: list[dict[str, Any]]) -> dict[str, str]:
-    """Give the sidecar's ConfigMap as the container would get it."""
+    """Return the data of the sidecar's ConfigMap: the environment variables of its container."""
     (found,) = (o for o in objects if o["kind"] == "ConfigMap" and o["metadata"]["name"].startswith("vlm-sidecar"))
     return found["data"]

@@ -1,4 +1,4 @@
-"""What the manifests promise: who gets a sidecar, when it starts and stops, and what it may do."""
+"""The promises of the manifests: which pods get a sidecar, when it starts and stops, and its permissions."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ def test_the_sidecar_is_native_and_probed_on_its_admin_port(overlay: Path) -> No
 
 @pytest.mark.parametrize("overlay", NATIVE, ids=lambda path: path.name)
 def test_a_native_sidecar_has_no_pre_stop_hook(overlay: Path) -> None:
-    """Kubelet runs it while the app still sends: a drain there would turn the app's last frames away."""
+    """Kubelet runs the hook while the app still sends. A drain in it would refuse the app's last frames."""
     assert "lifecycle" not in container(pod_spec(render(overlay)), "vlm-sidecar", "initContainers")
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS, ids=lambda path: path.name)
-def test_the_grace_period_holds_the_drain(overlay: Path) -> None:
+def test_the_grace_period_is_longer_than_the_drain(overlay: Path) -> None:
     objects = render(overlay)
     pod = pod_spec(objects)
     hook = container(pod, "vlm-sidecar").get("lifecycle") if not pod.get("initContainers") else None
-    held = float(hook["preStop"]["exec"]["command"][1]) if hook else 0.0
-    assert pod["terminationGracePeriodSeconds"] >= held + float(settings(objects)["SIDECAR_DRAIN_TIMEOUT"]) + 5
+    hook_seconds = float(hook["preStop"]["exec"]["command"][1]) if hook else 0.0
+    assert pod["terminationGracePeriodSeconds"] >= hook_seconds + float(settings(objects)["SIDECAR_DRAIN_TIMEOUT"]) + 5
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS, ids=lambda path: path.name)
@@ -58,20 +58,20 @@ def test_every_container_fits_the_restricted_pod_security_standard(overlay: Path
 @pytest.mark.parametrize("overlay", OVERLAYS, ids=lambda path: path.name)
 def test_the_sidecar_understands_its_config_map(overlay: Path, tmp_path: Path) -> None:
     environ = settings(render(overlay))
-    understood, origins = load({}, environ)
+    settings_read, origins = load({}, environ)
     assert set(origins.values()) == set(environ)
     assert {name.startswith(PREFIX) for name in environ} == {True}
-    assert understood.host == "127.0.0.1"
+    assert settings_read.host == "127.0.0.1"
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS, ids=lambda path: path.name)
-def test_the_config_map_wins_over_the_variables_of_a_service_named_sidecar(overlay: Path) -> None:
-    """Kubernetes would set SIDECAR_PORT=tcp://…; what `envFrom` says is stronger."""
+def test_the_config_map_overrides_the_variables_of_a_service_named_sidecar(overlay: Path) -> None:
+    """For such a Service, Kubernetes sets SIDECAR_PORT=tcp://…. The values of `envFrom` override it."""
     assert {"SIDECAR_PORT", "SIDECAR_ADMIN_PORT"} <= settings(render(overlay)).keys()
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS, ids=lambda path: path.name)
-def test_what_waits_fits_into_the_memory_limit(overlay: Path) -> None:
+def test_waiting_bodies_fit_into_the_memory_limit(overlay: Path) -> None:
     objects = render(overlay)
     pod = pod_spec(objects)
     sidecar = container(pod, "vlm-sidecar", "initContainers" if pod.get("initContainers") else "containers")
@@ -80,7 +80,7 @@ def test_what_waits_fits_into_the_memory_limit(overlay: Path) -> None:
     assert int(limit[:-2]) * unit[limit[-2:]] >= int(settings(objects)["SIDECAR_QUEUE_BYTES"]) + 256 * 2**20
 
 
-def test_before_native_sidecars_it_is_an_ordinary_container_that_outlasts_the_app() -> None:
+def test_without_native_sidecars_it_is_an_ordinary_container_that_stops_after_the_app() -> None:
     pod = pod_spec(render(K8S / "overlays" / "dashscope-before-1.29"))
     assert not pod["initContainers"]
     assert [item["name"] for item in pod["containers"]] == ["vlm-sidecar", "cortex"]
@@ -89,7 +89,7 @@ def test_before_native_sidecars_it_is_an_ordinary_container_that_outlasts_the_ap
     assert sidecar["lifecycle"]["preStop"]["exec"]["command"][0] == "sleep"
 
 
-def test_the_key_is_a_file_of_a_folder_so_that_it_can_be_rotated() -> None:
+def test_the_key_is_mounted_as_a_folder_so_that_it_can_be_rotated() -> None:
     objects = render(K8S / "overlays" / "dashscope")
     pod = pod_spec(objects)
     sidecar = container(pod, "vlm-sidecar", "initContainers")
@@ -100,7 +100,7 @@ def test_the_key_is_a_file_of_a_folder_so_that_it_can_be_rotated() -> None:
     assert not [item for item in objects if item["kind"] == "Secret"], "no key is ever rendered"
 
 
-def test_the_gpu_the_model_and_the_time_to_load_it() -> None:
+def test_the_local_gpu_overlay_has_a_gpu_a_model_and_time_to_load_it() -> None:
     pod = pod_spec(render(K8S / "overlays" / "local-gpu"))
     sidecar = container(pod, "vlm-sidecar", "initContainers")
     assert sidecar["resources"]["limits"]["nvidia.com/gpu"] == "1"
@@ -113,7 +113,7 @@ def test_no_service_exposes_the_data_port() -> None:
         assert not [item for item in render(overlay) if item["kind"] == "Service"]
 
 
-def test_prometheus_may_come_in_and_only_names_and_https_may_go_out() -> None:
+def test_only_prometheus_may_connect_and_only_dns_and_https_may_leave() -> None:
     (policy,) = (item for item in render(K8S / "overlays" / "dashscope") if item["kind"] == "NetworkPolicy")
     spec = policy["spec"]
     assert spec["policyTypes"] == ["Ingress", "Egress"]
@@ -131,8 +131,8 @@ def test_the_pod_monitor_finds_the_pods_and_the_port() -> None:
     assert [endpoint["port"] for endpoint in monitor["spec"]["podMetricsEndpoints"]] == [port["name"]]
 
 
-def test_only_a_labelled_deployment_gets_a_sidecar_and_keeps_what_it_has(tmp_path: Path) -> None:
-    """Somebody else's app, as docs/kubernetes.md shows: labelled by name in a layer of its own."""
+def test_only_a_labelled_deployment_gets_a_sidecar_and_keeps_its_own_parts(tmp_path: Path) -> None:
+    """A third-party app gets its label from a patch by name in a separate layer, as docs/kubernetes.md shows."""
     template = {
         "metadata": {"labels": {"app": "theirs", "mine": "too"}},
         "spec": {
@@ -182,7 +182,7 @@ def test_only_a_labelled_deployment_gets_a_sidecar_and_keeps_what_it_has(tmp_pat
     assert by_name["other"]["spec"]["template"] == template
 
 
-def test_the_kustomizations_of_the_document_put_it_into_an_app(tmp_path: Path) -> None:
+def test_the_kustomizations_in_the_document_add_the_sidecar_to_an_app(tmp_path: Path) -> None:
     (block,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "kubernetes.md").read_text(), re.DOTALL)
     for file in block.split("---\n"):
         name = file.split()[1].rstrip(",")

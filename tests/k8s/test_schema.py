@@ -1,4 +1,4 @@
-"""Every object that is rendered is what the API server of each Kubernetes version takes, unknown keys refused."""
+"""Every rendered object fits the schemas of the supported Kubernetes versions. Unknown keys are errors."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ def _distinct(overlays: list[Path]) -> list[dict[str, Any]]:
     return objects
 
 
-def test_versions_known_to_the_schemas_are_those_that_are_promised() -> None:
+def test_the_schemas_contain_the_promised_versions() -> None:
     assert NATIVE_SIDECARS_SINCE in VERSIONS and max(VERSIONS) >= 37
 
 
 def test_a_misspelt_key_is_refused() -> None:
-    """The strict schemas do find what the tests above look for."""
+    """The strict schemas do find the errors for which the tests above look."""
     misspelt = deployment(render(K8S / "overlays" / "simulated"))
     misspelt["spec"]["template"]["spec"]["initContainers"][0]["readinesProbe"] = {}
     with pytest.raises(kubernetes_validate.ValidationError, match="readinesProbe"):
@@ -46,7 +46,7 @@ def test_a_misspelt_key_is_refused() -> None:
 
 @pytest.mark.parametrize("kind", ["PodMonitor", "PrometheusRule"])
 def test_monitoring_fits_the_operators_models(kind: str) -> None:
-    """The models pass over keys they do not know, so what they give back must be what they were given."""
+    """The models ignore unknown keys. So the test compares their output with their input."""
     from cloudcoil.models.prometheus_operator import v1  # noqa: PLC0415  three seconds to import
 
     (item,) = (item for item in render(K8S / "monitoring") if item["kind"] == kind)

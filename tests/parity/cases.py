@@ -19,18 +19,18 @@ DESCRIBE = "/api/inference/describe"
 CROP = "/api/inference/crop-describe"
 DETECT = "/api/inference/detect"
 
-#: Where the sidecar is meant to be different, and why. docs/trio-core.md lists each.
+#: The intended differences, as docs/trio-core.md describes them.
 DIFFERENCES = {
-    "bad image": "an image that is none is 400 and names the field; trio-core says 503, or 400 where cv2 notices",
-    "broken image": "an image that is cut off or broken behind its first bytes is the provider's to judge",
-    "no reason": "a provider's refusal without a readable reason says so",
-    "not JSON": "a body that holds what no JSON can (NaN, half a character) is refused; trio-core breaks on it",
-    "odd crops": "crops that trio-core breaks on (503) are ordered, labelled or left out like any other",
-    "odd JSON": "an answer whose JSON trio-core breaks on (500, 503) is told as far as it can be read",
-    "stream": "extra_body cannot turn the answer into a stream, which trio-core breaks on (503)",
-    "throttled": "a provider's throttling 429 is waited out; trio-core makes it a 422 after two retries",
-    "unreadable": "an answer that is no chat completion is 502 and says so; trio-core says 503",
-    "upstream failed": "a provider that fails is 502; 503 is the sidecar's own and comes with Retry-After",
+    "bad image": "data that is not an image gets a 400 that names the field; trio-core returns 503",
+    "broken image": "an image that is cut off or broken after its first bytes is left to the provider",
+    "no reason": "if a provider's refusal has no readable reason, the error says so",
+    "not JSON": "a body with a value that is not valid JSON (NaN, half of a surrogate pair) is refused",
+    "odd crops": "crops on which trio-core fails (503) are ordered, labelled or left out like all other crops",
+    "odd JSON": "an answer whose JSON makes trio-core fail (500, 503) is returned as far as it can be read",
+    "stream": "extra_body cannot turn the answer into a stream, on which trio-core fails (503)",
+    "throttled": "after a provider's throttling 429 the sidecar waits and tries again; trio-core returns a 422",
+    "unreadable": "an answer that is not a chat completion causes a 502 that says so; trio-core returns 503",
+    "upstream failed": "a provider that fails causes a 502; only the sidecar itself returns 503, with Retry-After",
 }
 
 

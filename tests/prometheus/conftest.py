@@ -1,4 +1,4 @@
-"""A real Prometheus and Alertmanager beside a sidecar."""
+"""Run a real Prometheus and Alertmanager beside a sidecar."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ BOUND = 30.0
 
 
 class Monitored:
-    """A Prometheus that scrapes one sidecar, and the Alertmanager that it tells."""
+    """A Prometheus that scrapes one sidecar, and the Alertmanager that gets its alerts."""
 
     def __init__(self, sidecar, prometheus, alertmanager):
         self.sidecar = sidecar
@@ -29,14 +29,14 @@ class Monitored:
             return await response.json()
 
     async def until(self, look):
-        """Wait, within a bound, until what is looked for is there."""
+        """Wait until `look` returns a true value, and return it. Raises `TimeoutError` after `BOUND` seconds."""
         async with asyncio.timeout(BOUND):
             while True:
                 try:
                     if found := await look():
                         return found
                 except (OSError, aiohttp.ClientResponseError):
-                    pass  # it is still starting
+                    pass  # the program is still starting
                 await asyncio.sleep(0.2)
 
     async def query(self, text):
@@ -49,7 +49,7 @@ class Monitored:
 
 @pytest.fixture
 async def monitored(tmp_path):
-    """Gives a function that starts both beside a sidecar."""
+    """Provide a function that starts both programs beside a sidecar."""
     processes = []
 
     async def start(sidecar):
@@ -83,7 +83,7 @@ async def monitored(tmp_path):
         )  # fmt: skip
         for command in commands:
             with (tmp_path / f"{Path(command[0]).name}.log").open("wb") as log:
-                processes.append(  # one that does not start must not hide those that have
+                processes.append(  # immediately: if the next program does not start, this one is still ended
                     await asyncio.create_subprocess_exec(*command, cwd=tmp_path, stdout=log, stderr=log)
                 )
         return Monitored(sidecar, *ports)

@@ -1,4 +1,4 @@
-"""The Grafana dashboard: it is what its script builds, and every panel's query has an answer on a loaded sidecar."""
+"""The committed Grafana dashboard equals the output of its script, and every panel has data on a loaded sidecar."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ def test_the_committed_dashboard_is_what_the_script_builds():
 
 
 async def test_every_panel_shows_data_of_a_loaded_sidecar(provider, monitored):
-    """A quota that refuses, requests that wait for it, and errors: what each panel is there for."""
+    """The load has a quota that refuses, requests that wait for it, and errors, so that every panel has data."""
     url, _ = await provider(latency_seconds=0.1, requests_per_second=8, burst_requests=3, error_share=0.1)
     async with Process("--dashscope-url", url) as sidecar, aiohttp.ClientSession() as sidecar.client:
-        watched = await monitored(sidecar)
+        monitoring = await monitored(sidecar)
         async with asyncio.TaskGroup() as tasks:
             cameras = [tasks.create_task(camera(sidecar)) for _ in range(12)]
             for query in script().queries():
-                await asked(watched, query)
+                await wait_for_data(monitoring, query)
             for task in cameras:
                 task.cancel()
 
@@ -42,17 +42,17 @@ async def camera(sidecar):
             await response.read()
 
 
-async def asked(watched, query):
-    """Wait until a panel's query has an answer that is a number."""
+async def wait_for_data(monitoring, query):
+    """Wait until a panel's query returns a number."""
     for name, value in {"$namespace": ".*", "$backend": ".*", "$__rate_interval": "10s"}.items():
         query = query.replace(name, value)
 
-    async def answered():
-        found = await watched.get(f"{watched.prometheus}/api/v1/query", query=query)
+    async def has_data():
+        found = await monitoring.get(f"{monitoring.prometheus}/api/v1/query", query=query)
         assert found["status"] == "success", (query, found)
         return any(series["value"][1] != "NaN" for series in found["data"]["result"])
 
     try:
-        await watched.until(answered)
+        await monitoring.until(has_data)
     except TimeoutError:
         raise AssertionError(f"no data: {query}") from None

@@ -1,4 +1,4 @@
-"""Every alert fires when it should and is quiet when it should be: promtool runs the rules over made-up series."""
+"""Every alert fires when it should, and only then: promtool evaluates the rules on artificial series."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def series(name: str, values: str, **labels: str) -> dict[str, str]:
 
 
 def histogram(name: str, seconds: float, **labels: str) -> list[dict[str, str]]:
-    """60 observations a minute, all of which took `seconds`."""
+    """Return the series of a histogram with 60 observations per minute, each of `seconds` seconds."""
     bounds = ("0.01", "0.25", "0.5", "1", "5", "10", "15", "30", "+Inf")
     buckets = [
         series(f"{name}_bucket", "0+60x180" if seconds <= float(le) else "0x180", le=le, **labels) for le in bounds
@@ -52,7 +52,7 @@ def limit(values: str) -> list[dict[str, str]]:
     return [series("sidecar_limit_requests_per_second", values)]
 
 
-def lock(lock_seconds: float, whole_seconds: float) -> list[dict[str, str]]:
+def lock_wait(lock_seconds: float, whole_seconds: float) -> list[dict[str, str]]:
     return [
         *histogram("sidecar_backend_lock_wait_seconds", lock_seconds),
         *histogram("sidecar_request_duration_seconds", whole_seconds, outcome="ok", api="trio"),
@@ -80,7 +80,7 @@ CASES = {
         histogram("sidecar_queue_wait_seconds", 12, priority="normal"),
         [histogram("sidecar_queue_wait_seconds", 4, priority="normal")],
     ),
-    "VlmSidecarLockWaitDominates": Case(lock(2, 3), [lock(2, 8), lock(0.01, 0.012)]),
+    "VlmSidecarLockWaitDominates": Case(lock_wait(2, 3), [lock_wait(2, 8), lock_wait(0.01, 0.012)]),
     "VlmSidecarShedding": Case(requests(50), [requests(5)]),
     "VlmSidecarBillingRefused": Case(
         hold("billing", "0x10 1x170"), [hold("billing", "0x180"), hold("outage", "1x180")]
@@ -113,16 +113,16 @@ def promtool(*arguments: str | Path) -> None:
 
 
 def run(tmp_path: Path, alert: str, case: Case, *inputs: tuple[list[dict[str, str]], bool]) -> None:
-    """Have promtool check that the alert fires, or does not, over each of the inputs."""
+    """Let promtool check for each input whether the alert fires. `inputs`: pairs of series and the expected result."""
     rule = alerts()[alert]
     fired = {"exp_labels": rule["labels"] | (case.labels or BACKEND), "exp_annotations": rule["annotations"]}
     tests: list[dict[str, Any]] = [
         {
             "interval": "1m",
-            "input_series": given,
+            "input_series": series_list,
             "alert_rule_test": [{"eval_time": case.at, "alertname": alert, "exp_alerts": [fired] if fires else []}],
         }
-        for given, fires in inputs
+        for series_list, fires in inputs
     ]
     write_rules(tmp_path)
     (tmp_path / "test.yaml").write_text(yaml.safe_dump({"rule_files": ["rules.yaml"], "tests": tests}))
@@ -136,7 +136,7 @@ def test_alert_fires(tmp_path: Path, alert: str) -> None:
 
 @pytest.mark.parametrize("alert", CASES)
 def test_alert_is_quiet(tmp_path: Path, alert: str) -> None:
-    run(tmp_path, alert, CASES[alert], *((given, False) for given in CASES[alert].quiet))
+    run(tmp_path, alert, CASES[alert], *((series_list, False) for series_list in CASES[alert].quiet))
 
 
 def test_every_alert_has_its_cases_and_its_runbook() -> None:
@@ -147,12 +147,12 @@ def test_every_alert_has_its_cases_and_its_runbook() -> None:
         assert f"\n## {name}\n" in runbook
 
 
-def test_prometheus_takes_the_rules(tmp_path: Path) -> None:
+def test_prometheus_accepts_the_rules(tmp_path: Path) -> None:
     promtool("check", "rules", write_rules(tmp_path))
 
 
-def test_what_is_recorded_is_what_its_name_says(tmp_path: Path) -> None:
-    inputs = [*requests(50), *attempts(20), *limit("40x180"), *lock(1, 4)]
+def test_each_recording_rule_records_the_value_in_its_name(tmp_path: Path) -> None:
+    inputs = [*requests(50), *attempts(20), *limit("40x180"), *lock_wait(1, 4)]
     inputs += histogram("sidecar_queue_wait_seconds", 12, priority="normal")
     expected = {
         "sidecar:shed_to_requests:ratio_5m": 50 / 1050,
@@ -160,7 +160,7 @@ def test_what_is_recorded_is_what_its_name_says(tmp_path: Path) -> None:
         "sidecar:limit_requests_per_second:sum": 40,
         "sidecar:goodput_to_limit:ratio_5m": 1000 / 60 / 40,
         "sidecar:lock_wait_to_request_duration:ratio_5m": 0.25,
-        # by Prometheus' own rule, evenly between the bounds: 12 s is one of 10 to 15 s, 1 s of 0.5 to 1 s
+        # Prometheus interpolates linearly within a bucket: 12 s is in the bucket 10-15 s, 1 s in the bucket 0.5-1 s.
         "sidecar:queue_wait_seconds:p50_5m": 12.5,
         "sidecar:queue_wait_seconds:p99_5m": 14.95,
         "sidecar:backend_lock_wait_seconds:p50_5m": 0.75,

@@ -7,10 +7,11 @@ from math import inf
 
 class TokenBucket:
     """
-    Lets `rate` units a second through on average, and at most `capacity` at once.
+    Let `rate` units/s pass on average, and at most `capacity` units at once.
 
     level(t) = min(capacity, level(t0) + rate * (t - t0)), the policer of RFC 2697 without its excess bucket.
-    An amount above the capacity passes once the bucket is full, and leaves a debt: a large one is late, never stuck.
+    An amount above the capacity passes when the bucket is full, and leaves a debt. So a large amount is delayed, but
+    never blocked for ever.
     """
 
     __slots__ = ("_at", "_level", "capacity", "rate")
@@ -22,7 +23,7 @@ class TokenBucket:
         self._at = now
 
     def level(self, now: float) -> float:
-        """What could be taken at once. Negative while a debt is being paid."""
+        """Return the units that could be taken at once. Negative while a debt is being paid."""
         if now <= self._at:
             return self._level
         if self.rate == inf:
@@ -30,25 +31,25 @@ class TokenBucket:
         return min(self.capacity, self._level + self.rate * (now - self._at))
 
     def wait(self, now: float, amount: float = 1.0) -> float:
-        """Seconds until `amount` may be taken, if nothing else is taken before; 0 for now."""
+        """Return the seconds until `amount` may be taken if nothing else is taken before; 0 means now."""
         if self.rate == inf:
             return 0.0
         missing = min(amount, self.capacity) - self.level(now)
-        # A timer that fires a rounding error early, of amounts or of seconds, must not find the door shut.
+        # A timer may fire early by a rounding error, in units or in seconds. The bucket must then already be open.
         if missing <= 1e-9 * max(amount, self.rate):
             return 0.0
         return missing / self.rate if self.rate > 0 else inf
 
     def take(self, now: float, amount: float = 1.0) -> None:
-        """Take `amount`, into debt if need be. A negative amount gives back."""
+        """Take `amount`, even if this leaves a debt. A negative amount is given back."""
         self._level = min(self.capacity, self.level(now) - amount)
         self._at = max(self._at, now)
 
     def set(self, now: float, rate: float, capacity: float) -> None:
-        """Change the size from `now` on. What is in the bucket stays, as far as it fits."""
+        """Change rate and capacity from `now` on. The level stays, up to the new capacity."""
         level = self.level(now)
         if self.rate == inf and rate != inf:
-            level = min(level, 0.0)  # what an unlimited bucket held was never earned
+            level = min(level, 0.0)  # an unlimited bucket was full without having been filled at any rate
         self.rate = rate
         self.capacity = capacity
         self._level = min(level, capacity)

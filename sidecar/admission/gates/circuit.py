@@ -17,25 +17,27 @@ class CircuitState(StrEnum):
     OUTAGE = "outage"
     CAPACITY = "capacity"
     BLACKOUT = "blackout"
-    """Every call is refused for a limit: a used-up window, or a provider that punishes."""
+    """A limit refuses every call: the quota of a window is used up, or the provider punishes calls above the limit."""
     BILLING = "billing"
 
 
-#: Consecutive failures (5xx, broken connections) that mean the provider is down, and of how many requests they must be:
-#: one request that breaks the provider each time is not an outage.
+#: The provider is down after OUTAGE_FAILURES consecutive failures (5xx, broken connections) of at least OUTAGE_TICKETS
+#: different requests: one request that makes the provider fail each time is not an outage.
 OUTAGE_FAILURES, OUTAGE_TICKETS = 6, 2
 #: Attempts in a row that got no byte in time, which mean the same.
 OUTAGE_SILENT = 3
-#: Requests that have failed in a row, none answered between, from which on failing is the provider's doing.
+#: If this many different requests have failed and none was answered in between, the failures are the provider's fault.
 FAILING_TICKETS = 2
-#: Seconds to the first probe; the factor between probes, up to a step of so many seconds and beyond; the longest step.
+#: The step is the time from a refusal to the next probe. FIRST_STEP: the first step in seconds. The step grows by the
+#: factor GROWTH while it is below SHORT_STEP seconds, then by SLOW_GROWTH, up to MAX_STEP seconds.
 FIRST_STEP, GROWTH, SHORT_STEP, SLOW_GROWTH, MAX_STEP = 0.5, 2.0, 4.0, 1.25, 5.0
 BILLING_STEP = 30.0
-#: How long a Retry-After may put off the next probe: until the provider's word was found true, and after it was twice.
+#: Seconds by which a Retry-After may delay the next probe: normally, and after it was twice found to be true.
 LITTLE_TRUST, MUCH_TRUST = 5.0, 120.0
-#: Nothing is guessed to last longer than this many more.
+#: Longest estimate, in seconds, of the time for which admission stays closed.
 MAX_GUESS = 60.0
-#: A probe that was not refused within this many seconds, and thrice the usual time of a refusal, was taken.
+#: A probe counts as accepted if it is not refused within this many seconds, or within three times the usual time of a
+#: refusal if that is longer.
 PATIENCE_SECONDS = 0.5
 
 
@@ -78,9 +80,9 @@ class Circuit:
         self.next_probe = 0.0
         self.last_refused = 0.0
         self.gap = 0.0
-        """Seconds from the last refusal to the probe that was taken, in the blackout before: what it takes to wait."""
+        """Seconds from the last refusal to the successful probe in the previous blackout: this wait was long enough."""
         self.passes = False
-        """A blackout ends by itself, as that of a window does, however often is asked meanwhile."""
+        """True: blackouts end by themselves, for example with a quota window, however often probes are sent."""
         self._on_close = on_close
         self._window_ends = window_ends
         self._refusal_seconds = refusal_seconds
@@ -90,8 +92,8 @@ class Circuit:
         self._failures = self._silent = 0
         self._failed: set[Ticket] = set()
         self._step = FIRST_STEP
-        self._vain = 0.0  # the longest wait after a refusal that was refused too
-        self._asked = 0.0  # the loop's time until which a Retry-After asked to wait
+        self._vain = 0.0  # the longest wait in seconds after which a probe was refused again
+        self._asked = 0.0  # loop time until which a Retry-After asked to wait
         self._confirmed = 0
 
     @property
@@ -101,7 +103,7 @@ class Circuit:
 
     @property
     def failing(self) -> bool:
-        """The provider fails request after request: none of them is to blame."""
+        """True if the provider fails different requests in a row, so that no single request is the cause."""
         return self.state is not None or len(self._failed) >= FAILING_TICKETS
 
     def may_probe(self, now: float) -> bool:
@@ -226,12 +228,13 @@ class Circuit:
         self._on_close(now, state, Recovery(self.since, probe.sent_at, probe.sent_at - self.last_refused))
         if state is CircuitState.BLACKOUT:
             self.gap = probe.sent_at - self.last_refused
-            if self.gap <= self._vain:  # no penalty that begins anew with each refusal: it ends by itself
+            if self.gap <= self._vain:
+                # A shorter wait was enough. So a refusal does not restart a penalty: the blackout ends by itself.
                 self._vain = 0.0
         if self._asked:
             early = self._asked - probe.sent_at
             if early > 0.5 * (self._asked - self.since):
-                self._confirmed = 0  # it was taken long before the provider said
+                self._confirmed = 0  # the probe was accepted long before the time that the provider named
             elif early <= 0 and self.last_refused < self._asked:
                 self._confirmed += 1
         self.state = None
@@ -248,8 +251,9 @@ class Circuit:
 
     def _heed(self, now: float, retry_after: float | None) -> None:
         """
-        A refusal asks to wait so many seconds: the newest word counts. It may put the next probe off, as far as it is
-        trusted, and never brings it forward.
+        Take account of a refusal's Retry-After in seconds. The newest value counts.
+
+        It may delay the next probe, by at most `trust` seconds. It never makes the next probe earlier.
         """
         if retry_after is not None and isfinite(retry_after) and retry_after > 0:
             self._asked = now + retry_after
@@ -257,7 +261,10 @@ class Circuit:
             self.next_probe = max(self.next_probe, now + min(retry_after, trust))
 
     def _patience(self, now: float) -> float:
-        """Seconds until a probe of which nothing was heard counts as taken; infinite where silence means nothing."""
+        """Return the seconds until a probe without a verdict counts as accepted.
+
+        Infinite outside a blackout: there a missing refusal proves nothing.
+        """
         if self._probe is None or self.state is not CircuitState.BLACKOUT:
             return inf
         return self._probe.sent_at + max(PATIENCE_SECONDS, 3 * self._refusal_seconds()) - now

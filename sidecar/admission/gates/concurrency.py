@@ -1,4 +1,4 @@
-"""How many attempts may be in flight: derived from the pace, and learned where the provider limits it."""
+"""Limit the attempts in flight. The number is derived from the pace, and learned if the provider limits concurrency."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from sidecar.admission.gates.base import Ahead, GateStatus, Verdict
 from sidecar.admission.ticket import Cause, Ticket
 
 MAX_CONCURRENCY = 1024
-#: Refusals, over so many seconds and times that of an answer at least, that must all have met more in flight than
-#: accepted attempts did before concurrency is suspected: within a moment of each other they may as well tell of a rate
-#: that fell, and until the first answers are back there are more in flight all the time.
+#: Refusals are put down to concurrency only if SUSPECT_AFTER of them all met more attempts in flight than accepted
+#: attempts did. They must span at least SUSPECT_SECONDS seconds and SUSPECT_LATENCIES times the latency of an answer.
+#: Refusals close together can equally come from a rate limit that fell, and until the first answers arrive the number
+#: in flight only rises.
 SUSPECT_AFTER, SUSPECT_SECONDS, SUSPECT_LATENCIES = 4, 10.0, 3.0
-#: No more than this share of the accepted had as many beside them: four refusals that all do would otherwise be chance.
+#: Concurrency is suspected only if at most this share of the accepted attempts had as many others in flight. With a
+#: larger share, four refusals at such numbers could be chance.
 CHANCE = 0.1
 
 
@@ -33,7 +35,7 @@ class ConcurrencyGate:
     """
     A counting semaphore whose size moves. It never waits: a ticket that finds no free place stays in the queue.
 
-    Shrinking takes nothing back: attempts in flight finish, and none is admitted until they fit.
+    A smaller size revokes no permit: attempts in flight finish, and no other starts until the number is below the size.
     """
 
     __slots__ = (
@@ -44,12 +46,12 @@ class ConcurrencyGate:
     def __init__(self, size: int, budget: float = 0.005) -> None:
         self.name: Cause = "concurrency"
         self.size = size
-        """What the pace needs and memory allows."""
+        """Permits that the pace needs, within the bound for memory."""
         self.learned = inf
-        """What the provider allows, once a refusal has shown it."""
+        """The provider's limit on concurrency; infinite until a refusal has shown it."""
         self.in_flight = 0
         self.step = 0
-        """How many more than learned are let out at present, to see whether more is allowed."""
+        """Attempts allowed at present above the learned limit, to test whether the provider allows more."""
         self.answer_seconds = 0.0
         """Seconds that an answer takes, set by the upstream; 0 while none is known."""
         self.discovered = False
@@ -57,9 +59,9 @@ class ConcurrencyGate:
         self._budget = budget
         self._changed_at = -inf
         self._cut_at = -inf
-        self._paid = 0.0  # of a refusal, by the budget
-        self._suspects: deque[tuple[float, int]] = deque(maxlen=SUSPECT_AFTER)  # when sent, and how many beside
-        self._taken: Counter[int] = Counter()  # accepted attempts by how many they had beside them
+        self._paid = 0.0  # share of one refusal for which the budget has paid
+        self._suspects: deque[tuple[float, int]] = deque(maxlen=SUSPECT_AFTER)  # send time, other attempts in flight
+        self._taken: Counter[int] = Counter()  # accepted attempts by the number of other attempts in flight
         self._places: dict[Place, None] = {}  # in flight, in the order in which they started
 
     @property
@@ -120,7 +122,7 @@ class ConcurrencyGate:
 
     def _accepted(self, beside: int, held: bool) -> None:
         self._taken[beside] += 1
-        if beside >= self.learned:  # more than was thought: the limit has risen, look further and faster
+        if beside >= self.learned:  # more than the learned limit: it has risen, so double the steps of the search
             self.learned = beside + 1
             self.step = max(2 * self.step, 1)
         if self.learned < inf:
@@ -148,7 +150,8 @@ class ConcurrencyGate:
         """
         A refusal named another limit, or none: see whether concurrency explains the latest ones better.
 
-        A rate refuses at any number in flight; a limit on concurrency only above what was taken, but for a few.
+        A rate limit refuses at any number in flight. A limit on concurrency refuses only above the numbers at which
+        attempts were accepted, with few exceptions.
         """
         if place.beside >= self.learned or place.sent_at <= self._cut_at:
             return
@@ -160,7 +163,7 @@ class ConcurrencyGate:
             self.learned = least
             self._suspects.clear()
         elif least < 0:
-            self._taken.clear()  # what was once taken need not be so for ever
+            self._taken.clear()  # old observations may no longer be true: the provider's limit can change
             self._suspects.clear()
 
     def _least(self, place: Place) -> int:
@@ -176,7 +179,7 @@ class ConcurrencyGate:
         return -1 if least < 1 or above > min(SUSPECT_AFTER, CHANCE * self._taken.total()) else least
 
     def _was_not_there(self, refused: Place) -> None:
-        """A refused attempt held no place at the provider: the later ones had one less beside them."""
+        """Correct `beside` of the later attempts: a refused attempt was not in flight at the provider beside them."""
         later = False
         for other in self._places:
             if later:

@@ -1,10 +1,10 @@
-"""The growth limit: a provider that refuses because traffic rose too quickly, whatever the rate itself.
+"""The growth limit: some providers refuse calls because traffic rose too quickly, whatever the rate itself.
 
-DashScope says "Request rate increased too quickly"; the rule behind it is not published. It is taken to be of the form
+DashScope reports "Request rate increased too quickly". The rule behind it is not published. This model is assumed:
 
-    calls in the last second <= base + factor * (calls a second over some time before),
+    calls in the last second <= base + factor * (calls/s over some time before it).
 
-which a burst after a pause breaks and a steady stream never does.
+A burst after a pause violates this rule; a steady stream never does.
 """
 
 from __future__ import annotations
@@ -15,26 +15,26 @@ from math import inf
 from sidecar.admission.gates.base import Ahead, GateStatus, Verdict
 from sidecar.admission.ticket import Cause, Ticket
 
-#: The times before the last second, in seconds, that are looked at; the stricter one counts, since the provider's own
-#: is not known.
+#: Seconds before the last second over which the earlier rate is measured. The provider's own value is unknown, so both
+#: are used and the lower rate counts.
 MEMORIES = (8.0, 12.0)
 FACTOR = 2.5
 MIN_BASE = 1.0
-#: What each further refusal takes off the factor.
+#: Each further refusal multiplies the factor by this.
 CUT = 0.85
 
 
 class GrowthGate:
-    """Paces what rises too quickly. Dormant, and free, until the first refusal for growth."""
+    """Limit how quickly the rate of calls rises. Inactive, and without cost, until the first refusal for growth."""
 
     __slots__ = ("_bound", "_budget", "_changed_at", "_cut_at", "_first", "_log", "base", "factor", "name")
 
     def __init__(self, budget: float = 0.005) -> None:
         self.base = inf
-        """Calls in one second that are allowed after a pause; infinite while no refusal was for growth."""
+        """Calls allowed in one second after a pause; infinite until the first refusal for growth."""
         self.factor = FACTOR
         self._budget = budget
-        self._log: list[float] = []  # send times of what was not refused
+        self._log: list[float] = []  # send times of the calls that were not refused
         self.name: Cause = "growth"
         self._changed_at = -inf
         self._cut_at = -inf
@@ -43,7 +43,7 @@ class GrowthGate:
 
     @property
     def active(self) -> bool:
-        """A refusal for growth has been seen."""
+        """True once a refusal for growth has been seen."""
         return self.base < inf
 
     def advance(self, now: float) -> None:
@@ -79,14 +79,14 @@ class GrowthGate:
         )  # fmt: skip
 
     def _wait(self, now: float) -> float:
-        """Seconds until one more may be sent; 0 for now."""
+        """Return the seconds until one more call may be sent; 0 means now."""
         if self.base == inf:
             return 0.0
         last = bisect_right(self._log, now - 1.0)
         over = len(self._log) - last + 1 - self.allowed(now)
         if over <= 0:
             return 0.0
-        # as many of the last second's must have grown older than that
+        # wait until `over` calls (rounded up) of the last second are older than one second
         index = min(last + max(int(over + 0.999) - 1, 0), len(self._log) - 1)
         return max(self._log[index] + 1.0 - now, 1e-3) if index >= 0 else 0.1
 
@@ -104,26 +104,26 @@ class GrowthGate:
         return seconds
 
     def allowed(self, now: float) -> float:
-        """Calls that may be sent in the second before `now`."""
+        """Return the number of calls that are allowed in the second before `now`."""
         before = bisect_right(self._log, now - 1.0)
         rates = [(before - bisect_left(self._log, now - 1.0 - memory)) / memory for memory in MEMORIES]
         return max(self.base + self.factor * min(rates), 1.0)
 
     def _sent(self, now: float, bound: bool) -> None:
-        """One attempt goes out. `bound`: it had to wait for this."""
+        """Record one sent attempt. `bound`: it had to wait for this gate."""
         log = self._log
         if len(log) > 64 and log[len(log) // 2] < now - 1.0 - MEMORIES[-1]:
             del log[: bisect_left(log, now - 1.0 - MEMORIES[-1])]
         log.append(now)
         if bound:
             self._bound += 1
-            if self._bound * self._budget >= 1.0:  # the budget pays for a refusal: perhaps more is allowed
+            if self._bound * self._budget >= 1.0:  # the budget allows one refusal: test whether more is allowed
                 self._bound = 0
                 self.factor = min(self.factor * 1.05, 2 * FACTOR)
                 self.base *= 1.05
 
     def _refused(self, now: float, sent_at: float) -> None:
-        """An attempt sent at that time was refused for growth. One burst, told by its send times, is one event."""
+        """Learn from a refusal for growth of the attempt sent at `sent_at`. The refusals of one burst count once."""
         index = bisect_left(self._log, sent_at)
         if index < len(self._log) and self._log[index] == sent_at:
             del self._log[index]
@@ -135,7 +135,7 @@ class GrowthGate:
             self._cut_at = now
             self._bound = 0
         if self._first:
-            # A first burst after a pause shows the base itself: what was taken of it.
+            # The first burst after a pause shows the base directly: the calls that were accepted of it.
             taken = bisect_right(self._log, sent_at) - bisect_left(self._log, sent_at - 1.0)
             before = bisect_left(self._log, sent_at - 1.0) - bisect_left(self._log, sent_at - 1.0 - MEMORIES[0])
             self.base = max(taken - self.factor * before / MEMORIES[0], MIN_BASE)
