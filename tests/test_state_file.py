@@ -33,19 +33,20 @@ def write(path, age=0.0, version=1, account="account", **learned):
 
 def memory_of(path, account="account"):
     admission = Admission()
-    memory = StateFile(path, [(lambda: account, admission)])
+    memory = StateFile(path, admission, {"": lambda: account})
     memory.load()
     return memory, admission
 
 
 def recalled(path, account="account"):
     _, admission = memory_of(path, account)
-    return {model: lane.limits.requests.limit for model, lane in admission.lanes.items()}
+    return {pool.model: pool.upstreams[0].requests.limit for pool in admission.status()}
 
 
 def learn(admission, limit=10.0, model="m"):
     now = admission.loop.time()
-    admission.lane(model).limits.requests.recall(now, limit, 5.0)
+    [upstream] = admission.pool(model).upstreams
+    upstream.recall(now, {"requests": {"limit": limit, "burst": 5.0, "uncertainty": 0.02}}, 1.0)
 
 
 async def test_what_was_learned_is_recalled_in_part(path):
@@ -58,9 +59,9 @@ async def test_what_was_learned_is_recalled_in_part(path):
 async def test_every_dimension_is_recalled(path):
     write(path, tokens={"limit": 1000.0, "burst": 3000.0, "uncertainty": 0.02}, **LEARNED)
     _, admission = memory_of(path)
-    limits = admission.lanes["m"].limits
-    assert limits.tokens.limit == pytest.approx(800.0)
-    assert limits.permits.learned == 6
+    [upstream] = next(admission.status()).upstreams
+    assert upstream.tokens.limit == pytest.approx(800.0)
+    assert upstream.concurrency.limit == 6
 
 
 async def test_an_older_limit_is_believed_less_and_a_very_old_one_not_at_all(path):
@@ -92,7 +93,7 @@ async def test_a_model_without_traffic_keeps_its_age_and_its_limit(path):
 async def test_another_account_recalls_nothing_and_loses_nothing(path):
     write(path, account="other")
     memory, admission = memory_of(path)
-    assert not admission.lanes
+    assert not list(admission.status())
     learn(admission, 3.0)
     memory.save()
     assert recalled(path, "account") == {"m": pytest.approx(2.4)}
@@ -102,7 +103,7 @@ async def test_another_account_recalls_nothing_and_loses_nothing(path):
 async def test_a_rotated_key_is_another_account_from_the_next_saving_on(path):
     names = ["old key"]
     admission = Admission()
-    memory = StateFile(path, [(lambda: names[-1], admission)])
+    memory = StateFile(path, admission, {"": lambda: names[-1]})
     learn(admission)
     memory.save()
     names.append("new key")
@@ -120,7 +121,7 @@ async def test_a_rotated_key_is_another_account_from_the_next_saving_on(path):
 async def test_a_damaged_file_is_passed_over_with_one_warning_and_written_anew(path, content, caplog):
     path.write_bytes(content)
     memory, admission = memory_of(path)
-    assert not admission.lanes
+    assert not list(admission.status())
     assert caplog.text.count("it is damaged") == 1
     learn(admission)
     memory.save()

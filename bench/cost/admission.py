@@ -9,7 +9,7 @@ import asyncio
 import time
 
 from bench.sim import clock
-from sidecar.admission import Admission, Ticket
+from sidecar.admission import Admission, Ticket, UpstreamSettings, Verdict
 
 #: Pairs: number of keys, number of requests that always wait. The growth is the ratio of the largest cost to that of
 #: the second pair; 1 means that the cost does not depend on the size.
@@ -22,7 +22,7 @@ def microseconds(keys: int, waiting: int) -> float:
     """Return the processor time of one request: enter, wait, permit, verdict, release. The cameras send in turn."""
 
     async def main() -> float:
-        admission = Admission(concurrency=1, queue_size=2 * waiting + 1)
+        admission = Admission([UpstreamSettings(concurrency=1)], queue_size=2 * waiting + 1)
         loop = admission.loop
         # warm: each request that waited at the start was served once; done: all requests were served.
         warm, done = asyncio.Event(), asyncio.Event()
@@ -39,7 +39,7 @@ def microseconds(keys: int, waiting: int) -> float:
                     if left in (REQUESTS, 0):
                         (warm if left else done).set()
                     await asyncio.sleep(0.01)
-                    permit.accepted(loop.time(), (300, 30))
+                    permit.report(Verdict("accepted", loop.time(), usage=(300, 30)))
 
         callers = [asyncio.ensure_future(caller()) for _ in range(waiting + 1)]
         await warm.wait()

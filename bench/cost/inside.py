@@ -23,10 +23,10 @@ from backends.http1.server import Connection, Listener
 from backends.remote.backend import DashScopeBackend
 from bench.cost.side_by_side import bodies
 from bench.cost.wire import WHOLE, request_of
-from sidecar.admission import Admission
+from sidecar.admission import Admission, UpstreamSettings
 from sidecar.api.call import CallSettings
 from sidecar.api.server import DataServer
-from sidecar.dispatch.dispatcher import Dispatcher, Route
+from sidecar.dispatch.dispatcher import Dispatcher
 from sidecar.observe.metrics import Metrics
 
 ROUNDS, REQUESTS = 12, 1_500
@@ -65,7 +65,7 @@ async def microseconds(body: bytes) -> float:
         return _Pooled(upstream)
 
     cast("Any", backend)._connector.connect = connect
-    dispatcher = Dispatcher([Route(backend, Admission())], Metrics(CollectorRegistry()))
+    dispatcher = Dispatcher(Admission([UpstreamSettings(backend.name)]), [backend], Metrics(CollectorRegistry()))
     connection = Connection(Listener(DataServer(dispatcher, CallSettings()), most_connections=1), loop)
     answered = asyncio.Event()
     connection.connection_made(cast("asyncio.Transport", _Transport(lambda _: answered.set())))

@@ -49,8 +49,8 @@ async def test_status_tells_the_limit_that_binds_what_was_learned_and_why(servin
     assert idle["requests"]["changed_why"] == "nothing was refused yet"
 
     crowd = [asyncio.ensure_future(ask(sidecar, OTHER)) for _ in range(20)]
-    lane = sidecar.sidecar.admission.lane(OTHER)
-    await sidecar.until(lambda: simulated.counts.refused["request_rate"] and lane.cause == "request_rate")
+    pool = sidecar.sidecar.admission.pool(OTHER)
+    await sidecar.until(lambda: simulated.counts.refused["request_rate"] and pool.cause == "request_rate")
     bound = (await status(sidecar))[OTHER]
     assert bound["bound_by"] == "request_rate"
     assert "the provider's request limit" in bound["in_words"]
@@ -68,16 +68,16 @@ async def test_a_rotated_key_keeps_what_was_learned_and_is_used_at_once(serving,
     key.write_text("sk-old")
     url, simulated = await provider(requests_per_second=5, burst_requests=5, latency_seconds=0.05)
     sidecar = await serving(dashscope_url=url, dashscope_api_key_file=str(key))
-    route = sidecar.sidecar.routes[0]
+    [backend] = sidecar.sidecar.parts.backends
     await asyncio.gather(*(ask(sidecar, OTHER) for _ in range(12)))
     learned = (await status(sidecar))[OTHER]["requests"]["learned"]
-    refused, account = simulated.counts.refused["request_rate"], route.backend.account()
+    refused, account = simulated.counts.refused["request_rate"], backend.account()
     assert learned is not None
 
     key.with_name("new").write_text("sk-new")
     key.with_name("new").replace(key)
-    await sidecar.until(lambda: route.backend.account() != account)
+    await sidecar.until(lambda: backend.account() != account)
     assert (await status(sidecar))[OTHER]["requests"]["learned"] == learned
     await asyncio.gather(*(ask(sidecar, OTHER) for _ in range(12)))
     assert simulated.counts.refused["request_rate"] <= refused + 2  # no second burst: it is paced from the start
-    assert "sk-" not in route.backend.account()
+    assert "sk-" not in backend.account()

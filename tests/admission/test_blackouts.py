@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 
 from backends.simulated import Profile
 from bench.sim.table import SYSTEMS, Scenario, play, poisson, saturated, share
+from sidecar.admission.learning.bins import History
 from sidecar.admission.learning.blackout import Blackouts
-from sidecar.admission.learning.learner import RateController
 from sidecar.admission.learning.estimate import UNSUREST, Estimate
 from sidecar.admission.learning.first import FirstBurst
-from sidecar.admission.learning.bins import History
+from sidecar.admission.learning.learner import RateController
 from sidecar.admission.learning.policer import Sent
 from sidecar.admission.learning.ramp import Ramp
 

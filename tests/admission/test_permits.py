@@ -6,12 +6,12 @@ from math import inf
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from sidecar.admission.limits import Limits
 
 from backends.simulated import Profile
 from bench.sim.systems import Sidecar
 from bench.sim.table import Scenario, play, saturated
 from sidecar.admission import Ticket
-from sidecar.admission.limits import Limits
 from sidecar.admission.gates.concurrency import SUSPECT_AFTER, Permits
 
 

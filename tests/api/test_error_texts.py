@@ -70,9 +70,9 @@ def saying(status, body):
 async def waiting(given, sidecar, **headers):
     """One request upstream, which never ends, and one more in the queue."""
     tasks = [asyncio.create_task(given.ask(sidecar, **headers)) for _ in range(2)]
-    (route,) = sidecar.sidecar.routes
+    admission = sidecar.sidecar.admission
     try:
-        await sidecar.until(lambda: (route.admission.in_flight(), route.admission.waiting()) == (1, 1))
+        await sidecar.until(lambda: (admission.in_flight(), admission.waiting()) == (1, 1))
         yield tasks
     finally:
         for task in tasks:

@@ -11,8 +11,8 @@ import pytest
 from running import CHAT, chat, running
 from scripted_upstream import CHAT_ANSWER, Upstream
 
-from sidecar.admission import Admission, Priority, Ticket
-from sidecar.admission.admission import MAX_LANES
+from sidecar.admission import Admission, Priority, Ticket, UpstreamSettings
+from sidecar.admission.admission import MAX_POOLS
 from sidecar.admission.queue import FairQueue
 
 AT_ONCE = 1.0
@@ -184,17 +184,17 @@ async def test_a_keys_queue_and_a_models_lane_go_only_when_empty_and_idle():
     assert not len(queue)
     assert not any(group.keys or group.ring for group in queue._classes.values())
 
-    admission = Admission(concurrency=1)
+    admission = Admission([UpstreamSettings(concurrency=1)])
     now = admission.loop.time()
 
     def enter(model):
         return admission.enter(Ticket(now=now, deadline=now + 60.0, model=model))
 
-    flying = [enter(f"flying-{number}") for number in range(MAX_LANES // 2)]
-    behind = [enter(f"flying-{number}") for number in range(MAX_LANES // 2)]
+    flying = [enter(f"flying-{number}") for number in range(MAX_POOLS // 2)]
+    behind = [enter(f"flying-{number}") for number in range(MAX_POOLS // 2)]
     for number in range(1000):
         enter(f"passing-{number}").release(now)
-    assert len(admission.lanes) <= MAX_LANES
+    assert len(list(admission.status())) <= MAX_POOLS
     for permit in flying:
         permit.release(now)
     for permit in await asyncio.gather(*behind):

@@ -76,8 +76,8 @@ async def test_a_name_that_does_not_resolve_for_a_while_costs_a_wait_and_no_requ
             del names[NAME]
             await asyncio.sleep(0.4)  # the address is remembered for so long
             upstream.drop()
-            lane = sidecar.sidecar.admission.lane("qwen-vl-plus")
-            await sidecar.until(lambda: lane.limits.hold.kind is not None)
+            [place] = sidecar.sidecar.admission.pool("qwen-vl-plus").upstreams
+            await sidecar.until(lambda: place.circuit.state is not None)
             async with sidecar.client.get(f"{sidecar.admin_url}/readyz") as response:
                 assert response.status == 200
                 assert f"the name {NAME} cannot be resolved" in await response.text()

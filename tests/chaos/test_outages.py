@@ -17,8 +17,8 @@ from backends.simulated import Profile, Provider, SimulatedBackend
 from bench.sim import clock
 from bench.sim.systems import MODEL, Ask
 from bench.sim.table import SYSTEMS, Scenario, play, poisson
-from sidecar.admission import Admission, NotAdmitted, Ticket
-from sidecar.dispatch.dispatcher import DeadlineExceeded, Dispatcher, Route
+from sidecar.admission import Admission, NotAdmitted, Ticket, UpstreamSettings
+from sidecar.dispatch.dispatcher import DeadlineExceeded, Dispatcher
 from sidecar.observe.metrics import Metrics
 
 CALLERS = 100
@@ -44,8 +44,8 @@ async def outage(seed, **profile):
     loop = asyncio.get_running_loop()
     began = loop.time()
     provider = Provider(Profile(outages=((FROM, TO),), latency_seconds=0.2, latency_sigma=0.3, seed=seed, **profile))
-    backend, admission = Told(provider), Admission(random=Random(seed))
-    dispatcher = Dispatcher([Route(backend, admission)], Metrics(CollectorRegistry()))
+    backend, admission = Told(provider), Admission([UpstreamSettings("simulated")], random=Random(seed))
+    dispatcher = Dispatcher(admission, [backend], Metrics(CollectorRegistry()))
     requests = []
 
     async def caller(name):

@@ -113,7 +113,7 @@ async def test_it_has_a_queue_and_a_lock_wait_of_its_own(serving, tmp_path):
 
 async def test_more_frames_than_its_queue_holds_are_shed_with_retry_after(serving, tmp_path):
     sidecar = await serving(backend="simulated", detector_model=str(model("yolov10", tmp_path / "m.onnx")))
-    (route,) = sidecar.sidecar.parts.detectors
+    detector = sidecar.sidecar.parts.detector
     shed = []
 
     async def detect():
@@ -122,10 +122,10 @@ async def test_more_frames_than_its_queue_holds_are_shed_with_retry_after(servin
                 shed.append(response.headers["Retry-After"])
             return response.status
 
-    async with asyncio.TaskGroup() as callers, route.backend._lock:  # as if one frame took long
+    async with asyncio.TaskGroup() as callers, detector._lock:  # as if one frame took long
         asked = [callers.create_task(detect()) for _ in range(100)]
-        await sidecar.until(lambda: len(shed) == 100 - 64 - route.backend.slots)
-    assert [task.result() for task in asked].count(200) == 64 + route.backend.slots
+        await sidecar.until(lambda: len(shed) == 100 - 64 - detector.slots)
+    assert [task.result() for task in asked].count(200) == 64 + detector.slots
 
 
 @pytest.mark.parametrize("content", ["missing", "garbage", "unknown layout"])
