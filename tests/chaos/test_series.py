@@ -8,7 +8,7 @@ import aiohttp
 from running import CHAT, Process, samples
 from scripted_upstream import CHAT_ANSWER
 
-from sidecar.admission.admission import MAX_LANES
+from sidecar.admission.admission import MAX_POOLS
 
 NAMES = 10_000
 CALLERS = 32
@@ -52,5 +52,5 @@ async def test_10000_mistyped_models_and_cameras_leave_series_and_status_bounded
     assert len(series) < 500, len(series)
     assert not any("camera-" in name or "id-" in name for name in series)
     assert len({name for name in series if "mistyped" in name}) <= 2 * 20
-    assert status.count('"mistyped-') <= MAX_LANES
+    assert status.count('"mistyped-') <= MAX_POOLS
     assert "camera-" not in status, "an idle camera is in no queue"
