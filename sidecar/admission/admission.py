@@ -195,7 +195,7 @@ class Admission:
     def _check_bounds(self, pool: Pool, ticket: Ticket) -> None:
         if not self._arrivals.bytes:
             for other in self._pools.values():  # as a loop: this is asked for each request
-                if other.waiting:
+                if not other.is_empty:
                     break
             else:
                 return  # if nothing waits, one request always fits, whatever its size

@@ -52,7 +52,8 @@ class Pool:
         self._restricted: dict[int, FairQueue] = {}  # by the set of upstreams that are left
         self._later: list[tuple[float, int, Ticket]] = []  # a heap of retries that may not go yet
         self._number = 0
-        self._promises = Promises()
+        self.promises: Promises | None = None
+        """Callers that were told to come back; None while there never were any."""
         self._timer: asyncio.TimerHandle | None = None
         self._held_seconds = [0.0] * len(CAUSES)
         self.cause: Cause | None = None
@@ -80,10 +81,13 @@ class Pool:
         return max(self._entered_at, *(one.last_used for one in self.upstreams))
 
     @property
+    def is_empty(self) -> bool:
+        """Nothing waits."""
+        return not (self.queue.tickets or self._restricted or self._later)
+
+    @property
     def waiting(self) -> int:
         """Tickets that wait, those among them whose time has not come."""
-        if not self._restricted and not self._later:
-            return len(self.queue.tickets)
         return sum(len(queue) for queue in self.queues()) + len(self._later)
 
     @property
@@ -100,11 +104,14 @@ class Pool:
         refuses the account.
         """
         now = self._entered_at = self._loop.time()
+        one = self._one
+        if one is not None and self.is_empty and ticket.not_before <= now and one.opening(now, ticket)[1] is None:
+            return self._start(one, ticket, now)  # the usual case
         left = self._left_for(ticket)
         self._check_accounts(now, left)
         if ticket.not_before > now:
             return self._enter_later(now, ticket)
-        if not self.waiting and (upstream := self._choose(now, ticket, left)[0]) is not None:
+        if self.is_empty and (upstream := self._choose(now, ticket, left)[0]) is not None:
             return self._start(upstream, ticket, now)
         if not ticket.returned:
             self._check_reachable(now, ticket)
@@ -292,7 +299,7 @@ class Pool:
             on_end(now)
 
     def _on_end(self, now: float) -> None:
-        if self.waiting or self.cause is not None:
+        if self.cause is not None or not self.is_empty:
             if any(one.circuit.state is CircuitState.BILLING for one in self.upstreams):
                 self._refuse_for_account(now)
             self.admit(now)
@@ -342,7 +349,7 @@ class Pool:
 
     def would_wait(self, now: float, ticket: Ticket) -> bool:
         """Whether a newcomer like this one could not start at once."""
-        return self.waiting > 0 or self._choose(now, ticket, self._left_for(ticket))[0] is None
+        return not self.is_empty or self._choose(now, ticket, self._left_for(ticket))[0] is None
 
     def has_another(self, ticket: Ticket, upstream: Upstream) -> bool:
         """Whether an upstream that the ticket has not tried, beside this one, could take it."""
@@ -420,8 +427,8 @@ class Pool:
 
     def recognise(self, ticket: Ticket) -> None:
         """Mark the ticket if a place is reserved for it now: its caller returns at the time of its Retry-After."""
-        if len(self._promises):
-            ticket.promised = self._promises.redeem(self._loop.time(), ticket.key)
+        if self.promises is not None:
+            ticket.promised = self.promises.redeem(self._loop.time(), ticket.key)
 
     def promise(self, now: float, ticket: Ticket, room: float = inf) -> float:
         """Reserve a place and return the seconds after which this ticket's caller is admitted if it asks again.
@@ -429,13 +436,15 @@ class Pool:
         `room` is the number of tickets that can wait at once.
         """
         per_second = min(self._throughput(now, ticket), KEPT_SHARE * room)
-        return self._promises.make(now, ticket.key, self.predicted_wait(now, ticket), per_second)
+        if self.promises is None:
+            self.promises = Promises()
+        return self.promises.make(now, ticket.key, self.predicted_wait(now, ticket), per_second)
 
     def kept(self, now: float, ticket: Ticket) -> int:
         """Return the number of places that this new ticket must leave for callers that will return soon."""
-        if ticket.promised or not len(self._promises):
+        if ticket.promised or self.promises is None or not len(self.promises):
             return 0
-        return self._promises.due(now, SOON_SECONDS + 1.0 / self._throughput(now, ticket))
+        return self.promises.due(now, SOON_SECONDS + 1.0 / self._throughput(now, ticket))
 
     def _kept_seconds(self, now: float, ticket: Ticket) -> float:
         kept = self.kept(now, ticket)

@@ -26,6 +26,8 @@ OUTAGE_SHARE = 0.4
 UNTRIED_SHARE = 0.25
 #: Seconds that an answer is taken to last until there was one.
 USUAL_SECONDS = 1.0
+#: Send times that the growth gate keeps before it forgets old ones.
+MAX_REMEMBERED = 4096
 #: An attempt without a byte is given up after so many times the 99th percentile of an answer's time, at least so many
 #: seconds; while fewer answers than this are known, after half of the request's time.
 PATIENCE_P99S, MIN_PATIENCE_SECONDS, PATIENCE_ANSWERS = 3.0, 5.0, 20
@@ -41,12 +43,17 @@ class Permit:
     __slots__ = ("_on_end", "_reservations", "sent_at", "ticket", "upstream")
 
     def __init__(
-        self, upstream: Upstream, ticket: Ticket, now: float, reservations: list[Any], on_end: Callable[[Permit], None]
+        self,
+        upstream: Upstream,
+        ticket: Ticket,
+        now: float,
+        reservations: tuple[Any, ...],
+        on_end: Callable[[Permit], None],
     ) -> None:
         self.upstream = upstream
         self.ticket = ticket
         self.sent_at = now
-        self._reservations: list[Any] | None = reservations
+        self._reservations: tuple[Any, ...] | None = reservations
         self._on_end = on_end
 
     def __enter__(self) -> Permit:
@@ -147,9 +154,8 @@ class Upstream:
             random=(random or Random()).random,  # noqa: S311  jitter, not a secret
             on_change=on_change,
         )
-        rates: list[Gate] = [self.requests, self.growth, self.tokens] if paced else []
-        self._gates: list[Gate] = [self.concurrency, *rates]
-        self._all_gates: list[Gate] = [self.circuit, *self._gates]
+        self._rates: list[Gate] = [self.requests, self.growth, self.tokens] if paced else []
+        self._gates: list[Gate] = [self.concurrency, *self._rates]
         self._latencies: deque[float] = deque(maxlen=64)
         self._answers = 0
         self._p90 = self._p99 = 0.0  # of the latencies
@@ -160,18 +166,22 @@ class Upstream:
 
     def opening(self, now: float, ticket: Ticket) -> tuple[float, Cause | None]:
         """When the ticket may start here (inf: only an event can tell), and the gate that holds it until then."""
-        circuit = self.circuit
-        if circuit.state is not None:
+        circuit, concurrency = self.circuit, self.concurrency
+        if not circuit.dormant:
             circuit.advance(now)
-        if circuit.state is not None:  # the probe passes every other gate
             at = circuit.opens_at(now, 0.0)
-            return (now, None) if at <= now else (at, "hold")
-        cost = 0.0 if not self._paced or self.tokens.learner.unpaced else self.cost(ticket)
-        for gate in self._gates:
-            gate.advance(now)
-            at = gate.opens_at(now, cost)
             if at > now:
-                return at, gate.name
+                return at, "hold"
+            if not circuit.dormant:
+                return now, None  # the probe passes every other gate
+        if concurrency.opens_at(now, 0.0) > now:
+            return inf, "concurrency"
+        for gate in self._rates:
+            if not gate.dormant:
+                gate.advance(now)
+                at = gate.opens_at(now, self.cost(ticket) if gate is self.tokens else 1.0)
+                if at > now:
+                    return at, gate.name
         return now, None
 
     def held(self, cause: Cause | None) -> None:
@@ -183,7 +193,7 @@ class Upstream:
 
         At least 1: without a cost, no token rate could be measured.
         """
-        return max(self._cost.of(ticket.tokens), 1.0)
+        return max(ticket.tokens * self._cost.correction + self._cost.output, 1.0)  # `TokenCost.of`
 
     # -- an attempt ----------------------------------------------------------------------------------------------------
 
@@ -191,16 +201,26 @@ class Upstream:
         """One attempt goes out."""
         ticket.attempts += 1
         held, self._held_by = self._held_by, None
-        cost = self.cost(ticket) if self._paced else 0.0
-        if self._paced:
-            # The mean of all until the first answer, and then of the latest.
-            share = 0.05 if self._answers else 1.0 / (self.concurrency.in_flight + 1)
-            learner = self.tokens.learner
-            learner.typical += share * (cost - learner.typical)
-        reservations = [gate.reserve(now, ticket, cost, held=held == gate.name) for gate in self._all_gates]
-        return Permit(self, ticket, now, reservations, on_end)
+        circuit, growth = self.circuit, self.growth
+        if not circuit.dormant:
+            circuit.reserve(now, ticket, 0.0, held=False)
+        place = self.concurrency.reserve(now, ticket, 0.0, held=held == "concurrency")
+        if not self._paced:
+            return Permit(self, ticket, now, (ticket, place), on_end)
+        cost = self.cost(ticket)
+        # The mean of all until the first answer, and then of the latest.
+        self.tokens.learner.usual(cost, 0.05 if self._answers else 1.0 / self.concurrency.in_flight)
+        requests = self.requests.reserve(now, ticket, 1.0, held=held == "request_rate")
+        if not growth.dormant:
+            growth.reserve(now, ticket, 1.0, held=held == "growth")
+        else:
+            growth.log.append(now)
+            if len(growth.log) > MAX_REMEMBERED:
+                growth.trim(now)
+        tokens = self.tokens.reserve(now, ticket, cost, held=held == "token_rate")
+        return Permit(self, ticket, now, (ticket, place, requests, now, tokens), on_end)
 
-    def settle(self, permit: Permit, reservations: list[Any], verdict: Verdict) -> None:
+    def settle(self, permit: Permit, reservations: tuple[Any, ...], verdict: Verdict) -> None:
         """An attempt ended: tell every gate, once."""
         now = verdict.at
         accepted, refused = verdict.outcome == "accepted", verdict.outcome == "refused"
@@ -223,7 +243,7 @@ class Upstream:
                     self.circuit.open(now, CircuitState.BLACKOUT, verdict.reason, verdict.retry_after)
         self.last_used = now
 
-    def _blamed(self, now: float, reservations: list[Any], verdict: Verdict) -> Cause | None:
+    def _blamed(self, now: float, reservations: tuple[Any, ...], verdict: Verdict) -> Cause | None:
         """Return the cause of a refusal: the dimension that it names, unless another dimension explains it better."""
         if verdict.named == "capacity":
             return None

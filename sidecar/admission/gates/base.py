@@ -87,6 +87,9 @@ class Gate(Protocol):
 
     name: Cause
 
+    dormant: bool
+    """The gate never closes at present: it need not be asked."""
+
     def advance(self, now: float) -> None:
         """Let time pass up to `now`. To be called before the questions below."""
         ...

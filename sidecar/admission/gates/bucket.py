@@ -34,7 +34,8 @@ class TokenBucket:
         """Return the seconds until `amount` may be taken if nothing else is taken before; 0 means now."""
         if self.rate == inf:
             return 0.0
-        missing = min(amount, self.capacity) - self.level(now)
+        level = self._level if now <= self._at else self.level(now)
+        missing = min(amount, self.capacity) - level
         # A timer may fire early by a rounding error, in units or in seconds. The bucket must then already be open.
         if missing <= 1e-9 * max(amount, self.rate):
             return 0.0
@@ -42,15 +43,19 @@ class TokenBucket:
 
     def take(self, now: float, amount: float = 1.0) -> None:
         """Take `amount`, even if this leaves a debt. A negative amount is given back."""
-        self._level = min(self.capacity, self.level(now) - amount)
+        level = self._level if now <= self._at else self.level(now)
+        self._level = min(self.capacity, level - amount)
         self._at = max(self._at, now)
 
     def set(self, now: float, rate: float, capacity: float) -> None:
         """Change rate and capacity from `now` on. The level stays, up to the new capacity."""
-        level = self.level(now)
+        level = self._level
+        if now > self._at:
+            grown = level + self.rate * (now - self._at) if self.rate != inf else self.capacity
+            level = min(self.capacity, grown)
+            self._at = now
         if self.rate == inf and rate != inf:
             level = min(level, 0.0)  # an unlimited bucket was full without having been filled at any rate
         self.rate = rate
         self.capacity = capacity
         self._level = min(level, capacity)
-        self._at = max(self._at, now)

@@ -41,23 +41,13 @@ MAX_GUESS = 60.0
 PATIENCE_SECONDS = 0.5
 
 
-class Try:
-    """One attempt as the circuit remembers it."""
-
-    __slots__ = ("sent_at", "ticket")
-
-    def __init__(self, sent_at: float, ticket: Ticket) -> None:
-        self.sent_at = sent_at
-        self.ticket = ticket
-
-
 class Circuit:
     """Closed while `state` is None. While open, one probe at a time may go, at `next_probe`."""
 
     __slots__ = (
-        "_asked", "_confirmed", "_failed", "_failures", "_on_change", "_on_close", "_probe", "_random",
-        "_refusal_seconds", "_silent", "_step", "_vain", "_window_ends", "gap", "last_refused", "name", "next_probe",
-        "passes", "reason", "since", "state",
+        "_asked", "_confirmed", "_failed", "_failures", "_on_change", "_on_close", "_probe", "_probed_at", "_random",
+        "_refusal_seconds", "_silent", "_step", "_vain", "_window_ends", "dormant", "gap", "last_refused", "name",
+        "next_probe", "passes", "reason", "since", "state",
     )  # fmt: skip
 
     def __init__(
@@ -74,6 +64,7 @@ class Circuit:
         `window_ends` and `refusal_seconds` are the request rate's learner's. `random` gives the jitter, 0 to 1.
         """
         self.name: Cause = "hold"
+        self.dormant = True
         self.state: CircuitState | None = None
         self.reason = ""
         self.since = 0.0
@@ -88,7 +79,8 @@ class Circuit:
         self._refusal_seconds = refusal_seconds
         self._random = random
         self._on_change = on_change
-        self._probe: Try | None = None
+        self._probe: Ticket | None = None  # whose attempt is the probe
+        self._probed_at = 0.0
         self._failures = self._silent = 0
         self._failed: set[Ticket] = set()
         self._step = FIRST_STEP
@@ -125,14 +117,13 @@ class Circuit:
             return now + self._patience(now)
         return max(now, self.next_probe)
 
-    def reserve(self, now: float, ticket: Ticket, cost: float, *, held: bool) -> Try:
-        """See `Gate`. While the circuit is open, this attempt is the probe."""
-        one = Try(now, ticket)
+    def reserve(self, now: float, ticket: Ticket, cost: float, *, held: bool) -> Ticket:
+        """See `Gate`. While the circuit is open, this attempt is the probe. A closed one need not be asked."""
         if self.state is not None:
-            self._probe = one
-        return one
+            self._probe, self._probed_at = ticket, now
+        return ticket
 
-    def settle(self, now: float, reservation: Try, verdict: Verdict, *, blamed: Cause | None) -> None:
+    def settle(self, now: float, reservation: Ticket, verdict: Verdict, *, blamed: Cause | None) -> None:
         """See `Gate`."""
         is_probe = reservation is self._probe
         match verdict.outcome:
@@ -148,7 +139,7 @@ class Circuit:
                     self._refused(now, self.state, verdict, opens=is_probe)
             case "failed":
                 self._failures += 1
-                self._failed.add(reservation.ticket)
+                self._failed.add(reservation)
                 down = self._failures >= OUTAGE_FAILURES and len(self._failed) >= OUTAGE_TICKETS
                 if is_probe or (self.state is None and down):
                     self.open(now, CircuitState.OUTAGE, verdict.reason)
@@ -163,7 +154,7 @@ class Circuit:
         if reservation is self._probe:  # without a verdict: its caller left
             self._probe = None
 
-    def explains(self, now: float, reservation: Try) -> float:
+    def explains(self, now: float, reservation: Ticket) -> float:
         """See `Gate`: everything is refused while the circuit is open."""
         return float(self.state is not None)
 
@@ -210,6 +201,7 @@ class Circuit:
                 self._vain = max(self._vain, now - self.last_refused)
             self._step = min(self._step * (GROWTH if self._step < SHORT_STEP else SLOW_GROWTH), MAX_STEP)
         before, self.state = self.state, state
+        self.dormant = False
         self.reason = reason
         self.last_refused = now
         if state is not before:
@@ -222,22 +214,23 @@ class Circuit:
 
     def _close(self, now: float) -> None:
         """The probe was accepted: the provider takes work again."""
-        state, probe = self.state, self._probe
-        if probe is None or state is None:
+        state = self.state
+        if self._probe is None or state is None:
             return
-        self._on_close(now, state, Recovery(self.since, probe.sent_at, probe.sent_at - self.last_refused))
+        self._on_close(now, state, Recovery(self.since, self._probed_at, self._probed_at - self.last_refused))
         if state is CircuitState.BLACKOUT:
-            self.gap = probe.sent_at - self.last_refused
+            self.gap = self._probed_at - self.last_refused
             if self.gap <= self._vain:
                 # A shorter wait was enough. So a refusal does not restart a penalty: the blackout ends by itself.
                 self._vain = 0.0
         if self._asked:
-            early = self._asked - probe.sent_at
+            early = self._asked - self._probed_at
             if early > 0.5 * (self._asked - self.since):
                 self._confirmed = 0  # the probe was accepted long before the time that the provider named
             elif early <= 0 and self.last_refused < self._asked:
                 self._confirmed += 1
         self.state = None
+        self.dormant = True
         self.reason = ""
         self.next_probe = -inf
         self._probe = None
@@ -267,7 +260,7 @@ class Circuit:
         """
         if self._probe is None or self.state is not CircuitState.BLACKOUT:
             return inf
-        return self._probe.sent_at + max(PATIENCE_SECONDS, 3 * self._refusal_seconds()) - now
+        return self._probed_at + max(PATIENCE_SECONDS, 3 * self._refusal_seconds()) - now
 
     def _forget_failures(self) -> None:
         self._failures = self._silent = 0

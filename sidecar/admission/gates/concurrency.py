@@ -40,11 +40,12 @@ class ConcurrencyGate:
 
     __slots__ = (
         "_budget", "_changed_at", "_cut_at", "_paid", "_places", "_suspects", "_taken", "answer_seconds", "discovered",
-        "in_flight", "learned", "name", "size", "step",
+        "dormant", "in_flight", "learned", "name", "size", "step",
     )  # fmt: skip
 
     def __init__(self, size: int, budget: float = 0.005) -> None:
         self.name: Cause = "concurrency"
+        self.dormant = False
         self.size = size
         """Permits that the pace needs, within the bound for memory."""
         self.learned = inf

@@ -27,31 +27,28 @@ CUT = 0.85
 class GrowthGate:
     """Limit how quickly the rate of calls rises. Inactive, and without cost, until the first refusal for growth."""
 
-    __slots__ = ("_bound", "_budget", "_changed_at", "_cut_at", "_first", "_log", "base", "factor", "name")
+    __slots__ = ("_bound", "_budget", "_changed_at", "_cut_at", "_first", "base", "dormant", "factor", "log", "name")
 
     def __init__(self, budget: float = 0.005) -> None:
         self.base = inf
         """Calls allowed in one second after a pause; infinite until the first refusal for growth."""
         self.factor = FACTOR
         self._budget = budget
-        self._log: list[float] = []  # send times of the calls that were not refused
+        self.log: list[float] = []
+        """Send times of the calls that were not refused. While the gate is dormant, the upstream appends to it."""
         self.name: Cause = "growth"
+        self.dormant = True
         self._changed_at = -inf
         self._cut_at = -inf
         self._first = False
         self._bound = 0
-
-    @property
-    def active(self) -> bool:
-        """True once a refusal for growth has been seen."""
-        return self.base < inf
 
     def advance(self, now: float) -> None:
         """See `Gate`."""
 
     def opens_at(self, now: float, cost: float) -> float:
         """See `Gate`."""
-        wait = self._wait(now) if self.base < inf else 0.0
+        wait = self._wait(now)
         return now + wait if wait > 0 else now
 
     def reserve(self, now: float, ticket: Ticket, cost: float, *, held: bool) -> float:
@@ -71,7 +68,7 @@ class GrowthGate:
 
     def status(self, now: float) -> GateStatus:
         """See `Gate`."""
-        if not self.active:
+        if self.dormant:
             return GateStatus("growth", limit=None)
         return GateStatus(
             "growth", limit=self.base, pace=self.allowed(now), why="refused for growth", since=self._changed_at,
@@ -82,21 +79,21 @@ class GrowthGate:
         """Return the seconds until one more call may be sent; 0 means now."""
         if self.base == inf:
             return 0.0
-        last = bisect_right(self._log, now - 1.0)
-        over = len(self._log) - last + 1 - self.allowed(now)
+        last = bisect_right(self.log, now - 1.0)
+        over = len(self.log) - last + 1 - self.allowed(now)
         if over <= 0:
             return 0.0
         # wait until `over` calls (rounded up) of the last second are older than one second
-        index = min(last + max(int(over + 0.999) - 1, 0), len(self._log) - 1)
-        return max(self._log[index] + 1.0 - now, 1e-3) if index >= 0 else 0.1
+        index = min(last + max(int(over + 0.999) - 1, 0), len(self.log) - 1)
+        return max(self.log[index] + 1.0 - now, 1e-3) if index >= 0 else 0.1
 
     def seconds_for(self, now: float, ahead: Ahead) -> float:
         """See `Gate`: each second allows more in the next one."""
-        if not self.active:
+        if self.dormant:
             return 0.0
         requests = ahead.requests
         seconds = self._wait(now)
-        before = float(len(self._log) - bisect_left(self._log, now - MEMORIES[-1]))
+        before = float(len(self.log) - bisect_left(self.log, now - MEMORIES[-1]))
         while requests > (allowed := max(self.base + self.factor * before / MEMORIES[-1], 1.0)):
             requests -= allowed
             before += allowed
@@ -105,16 +102,15 @@ class GrowthGate:
 
     def allowed(self, now: float) -> float:
         """Return the number of calls that are allowed in the second before `now`."""
-        before = bisect_right(self._log, now - 1.0)
-        rates = [(before - bisect_left(self._log, now - 1.0 - memory)) / memory for memory in MEMORIES]
+        before = bisect_right(self.log, now - 1.0)
+        rates = [(before - bisect_left(self.log, now - 1.0 - memory)) / memory for memory in MEMORIES]
         return max(self.base + self.factor * min(rates), 1.0)
 
     def _sent(self, now: float, bound: bool) -> None:
         """Record one sent attempt. `bound`: it had to wait for this gate."""
-        log = self._log
-        if len(log) > 64 and log[len(log) // 2] < now - 1.0 - MEMORIES[-1]:
-            del log[: bisect_left(log, now - 1.0 - MEMORIES[-1])]
-        log.append(now)
+        if len(self.log) > 64 and self.log[len(self.log) // 2] < now - 1.0 - MEMORIES[-1]:
+            self.trim(now)
+        self.log.append(now)
         if bound:
             self._bound += 1
             if self._bound * self._budget >= 1.0:  # the budget allows one refusal: test whether more is allowed
@@ -122,20 +118,25 @@ class GrowthGate:
                 self.factor = min(self.factor * 1.05, 2 * FACTOR)
                 self.base *= 1.05
 
+    def trim(self, now: float) -> None:
+        """Forget what is too old to count."""
+        del self.log[: bisect_left(self.log, now - 1.0 - MEMORIES[-1])]
+
     def _refused(self, now: float, sent_at: float) -> None:
         """Learn from a refusal for growth of the attempt sent at `sent_at`. The refusals of one burst count once."""
-        index = bisect_left(self._log, sent_at)
-        if index < len(self._log) and self._log[index] == sent_at:
-            del self._log[index]
+        index = bisect_left(self.log, sent_at)
+        if index < len(self.log) and self.log[index] == sent_at:
+            del self.log[index]
         if sent_at > self._cut_at:
-            self._first = not self.active
-            if self.active:
+            self._first = self.dormant
+            if not self.dormant:
                 self.factor *= CUT
                 self.base = max(self.base * 0.97, MIN_BASE)
             self._cut_at = now
             self._bound = 0
         if self._first:
             # The first burst after a pause shows the base directly: the calls that were accepted of it.
-            taken = bisect_right(self._log, sent_at) - bisect_left(self._log, sent_at - 1.0)
-            before = bisect_left(self._log, sent_at - 1.0) - bisect_left(self._log, sent_at - 1.0 - MEMORIES[0])
+            taken = bisect_right(self.log, sent_at) - bisect_left(self.log, sent_at - 1.0)
+            before = bisect_left(self.log, sent_at - 1.0) - bisect_left(self.log, sent_at - 1.0 - MEMORIES[0])
             self.base = max(taken - self.factor * before / MEMORIES[0], MIN_BASE)
+        self.dormant = False

@@ -19,7 +19,8 @@ class RateGate:
     """Paces one dimension of one upstream. Amounts are 1 for each request, or the LLM tokens of an attempt."""
 
     __slots__ = (
-        "_bucket", "_filled_at", "_in_tokens", "_limit", "_on_change", "_state", "learner", "name", "nothing_accepted",
+        "_bucket", "_filled_at", "_in_tokens", "_limit", "_on_change", "_state", "dormant", "learner", "name",
+        "nothing_accepted",
     )  # fmt: skip
 
     def __init__(
@@ -28,6 +29,7 @@ class RateGate:
         """`on_change` is called with every change of the limit that a verdict makes, and every tenth that it grows."""
         self.name: Cause = name
         self.learner = learner
+        self.dormant = learner.unpaced
         self.nothing_accepted = False
         """The last refusal showed that everything is refused, whatever the pace."""
         self._in_tokens = name == "token_rate"
@@ -38,13 +40,12 @@ class RateGate:
 
     def advance(self, now: float) -> None:
         """Let the bucket fill, at the pace of now from now on."""
-        if not self.learner.unpaced:
-            self._fill(now)
+        learner = self.learner
+        self._filled_at = now
+        self._bucket.set(now, learner.pace(now), learner.capacity)
 
     def opens_at(self, now: float, cost: float) -> float:
         """See `Gate`."""
-        if self.learner.unpaced:
-            return now
         wait = self._bucket.wait(now, cost if self._in_tokens else 1.0)
         return now + wait if wait > 0 else now
 
@@ -52,10 +53,10 @@ class RateGate:
         """See `Gate`."""
         amount = cost if self._in_tokens else 1.0
         learner = self.learner
-        if learner.unpaced:
+        if self.dormant:
             return learner.sent(now, amount, held=held, pace=self._bucket.rate)
-        if now != self._filled_at:  # `advance` filled it in the turn of the loop that let this attempt through
-            self._fill(now)
+        if now != self._filled_at:  # `opening` has advanced it, except for a probe
+            self.advance(now)
         sent = learner.sent(now, amount, held=held, pace=self._bucket.rate)
         self._bucket.take(now, amount)
         if held and abs(learner.limit - self._limit) > REPORTED_SHARE * self._limit:
@@ -85,7 +86,7 @@ class RateGate:
 
     def seconds_for(self, now: float, ahead: Ahead) -> float:
         """See `Gate`: at the pace of now."""
-        self._fill(now)
+        self.advance(now)
         amount = ahead.tokens if self._in_tokens else ahead.requests
         return max(amount - self._bucket.level(now), 0.0) / self.learner.pace(now)
 
@@ -110,13 +111,14 @@ class RateGate:
         )
 
     def _correct(self, now: float, reservation: Sent, amount: float) -> None:
-        if not self.learner.unpaced:
+        if not self.dormant:
             self._bucket.take(now, amount - reservation.amount)
         self.learner.settled(reservation, amount)
 
     def _apply(self, now: float, effect: Effect) -> bool:
+        self.dormant = self.learner.unpaced
         if effect.level is not None:  # whatever it held; what is below nothing has to flow in first
-            self._fill(now)
+            self.advance(now)
             self._bucket.take(now, self._bucket.level(now) - effect.level)
         self._report(now)
         return effect.nothing_accepted
@@ -126,8 +128,3 @@ class RateGate:
         if known.limit != self._limit or known.state != self._state:
             self._on_change(Change(now, self.name, self._limit, known.limit, known.state, known.why))
             self._limit, self._state = known.limit, known.state
-
-    def _fill(self, now: float) -> None:
-        self._filled_at = now
-        learner = self.learner
-        self._bucket.set(now, learner.pace(now), learner.capacity)

@@ -9,22 +9,22 @@ USUAL_OUTPUT = 100.0
 class TokenCost:
     """Input as tickets estimate it, times a correction learned from the provider's counts, plus an average answer."""
 
-    __slots__ = ("_correction", "_counted", "_output", "_told")
+    __slots__ = ("_counted", "_told", "correction", "output")
 
     def __init__(self) -> None:
-        self._output = USUAL_OUTPUT
+        self.output = USUAL_OUTPUT
         self._told = self._counted = 0.0  # input tokens: estimated by tickets, counted by the provider; both smoothed
-        self._correction = 1.0
+        self.correction = 1.0
 
     def of(self, tokens: float, requests: float = 1) -> float:
         """Return the LLM tokens that `requests` requests will use; `tokens` is their total estimated input."""
-        return tokens * self._correction + requests * self._output
+        return tokens * self.correction + requests * self.output
 
     def counted(self, told: float, input_tokens: int, output_tokens: int) -> None:
         """Learn from one request: its estimated input `told`, and the provider's counts of input and output tokens."""
-        self._output += (0.1 if self._told else 1.0) * (output_tokens - self._output)
+        self.output += (0.1 if self._told else 1.0) * (output_tokens - self.output)
         # The ratio of the means, not the mean of the ratios: so a request has weight in proportion to its size.
         self._told = 0.9 * self._told + told
         self._counted = 0.9 * self._counted + input_tokens
         if self._told > 0:
-            self._correction = self._counted / self._told
+            self.correction = self._counted / self._told

@@ -61,8 +61,6 @@ class Learner(Protocol):
 
     unpaced: bool
     """Nothing needs to be paced: no refusal was ever seen, and there is no ceiling."""
-    typical: float
-    """The amount of a usual attempt: 1 request, or the mean of LLM tokens."""
 
     @property
     def limit(self) -> float:
@@ -82,6 +80,10 @@ class Learner(Protocol):
     @property
     def capacity(self) -> float:
         """What may be sent at once after a pause."""
+        ...
+
+    def usual(self, amount: float, share: float) -> None:
+        """Move the amount of a usual attempt by this share of the way to `amount`: LLM tokens differ."""
         ...
 
     def pace(self, now: float) -> float:

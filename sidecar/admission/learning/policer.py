@@ -55,32 +55,31 @@ class Interval:
 class Trace:
     """What was sent since the provider's bucket was last known to be empty: since the last refusal, mostly."""
 
-    __slots__ = ("_sent", "start")
+    __slots__ = ("sent", "start")
 
     def __init__(self, now: float) -> None:
         self.start = now
         """When it was empty."""
-        self._sent: deque[Sent] = deque()
+        self.sent: deque[Sent] = deque()
+        """In order. Whoever appends calls `trim` above POLICER_MAX_REMEMBERED."""
 
     def __iter__(self) -> Iterator[Sent]:
-        return iter(self._sent)
+        return iter(self.sent)
 
-    def add(self, one: Sent) -> None:
-        """One more. Where they are too many, what the bucket held before the later half is taken to be nothing."""
-        self._sent.append(one)
-        if len(self._sent) > POLICER_MAX_REMEMBERED:
-            for _ in range(POLICER_MAX_REMEMBERED // 2):
-                self.start = self._sent.popleft().at
+    def trim(self) -> None:
+        """Forget the first half: what the bucket held before the later half is taken to be nothing."""
+        for _ in range(POLICER_MAX_REMEMBERED // 2):
+            self.start = self.sent.popleft().at
 
     def until(self, refused: Sent) -> Interval:
         """What was taken since then, until this one was refused."""
-        return Interval(self.start, [one for one in self._sent if not one.refused and one.at <= refused.at], refused)
+        return Interval(self.start, [one for one in self.sent if not one.refused and one.at <= refused.at], refused)
 
     def emptied(self, at: float) -> None:
         """The bucket was empty at that time too, so that what was sent before shows nothing more."""
         self.start = at
-        while self._sent and self._sent[0].at <= at:
-            self._sent.popleft()
+        while self.sent and self.sent[0].at <= at:
+            self.sent.popleft()
 
 
 def level_after(start: float, level: float, sent: Sequence[Sent], *, at: float, rate: float, burst: float) -> float:

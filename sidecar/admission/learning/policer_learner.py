@@ -27,7 +27,7 @@ from sidecar.admission.learning.policer import Interval, Sent, Trace
 from sidecar.admission.learning.ramp import Ramp
 from sidecar.admission.learning.shared import Share
 from sidecar.admission.learning.start import Start
-from sidecar.admission.learning.states import START, State
+from sidecar.admission.learning.states import SHARED, START, State
 from sidecar.admission.learning.tuning import (
     ESTIMATE_LEAST,
     ESTIMATE_MOVED,
@@ -39,6 +39,7 @@ from sidecar.admission.learning.tuning import (
     LEARNER_MAX_AHEAD,
     LEARNER_OFF,
     LEARNER_SOON,
+    POLICER_MAX_REMEMBERED,
     SHARED_KEPT,
     START_CREDIT,
 )
@@ -68,14 +69,9 @@ class PolicerLearner:
         self._share = Share()
         self._blackouts = Blackouts(now)
 
-    @property
-    def typical(self) -> float:
-        """The amount of a usual attempt."""
-        return self.estimate.typical
-
-    @typical.setter
-    def typical(self, amount: float) -> None:
-        self.estimate.typical = amount
+    def usual(self, amount: float, share: float) -> None:
+        """See `Learner`."""
+        self.estimate.typical += share * (amount - self.estimate.typical)
 
     @property
     def state(self) -> State:
@@ -95,31 +91,41 @@ class PolicerLearner:
     # -- the gate ------------------------------------------------------------------------------------------------------
 
     def pace(self, now: float) -> float:
-        """What may be sent a second at this instant; infinite for unpaced."""
+        """See `Learner`."""
         estimate = self.estimate
         if estimate.state is START:
             return min(self._start.pace(now) * estimate.typical, self.ceiling)
-        return min(self._unbounded_pace(), self.ceiling)
+        height = self._share.factor if estimate.state is SHARED else self._ramp.height
+        return min(estimate.limit * height, self.ceiling)
 
     @property
     def capacity(self) -> float:
-        """What may be sent at once after a pause."""
+        """See `Learner`. Beyond the start a cushion is left in the provider's bucket."""
         estimate = self.estimate
+        burst, typical = estimate.burst, estimate.typical
         if estimate.state is START:
-            return min(START_CREDIT * estimate.typical, max(self.ceiling, estimate.typical))
-        return max(estimate.burst - estimate.cushion, estimate.typical)
+            return min(START_CREDIT * typical, max(self.ceiling, typical))
+        return max(burst - min(max(0.1 * burst, typical), 3.0 * typical), typical)  # `Estimate.cushion`
 
     def sent(self, now: float, amount: float, *, held: bool, pace: float) -> Sent:
-        """See `Learner`."""
+        """See `Learner`. Written out here, since it runs for each attempt: a call in Python costs as much as a line."""
         if held and not self.unpaced:
             self._grow(now, amount)
         self._grown_at = now
-        if self._share.sent(now, self.estimate, self.refusal_seconds, pace):
+        share, start, history, trace = self._share, self._start, self._blackouts.history, self._trace
+        share.calls += 1
+        if share.climb is not None and share.sent(now, self.estimate, self.refusal_seconds, pace):
             self._begin()
-        self._start.sent(now)
-        self._blackouts.history.add(now, amount)
+        start.unanswered += 1
+        if start.began == inf:
+            start.began = now
+        history.pending.append((now, amount))
+        if len(history.pending) > POLICER_MAX_REMEMBERED:
+            history.flush()
         one = Sent(now, amount, held)
-        self._trace.add(one)
+        trace.sent.append(one)
+        if len(trace.sent) > POLICER_MAX_REMEMBERED:
+            trace.trim()
         return one
 
     def _empty_for(self, now: float, pause: float) -> Effect:
@@ -340,7 +346,7 @@ class PolicerLearner:
     # -- the ramp ------------------------------------------------------------------------------------------------------
 
     def _unbounded_pace(self) -> float:
-        height = self._share.factor if self.state is State.SHARED else self._ramp.height()
+        height = self._share.factor if self.state is State.SHARED else self._ramp.height
         return self.estimate.limit * height
 
     def _begin(self) -> None:

@@ -39,12 +39,14 @@ class Ramp:
 
     __slots__ = (
         "_budget", "_caution", "_credit", "_each", "_eager", "_excess", "_haste", "_length", "_no_credit", "_refusals",
-        "_sent", "_unsure", "_vague", "rise", "spent",
+        "_sent", "_unsure", "_vague", "height", "rise", "spent",
     )  # fmt: skip
 
     def __init__(self, budget: float) -> None:
         self.rise = 1.0
         """Growth of a limit that has risen."""
+        self.height = 1.0
+        """The pace as a share of the limit."""
         self.spent = 0.0
         """What was sent above the limit since the ramp was to its end."""
         self._budget = budget
@@ -99,11 +101,13 @@ class Ramp:
         self._length = max(length * sure / unsure, 2 * typical, window)
         self._sent = self.spent = 0.0
         self.rise = 1.0
+        self._climb()
 
     def end(self, rise: float) -> None:
         """Be at the end, as if the limit had risen, and grow from that share of it."""
         self._sent, self.spent = RAMP_RISEN_NO_CREDIT * self._length, self._credit
         self.rise = rise
+        self._climb()
 
     @property
     def along(self) -> float:
@@ -115,19 +119,20 @@ class Ramp:
         """More was sent above the limit than is allowed, if it is what it was."""
         return self.spent >= self._credit
 
-    def height(self) -> float:
-        """The pace as a share of the limit."""
+    def _climb(self) -> None:
         along = self.along
         if along < 1.0 or self._no_credit:
             along = min(along, RAMP_RISEN_NO_CREDIT)
-            return (1.0 - self._unsure + 2.0 * self._unsure * along * along) * self.rise
-        return (1.0 + max(self._unsure, self._excess)) * self.rise
+            self.height = (1.0 - self._unsure + 2.0 * self._unsure * along * along) * self.rise
+        else:
+            self.height = (1.0 + max(self._unsure, self._excess)) * self.rise
 
     def grow(self, seconds: float, amount: float, typical: float) -> None:
         """So much more was sent, after so many seconds in which the pace was what held requests back."""
-        height = self.height()
+        height = self.height
         self._sent += amount
         if self.along < 1.0:
+            self._climb()
             return
         self.spent += amount * (1.0 - 1.0 / max(height, 1.0))
         if self._no_credit:
@@ -135,3 +140,4 @@ class Ramp:
         else:
             risen = 1.0 if self.risen else min(max(self._eager * self.spent / self._credit, self._vague), 1.0)
         self.rise *= exp(risen * min(RAMP_RISE / self._caution * seconds, RAMP_RISE_PER_REQUEST * amount / typical))
+        self._climb()

@@ -51,14 +51,15 @@ from sidecar.admission.learning.tuning import (
 class Share:
     """Whether others use the account, as refusals show it, and what the pace does then."""
 
-    __slots__ = ("_calls", "_cut", "_highest", "_limits", "_odd", "_often_since", "_refused", "climb")
+    __slots__ = ("_cut", "_highest", "_limits", "_odd", "_often_since", "_refused", "calls", "climb")
 
     def __init__(self) -> None:
         self.climb: Climb | None = None
         """While refusals come at any pace."""
         self._odd = 0  # refusals that no limit of our own explains
         self._limits: deque[float] = deque(maxlen=SHARED_ALIKE)  # at the latest events while others use the account
-        self._calls = 0  # that went out
+        self.calls = 0
+        """Calls that went out."""
         self._refused: deque[int] = deque(maxlen=SHARED_OFTEN)  # of them, the latest
         self._often_since = inf
         self._cut = SHARED_MAX_CUT  # of the next refusal
@@ -119,8 +120,8 @@ class Share:
 
     def in_vain(self, now: float, limit: float, estimate: Estimate) -> bool:
         """A refusal that a slower pace, at this limit, should have prevented. Whether they come at any pace."""
-        self._refused.append(self._calls)
-        calls = self._calls - self._refused[0] + 1
+        self._refused.append(self.calls)
+        calls = self.calls - self._refused[0] + 1
         # a larger bucket refuses only whoever is too fast
         if (
             len(self._refused) < SHARED_OFTEN
@@ -140,8 +141,7 @@ class Share:
         return True
 
     def sent(self, now: float, estimate: Estimate, refusal_seconds: float, pace: float) -> bool:
-        """One more call goes out, at this pace. Whether that ends a climb: no refusals come any more."""
-        self._calls += 1
+        """One more call goes out, at this pace, during a climb. Whether that ends it: no refusals come any more."""
         if self.climb is None:
             return False
         estimate.limit *= self.climb.sent(now, refusal_seconds, pace / estimate.typical)

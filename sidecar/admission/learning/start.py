@@ -19,22 +19,17 @@ from sidecar.admission.learning.tuning import (
 class Start:
     """Paces in requests, whatever the dimension. Goes on measuring the accepted rate when the start is over."""
 
-    __slots__ = ("_answers", "_dormant", "_pace", "_total", "_unanswered", "began")
+    __slots__ = ("_answers", "_dormant", "_pace", "_total", "began", "unanswered")
 
     def __init__(self, *, dormant: bool) -> None:
         self.began = inf
         """When the first request was sent."""
         self._dormant = dormant
         self._pace = START_PACE
-        self._unanswered = 0
+        self.unanswered = 0
+        """Requests that went out and have not ended."""
         self._answers: deque[tuple[float, float]] = deque()
         self._total = 0.0
-
-    def sent(self, now: float) -> None:
-        """A request goes out."""
-        if self.began == inf:
-            self.began = now
-        self._unanswered += 1
 
     def again(self, now: float) -> None:
         """Begin anew: after a pause the provider is as unknown as at first, and all that waits is no first word."""
@@ -42,7 +37,7 @@ class Start:
 
     def answered(self, now: float, amount: float) -> None:
         """A request has ended, and took this amount."""
-        self._unanswered -= 1
+        self.unanswered -= 1
         self._answers.append((now, amount))
         self._total += amount
         if self._answers[0][0] < now - START_WINDOW_SECONDS:
@@ -54,10 +49,10 @@ class Start:
 
     def pace(self, now: float) -> float:
         """Requests a second that may go out; infinite for unpaced."""
-        if self._dormant or self._unanswered < START_CREDIT or self.began == inf:
+        if self._dormant or self.unanswered < START_CREDIT or self.began == inf:
             return inf
         steps = (now - self.began) / START_CREDIT_STEP_SECONDS
-        if self._unanswered < min(START_CREDIT * 2.0 ** min(steps, 8.0), START_MAX_UNANSWERED):
+        if self.unanswered < min(START_CREDIT * 2.0 ** min(steps, 8.0), START_MAX_UNANSWERED):
             return inf
         self._expire(now)
         return max(self._pace, START_HEADROOM * len(self._answers) / START_WINDOW_SECONDS)

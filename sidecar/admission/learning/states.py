@@ -21,4 +21,4 @@ class State(StrEnum):
 
 
 #: By its own name: each call asks for it, and to look a member up in its enum takes as long as to call a function.
-START = State.START
+START, SHARED = State.START, State.SHARED
