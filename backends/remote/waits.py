@@ -1,4 +1,4 @@
-"""How long a provider asks to wait, read from the headers of its refusal."""
+"""Reads from the headers of a refusal how long the provider asks to wait."""
 
 from __future__ import annotations
 
@@ -11,12 +11,18 @@ _DURATION = re.compile(r"(?:(\d+)h)?(?:(\d+)m(?!s))?(?:(\d+(?:\.\d+)?)s)?(?:(\d+
 
 
 def retry_after(headers: Mapping[str, str], now_wall: float) -> float | None:
-    """Seconds the provider asks to wait, finite and not negative; None if it says nothing that makes sense.
+    """Return the wait in seconds that the provider asks for: finite and not negative; None if no header is valid.
 
-    Understands `retry-after-ms`, `Retry-After` as seconds, as a duration ("6m0s") and as a date, and OpenAI's
-    `x-ratelimit-reset-requests` and `-tokens` where the same dimension's `-remaining-` is 0. A date is compared with
-    the response's own `Date`, so that a wrong clock here does no harm, and with `now_wall` (Unix time) without one.
-    `x-ratelimit-reset` is not read: it is seconds with some and a Unix time with others.
+    The headers are read in this order:
+
+    1. `retry-after-ms`. If it is invalid, the next header is read.
+    2. `Retry-After` as seconds, as a duration ("6m0s") or as a date. A date is compared with the response's own `Date`
+       header, so that a wrong clock on this machine does no harm. Without that header it is compared with `now_wall`
+       (Unix time in seconds). If `Retry-After` is present but invalid, the result is None.
+    3. OpenAI's `x-ratelimit-reset-requests` and `x-ratelimit-reset-tokens`, each only if the `x-ratelimit-remaining-`
+       header of the same dimension is 0. The larger value is returned.
+
+    `x-ratelimit-reset` is ignored: some providers send seconds in it, and others a Unix time.
     """
     lower = {name.lower(): value.strip() for name, value in headers.items()}
     milliseconds = _number(lower.get("retry-after-ms", ""))
@@ -48,7 +54,7 @@ def _number(text: str) -> float | None:
 
 
 def _duration(text: str) -> float | None:
-    """Go's notation, as OpenAI writes it: "1s", "6m0s", "20ms"."""
+    """Parse a duration in the notation of Go, which OpenAI uses ("1s", "6m0s", "20ms"). Returns seconds."""
     match = _DURATION.fullmatch(text[:40])
     if match is None or not text:
         return None
@@ -59,5 +65,5 @@ def _duration(text: str) -> float | None:
 def _unix_time(text: str) -> float | None:
     try:
         return parsedate_to_datetime(text[:40]).timestamp()
-    except (ValueError, TypeError, IndexError, OverflowError):  # what the standard library raises on no date
+    except (ValueError, TypeError, IndexError, OverflowError):  # the standard library raises any of these
         return None
