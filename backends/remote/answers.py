@@ -93,7 +93,7 @@ class StreamWatch:
 
     @property
     def usage(self) -> Usage | None:
-        """The last usage in the stream. Each native frame contains the usage so far; OpenAI sends it at the end only."""
+        """The last usage in the stream. A native frame contains the usage so far; OpenAI sends it once, at the end."""
         return usage_of(parsed(self._last_usage)) if self._last_usage else None
 
     def _parse(self, event: bytes) -> None:
