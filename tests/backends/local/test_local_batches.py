@@ -113,9 +113,9 @@ async def test_sampling_follows_the_models_probabilities(serve):
     model = (await serve())._engine._model
     scores = torch.tensor([2.0, 1.0, 0.0, -1.0])
     counts = torch.zeros(4)
-    choose = model._choose([Draw(temperature=0.5, top_p=1.0, seed=7)])
+    sample = model._sampler([Draw(temperature=0.5, top_p=1.0, seed=7)])
     for _ in range(3000):
-        counts[choose(None, scores[None].clone())[0].argmax()] += 1
+        counts[sample(None, scores[None].clone())[0].argmax()] += 1
     # 3000 draws have a standard error below 0.01.
     assert torch.allclose(counts / 3000, torch.softmax(scores / 0.5, dim=0), atol=0.04)
     kept = _nucleus(scores, 0.8)
