@@ -1,4 +1,4 @@
-"""What each provider error means, in every shape it comes in."""
+"""The classification of provider errors, in all their formats."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def meaning(error: BackendError) -> str:
 CONSOLE = "For details, see: https://help.aliyun.com/zh/model-studio/error-code#token-limit"
 QUOTA = "You exceeded your current quota, please check your plan and billing details."
 
-# Codes and texts of Model Studio's page "Error messages".
+# Codes and texts from Model Studio's page "Error messages".
 DASHSCOPE = [
     (429, "Throttling.RateQuota", "Requests rate limit exceeded, please try again later.", "request_rate"),
     (429, "LimitRequests", "You have exceeded your request limit.", "request_rate"),
@@ -95,7 +95,7 @@ DASHSCOPE = [
 
 @pytest.mark.parametrize("shape", [openai_shape, native_shape])
 @pytest.mark.parametrize(("status", "code", "message", "expected"), DASHSCOPE)
-def test_every_dashscope_code_means_the_same_in_both_shapes(status, code, message, expected, shape):
+def test_every_dashscope_code_has_the_same_meaning_in_both_formats(status, code, message, expected, shape):
     body = shape(code, message)
     error = classify(status, {}, body)
     assert meaning(error) == expected
@@ -103,7 +103,7 @@ def test_every_dashscope_code_means_the_same_in_both_shapes(status, code, messag
 
 
 OTHERS = [
-    # OpenAI's guide "Error codes" and texts its users quote.
+    # From OpenAI's guide "Error codes", and texts that its users have quoted.
     (429, {"message": f"{QUOTA} For more information, read the docs: https://platform.openai.com/docs",
            "type": "insufficient_quota", "param": None, "code": "insufficient_quota"}, "billing"),
     (429, {"message": QUOTA, "type": "insufficient_quota", "param": None, "code": None}, "billing"),
@@ -126,7 +126,7 @@ OTHERS = [
 
 
 @pytest.mark.parametrize(("status", "error", "expected"), OTHERS)
-def test_other_openai_compatible_servers_are_understood(status, error, expected):
+def test_errors_of_other_openai_compatible_servers_are_classified(status, error, expected):
     assert meaning(classify(status, {}, json.dumps({"error": error}).encode())) == expected
 
 
@@ -150,7 +150,7 @@ BODIES = [
 
 
 @pytest.mark.parametrize(("status", "body", "expected"), BODIES)
-def test_plain_text_web_pages_and_no_body_at_all_are_understood(status, body, expected):
+def test_errors_in_plain_text_in_web_pages_and_without_a_body_are_classified(status, body, expected):
     assert meaning(classify(status, {}, body)) == expected
 
 
@@ -176,7 +176,7 @@ IN_STREAM = [
 
 
 @pytest.mark.parametrize(("status", "data", "expected", "shown"), IN_STREAM)
-def test_an_error_inside_a_stream_means_the_same_and_gets_a_status(status, data, expected, shown):
+def test_an_error_inside_a_stream_has_the_same_meaning_and_gets_a_status(status, data, expected, shown):
     error = classify(status, {}, data)
     assert (meaning(error), error.status) == (expected, shown)
 
@@ -187,7 +187,7 @@ def test_the_message_names_status_code_and_text_on_one_bounded_line():
     assert len(error.message) < 400
 
 
-def test_an_error_carries_the_headers_that_may_be_passed_on_and_no_others():
+def test_an_error_has_only_the_headers_that_may_be_forwarded():
     headers = {"Content-Type": "application/json", "X-Request-Id": "r", "Set-Cookie": "a=b", "Connection": "close"}
     error = classify(400, headers, b"{}")
     assert error.headers == {"Content-Type": "application/json", "X-Request-Id": "r"}
@@ -213,7 +213,7 @@ anything = st.recursive(
     headers=st.dictionaries(st.sampled_from(["Retry-After", "retry-after-ms", "Date", "X"]) | st.text(), st.text()),
     body=st.binary() | anything.map(lambda value: json.dumps(value).encode()),
 )
-def test_garbage_is_classified_like_everything_else_and_never_raises(status, headers, body):
+def test_garbage_is_classified_and_never_raises(status, headers, body):
     error = classify(status, headers, body)
     assert meaning(error)
     assert error.body == body
@@ -223,12 +223,12 @@ def test_garbage_is_classified_like_everything_else_and_never_raises(status, hea
 
 
 @given(body=st.binary(max_size=20))
-def test_a_429_that_says_nothing_readable_is_throttling_of_unknown_kind(body):
+def test_a_429_with_an_unreadable_body_is_throttling_of_unknown_kind(body):
     error = classify(429, {}, b"\xff" + body)
     assert isinstance(error, Throttled)
 
 
-def test_a_throttled_error_carries_the_wait():
+def test_a_throttled_error_has_the_wait_that_the_provider_asked_for():
     error = classify(429, {"Retry-After": "3"}, b"")
     assert isinstance(error, Throttled)
     assert error.retry_after == 3.0

@@ -1,4 +1,4 @@
-"""The wait that a provider asks for, in every header that can hold it."""
+"""The wait that a provider asks for, in every header that can contain it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ WAITS = [
     ({"Retry-After": "6m0s"}, 360.0),
     ({"Retry-After": http_date(90)}, 90.0),
     ({"Retry-After": http_date(-90)}, 0.0),
-    ({"Retry-After": http_date(-3510), "Date": http_date(-3600)}, 90.0),  # our clock is an hour ahead of theirs
+    ({"Retry-After": http_date(-3510), "Date": http_date(-3600)}, 90.0),  # our clock is an hour ahead of the provider's
     ({"Retry-After": http_date(90), "Date": "yesterday"}, 90.0),
     ({"Retry-After": "-1"}, None),
     ({"Retry-After": "NaN"}, None),
@@ -53,7 +53,7 @@ WAITS = [
 
 
 @pytest.mark.parametrize(("headers", "seconds"), WAITS)
-def test_the_wait_a_provider_asks_for_is_read_in_every_spelling_that_makes_sense(headers, seconds):
+def test_the_wait_that_a_provider_asks_for_is_read_in_every_valid_spelling(headers, seconds):
     assert retry_after(headers, NOW.timestamp()) == pytest.approx(seconds)
 
 
@@ -63,6 +63,6 @@ def test_the_wait_a_provider_asks_for_is_read_in_every_spelling_that_makes_sense
     date=st.text() | st.datetimes().map(format_datetime),
     now=st.floats(0, 4e9),
 )
-def test_whatever_the_headers_hold_the_wait_is_finite_and_not_negative(name, value, date, now):
+def test_the_wait_is_finite_and_not_negative_for_all_headers(name, value, date, now):
     seconds = retry_after({name: value, "Date": date, "x-ratelimit-remaining-requests": "0"}, now)
     assert seconds is None or (math.isfinite(seconds) and seconds >= 0)
