@@ -15,7 +15,7 @@ def pytest_asyncio_loop_factories(item: pytest.Item) -> Mapping[str, Callable[[]
 
     Production uses uvloop. Closing, resetting and cancelling behave differently on the two loops.
     """
-    if item.path.name in {"test_connections.py", "test_dashscope_faults.py", "test_simulated_server.py"}:
+    if item.path.name in {"test_http1_client.py", "test_remote_faults.py", "test_simulated_server.py"}:
         return {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
     return {"asyncio": asyncio.new_event_loop}
 

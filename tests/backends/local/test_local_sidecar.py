@@ -183,7 +183,7 @@ async def test_a_drain_during_the_start_does_not_wait_for_the_model_to_load(mode
     await tap.hold()
     running = asyncio.create_task(sidecar.run())
     await until(lambda: tap.running)
-    sidecar.cli.drain()
+    sidecar.drain()
     await asyncio.wait_for(running, BOUND)
     assert tap.running
     tap.allow(10)
