@@ -70,8 +70,8 @@ class Reply:
     """An accepted answer. Either `body` contains the whole answer, or `chunks` yields it piece by piece.
 
     For a stream, `usage` and `failure` are set when `chunks` is exhausted. `failure` is an error that arrived inside
-    the stream after its first content. The caller has already received its frame; the field is for the sidecar's own
-    accounting.
+    the stream after its first content. The caller receives the frame of this error unchanged; the field lets the
+    sidecar count and classify the error.
 
     The receiver of a streaming reply must call `aclose` exactly once, also after an error. `aclose` frees the
     connection. If the stream was not exhausted, `aclose` closes the connection, so that the provider sees that the
@@ -116,7 +116,7 @@ class Backend(Protocol):
 
     @property
     def slots(self) -> int | None:
-        """The number of attempts that the backend can have in work or ready at the same time.
+        """The number of attempts that the backend can process or keep ready at the same time.
 
         None if the sidecar must learn the limits.
         """

@@ -33,10 +33,11 @@ MIN_CONFIDENCE = 0.25
 #: If two detections overlap by more than this share of their union, the one with the lower score is dropped. trio-core
 #: uses the same value.
 MAX_OVERLAP = 0.5
-#: The model also runs on tiles of the frame, so that it finds small and distant objects. There are this many tiles per
-#: side. trio-core uses the same values.
+#: The model also runs on tiles of the frame, so that it finds small and distant objects. The frame has this many tiles
+#: in each direction. trio-core uses the same number.
 _TILES = 2
 #: The tiles overlap: the width and the height of a tile are larger by this fraction than its share of the frame.
+#: trio-core uses the same value.
 _TILE_OVERLAP = 0.3
 #: Pixels of the largest image that is decoded.
 _MAX_PIXELS = 50_000_000

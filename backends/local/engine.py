@@ -211,12 +211,12 @@ class Engine:
         return _Work(row, rendered, images, answer, seed, buffered=[])
 
     def _serve(self, works: list[_Work], *, is_retry: bool = False) -> bool:
-        """Answer every row, even if some rows break the batch. Return whether one row alone ran out of memory.
+        """Answer every row, even if some rows break the batch. Return whether a row alone ran out of memory.
 
         If a batch fails, its two halves are served separately, until the row that breaks it is alone. Only the caller
-        of this row receives the error. If the memory ran out, the size of the halves becomes the new `max_batch`. The
-        exception is a row that ran out of memory alone, because it does not show how large a batch of other rows can
-        be. `is_retry` means that these rows have failed before.
+        of this row receives the error. If the memory ran out, half of the batch's size becomes the new `max_batch`,
+        unless a row ran out of memory alone: such a row does not show how large a batch of other rows can be.
+        `is_retry` means that these rows have failed before.
         """
         for work in works:
             work.finished = self._is_abandoned(work.row)
@@ -245,7 +245,7 @@ class Engine:
         return any(too_large)
 
     def _as_backend_error(self, error: BaseException) -> BackendError:
-        """Return the error for one row. It names only the type: the message of another error may quote the prompt."""
+        """Return the error for one row. An unexpected error is named by its type only: its text may quote a prompt."""
         if isinstance(error, BackendError):
             return error
         _log.error("the model failed on one request: %s", _kind_and_place(error))

@@ -90,7 +90,7 @@ class Provider:
         return self._profile
 
     def begin(self) -> float:
-        """Return the start of the profile's times, on the loop's clock. The first call sets it to the current time."""
+        """Start the profile's times now, unless they have started already. Return their start, on the loop's clock."""
         if self._began is None:
             self._began = asyncio.get_running_loop().time()
         return self._began
@@ -145,7 +145,7 @@ class Call:
         quota = self._provider.quota(prompt.model)
         quota.advance(self._loop.time())
         output_tokens = prompt.output_tokens(quota.profile.answer_tokens)
-        refusal = await self._judge(quota, prompt.input_tokens + output_tokens)
+        refusal = await self._decide(quota, prompt.input_tokens + output_tokens)
         profile = self._profile = quota.profile
         streams = request.stream or prompt.stream
         if refusal is not None:
@@ -211,7 +211,7 @@ class Call:
             self._provider.counts.in_flight -= 1
             self._provider.counts.ended[self._outcome] += 1
 
-    async def _judge(self, quota: Quota, tokens: float) -> Refusal | None:
+    async def _decide(self, quota: Quota, tokens: float) -> Refusal | None:
         """Return the decision of the quota; None if it accepts the request.
 
         If the request has the header `X-DashScope-Wait-Timeout`, a refusal for growth is delayed: the request waits for

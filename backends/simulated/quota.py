@@ -295,12 +295,12 @@ class Quota:
         The caller must call `leave` when an accepted request ends.
         """
         self.advance(now)
-        refusal = self._judge(now, tokens)
+        refusal = self._decide(now, tokens)
         if refusal is None:
             for gate in self._gates:
                 gate.charge(now, tokens if gate.counts_tokens else 1)
             self.in_flight += 1
-        elif refusal != "outage" and refusal != "billing":  # noqa: PLR1714  two comparisons, so that the type checker narrows the type
+        elif refusal != "outage" and refusal != "billing":  # noqa: PLR1714  mypy narrows two comparisons only
             if self._profile.refusals_cost_quota:
                 for gate in self._gates:
                     gate.charge_refusal(now, tokens if gate.counts_tokens else 1)
@@ -313,7 +313,7 @@ class Quota:
         """Return the permit of an accepted request that has ended."""
         self.in_flight -= 1
 
-    def _judge(self, now: float, tokens: float) -> Refusal | None:
+    def _decide(self, now: float, tokens: float) -> Refusal | None:
         profile = self._profile
         if self._outages and any(start <= now < end for start, end in self._outages):
             return "outage"
@@ -331,7 +331,7 @@ class Quota:
     def would_accept(self, now: float, tokens: float) -> bool:
         """Return whether a request would be accepted now. The answer is exact."""
         self.advance(now)
-        return self._judge(now, tokens) is None
+        return self._decide(now, tokens) is None
 
     def next_accept_at(self, now: float, tokens: float) -> float:
         """Return the earliest time, not before `now`, at which a request would be accepted if no other request arrives.

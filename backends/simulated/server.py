@@ -123,7 +123,7 @@ def _abort(request: web.Request) -> None:
 def _reset(request: web.Request) -> None:
     """Send a TCP RST, so that the caller sees "connection reset by peer".
 
-    A socket sends an RST on close only if SO_LINGER is on with a time of 0 seconds.
+    With SO_LINGER on and a time of 0 seconds, closing a socket sends an RST.
     """
     if request.transport is not None:
         connection: socket.socket = request.transport.get_extra_info("socket")
