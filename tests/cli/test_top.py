@@ -40,7 +40,7 @@ async def test_on_no_terminal_it_prints_once_what_holds_requests(serving, provid
         asyncio.ensure_future(sidecar.post(headers={"X-Camera-Id": f"gate-{n % 2}"}).__aenter__()) for n in range(6)
     ]
     await sidecar.until(lambda: simulated.counts.in_flight == 2 and sidecar.sidecar.routes[0].admission.waiting() == 4)
-    sidecar.sidecar.parts.sampler.look()
+    sidecar.sidecar.parts.sampler.sample()
     status, printed, complaint = await run_top(sidecar.sidecar.admin_port)
     assert (status, complaint) == (0, "")
     assert "dashscope qwen-vl-plus" in printed
@@ -140,7 +140,7 @@ def test_numbers_and_bars_are_short_and_true():
 async def test_events_begin_with_everything_and_go_on_with_each_second(serving):
     sidecar = await serving()
     watch = sidecar.sidecar.parts.sampler
-    watch.look()
+    watch.sample()
     async with sidecar.client.get(f"{sidecar.admin_url}/events") as response:
         assert response.content_type == "text/event-stream"
         assert await response.content.readline() == b"retry: 1000\n"
@@ -148,7 +148,7 @@ async def test_events_begin_with_everything_and_go_on_with_each_second(serving):
         start = json.loads((await response.content.readline())[6:])
         assert len(start["history"]["simulated"]["recent"]) == 1
         await response.content.readline()
-        watch.look()
+        watch.sample()
         assert await response.content.readline() == b"event: tick\n"
         tick = json.loads((await response.content.readline())[6:])
         assert len(tick["points"]["simulated"]) == len(start["fields"])

@@ -25,7 +25,7 @@ async def ask_many(sidecar, count, **options):
 
 
 def column(sidecar, field):
-    return [point[FIELDS.index(field)] for point in sidecar.sidecar.parts.sampler.history["dashscope"].recent]
+    return [point[FIELDS.index(field)] for point in sidecar.sidecar.parts.sampler.time_series["dashscope"].recent]
 
 
 async def test_every_point_is_the_difference_of_the_metrics(serving, provider):
@@ -33,7 +33,7 @@ async def test_every_point_is_the_difference_of_the_metrics(serving, provider):
     sidecar = await serving(dashscope_url=url)
     for count in (3, 12, 1):
         assert await ask_many(sidecar, count) == [200] * count
-        sidecar.sidecar.parts.sampler.look()
+        sidecar.sidecar.parts.sampler.sample()
     counts = simulated.counts
     assert column(sidecar, "answered") == [3, 12, 1]
     assert sum(column(sidecar, "sent")) == counts.ended["answered"] + sum(counts.refused.values())
@@ -49,7 +49,7 @@ async def test_who_waits_is_counted_by_what_holds_them_and_told_in_words(serving
     sidecar = await serving(dashscope_url=url, max_concurrency=2)
     asking = asyncio.ensure_future(ask_many(sidecar, 7))
     await sidecar.until(lambda: simulated.counts.in_flight == 2 and sidecar.sidecar.routes[0].admission.waiting() == 5)
-    sidecar.sidecar.parts.sampler.look()
+    sidecar.sidecar.parts.sampler.sample()
     assert column(sidecar, "waiting.concurrency") == [5]
     assert column(sidecar, "in_flight") == [2]
     async with sidecar.client.get(f"{sidecar.admin_url}/status") as response:
@@ -67,12 +67,12 @@ async def test_a_hundred_refusals_are_one_line_and_a_changed_limit_says_why(serv
         await ask_many(sidecar, 20)
         refused = sum(simulated.counts.refused.values())
         assert refused > 3
-        watch._summed = asyncio.get_running_loop().time()
-        watch.look()
+        watch._last_summary_at = asyncio.get_running_loop().time()
+        watch.sample()
         assert not [record for record in caplog.records if " attempts in " in record.message]
         for _ in range(2):
-            watch._summed -= 10  # ten seconds later
-            watch.look()
+            watch._last_summary_at -= 10  # ten seconds later
+            watch.sample()
     [summary] = [record.message for record in caplog.records if " attempts in " in record.message]
     assert f"dashscope refused {refused} of {refused + 20} attempts" in summary
     assert f"request_rate {refused}" in summary
@@ -90,8 +90,8 @@ async def test_a_hold_is_told_when_it_begins_and_when_it_ends(serving, provider,
         for _ in range(4):
             async with sidecar.post(headers={"X-Request-Timeout": "0.6"}) as response:
                 assert response.status >= 500
-        sidecar.sidecar.parts.sampler.look()
-        sidecar.sidecar.parts.sampler.look()
+        sidecar.sidecar.parts.sampler.sample()
+        sidecar.sidecar.parts.sampler.sample()
     [line] = [record.message for record in caplog.records if "holding qwen-vl-plus back" in record.message]
     assert "(outage)" in line
     async with sidecar.client.get(f"{sidecar.admin_url}/status") as response:
@@ -168,7 +168,7 @@ async def test_a_live_view_that_is_closed_is_no_event_for_the_log(serving, caplo
         async with sidecar.client.get(f"{sidecar.admin_url}/events") as response:
             assert response.status == 200
         for _ in range(3):
-            sidecar.sidecar.parts.sampler.look()
+            sidecar.sidecar.parts.sampler.sample()
             await asyncio.sleep(0.05)
     assert caplog.records == []
 
