@@ -42,6 +42,10 @@ class Sidecar:
         self._data_listener = Listener(parts.data, most_connections=_MAX_CALLERS)
         self._admin_listener = Listener(parts.admin, most_connections=_MAX_WATCHERS)
 
+    def __repr__(self) -> str:
+        ports = f"data_port={self.data_port} admin_port={self.admin_port}"
+        return f"<Sidecar {','.join(route.name for route in self.routes)} {ports} {self.parts.health!r}>"
+
     async def run(self) -> None:
         """Serve until a signal or `drain` requests a drain; then finish the accepted requests. Raises `StartError`."""
         try:

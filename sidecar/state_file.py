@@ -50,6 +50,9 @@ class StateFile:
         self._last_learned: dict[tuple[str, str], Learned] = {}  # limits of the admissions at the last save or load
         self._warned: set[str] = set()
 
+    def __repr__(self) -> str:
+        return f"<StateFile {str(self._path)!r} limits={len(self._known)} admissions={len(self._admissions)}>"
+
     def load(self) -> None:
         """Load the file into the admissions. A damaged file, or one of another version, is ignored with a warning."""
         try:

@@ -15,6 +15,9 @@ class Health:
         self.backend_reason: Callable[[], str | None] = lambda: None
         """Returns why the backend cannot serve at present, for example because its engine restarts; None if it can."""
 
+    def __repr__(self) -> str:
+        return f"<Health started={self.started} draining={self.draining}>"
+
     def unready_reason(self) -> str | None:
         """Return why the sidecar accepts no new requests; None if it accepts them."""
         if self.draining:

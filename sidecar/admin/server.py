@@ -62,6 +62,9 @@ class AdminServer:
             **dict.fromkeys(PAGE, ("GET", self._get_page)),
         }
 
+    def __repr__(self) -> str:
+        return f"<AdminServer viewers={self._viewers} {self._health!r}>"
+
     async def __call__(self, http: HttpRequest) -> Answer:
         """Handle one request."""
         path = http.raw_path.partition("?")[0]

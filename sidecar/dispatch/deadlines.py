@@ -19,6 +19,9 @@ class Deadlines:
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = inf
 
+    def __repr__(self) -> str:
+        return f"<Deadlines active={len(self._active)} timer_at={self._timer_at:.3f}>"
+
     def until(self, when: float) -> Deadline:
         """Return a context manager that ends its block with a `TimeoutError` at `when` (the loop's clock, in seconds).
 
@@ -64,6 +67,9 @@ class Deadline:
         self.when = when
         self._deadlines = deadlines
         self._expired = False
+
+    def __repr__(self) -> str:
+        return f"<Deadline {id(self):#x} when={self.when:.3f} expired={self._expired}>"
 
     def __enter__(self) -> None:
         task = asyncio.current_task(

@@ -58,6 +58,9 @@ class Route:
         self.has_answered = False
         """True after the first answer. Later failures are then an outage and not a wrong address."""
 
+    def __repr__(self) -> str:
+        return f"<Route {self.name} has_answered={self.has_answered} retries={self._retries:.1f} {self.admission!r}>"
+
     def can_answer(self, ticket: Ticket, now: float) -> bool:
         """Return whether this route would probably answer the ticket before its deadline."""
         return self.backend.ready_reason() is None and self.admission.lane(ticket.model).takes(now, ticket)
@@ -101,6 +104,9 @@ class Dispatcher:
         """Returns the time of the loop's clock, in seconds."""
         self._deadlines = Deadlines(routes[0].admission.loop)
         self._random = random.Random()  # noqa: S311  jitter, not a secret
+
+    def __repr__(self) -> str:
+        return f"<Dispatcher {','.join(route.name for route in self.routes)} draining={self.draining}>"
 
     @property
     def draining(self) -> bool:

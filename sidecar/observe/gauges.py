@@ -20,6 +20,9 @@ class AdmissionGauges(Collector):
     def __init__(self, admissions: Mapping[str, Admission]) -> None:
         self._admissions = admissions
 
+    def __repr__(self) -> str:
+        return f"<AdmissionGauges {','.join(self._admissions)}>"
+
     def collect(self) -> Iterator[GaugeMetricFamily]:
         """Return the current samples."""
 

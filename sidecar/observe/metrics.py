@@ -121,6 +121,9 @@ class Metrics:
             "sidecar_build_info", "1, with what is running in the labels.", ("version", "python"), registry=registry
         )
 
+    def __repr__(self) -> str:
+        return f"<Metrics requests={sum(self._requests.values()):.0f} attempts={sum(self._attempts.values()):.0f}>"
+
     def attempt(self, backend: str, result: str) -> None:
         """Count a call to the backend that has ended with this result."""
         self._attempts[backend, result] += 1

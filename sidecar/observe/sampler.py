@@ -51,6 +51,9 @@ class Sampler:
         self._sampled = asyncio.Event()
         self.closed = False
 
+    def __repr__(self) -> str:
+        return f"<Sampler {','.join(self._admissions)} uptime={self.uptime:.1f} closed={self.closed}>"
+
     @property
     def uptime(self) -> float:
         """Seconds since the start."""

@@ -28,6 +28,9 @@ class Counter(Collector):
         self.by: defaultdict[Labels, float] = defaultdict(float)
         self._described = name, text, labels
 
+    def __repr__(self) -> str:
+        return f"<Counter {self._described[0]} series={len(self.by)}>"
+
     def collect(self) -> Iterator[Metric]:
         """Return the current samples."""
         name, text, labels = self._described
@@ -55,6 +58,9 @@ class Histogram(Collector):
         self._described = name, text, labels
         self._bounds = bounds
         self._by: dict[Labels, _Bins] = {}
+
+    def __repr__(self) -> str:
+        return f"<Histogram {self._described[0]} series={len(self._by)}>"
 
     def observe(self, labels: Labels, value: float, trace_id: str | None = None) -> None:
         """Add one observation. `trace_id`: the sampled trace of the request, which becomes an exemplar."""

@@ -58,6 +58,11 @@ class TimeSeries:
         self._in_last = 0
         """Added points in the last point of `whole`; 0 when that point is complete."""
 
+    def __repr__(self) -> str:
+        return (
+            f"<TimeSeries recent={len(self.recent)} whole={len(self.whole)} points_per_entry={self._points_per_entry}>"
+        )
+
     def add(self, point: Point) -> None:
         """Add a point. Its fields are in the order of `FIELDS`."""
         self.recent.append(point)
