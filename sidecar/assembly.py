@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("sidecar")
 
-#: Frames that may wait for the detector. In a longer queue, a frame would wait until its detections are of no use.
+#: Frames that may wait for the detector. In a longer queue, a frame would wait so long that its detections are useless.
 _DETECTOR_QUEUE = 64
 
 

@@ -87,7 +87,7 @@ class AdminServer:
         )
 
     async def _readyz(self, http: HttpRequest) -> Answer:
-        """Report a throttled or failing upstream only in the body of a 200, because the pod cannot change it."""
+        """Name a throttled or failing upstream in the body only: it does not make the pod unready."""
         reason = self._health.unready_reason()
         if reason is not None:
             return await _text(http, 503, reason)
@@ -103,7 +103,7 @@ class AdminServer:
     async def _get_page(self, http: HttpRequest) -> Answer:
         """Serve a file of the live page. Its policy forbids external resources and embedding in another page."""
         name, content_type = PAGE[http.raw_path.partition("?")[0]]
-        body = (_PAGE_FOLDER / name).read_bytes()  # no await needed: a few kilobytes, which are in the page cache
+        body = (_PAGE_FOLDER / name).read_bytes()  # a few kilobytes, which the operating system caches
         headers = {
             "Content-Type": f"{content_type}; charset=utf-8",
             "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
@@ -151,7 +151,7 @@ class AdminServer:
     async def _post_drain(self, http: HttpRequest) -> Answer:
         """Start the drain.
 
-        Only callers on this machine may do so, and no web page: browsers send these headers for a page.
+        Only callers on this machine may do so, and no web page: browsers send these headers with requests of a page.
         """
         if not _is_loopback(http.remote):
             return await _text(http, 403, "drain is taken from loopback only")

@@ -104,7 +104,8 @@ class Lane:
         self.last_used = now
 
     def __repr__(self) -> str:
-        return f"<Lane {id(self):#x} waiting={len(self.queue)} cause={self.cause} in_flight={self.limits.permits.in_flight}>"
+        in_flight = self.limits.permits.in_flight
+        return f"<Lane {id(self):#x} waiting={len(self.queue)} cause={self.cause} in_flight={in_flight}>"
 
     # -- a ticket enters and leaves ------------------------------------------------------------------------------------
 

@@ -150,7 +150,7 @@ async def _test_backend(name: str, settings: Settings) -> AsyncIterator[Step]:
 
 
 class _StepTimer:
-    """Creates the steps of one backend with the time that each took."""
+    """Creates the steps of one backend and measures how long each takes."""
 
     def __init__(self, backend: str) -> None:
         self._backend = backend

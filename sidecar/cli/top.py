@@ -44,7 +44,7 @@ class View:
             self._points[name].append(point)
 
     def series(self, backend: str, field: str, *, rate: bool = False) -> list[float]:
-        """Return the values of one field, one per point. `rate`: divided by the seconds of the point."""
+        """Return the values of one field, one per point; with `rate`, per second."""
         at, span = self._fields[field], self._fields["span"]
         return [(point[at] or 0.0) / (point[span] or 1.0 if rate else 1.0) for point in self._points[backend]]
 

@@ -27,9 +27,9 @@ from sidecar.dispatch.deadlines import Deadlines
 from sidecar.observe.metrics import Metrics, Outcome
 from sidecar.observe.trace import TracingStopwatch
 
-#: Retry budget. Each success adds RETRY_SHARE of a retry; retries after a failure take from it, retries after
-#: throttling do not. So the sidecar adds at most 20 % to the load of a failing provider. The budget starts full and
-#: never holds more than RETRY_RESERVE retries. Finagle's retry budget uses the same 20 %.
+#: Retry budget. Each success adds RETRY_SHARE of a retry. A retry after a failure uses one retry of the budget; a retry
+#: after throttling uses none. So the sidecar adds at most 20 % to the load of a failing provider. The budget starts
+#: full and never holds more than RETRY_RESERVE retries. Finagle's retry budget uses the same 20 %.
 RETRY_SHARE = 0.2
 RETRY_RESERVE = 10.0
 #: After this many failed attempts of one ticket at a backend, the ticket does not try that backend again. Failures

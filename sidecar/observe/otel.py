@@ -1,4 +1,4 @@
-"""OpenTelemetry spans (receive, queue, lock, upstream) of each request whose caller samples its trace.
+"""OpenTelemetry spans (receive, queue, lock, upstream) of each request whose caller set the sampled flag.
 
 `assembly.py` imports this module only if an OTLP endpoint is set, because it needs `vlm-sidecar[otel]`. A thread of the
 SDK sends the spans. The SDK reads the usual OTEL_* variables: endpoint, headers, timeout, service name, batch size and
@@ -35,7 +35,7 @@ from sidecar.observe.trace import TracingStopwatch
 
 #: Seconds to send the last spans when the process ends. A collector that hangs must not delay the end of the drain.
 _LAST_SPANS_SECONDS = 2.0
-#: Characters of an attribute. The limit is needed because the caller chooses the text of a model's name.
+#: Maximum length of a span attribute, in characters. Needed because the caller chooses the name of the model.
 _MAX_ATTRIBUTE = 256
 _FAILED = ("shed", "deadline", "error")
 

@@ -78,7 +78,7 @@ class Sampler:
         return not self.closed
 
     def close(self) -> None:
-        """End all calls of `next_sample`. No samples follow."""
+        """Make all waiting calls of `next_sample` return False. No samples follow."""
         self.closed = True
         self._sampled.set()
 
@@ -146,7 +146,7 @@ class Sampler:
             log.info("%s: %s takes work again", backend, model)
 
     def _log_limit(self, backend: str, model: str, unit: str, learned: RateController) -> None:
-        """Log that a limit was learned, changed enough, or is in another state of learning, with the reason."""
+        """Log a limit with the reason, if it is new, has changed enough, or has another learning state."""
         state = learned.state.value
         old_state, old_limit = self._logged_limits.get(learned, ("start", inf))
         moved = learned.limit != old_limit and not abs(learned.limit - old_limit) < _MIN_LOGGED_CHANGE * old_limit

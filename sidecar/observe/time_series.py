@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from sidecar.admission import CAUSES
 
-#: Points kept in `recent` (five minutes, one point per second) and at most in `whole` (since the start).
+#: Maximum number of points in `recent` (five minutes at one point per second) and in `whole` (since the start).
 POINTS = 300
 
 Point = tuple[float | None, ...]
@@ -32,7 +32,7 @@ _MERGE: dict[str, Callable[[float, float], float] | None] = {
     "lost": _sum,  # requests that the sidecar or the provider failed: shed, deadline, error
     "input_tokens": _sum,
     "output_tokens": _sum,
-    "queue_seconds": _sum,  # of requests that ended, as in the histograms; so are the next two
+    "queue_seconds": _sum,  # of requests that ended, as in the histograms; the same for lock and upstream
     "lock_seconds": _sum,
     "upstream_seconds": _sum,
     "limit": _last,  # learned limit in requests/s; null while it is not known
@@ -47,7 +47,7 @@ _T, _SPAN = FIELDS.index("t"), FIELDS.index("span")
 class TimeSeries:
     """The last `POINTS` points, and the whole time since the start in at most `POINTS` points.
 
-    The points since the start get coarser with time: when they are full, each pair of neighbours is merged.
+    The points since the start get coarser with time: when `whole` is full, each pair of neighbours is merged into one.
     """
 
     def __init__(self) -> None:

@@ -54,7 +54,7 @@ async def until(page, expression):
 
 @contextlib.asynccontextmanager
 async def load(url, cameras=10):
-    """Run cameras that send frames until the block ends, each three at a time."""
+    """Run cameras until the block ends. Each camera sends three frames at a time."""
 
     async def camera(client, number):
         priority = "high" if number == 0 else "low" if number == 9 else "normal"

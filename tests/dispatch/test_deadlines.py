@@ -33,7 +33,8 @@ def test_each_block_ends_exactly_as_with_asyncio_timeout_at(blocks):
 
         tasks = []
         for starts, allowed, takes, cancelled in blocks:
-            task = asyncio.ensure_future(block(starts, allowed, takes + 0.01))  # + 0.01: never exactly at the deadline
+            # 0.01 s more, so that no block ends exactly at its deadline
+            task = asyncio.ensure_future(block(starts, allowed, takes + 0.01))
             tasks.append(task)
             if cancelled is not None:
                 loop.call_later(starts + cancelled + 0.02, task.cancel)

@@ -25,7 +25,7 @@ _RETRIES, _RETRY_SECONDS, _MAX_RETRY_SECONDS = 2, 0.5, 8.0
 
 @dataclass(frozen=True, slots=True)
 class Answered:
-    """One described frame and how its time was divided, in seconds."""
+    """The times of one described frame, in seconds."""
 
     total: float
     queue: float
@@ -95,7 +95,7 @@ class ThroughSidecar:
         self._url = url
 
     async def send(self, camera: int, body: bytes, timeout: float) -> Answered | None:
-        """Send one frame. Return None if it is lost. The division of its time comes from `Server-Timing`."""
+        """Send one frame. Return None if it is lost. `Server-Timing` gives the times in queue, lock and upstream."""
         clock = asyncio.get_running_loop().time
         began = clock()
         headers = _headers(camera) | {"X-Request-Timeout": f"{timeout:.3f}"}

@@ -58,7 +58,10 @@ def _bars(rows: list[Row]) -> str:
 
 
 def _shares(rows: list[Row]) -> str:
-    """Draw which share of the sent frames was described within a time, over that time. Lost frames never count."""
+    """Draw the share of sent frames that were described within a given time, as a function of that time.
+
+    Lost frames count as sent but never as described.
+    """
     longest = max((answer.total for row in rows for answer in row.result.answered), default=1.0)
     bottom = _HEIGHT - 24
 
