@@ -72,9 +72,8 @@ class Deadline:
         return f"<Deadline {id(self):#x} when={self.when:.3f} expired={self._expired}>"
 
     def __enter__(self) -> None:
-        task = asyncio.current_task(
-            self._deadlines.loop
-        )  # without this argument, asyncio finds the loop by a system call
+        # Without the argument, asyncio finds the loop by a system call.
+        task = asyncio.current_task(self._deadlines.loop)
         if task is None:
             raise RuntimeError("a deadline ends a task, and there is none")
         self._task = task
