@@ -1,4 +1,4 @@
-"""Builds the parts of a sidecar from its settings. Nothing is opened or started here: `app.py` does that."""
+"""Builds the parts of a sidecar from its settings. `app.py` opens and starts them."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("sidecar")
 
-#: Frames that may wait for the detector. A longer queue would wait longer than a detection is worth.
+#: Frames that may wait for the detector. In a longer queue, a frame would wait so long that its detections are useless.
 _DETECTOR_QUEUE = 64
 
 
@@ -46,7 +46,7 @@ class StartError(Exception):
 
 @dataclass(slots=True)
 class Parts:
-    """One sidecar, ready to be started."""
+    """The parts of one sidecar, built but not started."""
 
     health: Health
     metrics: Metrics
@@ -59,16 +59,16 @@ class Parts:
     admin: AdminServer
     state_file: StateFile | None
     spans: Spans | None
-    """None unless OpenTelemetry's variables name an endpoint."""
+    """None unless an OpenTelemetry variable (OTEL_…) sets an endpoint."""
 
     @property
     def all_routes(self) -> list[Route]:
-        """Everything that is started, drained and closed."""
+        """All backends with their admission: those to start, drain and close."""
         return [*self.routes, *self.detectors]
 
 
 def assemble(settings: Settings, drain: Callable[[], None]) -> Parts:
-    """Build every part, in the event loop that will run them. `drain` begins the drain. Raises `StartError`."""
+    """Build every part, in the event loop that will run them. `drain` starts the drain. Raises `StartError`."""
     registry = CollectorRegistry()
     ProcessCollector(registry=registry)
     spans = _spans()
@@ -101,15 +101,15 @@ def assemble(settings: Settings, drain: Callable[[], None]) -> Parts:
 
 
 def _no_backend_is_ready(routes: Sequence[Route]) -> str | None:
-    """Give the reason of the first backend when no backend can serve; else None."""
+    """Return the first backend's reason if no backend can serve; otherwise None."""
     reasons = [route.backend.ready_reason() for route in routes]
     return None if None in reasons else reasons[0]
 
 
 def _route(settings: Settings, name: str, metrics: Metrics) -> Route:
-    """Make a backend and the admission in front of it. A backend with slots of its own has no quota to learn."""
+    """Build a backend and its admission. A backend with a fixed number of slots has no quota to learn."""
     queue_of_local: list[Any] = []
-    # The engine's thread asks: the length of one list, read once, needs no lock.
+    # The engine calls `queued` in its own thread. Reading the length of one container needs no lock.
     backend = make_backend(
         settings,
         name,
@@ -138,7 +138,7 @@ def make_backend(
     queued: Callable[[], int] = lambda: 0,
     on_batch: Callable[[int], None] = lambda _: None,
 ) -> Backend:
-    """Make a backend from the settings; it is not started. Raises `StartError` that names the setting.
+    """Build a backend from the settings, without starting it. Raises `StartError` that names the setting.
 
     `queued` and `on_batch` are for the local backend: see `LocalBackend`.
     """
@@ -171,12 +171,12 @@ def make_backend(
 
 
 def make_detector(model: Path) -> Backend:
-    """Make the detector of a model; nothing is loaded yet."""
+    """Build the detector for a model file, without loading it."""
     return DetectorBackend(model)
 
 
 def _detectors(settings: Settings) -> list[Route]:
-    """Make the detector, with a queue of its own, if a model is set."""
+    """Build the detector with its own queue, if a model is set."""
     if settings.detector_model is None:
         return []
     detector = make_detector(settings.detector_model)
@@ -184,7 +184,7 @@ def _detectors(settings: Settings) -> list[Route]:
 
 
 def _state_file(settings: Settings, routes: Sequence[Route]) -> StateFile | None:
-    """Load the file of learned limits into the admissions; None where no file is set."""
+    """Load the state file into the admissions; return None if no file is set."""
     if settings.state_file is None:
         return None
     state_file = StateFile(settings.state_file, [(route.backend.account, route.admission) for route in routes])
@@ -193,11 +193,11 @@ def _state_file(settings: Settings, routes: Sequence[Route]) -> StateFile | None
 
 
 def _spans() -> Spans | None:
-    """Make the exporter of spans if OpenTelemetry's variables name an endpoint. Without the extra, only warn."""
+    """Build the exporter of spans if an endpoint is set. If the extra `otel` is not installed, only log a warning."""
     if not (os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT") or os.environ.get("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")):
         return None
     try:
-        from sidecar.observe.otel import Spans  # noqa: PLC0415  some megabytes that few users want
+        from sidecar.observe.otel import Spans  # noqa: PLC0415  needs some megabytes of memory, and few users need it
     except ImportError as error:
         log.warning("an OTLP endpoint is set, but no spans are sent (%s): install vlm-sidecar[otel]", error)
         return None
@@ -205,7 +205,10 @@ def _spans() -> Spans | None:
 
 
 def _key(settings: Settings) -> Callable[[], str | None]:
-    """Give the function that reads the provider's key. The file wins over the value: it can be rotated."""
+    """Return the function that reads the provider's key.
+
+    A key file wins over the value, because its key can be rotated.
+    """
     if settings.dashscope_api_key_file is None:
         return lambda: settings.dashscope_api_key
     try:

@@ -21,7 +21,7 @@ import yaml
 from real_parts import PARTS, real_part
 
 from sidecar.cli.demo.processes import free_port
-from sidecar.cli.main import _MORE, _parser
+from sidecar.cli.main import _EPILOGS, _parser
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/**/*.md")])
@@ -177,9 +177,9 @@ def test_every_command_in_running_text_is_understood():
     assert {target for span in spans for target in re.findall(r"^make ([a-z-]+)", span)} <= known
 
 
-@pytest.mark.parametrize("command", _MORE)
+@pytest.mark.parametrize("command", _EPILOGS)
 def test_every_example_in_a_help_is_understood(command, monkeypatch):
-    lines = re.findall(r"^  (?:source <\()?(vlm-sidecar [^)|\n]*)", _MORE[command], re.MULTILINE)
+    lines = re.findall(r"^  (?:source <\()?(vlm-sidecar [^)|\n]*)", _EPILOGS[command], re.MULTILINE)
     assert lines
     for line in lines:
         words = shlex.split(re.split(r"  +", line)[0])[1:]

@@ -1,4 +1,4 @@
-"""`GET /status`: what an operator asks when requests wait. Plain data, made when it is asked for."""
+"""`GET /status`: the state of the sidecar for an operator who asks why requests wait. Built for each call."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from sidecar.admission.controller import RateController
 from sidecar.observe.format import duration, number, visible
 from sidecar.observe.sampler import Sampler
 
-#: Keys with the longest queues that are shown.
+#: Maximum number of keys listed per model: those with the longest queues.
 _MAX_KEYS = 20
 
 
-def status_of(health: Health, admissions: Mapping[str, Admission], watch: Sampler) -> dict[str, Any]:
-    """Everything `GET /status` says. It names cameras (keys) and models, never a prompt, an image or a key of ours.
+def status_of(health: Health, admissions: Mapping[str, Admission], sampler: Sampler) -> dict[str, Any]:
+    """Return the answer to `GET /status`. It contains names of cameras and models, but no prompt, image or API key.
 
-    `in_words` is what holds requests at present, as a sentence; `totals` are the metrics' own sums since the start.
+    `in_words` is a sentence about why requests wait at present. `totals` are the metrics' sums since the start.
     """
-    uptime = watch.uptime
+    uptime = sampler.uptime
     return {
         "version": __version__,
         "python": platform.python_version(),
@@ -32,15 +32,15 @@ def status_of(health: Health, admissions: Mapping[str, Admission], watch: Sample
         "reason": health.unready_reason(),
         "backend": ",".join(name for name in admissions if name != "detector"),
         "simulated": "simulated" in admissions,
-        "backends": [_backend(name, admission, watch) for name, admission in admissions.items()],
+        "backends": [_backend(name, admission, sampler) for name, admission in admissions.items()],
         "throttles": [
             {"seconds_ago": round(uptime - seen["t"], 1), **{name: seen[name] for name in ("backend", "kind", "count")}}
-            for seen in reversed(watch.throttles)
+            for seen in reversed(sampler.throttles)
         ],
     }
 
 
-def _backend(name: str, admission: Admission, watch: Sampler) -> dict[str, Any]:
+def _backend(name: str, admission: Admission, sampler: Sampler) -> dict[str, Any]:
     now = admission.loop.time()
     lanes = sorted(admission.lanes.items(), key=lambda item: item[1].last_used, reverse=True)
     return {
@@ -51,7 +51,7 @@ def _backend(name: str, admission: Admission, watch: Sampler) -> dict[str, Any]:
             "bytes": admission.waiting_bytes(),
             "by_priority": {priority.name.lower(): admission.waiting(priority) for priority in Priority},
         },
-        "totals": {key: round(value, 3) for key, value in watch.totals.get(name, {}).items()},
+        "totals": {key: round(value, 3) for key, value in sampler.totals.get(name, {}).items()},
         "models": [_lane(model, lane, now) for model, lane in lanes],
     }
 
@@ -71,7 +71,7 @@ def _lane(model: str, lane: Lane, now: float) -> dict[str, Any]:
 
 
 def in_words(lane: Lane, now: float) -> str:
-    """What holds this model's requests at present, as a person would say it."""
+    """Return a sentence about why this model's requests wait at present."""
     waiting, limits, permits = len(lane.queue), lane.limits, lane.limits.permits
     hold = limits.hold
     if hold.kind is not None:

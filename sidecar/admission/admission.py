@@ -57,6 +57,10 @@ class Admission:
         self.draining = False
         self._arrivals = Arrivals(self.loop, queue_bytes, self.waiting_bytes)
 
+    def __repr__(self) -> str:
+        counts = f"lanes={len(self.lanes)} waiting={self.waiting()} in_flight={self.in_flight()}"
+        return f"<Admission {id(self):#x} {counts} draining={self.draining}>"
+
     async def permit(self, ticket: Ticket) -> Permit:
         """Wait for the ticket's turn and return its permit. Use it in a `with` block, which releases it at the end.
 

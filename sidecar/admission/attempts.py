@@ -24,6 +24,9 @@ class Attempt:
         self.requests: Sent | None = None
         self.tokens: Sent | None = None
 
+    def __repr__(self) -> str:
+        return f"<Attempt started={self.started:.3f} beside={self.beside} bound={self.bound} probe={self.probe}>"
+
 
 class InFlight:
     """The attempts that have not ended, in the order in which they started."""

@@ -66,6 +66,10 @@ class RateController:
         self._share = Share()
         self._blackouts = Blackouts(now)
 
+    def __repr__(self) -> str:
+        estimate = self.estimate
+        return f"<RateController {estimate.state.value} limit={estimate.limit:.4g}/s unsure={estimate.unsure:.2g}>"
+
     @property
     def state(self) -> State:
         """What the controller is doing."""

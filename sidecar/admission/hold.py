@@ -61,6 +61,10 @@ class Hold:
         self._asked = 0.0  # loop time until which a Retry-After asked to wait
         self._confirmed = 0
 
+    def __repr__(self) -> str:
+        closed = self.kind and f"{self.kind.value} since={self.since:.3f} next_probe={self.next_probe:.3f}"
+        return f"<Hold {closed or 'open'} probing={self.probing}>"
+
     def close(
         self,
         now: float,

@@ -45,6 +45,9 @@ class Permit:
         self._released = False
         self.ticket = ticket
 
+    def __repr__(self) -> str:
+        return f"<Permit {'released' if self._released else 'held'} {self.ticket!r}>"
+
     def __enter__(self) -> Permit:
         return self
 
@@ -99,6 +102,10 @@ class Lane:
         self._cause_since = now
         self._bound: Cause | None = None  # the gate that delayed the queue since the last start
         self.last_used = now
+
+    def __repr__(self) -> str:
+        in_flight = self.limits.permits.in_flight
+        return f"<Lane {id(self):#x} waiting={len(self.queue)} cause={self.cause} in_flight={in_flight}>"
 
     # -- a ticket enters and leaves ------------------------------------------------------------------------------------
 

@@ -73,6 +73,10 @@ class Limits:
         self._probe: Attempt | None = None
         self._cost = TokenCost()
 
+    def __repr__(self) -> str:
+        rates = f"requests={self.requests.limit:.4g}/s tokens={self.tokens.limit:.4g}/s"
+        return f"<Limits {rates} {self.permits!r} {self.hold!r}>"
+
     # -- the gates -----------------------------------------------------------------------------------------------------
 
     def closed(self, now: float, ticket: Ticket) -> tuple[Cause | None, float]:

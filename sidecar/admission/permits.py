@@ -38,6 +38,9 @@ class Permits:
         self._suspects: deque[tuple[float, int]] = deque(maxlen=SUSPECT_AFTER)  # send time, other attempts in flight
         self._taken: Counter[int] = Counter()  # accepted attempts by the number of other attempts in flight
 
+    def __repr__(self) -> str:
+        return f"<Permits in_flight={self.in_flight} allowed={self.allowed} learned={self.learned}>"
+
     @property
     def allowed(self) -> float:
         """Attempts that may be in flight now."""

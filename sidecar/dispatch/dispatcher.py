@@ -1,7 +1,7 @@
-"""Takes a ticket through: permit, attempt, verdict back to admission, and round again while that helps.
+"""Carries each ticket through: get a permit, make an attempt, report the verdict to admission; repeat while it helps.
 
-The only loop around backends. It decides what a failed attempt means for the request (again, elsewhere, or an error to
-the caller) and tells admission, in plain terms, what it means for the limits.
+This is the only loop around backends. After a failed attempt it decides what happens to the request: another attempt
+at the same backend, an attempt at another backend, or an error to the caller. It also reports the verdict to admission.
 """
 
 from __future__ import annotations
@@ -27,23 +27,28 @@ from sidecar.dispatch.deadlines import Deadlines
 from sidecar.observe.metrics import Metrics, Outcome
 from sidecar.observe.trace import TracingStopwatch
 
-#: Retries of failures (never of throttling) may be this share of successes, so that an ailing provider is not
-#: multiplied by us; the reserve starts full and never holds more. Finagle's retry budget has the same 20 %.
+#: Retry budget. Each success adds RETRY_SHARE of a retry. A retry after a failure uses one retry of the budget; a retry
+#: after throttling uses none. So the sidecar adds at most 20 % to the load of a failing provider. The budget starts
+#: full and never holds more than RETRY_RESERVE retries. Finagle's retry budget uses the same 20 %.
 RETRY_SHARE = 0.2
 RETRY_RESERVE = 10.0
+#: After this many failed attempts of one ticket at a backend, the ticket does not try that backend again. Failures
+#: during an outage do not count.
 MAX_FAILED_ATTEMPTS = 3
-#: Full jitter: a retry waits between 0 and this many seconds, doubled for each failure before.
+#: Seconds. A retry waits a random time between 0 and this value ("full jitter"); each earlier failure doubles the
+#: value.
 RETRY_STEP_SECONDS = 0.5
-#: Before a request is given up: are others failing too? Then it is not to blame, and waits until the provider is back.
-LOOK_AROUND_SECONDS = 1.0
+#: Seconds to wait before a request fails for good. If other requests fail during this time too, the provider has an
+#: outage: then this request is not the cause, and it waits until the provider works again.
+OUTAGE_CHECK_SECONDS = 1.0
 
 
 class DeadlineExceeded(Exception):
-    """The deadline passed with the work upstream."""
+    """The deadline passed during an attempt."""
 
 
 class Route:
-    """A backend behind its admission, and how it has fared."""
+    """A backend with its admission, its retry budget and whether it has ever answered."""
 
     def __init__(self, backend: Backend, admission: Admission) -> None:
         self.backend = backend
@@ -51,29 +56,38 @@ class Route:
         self.admission = admission
         self._retries = RETRY_RESERVE
         self.has_answered = False
-        """Failures are an outage then, and not a wrong address."""
+        """True after the first answer. Later failures are then an outage and not a wrong address."""
 
-    def takes(self, ticket: Ticket, now: float) -> bool:
-        """Whether the ticket would be answered here before its deadline, as far as can be told."""
+    def __repr__(self) -> str:
+        return f"<Route {self.name} has_answered={self.has_answered} retries={self._retries:.1f} {self.admission!r}>"
+
+    def can_answer(self, ticket: Ticket, now: float) -> bool:
+        """Return whether this route would probably answer the ticket before its deadline."""
         return self.backend.ready_reason() is None and self.admission.lane(ticket.model).takes(now, ticket)
 
     def answered(self) -> None:
-        """An attempt brought an answer, if only that the request is at fault."""
+        """Record that the backend answered an attempt, even if the answer was that the request is invalid."""
         self.has_answered = True
 
     def succeeded(self) -> None:
-        """An attempt brought a whole answer."""
+        """Record that an attempt brought a complete answer, and add to the retry budget."""
         self.has_answered = True
         self._retries = min(self._retries + RETRY_SHARE, RETRY_RESERVE)
 
-    def is_out(self, ticket: Ticket) -> bool:
-        """Whether this is an outage, or the beginning of one; a provider that never answered may be a wrong address."""
+    def is_failing(self, ticket: Ticket) -> bool:
+        """Return whether the provider has an outage, or an outage begins.
+
+        Always false for a provider that has never answered, because its address may be wrong.
+        """
         return self.has_answered and self.admission.lane(ticket.model).limits.failing
 
-    def may_retry(self, ticket: Ticket, failed_attempts: int) -> bool:
-        """Whether another attempt here may help, and is within the budget, which it then uses."""
-        if self.is_out(ticket):
-            return True  # single probes will find the provider back
+    def take_retry(self, ticket: Ticket, failed_attempts: int) -> bool:
+        """Return whether to make another attempt here.
+
+        If so, take one retry from the budget, except during an outage.
+        """
+        if self.is_failing(ticket):
+            return True  # half-open probes will notice when the provider works again
         if failed_attempts >= MAX_FAILED_ATTEMPTS or self._retries < 1.0:
             return False
         self._retries -= 1.0
@@ -81,23 +95,26 @@ class Route:
 
 
 class Dispatcher:
-    """The loop around the backends. The first serves; a later one takes over while those before it cannot."""
+    """Carries tickets to the backends. The first backend serves; a later one serves while all before it cannot."""
 
     def __init__(self, routes: Sequence[Route], metrics: Metrics) -> None:
         self.routes = routes
         self._metrics = metrics
         self.now = routes[0].admission.loop.time
-        """The time, on the loop's clock."""
+        """Returns the time of the loop's clock, in seconds."""
         self._deadlines = Deadlines(routes[0].admission.loop)
         self._random = random.Random()  # noqa: S311  jitter, not a secret
 
+    def __repr__(self) -> str:
+        return f"<Dispatcher {','.join(route.name for route in self.routes)} draining={self.draining}>"
+
     @property
     def draining(self) -> bool:
-        """Nothing new is taken."""
+        """Whether new requests are refused."""
         return self.routes[0].admission.draining
 
     async def models(self) -> bytes:
-        """The list of models of the first backend that gives one. Raises what the last said."""
+        """Return the list of models from the first backend that answers. Raises the error of the last backend."""
         for route in self.routes[:-1]:
             try:
                 return await route.backend.models()
@@ -111,38 +128,38 @@ class Dispatcher:
         request: Request,
         on_stream: Callable[[Reply], Awaitable[None]] | None = None,
     ) -> Reply:
-        """Bring the ticket's answer.
+        """Return the answer to the ticket's request.
 
-        A whole answer is returned after its permit went back. A streaming one is handed to `on_stream` while it holds
-        its permit, and returned when that is done. Raises `NotAdmitted` (queue), `BackendError` (what the provider
-        said, never a throttling one), or `DeadlineExceeded`.
+        A complete answer is returned after the permit was released. A streaming answer is passed to `on_stream` while
+        it holds the permit, and is returned when `on_stream` has finished. Raises `NotAdmitted` (refused by the queue),
+        `BackendError` (the provider's error; never `Throttled` unless a stream has begun) or `DeadlineExceeded`.
         """
-        watch = ticket.stopwatch
+        stopwatch = ticket.stopwatch
         failed_attempts = 0
-        # Without its traceback, and not kept where it is raised: that holds this frame, and they would keep each other,
-        # and with them the body, until the next collection of garbage.
+        # Stored without its traceback, and deleted where it is raised. A traceback refers to this frame, and this frame
+        # refers to the error: this cycle would keep the request's body in memory until the next garbage collection.
         last_failure: BackendError | None = None
         route = self.routes[0]
-        given_up: list[Route] = []  # have had their chance at this ticket
-        while True:  # one round is one permit and one attempt
-            route = self._choose(ticket, given_up) or route
+        excluded: list[Route] = []  # not to be used again for this ticket
+        while True:  # one iteration is one permit and one attempt
+            route = self._choose(ticket, excluded) or route
             ticket.backend = route.name
             try:
                 with await route.admission.permit(ticket) as permit:
-                    watch.switch("lock", self.now())
+                    stopwatch.switch("lock", self.now())
                     try:
                         reply = await self._attempt(route, permit, request, on_stream)
                     except BaseException:
-                        watch.switch("queue", self.now())
+                        stopwatch.switch("queue", self.now())
                         raise
-                    watch.switch("write", self.now())
+                    stopwatch.switch("write", self.now())
                     return reply
             except NotAdmitted as refusal:
                 if isinstance(refusal, Draining | Superseded):
                     raise
                 if not isinstance(refusal, OnHold):
-                    given_up.append(route)
-                    if self._choose(ticket, given_up) is None:
+                    excluded.append(route)
+                    if self._choose(ticket, excluded) is None:
                         late = isinstance(refusal, DeadlineUnreachable)
                         if late and isinstance(last_failure, ServerFailed | Unreachable):
                             try:
@@ -160,38 +177,38 @@ class Dispatcher:
                 failed_attempts += 1
                 if ticket.streaming:
                     raise
-                if route.may_retry(ticket, failed_attempts):
-                    await self._jitter(ticket, failed_attempts)
-                    if route.is_out(ticket):
-                        failed_attempts = 0  # they were the provider's doing, and say nothing of this request
+                if route.take_retry(ticket, failed_attempts):
+                    await self._back_off(ticket, failed_attempts)
+                    if route.is_failing(ticket):
+                        failed_attempts = 0  # the outage caused the failures, not this request
                 else:
-                    given_up.append(route)
-                    if self._choose(ticket, given_up) is None:
-                        await self._pause(ticket, LOOK_AROUND_SECONDS if route.has_answered else 0.0)
-                        if not route.is_out(ticket):
+                    excluded.append(route)
+                    if self._choose(ticket, excluded) is None:
+                        await self._pause(ticket, OUTAGE_CHECK_SECONDS if route.has_answered else 0.0)
+                        if not route.is_failing(ticket):
                             raise
-                        given_up.remove(route)
+                        excluded.remove(route)
                     failed_attempts = 0
                 last_failure = failure.with_traceback(None)
             except (BillingRefused, Rejected) as refusal:
                 if ticket.streaming or not _is_about_account(refusal):
                     raise
-                given_up.append(route)
-                if self._choose(ticket, given_up) is None:
+                excluded.append(route)
+                if self._choose(ticket, excluded) is None:
                     raise
                 last_failure = refusal.with_traceback(None)
             ticket.returned = True
             self._metrics.retry(route.name, last_failure)
 
-    def _choose(self, ticket: Ticket, given_up: Sequence[Route]) -> Route | None:
-        """The first route that would answer the ticket in time; None if there is none."""
+    def _choose(self, ticket: Ticket, excluded: Sequence[Route]) -> Route | None:
+        """Return the first route that would answer the ticket before its deadline; None if there is none."""
         if len(self.routes) == 1:
             return None
         now = self.now()
-        return next((route for route in self.routes if route not in given_up and route.takes(ticket, now)), None)
+        return next((route for route in self.routes if route not in excluded and route.can_answer(ticket, now)), None)
 
-    def _let_others_move(self, route: Route, model: str) -> None:
-        """What waits for a backend that is away goes to another, if there is one."""
+    def _move_waiting_tickets(self, route: Route, model: str) -> None:
+        """If the backend cannot answer and there is another one, send the tickets that wait for it to the other one."""
         if len(self.routes) > 1:
             lane = route.admission.lane(model)
             if lane.away is not None:
@@ -200,11 +217,11 @@ class Dispatcher:
     async def _attempt(
         self, route: Route, permit: Permit, request: Request, on_stream: Callable[[Reply], Awaitable[None]] | None
     ) -> Reply:
-        """Make one attempt and tell admission and the metrics what it was told."""
+        """Make one attempt and report its verdict to admission and to the metrics."""
         ticket, name = permit.ticket, route.name
         trace = ticket.stopwatch if isinstance(ticket.stopwatch, TracingStopwatch) else None
         if trace is not None:
-            request = trace.attempt(request, name)
+            request = trace.start_attempt(request, name)
         timings = Timings()
         result = "cancelled"
         try:
@@ -212,7 +229,7 @@ class Dispatcher:
                 try:
                     reply = await route.backend.send(request, timings)
                 finally:
-                    self._note(ticket, timings, self.now())
+                    self._record_timings(ticket, timings, self.now())
                 if reply.chunks is not None:
                     if on_stream is None:
                         raise TypeError("a streaming reply needs on_stream")
@@ -264,25 +281,31 @@ class Dispatcher:
         finally:
             self._metrics.attempt(name, result)
             if trace is not None:
-                trace.attempted(result)
-            self._let_others_move(route, ticket.model)
+                trace.end_attempt(result)
+            self._move_waiting_tickets(route, ticket.model)
         return reply
 
     def finish(self, ticket: Ticket, api: str, outcome: Outcome) -> None:
-        """The ticket's last byte is out, or it has failed: stop its watch and write its record, once."""
+        """Stop the ticket's stopwatch and write its record.
+
+        Call it once, after the last byte was sent or the ticket failed.
+        """
         ticket.stopwatch.stop(self.now())
         self._metrics.finished(ticket, api, ticket.backend or self.routes[0].name, outcome)
 
     def invalid(self, api: str) -> None:
-        """A request that never became a ticket: its own fault."""
+        """Count an invalid request, which never became a ticket."""
         self._metrics.invalid(api, self.routes[0].name)
 
-    async def _jitter(self, ticket: Ticket, failed_attempts: int) -> None:
+    async def _back_off(self, ticket: Ticket, failed_attempts: int) -> None:
         longest = RETRY_STEP_SECONDS * 2.0 ** (failed_attempts - 1)
         await self._pause(ticket, self._random.uniform(0.0, min(longest, max(ticket.deadline - self.now(), 0.0))))
 
     async def _pause(self, ticket: Ticket, seconds: float) -> None:
-        """Wait a little without a permit, on the account of `hold`."""
+        """Wait this many seconds, or until the deadline, without a permit.
+
+        The time counts as waiting because of `hold`.
+        """
         begun = self.now()
         try:
             await asyncio.sleep(min(seconds, max(ticket.deadline - begun, 0.0)))
@@ -290,8 +313,8 @@ class Dispatcher:
             ticket.add_cause("hold", self.now() - begun)
 
     @staticmethod
-    def _note(ticket: Ticket, timings: Timings, now: float) -> None:
-        """Put the backend's own marks on the ticket's watch."""
+    def _record_timings(ticket: Ticket, timings: Timings, now: float) -> None:
+        """Copy the times that the backend measured (start of work, first byte) to the ticket's stopwatch."""
         started = timings.work_started
         if started is not None:
             ticket.stopwatch.switch("first_byte", started)
@@ -299,8 +322,8 @@ class Dispatcher:
 
 
 def _is_about_account(refusal: BillingRefused | Rejected) -> bool:
-    """The provider refuses whoever sends with this key: money, or a key that is missing or wrong.
+    """Return whether the provider refuses the account: it was not paid, or the key is missing or wrong.
 
-    A 401 is never about the caller's own bearer, which is not sent on.
+    A 401 is never about the caller's bearer token, because the sidecar does not send that token to the provider.
     """
     return isinstance(refusal, BillingRefused) or refusal.status == 401

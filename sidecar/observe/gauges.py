@@ -1,4 +1,4 @@
-"""What is, read when Prometheus asks: queues, attempts in flight, learned limits. Nothing is written meanwhile."""
+"""Gauges of the present state: queues, attempts in flight, learned limits. They are read only when Prometheus asks."""
 
 from __future__ import annotations
 
@@ -12,16 +12,19 @@ from sidecar.admission import Admission, HoldKind, Lane, Priority, State
 
 
 class AdmissionGauges(Collector):
-    """The gauges of the contract over every backend's admission. A backend's models are told in sum.
+    """The gauges of the contract, for the admission of every backend. Each value is the sum over the backend's models.
 
-    A limit that is not known yet has no sample. A state is 1 while any model is in it.
+    A limit that is not known yet has no sample. The gauge of a state is 1 while at least one model is in that state.
     """
 
     def __init__(self, admissions: Mapping[str, Admission]) -> None:
         self._admissions = admissions
 
+    def __repr__(self) -> str:
+        return f"<AdmissionGauges {','.join(self._admissions)}>"
+
     def collect(self) -> Iterator[GaugeMetricFamily]:
-        """Give the families as they are now."""
+        """Return the current samples."""
 
         def gauge(name: str, text: str, *labels: str) -> GaugeMetricFamily:
             return GaugeMetricFamily(name, text, labels=("backend", *labels))
@@ -53,7 +56,7 @@ class AdmissionGauges(Collector):
 
 
 def _states(lanes: list[Lane]) -> dict[tuple[str, str], int]:
-    """How many models are in each state, those that none is in too."""
+    """Return the number of models in each state. States without a model are included, with 0."""
     rates = {(dimension, state.value): 0 for dimension in ("requests", "tokens") for state in State}
     counts = rates | {("hold", kind.value): 0 for kind in HoldKind}
     for lane in lanes:
