@@ -103,7 +103,7 @@ class Sidecar:
     def drain(self) -> None:
         """Take nothing new from now on; `run` ends when what was accepted is done. Again is nothing."""
         if not self._drain_requested.is_set():
-            log.info("draining; requests under way: %d", self.data.under_way)
+            log.info("draining; requests under way: %d", self.data.in_progress)
             self.parts.health.draining = True
             for route in self.parts.all_routes:
                 route.admission.draining = True
@@ -111,20 +111,20 @@ class Sidecar:
 
     def _on_signal(self) -> None:
         if self._drain_requested.is_set():
-            log.warning("told to stop a second time: giving up what is under way, requests: %d", self.data.under_way)
-            self.data.give_up()
+            log.warning("told to stop a second time: giving up what is under way, requests: %d", self.data.in_progress)
+            self.data.abort_all()
         self.drain()
 
     async def _finish(self) -> None:
         """Wait for what was accepted; give an answer, if not the one hoped for, to what takes too long."""
         try:
             async with asyncio.timeout(self.settings.drain_timeout):
-                await self.data.idle()
+                await self.data.wait_until_idle()
         except TimeoutError:
-            log.warning("SIDECAR_DRAIN_TIMEOUT is over with %d requests under way", self.data.under_way)
-            self.data.give_up()
+            log.warning("SIDECAR_DRAIN_TIMEOUT is over with %d requests under way", self.data.in_progress)
+            self.data.abort_all()
             async with asyncio.timeout(_LAST_WORDS_SECONDS):
-                await self.data.idle()
+                await self.data.wait_until_idle()
 
     async def close(self) -> None:
         """Let go of everything, in the reverse order of `start`."""

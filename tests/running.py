@@ -61,7 +61,7 @@ class Running:
         """Nothing is queued, in flight or under way."""
         admissions = [route.admission for route in self.sidecar.routes]
         busy = any(admission.in_flight() or admission.waiting() for admission in admissions)
-        return not (busy or self.sidecar.data.under_way)
+        return not (busy or self.sidecar.data.in_progress)
 
 
 def samples(text: str) -> dict[str, float]:

@@ -175,7 +175,7 @@ async def cut_off_by_the_drain(given):
     sidecar = await given.before(never)
     task = asyncio.create_task(given.ask(sidecar))
     await sidecar.until(lambda: sidecar.sidecar.routes[0].admission.in_flight() == 1)
-    sidecar.sidecar.data.give_up()
+    sidecar.sidecar.data.abort_all()
     return await task
 
 

@@ -139,10 +139,10 @@ async def test_whoever_waits_for_the_last_request_is_told_of_its_end(serving, sc
     data = sidecar.sidecar.data
     async with asyncio.timeout(10):
         for _ in range(2):
-            await data.idle()
+            await data.wait_until_idle()
             async with sidecar.post(chat(stream=True)) as response:
                 await response.content.readany()
-                waiting = [asyncio.ensure_future(data.idle()) for _ in range(2)]
+                waiting = [asyncio.ensure_future(data.wait_until_idle()) for _ in range(2)]
                 done, _ = await asyncio.wait(waiting, timeout=0.05)
                 assert not done
                 more.release()

@@ -26,7 +26,7 @@ def body(*images: bytes, text: str = "Describe.", **fields) -> bytes:
 
 @pytest.mark.parametrize("images", [(JPEG,), (JPEG, JPEG), (PHOTOGRAPH,), (JPEG, PHOTOGRAPH, JPEG), ()])
 def test_every_image_is_measured_and_what_stands_behind_it_is_read(images):
-    asked = openai.understand(body(*images, stream=True))
+    asked = openai.parse_chat(body(*images, stream=True))
     assert asked.images == [(WIDTH, HEIGHT)] * len(images)
     assert (asked.model, asked.stream, asked.text_chars) == ("m", True, len("Describe."))
 
@@ -35,24 +35,24 @@ def test_of_a_frame_only_its_beginning_is_parsed(monkeypatch):
     parsed = []
     json_object = bodies.json_object
     monkeypatch.setattr(bodies, "json_object", lambda data: parsed.append(len(data)) or json_object(data))
-    openai.understand(body(JPEG, JPEG))
+    openai.parse_chat(body(JPEG, JPEG))
     assert len(parsed) == 1
     assert parsed[0] < 20_000 < len(JPEG)
 
 
 def test_escaped_quotes_and_slashes_are_no_end_of_a_string():
     slashed = body(JPEG).replace(b"/", b"\\/")  # as PHP writes JSON
-    assert openai.understand(slashed).images == [(WIDTH, HEIGHT)]
+    assert openai.parse_chat(slashed).images == [(WIDTH, HEIGHT)]
     quoting = 'He said ";base64,' + "A" * 20_000 + '" and "no".'
-    asked = openai.understand(body(JPEG, text=quoting))
+    asked = openai.parse_chat(body(JPEG, text=quoting))
     assert (asked.images, asked.text_chars) == ([(WIDTH, HEIGHT)], len(quoting))
 
 
 def test_a_body_that_is_cut_off_within_an_image_is_no_json():
     with pytest.raises(InvalidRequest, match="the body is not JSON"):
-        openai.understand(body(JPEG)[:50_000])
+        openai.parse_chat(body(JPEG)[:50_000])
 
 
 def test_errors_are_told_of_the_whole_body():
     with pytest.raises(InvalidRequest, match="max_tokens must be a whole number"):
-        openai.understand(body(JPEG, max_tokens=0))
+        openai.parse_chat(body(JPEG, max_tokens=0))

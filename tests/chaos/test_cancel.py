@@ -114,7 +114,7 @@ async def test_who_vanishes_while_sending_its_body_leaves_nothing_behind(serving
         _, writer = await asyncio.open_connection("127.0.0.1", sidecar.sidecar.data_port)
         writer.write(said)
         if said != head[:40]:
-            await sidecar.until(lambda: sidecar.sidecar.data.under_way == 1)
+            await sidecar.until(lambda: sidecar.sidecar.data.in_progress == 1)
         if said.endswith(b"{"):
             await sidecar.until(lambda: admission.arriving_bytes() == 50_000)
         writer.transport.abort()

@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 from scripted_upstream import CHAT_ANSWER
 
-from sidecar.api.trio import endpoints as trio
-from sidecar.api.trio.image import _say_that_pillow_is_missing
+from sidecar.api.trio import endpoints
+from sidecar.api.trio.image import _warn_that_pillow_is_missing
 
 CROP_DESCRIBE = "/api/inference/crop-describe"
 PERSON = {"class": "person", "bbox": [100, 100, 200, 300], "confidence": 0.91}
@@ -108,7 +108,7 @@ async def test_without_pillow_crops_go_as_hints_and_the_log_says_once_what_to_in
     sidecar = await serving(dashscope_url=f"{upstream.origin}/v1")
     frame = picture()
     monkeypatch.setitem(sys.modules, "PIL", None)
-    _say_that_pillow_is_missing.cache_clear()
+    _warn_that_pillow_is_missing.cache_clear()
     for _ in range(2):
         async with sidecar.post({"image_b64": frame, "crops": [PERSON]}, path=CROP_DESCRIBE) as response:
             assert response.status == 200
@@ -138,11 +138,11 @@ async def test_it_is_drawn_off_the_event_loop(serving, scripted, monkeypatch):
     sidecar = await serving(dashscope_url=f"{upstream.origin}/v1")
     threads = []
 
-    def noting(*args, compose=trio.compose):
+    def noting(*args, compose=endpoints.compose):
         threads.append(threading.current_thread())
         return compose(*args)
 
-    monkeypatch.setattr(trio, "compose", noting)
+    monkeypatch.setattr(endpoints, "compose", noting)
     async with sidecar.post({"image_b64": picture(), "crops": [PERSON]}, path=CROP_DESCRIBE) as response:
         assert response.status == 200
     assert len(threads) == 1

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from sidecar.api.errors import InvalidRequest
 from sidecar.api.trio import schema as trio_schema
-from sidecar.api.trio.schema import CropDescribeRequest, DescribeRequest, DetectRequest, read
+from sidecar.api.trio.schema import CropDescribeRequest, DescribeRequest, DetectRequest, parse_request
 
 FRAME = base64.b64encode(b"\xff\xd8\xff" + bytes(range(60))).decode()
 #: Texts that look like the key, its end, or what stands in for the frame.
@@ -45,7 +45,7 @@ PAIRS = st.lists(
 
 def outcome(kind, body: bytes):
     try:
-        request, image = read(kind, body, "application/json")
+        request, image = parse_request(kind, body, "application/json")
     except InvalidRequest as error:
         return error.status, error.message, error.detail
     return request.model_dump(exclude={"image_b64"}), bytes(image)
@@ -66,6 +66,6 @@ def test_what_is_read_is_the_same_as_by_parsing_all_of_it(pairs, separators, asc
 
 def test_the_frame_is_a_view_of_the_body_and_nothing_is_copied():
     body = json.dumps({"prompt": "What?", "image_b64": FRAME}).encode()
-    _, image = read(DescribeRequest, body, "application/json")
+    _, image = parse_request(DescribeRequest, body, "application/json")
     assert image.obj is body
     assert bytes(image).decode() == FRAME
