@@ -1,4 +1,4 @@
-"""SIGTERM, SIGINT and `drain` against a real process under load: nothing that was accepted is lost."""
+"""SIGTERM, SIGINT and `drain` for a real process under load: no accepted request is lost."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ async def client():
         yield session
 
 
-async def in_flight(client, process, count):
-    """Wait until so many requests hold a permit."""
+async def wait_until_accepted(client, process, count):
+    """Wait until `count` requests are in flight or queued."""
     async with asyncio.timeout(BOUND):
         while True:
             async with client.get(f"{process.admin_url}/status") as response:
@@ -35,8 +35,8 @@ async def in_flight(client, process, count):
             await asyncio.sleep(0.01)
 
 
-async def unready(client, process):
-    """Wait until it is not ready, which a signal takes a moment to bring about; gives the reason."""
+async def wait_until_unready(client, process):
+    """Wait until the process has handled the signal and is not ready. Return the reason."""
     async with asyncio.timeout(BOUND):
         while True:
             async with client.get(f"{process.admin_url}/readyz") as response:
@@ -49,9 +49,9 @@ async def test_sigterm_with_8_in_flight_and_50_queued_loses_none(client, provide
     url, simulated = await provider(latency_seconds=0.25)
     async with Process("--dashscope-url", url, "--max-concurrency", "8") as process:
         tasks = [asyncio.ensure_future(ask(client, process)) for _ in range(58)]
-        await in_flight(client, process, 58)
+        await wait_until_accepted(client, process, 58)
         process.signal(signal.SIGTERM)
-        assert await unready(client, process) == "draining\n"
+        assert await wait_until_unready(client, process) == "draining\n"
         async with client.get(f"{process.admin_url}/livez") as response:
             assert response.status == 200
         status, code, headers = await ask(client, process)
@@ -64,25 +64,25 @@ async def test_sigterm_with_8_in_flight_and_50_queued_loses_none(client, provide
         assert simulated.counts.ended["answered"] == 58
 
 
-async def test_what_outlives_the_drain_timeout_gets_an_answer_all_the_same(client, provider):
+async def test_a_request_that_is_not_finished_at_the_drain_timeout_gets_an_answer(client, provider):
     url, simulated = await provider(latency_seconds=60)
     async with Process("--dashscope-url", url, "--max-concurrency", "2", "--drain-timeout", "0.5") as process:
         tasks = [asyncio.ensure_future(ask(client, process)) for _ in range(5)]
-        await in_flight(client, process, 5)
+        await wait_until_accepted(client, process, 5)
         process.signal(signal.SIGTERM)
         assert [answer[:2] for answer in await asyncio.gather(*tasks)] == [(503, "draining")] * 5
         assert await process.ended() == 0
         assert simulated.counts.disconnects == 2
 
 
-async def test_a_second_signal_waits_no_longer(client, provider):
+async def test_a_second_signal_ends_the_drain_immediately(client, provider):
     url, _ = await provider(latency_seconds=60)
     async with Process("--dashscope-url", url) as process:
         task = asyncio.ensure_future(ask(client, process))
-        await in_flight(client, process, 1)
+        await wait_until_accepted(client, process, 1)
         process.signal(signal.SIGINT)
         async with asyncio.timeout(BOUND):
-            while "draining" not in process.log:  # noqa: ASYNC110  the log is what a person watches
+            while "draining" not in process.log:  # noqa: ASYNC110  a person also watches the log
                 await asyncio.sleep(0.01)
         process.signal(signal.SIGINT)
         assert (await task)[:2] == (503, "draining")
@@ -101,11 +101,11 @@ async def test_a_stream_that_has_begun_is_finished(client, provider):
         assert await process.ended() == 0
 
 
-async def test_the_drain_command_waits_for_the_end(client, provider):
+async def test_the_drain_command_waits_until_the_process_ends(client, provider):
     url, _ = await provider(latency_seconds=1.0)
     async with Process("--dashscope-url", url) as process:
         task = asyncio.ensure_future(ask(client, process))
-        await in_flight(client, process, 1)
+        await wait_until_accepted(client, process, 1)
         command = [sys.executable, "-m", "sidecar", "drain", "--admin-port", str(process.admin_port)]
         drain = await asyncio.create_subprocess_exec(*command)
         assert (await task)[0] == 200

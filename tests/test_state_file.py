@@ -1,4 +1,4 @@
-"""Learned limits survive a restart; a file that is damaged never keeps a sidecar from starting."""
+"""Learned limits survive a restart, and a damaged state file never prevents a start."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ def write(path, age=0.0, version=1, account="account", **learned):
     path.write_bytes(orjson.dumps({"version": version, "limits": [one]}))
 
 
-def memory_of(path, account="account"):
+def state_file_of(path, account="account"):
     admission = Admission()
-    memory = StateFile(path, [(lambda: account, admission)])
-    memory.load()
-    return memory, admission
+    state_file = StateFile(path, [(lambda: account, admission)])
+    state_file.load()
+    return state_file, admission
 
 
-def recalled(path, account="account"):
-    _, admission = memory_of(path, account)
+def recalled_limits(path, account="account"):
+    _, admission = state_file_of(path, account)
     return {model: lane.limits.requests.limit for model, lane in admission.lanes.items()}
 
 
@@ -48,66 +48,66 @@ def learn(admission, limit=10.0, model="m"):
     admission.lane(model).limits.requests.recall(now, limit, 5.0)
 
 
-async def test_what_was_learned_is_recalled_in_part(path):
-    memory, admission = memory_of(path)
+async def test_a_learned_limit_is_recalled_with_a_discount(path):
+    state_file, admission = state_file_of(path)
     learn(admission)
-    memory.save()
-    assert recalled(path) == {"m": pytest.approx(8.0)}
+    state_file.save()
+    assert recalled_limits(path) == {"m": pytest.approx(8.0)}
 
 
 async def test_every_dimension_is_recalled(path):
     write(path, tokens={"limit": 1000.0, "burst": 3000.0, "uncertainty": 0.02}, **LEARNED)
-    _, admission = memory_of(path)
+    _, admission = state_file_of(path)
     limits = admission.lanes["m"].limits
     assert limits.tokens.limit == pytest.approx(800.0)
     assert limits.permits.learned == 6
 
 
-async def test_an_older_limit_is_believed_less_and_a_very_old_one_not_at_all(path):
+async def test_an_older_limit_gets_a_larger_discount_and_a_very_old_limit_is_ignored(path):
     write(path, age=7200.0)
-    assert recalled(path) == {"m": pytest.approx(5.0)}
+    assert recalled_limits(path) == {"m": pytest.approx(5.0)}
     write(path, age=100_000.0)
-    assert recalled(path) == {}
+    assert recalled_limits(path) == {}
 
 
-async def test_restarts_without_traffic_take_nothing_off_a_limit(path):
+async def test_restarts_without_traffic_do_not_lower_a_limit(path):
     write(path, age=600.0)
     before = path.read_bytes()
     for _ in range(3):
-        memory, _ = memory_of(path)
-        memory.save()
+        state_file, _ = state_file_of(path)
+        state_file.save()
     assert path.read_bytes() == before
 
 
 async def test_a_model_without_traffic_keeps_its_age_and_its_limit(path):
     write(path, age=600.0)
-    memory, admission = memory_of(path)
+    state_file, admission = state_file_of(path)
     learn(admission, 3.0, "busy")
-    memory.save()
+    state_file.save()
     ages = {one["model"]: time.time() - one["learned_at"] for one in orjson.loads(path.read_bytes())["limits"]}
     assert ages == {"m": pytest.approx(600.0, abs=5.0), "busy": pytest.approx(0.0, abs=5.0)}
-    assert recalled(path) == {"m": pytest.approx(8.0), "busy": pytest.approx(2.4)}
+    assert recalled_limits(path) == {"m": pytest.approx(8.0), "busy": pytest.approx(2.4)}
 
 
-async def test_another_account_recalls_nothing_and_loses_nothing(path):
+async def test_another_account_recalls_nothing_and_the_first_account_keeps_its_limits(path):
     write(path, account="other")
-    memory, admission = memory_of(path)
+    state_file, admission = state_file_of(path)
     assert not admission.lanes
     learn(admission, 3.0)
-    memory.save()
-    assert recalled(path, "account") == {"m": pytest.approx(2.4)}
-    assert recalled(path, "other") == {"m": pytest.approx(8.0)}
+    state_file.save()
+    assert recalled_limits(path, "account") == {"m": pytest.approx(2.4)}
+    assert recalled_limits(path, "other") == {"m": pytest.approx(8.0)}
 
 
-async def test_a_rotated_key_is_another_account_from_the_next_saving_on(path):
+async def test_a_rotated_key_is_another_account_from_the_next_save_on(path):
     names = ["old key"]
     admission = Admission()
-    memory = StateFile(path, [(lambda: names[-1], admission)])
+    state_file = StateFile(path, [(lambda: names[-1], admission)])
     learn(admission)
-    memory.save()
+    state_file.save()
     names.append("new key")
-    memory.save()
-    assert recalled(path, "old key") == recalled(path, "new key") == {"m": pytest.approx(8.0)}
+    state_file.save()
+    assert recalled_limits(path, "old key") == recalled_limits(path, "new key") == {"m": pytest.approx(8.0)}
 
 
 @pytest.mark.parametrize(
@@ -117,72 +117,72 @@ async def test_a_rotated_key_is_another_account_from_the_next_saving_on(path):
         b'{"version": 1, "limits": [{"account": "account", "model": "m", "learned_at": null}]}',
     ],
 )  # fmt: skip
-async def test_a_damaged_file_is_passed_over_with_one_warning_and_written_anew(path, content, caplog):
+async def test_a_damaged_file_is_ignored_with_one_warning_and_written_again(path, content, caplog):
     path.write_bytes(content)
-    memory, admission = memory_of(path)
+    state_file, admission = state_file_of(path)
     assert not admission.lanes
     assert caplog.text.count("it is damaged") == 1
     learn(admission)
-    memory.save()
-    assert recalled(path) == {"m": pytest.approx(8.0)}
+    state_file.save()
+    assert recalled_limits(path) == {"m": pytest.approx(8.0)}
 
 
 @pytest.mark.parametrize("limit", [-1, 0, "many", None, 1e300])
-async def test_a_limit_that_is_none_is_passed_over_and_told(path, limit, caplog):
+async def test_an_invalid_limit_is_ignored_with_a_warning(path, limit, caplog):
     write(path, requests={"limit": limit, "burst": 1.0, "uncertainty": 0.02})
-    assert recalled(path) == {}
+    assert recalled_limits(path) == {}
     assert "it is damaged" in caplog.text
 
 
-async def test_another_version_is_passed_over(path, caplog):
+async def test_a_file_of_another_version_is_ignored(path, caplog):
     write(path, version=2)
-    assert recalled(path) == {}
+    assert recalled_limits(path) == {}
     assert "version is 2" in caplog.text
 
 
-async def test_the_file_is_bounded_whatever_models_callers_name(path, monkeypatch):
+async def test_the_file_size_is_bounded_for_any_number_of_model_names(path, monkeypatch):
     monkeypatch.setattr("sidecar.state_file.MAX_LIMITS", 3)
-    memory, admission = memory_of(path)
+    state_file, admission = state_file_of(path)
     for number in range(5):
         learn(admission, model=f"model-{number}")
-        memory.save()
-    assert recalled(path).keys() == {"model-2", "model-3", "model-4"}
+        state_file.save()
+    assert recalled_limits(path).keys() == {"model-2", "model-3", "model-4"}
 
 
-async def test_nothing_learned_leaves_no_file(path):
-    memory, _ = memory_of(path)
-    memory.save()
+async def test_without_learned_limits_no_file_is_written(path):
+    state_file, _ = state_file_of(path)
+    state_file.save()
     assert not path.exists()
 
 
-async def test_a_file_that_cannot_be_read_or_written_is_told_once_and_serving_goes_on(tmp_path, caplog):
+async def test_an_unreadable_or_unwritable_file_is_logged_once_and_serving_continues(tmp_path, caplog):
     tmp_path.joinpath("limits.json").mkdir()
-    memory, admission = memory_of(tmp_path / "limits.json")
+    state_file, admission = state_file_of(tmp_path / "limits.json")
     for limit in (10.0, 11.0):
         learn(admission, limit)
-        memory.save()
+        state_file.save()
     assert [record.message.partition(": ")[0].split(" ", 1)[1] for record in caplog.records] == [
         "cannot be read",
         "cannot be written",
     ]
 
 
-async def test_it_is_saved_now_and_then_and_not_left_half_written(path, monkeypatch):
+async def test_the_file_is_saved_periodically_and_never_left_half_written(path, monkeypatch):
     monkeypatch.setattr("sidecar.state_file.SAVE_EVERY_SECONDS", 0.01)
-    memory, admission = memory_of(path)
-    running = asyncio.create_task(memory.run())
+    state_file, admission = state_file_of(path)
+    running = asyncio.create_task(state_file.run())
     learn(admission)
     async with asyncio.timeout(10):
-        while not path.exists():  # noqa: ASYNC110  there is nothing to wait on but the file itself
+        while not path.exists():  # noqa: ASYNC110  no event exists for the file
             await asyncio.sleep(0.005)
     running.cancel()
     await asyncio.gather(running, return_exceptions=True)
-    assert recalled(path) == {"m": pytest.approx(8.0)}
+    assert recalled_limits(path) == {"m": pytest.approx(8.0)}
     assert list(path.parent.iterdir()) == [path]
 
 
 def test_a_restart_under_load_costs_few_refusals_and_little_time():
-    """Forty callers always wait for 10/s; the sidecar is started anew with what it had learned."""
+    """Forty callers always wait, 10 requests/s are accepted, and a second sidecar starts with the learned limits."""
 
     async def main():
         provider = Provider(
@@ -192,19 +192,19 @@ def test_a_restart_under_load_costs_few_refusals_and_little_time():
         )
         first = Sidecar(provider)
         await Run(first, 60.0).saturate(40)
-        taken, refused = provider.counts.accepted, provider.counts.refused.total()
+        accepted, refused = provider.counts.accepted, provider.counts.refused.total()
         second = Sidecar(provider)
         second.admission.recall(first.admission.learned(), 0.8)
         await Run(second, 10.0).saturate(40)
-        return provider.counts.accepted - taken, provider.counts.refused.total() - refused
+        return provider.counts.accepted - accepted, provider.counts.refused.total() - refused
 
-    taken, refused = clock.run(main())
+    accepted, refused = clock.run(main())
     assert refused <= 3
-    assert taken >= 75  # of a hundred: it begins at eight tenths of what it knew
+    assert accepted >= 75  # of 100: the second sidecar starts at 0.8 of the learned limit
 
 
 async def saturate(url, client, seconds, workers=20):
-    """Keep so many requests waiting, and then hang up; gives the statuses seen."""
+    """Keep `workers` requests waiting for some seconds, then disconnect. Return the set of statuses."""
     statuses = set()
 
     async def worker():
@@ -221,7 +221,7 @@ async def saturate(url, client, seconds, workers=20):
     return statuses
 
 
-async def test_a_process_restarted_under_load_makes_no_storm_and_writes_no_key(path, provider):
+async def test_a_process_restarted_under_load_gets_few_refusals_and_writes_no_key(path, provider):
     url, simulated = await provider(requests_per_second=8, burst_requests=4, latency_seconds=0.1)
     options = ("--dashscope-url", url, "--dashscope-api-key", "sk-do-not-tell", "--state-file", str(path))
     refused = []
@@ -234,7 +234,7 @@ async def test_a_process_restarted_under_load_makes_no_storm_and_writes_no_key(p
                 assert await process.ended() == 0
             refused.append(simulated.counts.refused["request_rate"] - before)
     first, second = refused
-    assert first >= 8  # what a start without memory costs
+    assert first >= 8  # the refusals of a start without learned limits
     assert second <= 2
     assert b"sk-do-not-tell" not in path.read_bytes()
     assert process.log.count("STATE_FILE") == 0
