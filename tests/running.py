@@ -23,6 +23,7 @@ PNG = base64.b64decode(
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
 )
 IMAGE_URL = "data:image/png;base64," + base64.b64encode(PNG).decode()
+#: Seconds. The longest time that a test waits for anything.
 BOUND = 20.0
 CHAT = "/v1/chat/completions"
 

@@ -8,6 +8,7 @@ import socket
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
+#: Seconds. The longest wait for a client to close its connection.
 BOUND = 10.0
 
 

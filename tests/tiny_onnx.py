@@ -48,9 +48,10 @@ def _node(kind: str, inputs: Sequence[str], output: str, **ints: int) -> bytes:
 
 
 def save(path: Path, outputs: dict[str, tuple[Any, Any]], side: int = 64) -> Path:
-    """Write a model and return its path. Each output is `constant + factor * brightness`, the frame's mean from 0 to 1.
+    """Write a model and return its path. Each output is `constant + factor * brightness`.
 
-    `outputs` maps a name to (constant, factor). Both are nested lists of two dimensions; the batch dimension is added.
+    `brightness` is the mean of all pixels of the frame, from 0 to 1. `outputs` maps a name to (constant, factor).
+    Both are nested lists of two dimensions; the batch dimension is added.
     """
     nodes, tensors, values = [_node("ReduceMean", ["image"], "brightness", keepdims=0)], [], []
     for name, (constant, factor) in outputs.items():

@@ -128,7 +128,7 @@ async def test_a_caller_that_disconnects_while_sending_its_body_leaves_nothing_b
 
 
 async def test_a_caller_that_disconnects_during_an_outage_frees_its_place_at_once(serving, provider):
-    """In an outage one request is the next probe and the others wait. Probing continues without the callers that left."""
+    """In an outage one request is the next probe and the others wait. Probing continues without callers that left."""
     url, simulated = await provider(outages=((0.0, 4.0),), outage_status=503)
     sidecar = await serving(dashscope_url=url)
     admission = sidecar.sidecar.routes[0].admission

@@ -38,10 +38,10 @@ async def test_a_jump_of_the_wall_clock_does_not_change_how_waiting_requests_are
             total = float(response.headers["Server-Timing"].rpartition("dur=")[2]) / 1e3
             timings.append((response.status, total, asyncio.get_running_loop().time() - began))
 
-    asked = [asyncio.ensure_future(one()) for _ in range(24)]
+    tasks = [asyncio.ensure_future(one()) for _ in range(24)]
     await sidecar.until(lambda: len(timings) >= 6)
     wall[0] = jump
-    await asyncio.gather(*asked)
+    await asyncio.gather(*tasks)
     assert [status for status, _, _ in timings] == [200] * 24
     assert all(0 <= took - reported < 1.0 for _, reported, took in timings)
     await sidecar.until(sidecar.at_rest)
@@ -58,7 +58,7 @@ async def test_a_jump_of_the_wall_clock_does_not_change_how_waiting_requests_are
 @pytest.mark.parametrize("wrong", [-DAY, DAY], ids=["back", "ahead"])
 @pytest.mark.parametrize("dated", [True, False], ids=["with a Date", "without"])
 async def test_a_retry_after_with_a_date_does_not_cause_a_wait_of_a_day(serving, scripted, wall, wrong, dated):
-    """It is meant by the provider's clock, which its Date tells; without one a offset clock costs seconds."""
+    """The date refers to the provider's clock, which `Date` shows. Without `Date`, a wrong clock costs only seconds."""
     refusals = iter(range(2))
 
     async def script(link, _):

@@ -25,12 +25,12 @@ async def test_a_full_disk_loses_only_the_learned_limits(tmp_path, provider):
         aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as client,
     ):
         resource.prlimit(process.process.pid, resource.RLIMIT_FSIZE, (0, 0))
-        asked = [asyncio.ensure_future(ask(client, process.url)) for _ in range(40)]
+        tasks = [asyncio.ensure_future(ask(client, process.url)) for _ in range(40)]
         async with asyncio.timeout(10):
             while simulated.counts.ended["answered"] < 20:  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
         process.signal(signal.SIGTERM)
-        assert await asyncio.gather(*asked) == [200] * 40
+        assert await asyncio.gather(*tasks) == [200] * 40
         assert await process.ended() == 0
     assert process.log.count("SIDECAR_STATE_FILE") == 1, process.log
     assert "cannot be written: File too large" in process.log

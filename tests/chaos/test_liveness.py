@@ -69,10 +69,10 @@ async def probe(client, url):
     took = []
     clock = asyncio.get_running_loop().time
     for _ in range(PROBES):
-        asked = clock()
+        start = clock()
         async with client.get(url) as response:
             assert (response.status, await response.text()) == (200, "alive\n")
-        took.append(clock() - asked)
+        took.append(clock() - start)
         await asyncio.sleep(0.01)
     return statistics.quantiles(took, n=100)[98]
 

@@ -89,7 +89,7 @@ def test_half_a_minute_of_failures_causes_few_attempts_and_no_burst_afterwards(s
 
 
 def test_the_first_requests_in_an_outage_wait_for_its_end():
-    """Their attempts fail first. They may fail finally only after attempts of other requests have succeeded."""
+    """Their attempts fail first. A request may fail only after an attempt of another request has succeeded."""
     profile = Profile(latency_seconds=0.5, outages=((5.0, 15.0),))
     scenario = Scenario("", "", profile, poisson(5.0), lambda *_: [], seconds=20.0)
     for seed in range(20):

@@ -14,7 +14,10 @@ STALL_SECONDS = 0.3
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """How a connection ends, and after how many bytes of answers: 0 is before the first byte of the first answer."""
+    """How a connection ends, and after how many bytes of answers.
+
+    0 is before the first byte of the first answer; a small number is within the headers of that answer.
+    """
 
     way: Way
     after_bytes: int

@@ -175,7 +175,7 @@ def _from_entities(entities: JsonObject) -> str:
     if isinstance(summary, str) and summary:
         return summary
     doing = [person.get("action", person.get("attire")) for person in entities["persons"]]
-    named = ["person" if what is None else str(what) for what in doing]
+    named = ["person" if action is None else str(action) for action in doing]
     named += [
         f"{vehicle.get('color', '')} {vehicle.get('make', '')} {vehicle.get('action', vehicle.get('type', ''))}".strip()
         for vehicle in entities["vehicles"]

@@ -17,7 +17,7 @@ CROP_DESCRIBE = "/api/inference/crop-describe"
 
 
 def frame(width: int = 640, height: int = 360) -> str:
-    """A JPEG in base64."""
+    """Return a JPEG in base64."""
     jpeg = BytesIO()
     Image.linear_gradient("L").resize((width, height)).convert("RGB").save(jpeg, "JPEG")
     return base64.b64encode(jpeg.getvalue()).decode()
@@ -76,8 +76,8 @@ async def test_describe_forwards_the_callers_parameters_to_the_provider(asking):
     post, upstream = await asking()
     schema = {"type": "json_object"}
     extra = {"enable_thinking": False, "seed": 2**70, "stream": True}
-    asked = {"image_b64": FRAME, "model": "qwen-vl-max", "max_tokens": 16384, "response_format": schema}
-    assert (await post({**asked, "extra_body": extra}))[0] == 200
+    body = {"image_b64": FRAME, "model": "qwen-vl-max", "max_tokens": 16384, "response_format": schema}
+    assert (await post({**body, "extra_body": extra}))[0] == 200
     sent = json.loads(upstream.seen[0].body)
     assert (sent["model"], sent["max_tokens"], sent["response_format"]) == ("qwen-vl-max", 16384, schema)
     assert (sent["enable_thinking"], sent["seed"]) == (False, 2**70)

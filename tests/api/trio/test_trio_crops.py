@@ -158,8 +158,8 @@ async def test_crop_lines_of_the_answer_become_crop_descriptions(serving, script
 
     upstream = await scripted(script)
     sidecar = await serving(dashscope_url=f"{upstream.origin}/v1")
-    asked = {"image_b64": picture(), "crops": [PERSON, CAR]}
-    answers = await asyncio.gather(*(_answer(sidecar, asked) for _ in range(5)))
+    body = {"image_b64": picture(), "crops": [PERSON, CAR]}
+    answers = await asyncio.gather(*(_answer(sidecar, body) for _ in range(5)))
     for answer in answers:
         assert answer["description"] == "A yard at night."
         assert answer["crop_descriptions"] == ["car: a green car, parked", "person: in a red coat"]

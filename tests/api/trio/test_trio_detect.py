@@ -124,9 +124,9 @@ async def test_frames_above_the_queue_bound_are_shed_with_retry_after(serving, t
             return response.status
 
     async with asyncio.TaskGroup() as callers, route.backend._lock:  # simulates a frame that takes long
-        asked = [callers.create_task(detect()) for _ in range(100)]
+        tasks = [callers.create_task(detect()) for _ in range(100)]
         await sidecar.until(lambda: len(shed) == 100 - 64 - route.backend.slots)
-    assert [task.result() for task in asked].count(200) == 64 + route.backend.slots
+    assert [task.result() for task in tasks].count(200) == 64 + route.backend.slots
 
 
 @pytest.mark.parametrize("content", ["missing", "garbage", "unknown layout"])
