@@ -23,7 +23,7 @@ def test_option_beats_environment_beats_file_beats_default(tmp_path):
     assert origins == {"port": "--port", "admin_port": "SIDECAR_ADMIN_PORT", "deadline": str(file)}
 
 
-def test_names_of_other_programs_are_weaker_than_ours():
+def test_our_own_names_win_over_names_of_other_programs():
     assert load({}, {"DASHSCOPE_API_KEY": "a", "SIDECAR_DASHSCOPE_API_KEY": "b"})[0].dashscope_api_key == "b"
 
 
@@ -38,7 +38,7 @@ def test_names_of_other_programs_are_weaker_than_ours():
         ({"SIDECAR_BACKEND": "simulated", "DASHSCOPE_API_KEY": "k"}, "simulated"),
     ],
 )
-def test_the_backend_that_the_other_settings_mean(environ, backend):
+def test_the_other_settings_select_the_backend(environ, backend):
     assert load({}, environ)[0].backend_names == [backend]
 
 
@@ -47,11 +47,11 @@ def test_auto_is_learned_and_a_number_is_a_ceiling():
     assert (settings.max_concurrency, settings.requests_per_minute) == (None, 90.0)
 
 
-def test_an_empty_variable_is_as_good_as_none():
+def test_an_empty_variable_counts_as_not_set():
     assert load({}, {"SIDECAR_PORT": "", "SIDECAR_BACKEND": ""})[0].port == 8100
 
 
-def test_a_key_loses_its_line_break_and_one_that_no_header_can_carry_is_refused_unseen():
+def test_a_key_loses_its_line_break_and_a_key_that_no_header_can_hold_is_refused_without_showing_it():
     assert load({}, {"SIDECAR_DASHSCOPE_API_KEY": "sk-1\n", "SIDECAR_API_KEY": " c "})[0].dashscope_api_key == "sk-1"
     for key in ("sk-1\r\nX-Evil: 1", "sk 1", "sk-\u2026"):
         with pytest.raises(SettingsError, match="SIDECAR_DASHSCOPE_API_KEY: must be one line of visible") as caught:
@@ -59,7 +59,7 @@ def test_a_key_loses_its_line_break_and_one_that_no_header_can_carry_is_refused_
         assert "sk" not in str(caught.value)
 
 
-def test_an_error_names_setting_value_and_source():
+def test_an_error_names_the_setting_the_value_and_the_source():
     with pytest.raises(SettingsError, match=r"SIDECAR_PORT \(from --port\): .*'x'"):
         load({"port": "x"}, {})
 
