@@ -108,7 +108,7 @@ class Sidecar:
     def drain(self) -> None:
         """Refuse new requests. `run` returns when the accepted requests are finished. A second call does nothing."""
         if not self._drain_requested.is_set():
-            log.info("draining; requests under way: %d", self.data.under_way)
+            log.info("draining; requests under way: %d", self.data.in_progress)
             self.parts.health.draining = True
             for route in self.parts.all_routes:
                 route.admission.draining = True
@@ -116,20 +116,20 @@ class Sidecar:
 
     def _on_signal(self) -> None:
         if self._drain_requested.is_set():
-            log.warning("told to stop a second time: giving up what is under way, requests: %d", self.data.under_way)
-            self.data.give_up()
+            log.warning("told to stop a second time: giving up what is under way, requests: %d", self.data.in_progress)
+            self.data.abort_all()
         self.drain()
 
     async def _finish(self) -> None:
         """Wait for the accepted requests. Those that are not finished after the drain timeout get an error."""
         try:
             async with asyncio.timeout(self.settings.drain_timeout):
-                await self.data.idle()
+                await self.data.wait_until_idle()
         except TimeoutError:
-            log.warning("SIDECAR_DRAIN_TIMEOUT is over with %d requests under way", self.data.under_way)
-            self.data.give_up()
+            log.warning("SIDECAR_DRAIN_TIMEOUT is over with %d requests under way", self.data.in_progress)
+            self.data.abort_all()
             async with asyncio.timeout(_LATE_ANSWER_SECONDS):
-                await self.data.idle()
+                await self.data.wait_until_idle()
 
     async def close(self) -> None:
         """Release all resources, in the reverse order of `start`."""
