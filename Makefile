@@ -98,7 +98,7 @@ live: .venv/.ready ## seven of the scenarios over real sockets, shortened: a min
 
 docs: | $(UV) ## build the documentation site into site/, every link checked
 	@UV_PROJECT_ENVIRONMENT=.venv-docs $(UV) sync --quiet --locked --only-group docs --python $(PYTHON)
-	@NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs --quiet build --strict && echo "see site/index.html"
+	@NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict && echo "see site/index.html"
 
 IMAGE := vlm-sidecar:0.1.0
 image: sbom ## build the container image with buildah, or with docker: see docs/kubernetes.md

@@ -1,1 +1,4 @@
-"""What does the inference. Nothing here imports `sidecar`: a backend can be used, tested and replaced alone."""
+"""The backends: the code that communicates with models. It never imports `sidecar`.
+
+Each backend can therefore be used, tested and replaced without the sidecar.
+"""

@@ -1,8 +1,9 @@
-"""The contract between the sidecar and whatever answers: one request in, one reply out, or one of the errors below.
+"""The contract between the sidecar and a backend: `send` takes one request and returns one reply or raises an error.
 
-An implementer needs this file only. A backend makes exactly one attempt for each `send`: it never retries a refusal,
-never waits for a quota, and never hides an error. (The one exception: a *reused* connection that turns out to be dead
-before the first byte of an answer may be replaced once, unseen.)
+To implement a backend, you need only this file. Each call of `send` makes exactly one attempt. A backend never retries
+a refusal, never waits for a quota, and never hides an error. There is one exception: if a *reused* connection breaks
+before the first byte of the answer, the backend may send the request once more on a new connection without reporting
+this.
 """
 
 from __future__ import annotations
@@ -11,52 +12,54 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, Protocol
 
-#: Which API a body is written in: OpenAI's chat completions, or DashScope's native generation.
+#: The API whose format a body uses: OpenAI's chat completions, or DashScope's native generation.
 Dialect = Literal["openai", "native"]
 
-#: What a refusal was about. `growth`: traffic rose too quickly; `capacity`: the model has no room for anybody;
-#: `unknown`: a throttling refusal that does not say.
+#: The limit that caused a refusal. `growth`: the request rate rose too quickly. `capacity`: the model is overloaded for
+#: all accounts. `unknown`: the provider did not name the limit.
 ThrottleKind = Literal["request_rate", "token_rate", "growth", "concurrency", "capacity", "unknown"]
 
 
 @dataclass(slots=True)
 class Request:
-    """One call for a backend, not to be changed (a frozen one takes four times as long to make).
+    """One request to a backend. Do not modify it.
 
-    `body` is the caller's bytes, forwarded as they are.
+    It is not a frozen dataclass because creating a frozen one takes four times as long.
     """
 
     dialect: Dialect
     path: str
     """The path below the API's base, such as `/chat/completions`."""
     body: bytes
+    """The caller's bytes. The backend forwards them unchanged."""
     model: str
     stream: bool = False
     headers: Mapping[str, str] = field(default_factory=dict)
-    """End-to-end headers to pass on. Never hop-by-hop ones, `Host`, `Cookie` or the caller's `Authorization`."""
+    """End-to-end headers to forward. They never include hop-by-hop headers, `Host`, `Cookie` or the caller's
+    `Authorization`."""
     deadline: float | None = None
-    """On the loop's clock: when the answer is of no more use. The caller of `send` enforces it by cancelling; a
-    backend may use it to tell its provider."""
+    """The time after which the answer is useless, on the loop's clock (`loop.time()`). The caller of `send` enforces it
+    by cancelling. A backend may also send it to the provider."""
     method: str = "POST"
-    """Another one only with what passes through to an upstream over HTTP."""
+    """The HTTP method. It differs from POST only for requests that pass through to an upstream over HTTP."""
 
 
 @dataclass(slots=True)
 class Timings:
-    """What a backend notes about one attempt while it runs, on the event loop's clock (`loop.time()`)."""
+    """The times of one attempt, on the event loop's clock (`loop.time()`). The backend sets them during the attempt."""
 
     work_started: float | None = None
-    """The wait for a connection, or for the GPU's lock or batch, was over."""
+    """When the wait for a connection, or for the GPU's lock or batch, ended."""
     first_byte: float | None = None
-    """The first byte of the answer was there."""
+    """When the first byte of the answer arrived."""
 
 
-#: Takes a piece of a stream; False: no more for now.
+#: A callback that consumes one piece of a stream. It returns False to pause the stream.
 Take = Callable[[bytes], bool]
 
 
 class Usage(NamedTuple):
-    """LLM tokens as the provider counted them."""
+    """The numbers of LLM tokens, as the provider reported them."""
 
     input_tokens: int
     output_tokens: int
@@ -64,82 +67,96 @@ class Usage(NamedTuple):
 
 @dataclass(slots=True)
 class Reply:
-    """An accepted answer: either `body` is whole, or `chunks` yields it piece by piece.
+    """An accepted answer. Either `body` contains the whole answer, or `chunks` yields it piece by piece.
 
-    For a stream, `usage` and `failure` are known once `chunks` is exhausted. `failure` is an error that arrived inside
-    the stream after its first content: its frame was passed on, this is for the accounts.
-    Whoever receives a streaming reply calls `aclose` exactly once, also after an error: it frees the connection, and
-    if the stream was not exhausted it makes the provider see its caller gone.
+    For a stream, `usage` and `failure` are set when `chunks` is exhausted. `failure` is an error that arrived inside
+    the stream after its first content. The caller receives the frame of this error unchanged; the field lets the
+    sidecar count and classify the error.
+
+    The receiver of a streaming reply must call `aclose` exactly once, also after an error. `aclose` frees the
+    connection. If the stream was not exhausted, `aclose` closes the connection, so that the provider sees that the
+    caller has disconnected.
     """
 
     status: int
     headers: Mapping[str, str]
-    """End-to-end response headers that may reach the caller, `Content-Type` included, no `Content-Length`."""
+    """End-to-end response headers that may be sent to the caller. They include `Content-Type`, but not
+    `Content-Length`."""
     body: bytes = b""
     chunks: AsyncIterator[bytes] | None = None
     pour: Callable[[Take], Awaitable[bool]] | None = None
-    """The same pieces as from `chunks`, each given away in the instant in which it comes, and no task woken for it.
+    """Pass the pieces of `chunks` to a callback, each as soon as it arrives, without waking a task for each piece.
 
-    Returns whether that was the last: False where no more was taken for now, and it is to be called again.
+    Returns True when the stream is exhausted. Returns False if the callback paused the stream; call `pour` again to
+    continue.
     """
     usage: Usage | None = None
     failure: BackendError | None = None
     closer: Callable[[], Awaitable[None]] | None = None
-    """Frees what a streaming reply holds, whether or not `chunks` was ever begun."""
+    """Releases the resources of a streaming reply. It works even if the iteration over `chunks` never started."""
 
     async def aclose(self) -> None:
-        """Let go of what the reply holds. A reply with a whole body holds nothing."""
+        """Release the resources of the reply. A reply with a whole body has none."""
         if self.closer is not None:
             await self.closer()
 
 
 class Backend(Protocol):
-    """Anything that answers. This is everything that the sidecar uses of a backend."""
+    """The complete interface between the sidecar and a backend: the sidecar uses nothing else of it."""
 
     @property
     def name(self) -> str:
-        """What `X-Sidecar-Backend` and the metrics call it."""
+        """The backend's name in the header `X-Sidecar-Backend` and in the metrics."""
         ...
 
     @property
     def model_id(self) -> str | None:
-        """The one model that answers here; None if the request's own model is used."""
+        """The only model of this backend; None if the backend uses the model that the request names."""
         ...
 
     @property
     def slots(self) -> int | None:
-        """Attempts that the backend can work on or keep ready at once; None if its limits must be learned."""
+        """The number of attempts that the backend can process or keep ready at the same time.
+
+        None if the sidecar must learn the limits.
+        """
         ...
 
     def account(self) -> str:
-        """Name the account whose limits apply, for the state file. It may change when a key is rotated."""
+        """Return the name of the account whose limits apply, for the state file.
+
+        The name may change when a key is rotated.
+        """
         ...
 
     def ready_reason(self) -> str | None:
-        """Why the backend can serve no request at present, in one line; None while it can."""
+        """Return one line that says why the backend cannot serve requests at present; None if it can serve them."""
         ...
 
     async def start(self) -> None:
-        """Be ready to serve: open pools, load the model. Raises `BackendError` with a message for a person."""
+        """Prepare to serve: open connection pools, load the model.
+
+        Raises `BackendError` with a message that an operator can understand.
+        """
 
     async def send(self, request: Request, timings: Timings) -> Reply:
-        """Make one attempt. Cancelling it ends the attempt at the provider too.
+        """Make one attempt. If the call is cancelled, the attempt also ends at the provider.
 
-        Returns a reply with a 2xx status. Raises one of the `BackendError`s for everything else. For a stream it
-        returns once the first content is there, so that a refusal inside a 200 stream is raised like any other.
+        Returns a reply with a 2xx status. Raises a `BackendError` in every other case. For a stream, `send` returns
+        when the first content has arrived, so that it can raise a refusal inside a 200 stream like any other refusal.
         """
         ...
 
     async def models(self) -> bytes:
-        """The body of `GET /v1/models`, in OpenAI's shape. Raises like `send`."""
+        """Return the body of `GET /v1/models` in OpenAI's format. Raises the same errors as `send`."""
         ...
 
     async def close(self) -> None:
-        """Let go of everything. Called once, when nothing is in flight."""
+        """Release all resources. The sidecar calls this once, when no attempt is in flight."""
 
 
 class BackendError(Exception):
-    """An attempt that brought no answer. `body` is the provider's own error body, empty if it sent none."""
+    """An attempt failed. `body` is the provider's own error body; it is empty if the provider sent none."""
 
     def __init__(
         self,
@@ -159,7 +176,7 @@ class BackendError(Exception):
 
 
 class Throttled(BackendError):
-    """The provider refused because of a limit. The request itself is fine: try again when the limit allows."""
+    """The provider refused the request because of a limit. The request is valid and can be sent again later."""
 
     def __init__(
         self,
@@ -175,23 +192,23 @@ class Throttled(BackendError):
         super().__init__(message, status=status, code=code, body=body, headers=headers)
         self.kind: ThrottleKind = kind
         self.retry_after = retry_after
-        """Seconds the provider asks to wait, if it said so in any spelling that makes sense. To be trusted little."""
+        """The wait that the provider asked for, in seconds; None if it named no valid value. It is not reliable."""
 
 
 class BillingRefused(BackendError):
-    """The account is out of money, or the model was not bought: no retry helps."""
+    """The account has no money left, or the model was not purchased. A retry cannot succeed."""
 
 
 class Rejected(BackendError):
-    """The request's own fault (a 4xx): it goes to the caller once, and is never retried."""
+    """The request itself is invalid (a 4xx). The caller receives this error; the request is never retried."""
 
     moderated = False
-    """The provider's content inspection refused the prompt, the image or the answer."""
+    """Whether the provider's content inspection refused the prompt, the image or the answer."""
 
 
 class ServerFailed(BackendError):
-    """The provider failed (5xx), or answered what is no answer. A retry may help."""
+    """The provider failed (5xx), or its answer is not valid. A retry may succeed."""
 
 
 class Unreachable(BackendError):
-    """No connection, or one that broke before the answer was whole. A retry may help."""
+    """No connection could be made, or it broke before the end of the answer. A retry may succeed."""

@@ -1,4 +1,4 @@
-"""An API key that can be rotated under a running process."""
+"""An API key in a file, which can be rotated while the process runs."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ _KEY = re.compile(r"[\x21-\x7e]+")
 
 
 class KeyFile:
-    """A key in a file that is read again when it changes: a Kubernetes Secret is rotated by swapping a link.
+    """Reads a key from a file, and reads it again when the file changes.
 
-    The file is looked at once a second at most. While it is missing or holds no key, the last one stays
-    in use.
+    The file may be a symbolic link: Kubernetes rotates a Secret by replacing a link. The file is checked at most once
+    per second. While the file is missing or contains no key, the last key stays in use.
     """
 
     def __init__(self, path: Path) -> None:
-        """Read the key. Raises OSError if the file cannot be read, ValueError if it holds no key."""
+        """Read the key. Raises `OSError` if the file cannot be read, `ValueError` if it contains no key."""
         self._path = path
         self._state = _state(path)
-        self._looked = time.monotonic()
+        self._checked_at = time.monotonic()
         self._key = _key_in(path)
 
     def __call__(self) -> str:
-        """The key in force now."""
+        """Return the current key."""
         now = time.monotonic()
-        if now - self._looked >= 1:
-            self._looked = now
+        if now - self._checked_at >= 1:
+            self._checked_at = now
             try:
                 state = _state(self._path)
                 if state != self._state:
@@ -47,7 +47,7 @@ def _state(path: Path) -> tuple[int, int, int]:
 
 
 def _key_in(path: Path) -> str:
-    key = path.read_text("latin-1").strip()  # which takes any byte: what is none of ASCII's is found below
+    key = path.read_text("latin-1").strip()  # latin-1 decodes every byte; the pattern below rejects non-ASCII
     if not _KEY.fullmatch(key):
         raise ValueError(f"{path} holds no API key: one line of visible ASCII characters is expected")
     return key

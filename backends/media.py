@@ -1,4 +1,4 @@
-"""What an image costs in LLM tokens, from its file's header alone: no pixel is decoded."""
+"""The size of an image and its cost in LLM tokens, read from the header of its file. No pixels are decoded."""
 
 from __future__ import annotations
 
@@ -7,23 +7,24 @@ from functools import lru_cache
 from math import ceil, floor, sqrt
 from struct import Struct
 
-#: Base64 characters of an image that are looked at first: a JPEG's usual header has the size in its first 168 bytes,
-#: most others in the first few hundred, nearly all of the rest (behind EXIF data) in the first few KB.
+#: How many base64 characters of an image are searched for its size: first the smallest number, then more. A usual JPEG
+#: header has the size in its first 168 bytes, and most other headers in the first few hundred bytes. Nearly all other
+#: files have EXIF data before the size, and the size in the first few KB.
 _PREFIX_CHARS = (224, 1024, 8192)
 
-#: How a JPEG segment begins: 0xFF, its marker, and its length.
+#: The start of a JPEG segment: 0xFF, its marker, and its length in bytes.
 _JPEG_SEGMENT = Struct(">BBH")
-#: JPEG markers that open a frame and so hold its size: SOF0..SOF15 without DHT (C4), JPG (C8) and DAC (CC).
+#: JPEG markers that start a frame and therefore contain its size: SOF0..SOF15 without DHT (C4), JPG (C8) and DAC (CC).
 _JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
-#: JPEG markers without a length: TEM, RST0..RST7 and SOI.
+#: JPEG markers that have no length field: TEM, RST0..RST7 and SOI.
 _JPEG_BARE = frozenset({0x01, *range(0xD0, 0xD9)})
 
 
 def image_size(data: bytes) -> tuple[int, int] | None:
-    """Give (width, height) in pixels of a JPEG, PNG, WebP or GIF; None for anything else.
+    """Return (width, height) in pixels of a JPEG, PNG, WebP or GIF; None for any other data.
 
-    `data` may be cut off anywhere: None if the size is not in what there is. Never raises.
-    The size is the stored one: an EXIF orientation, which can only swap the sides, is not looked at.
+    `data` may be a prefix of the file: the result is None if the prefix does not contain the size. Never raises.
+    The result is the stored size. The EXIF orientation is ignored, because it can only swap width and height.
     """
     size: tuple[int, int] | None = None
     if data[:2] == b"\xff\xd8":
@@ -49,7 +50,7 @@ def _jpeg_size(data: bytes) -> tuple[int, int] | None:
             return int.from_bytes(data[at + 7 : at + 9]), int.from_bytes(data[at + 5 : at + 7])
         elif marker in _JPEG_BARE:
             at += 2
-        elif marker in {0xDA, 0xD9}:  # the picture itself, or its end, without a frame before it
+        elif marker in {0xDA, 0xD9}:  # image data or end of image, but no frame header before it
             return None
         else:
             at += 2 + length
@@ -70,7 +71,7 @@ def _webp_size(data: bytes) -> tuple[int, int] | None:
 
 
 def data_url_size(url: str) -> tuple[int, int] | None:
-    """Give the size of the image in a `data:…;base64,…` URL, or None."""
+    """Return (width, height) in pixels of the image in a `data:…;base64,…` URL, or None."""
     if not url.startswith("data:"):
         return None
     start = url.find(",", 0, 256) + 1
@@ -78,7 +79,10 @@ def data_url_size(url: str) -> tuple[int, int] | None:
 
 
 def base64_size(text: str | memoryview, start: int = 0) -> tuple[int, int] | None:
-    """Give the size of the image whose base64 begins at `start`, or None: decodes a prefix, all only if it must."""
+    """Return (width, height) in pixels of the image whose base64 begins at `start`, or None.
+
+    Decodes prefixes of increasing length, and the whole image only if no prefix contains the size.
+    """
     for chars in (*_PREFIX_CHARS, (len(text) - start) // 4 * 4):
         piece = text[start : start + chars]
         try:
@@ -94,7 +98,7 @@ def _size_in(encoded: str | memoryview) -> tuple[int, int] | None:
     return image_size(binascii.a2b_base64(encoded))
 
 
-#: A camera's frames begin alike: with their header, and their size in it.
+#: Cached, because all frames of a camera begin with the same header.
 _known_size = lru_cache(256)(_size_in)
 
 
@@ -108,12 +112,13 @@ def image_tokens(
     min_pixels: int | None = None,
     max_pixels: int | None = None,
 ) -> int:
-    """Give the LLM tokens that `model` counts for an image of this size.
+    """Return the number of LLM tokens that `model` counts for an image. `width` and `height` are in pixels.
 
-    The published `smart_resize` rule (QwenLM/Qwen2.5-VL, qwen-vl-utils): sides to the nearest multiple of the patch f,
-    then the area scaled into `min_pixels..max_pixels` (4·f² and 1280·f² unless given, 16384·f² with
-    `vl_high_resolution_images`); one token per f², and two that mark where the image begins and ends. The patch is 32
-    for qwen3-vl, 28 for the models before it.
+    The formula is the published `smart_resize` rule (QwenLM/Qwen2.5-VL, qwen-vl-utils). It rounds each side to the
+    nearest multiple of the patch size f. Then it scales the image so that its area lies between `min_pixels`
+    (default 4·f²) and `max_pixels` (default 1280·f²; 16384·f² with `vl_high_resolution_images`). The image costs one
+    token per f² pixels, and two tokens that mark its start and its end. The patch size f is 32 pixels for qwen3-vl and
+    28 pixels for older models.
     """
     patch = 32 if model.startswith("qwen3") else 28
     smallest = min_pixels or 4 * patch * patch

@@ -1,4 +1,4 @@
-"""Name → backend class. A backend's module, and what is heavy in it, is imported only when it is asked for."""
+"""Maps names to backend classes. It imports a backend's module, with its heavy libraries, only on demand."""
 
 from __future__ import annotations
 
@@ -11,11 +11,14 @@ _CLASSES = {
     "simulated": ("backends.simulated", "SimulatedBackend"),
 }
 
-#: What `SIDECAR_BACKEND` may name.
+#: The names that the setting `SIDECAR_BACKEND` accepts.
 NAMES = tuple(_CLASSES)
 
 
 def backend_class(name: str) -> Any:
-    """Give the class of a backend; each takes arguments of its own. Raises `KeyError` for a name not in `NAMES`."""
+    """Import and return the class of a backend. Each class has its own constructor arguments.
+
+    Raises `KeyError` for a name that is not in `NAMES`.
+    """
     module, name = _CLASSES[name]
     return getattr(import_module(module), name)

@@ -1,3 +1,3 @@
-"""vlm-sidecar: learns how much a vision-model provider allows, and queues fairly for it."""
+"""vlm-sidecar: learns the limits of a vision-model provider, and queues requests fairly."""
 
 __version__ = "0.1.0"

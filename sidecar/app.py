@@ -1,4 +1,4 @@
-"""The one place where the parts are put together, started and stopped. Reads in the order in which it happens."""
+"""Starts and stops one sidecar. The functions are in the order in which they run."""
 
 from __future__ import annotations
 
@@ -15,25 +15,26 @@ from sidecar.settings import Settings
 
 log = logging.getLogger("sidecar")
 
+#: Seconds between two measurements of the event loop's lag.
 _LAG_STEP_SECONDS = 0.25
-#: Connections at a time of the data listener, and of the admin listener, which other pods can reach.
+#: Maximum number of open connections: of the data listener, and of the admin listener, which other pods can reach.
 _MAX_CALLERS = 4096
 _MAX_WATCHERS = 128
-#: Objects that may live on before the garbage collector looks at them. What a request leaves behind for a while, such
-#: as what was sent and when, is no garbage; Python's own 700 are soon there.
+#: New objects after which Python's garbage collector runs. Requests create objects that are still in use for a while
+#: (for example the times of sending), so Python's default of 700 would start many collections that find nothing.
 _GARBAGE_OBJECTS = 10_000
-#: What answers to requests that the drain's time was too short for may take.
-_LAST_WORDS_SECONDS = 2.0
+#: Seconds to answer the requests that are still running when SIDECAR_DRAIN_TIMEOUT has passed.
+_LATE_ANSWER_SECONDS = 2.0
 
 
 class Sidecar:
-    """One running sidecar. To be made in the event loop that runs it."""
+    """One running sidecar. Create it in the event loop that runs it."""
 
     def __init__(self, settings: Settings) -> None:
-        """Put the parts together; nothing is opened yet. Raises `StartError`."""
+        """Build the parts, without opening or starting them. Raises `StartError`."""
         self.settings = settings
         self.data_port = self.admin_port = 0
-        """Where it listens, once started."""
+        """The ports of the listeners after the start; 0 before."""
         self._loop = asyncio.get_running_loop()
         self._drain_requested = asyncio.Event()
         self.parts = parts = assemble(settings, self.drain)
@@ -41,13 +42,17 @@ class Sidecar:
         self._data_listener = Listener(parts.data, most_connections=_MAX_CALLERS)
         self._admin_listener = Listener(parts.admin, most_connections=_MAX_WATCHERS)
 
+    def __repr__(self) -> str:
+        ports = f"data_port={self.data_port} admin_port={self.admin_port}"
+        return f"<Sidecar {','.join(self.admission.names)} {ports} {self.parts.health!r}>"
+
     async def run(self) -> None:
-        """Serve until told to drain, by a signal or by `drain`; then finish what was accepted. Raises `StartError`."""
+        """Serve until a signal or `drain` requests a drain; then finish the accepted requests. Raises `StartError`."""
         try:
-            if not await self._start_unless_told():
+            if not await self._start_unless_drained():
                 return
             async with asyncio.TaskGroup() as tasks:
-                observers = [tasks.create_task(self._watch_lag()), tasks.create_task(self.parts.sampler.run())]
+                observers = [tasks.create_task(self._measure_lag()), tasks.create_task(self.parts.sampler.run())]
                 if self.parts.state_file is not None:
                     observers.append(tasks.create_task(self.parts.state_file.run()))
                 await self._drain_requested.wait()
@@ -57,20 +62,20 @@ class Sidecar:
         finally:
             await self.close()
 
-    async def _start_unless_told(self) -> bool:
-        """Start; False if told to stop meanwhile: a model that is still being loaded is not waited for."""
+    async def _start_unless_drained(self) -> bool:
+        """Start. Return False if a drain is requested before the start ends, for example while a model is loading."""
         starting = asyncio.ensure_future(self.start())
-        told = asyncio.ensure_future(self._drain_requested.wait())
+        drain_requested = asyncio.ensure_future(self._drain_requested.wait())
         try:
-            await asyncio.wait((starting, told), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait((starting, drain_requested), return_when=asyncio.FIRST_COMPLETED)
             return starting.done() and starting.result() is None
         finally:
             starting.cancel()
-            told.cancel()
-            await asyncio.gather(starting, told, return_exceptions=True)
+            drain_requested.cancel()
+            await asyncio.gather(starting, drain_requested, return_exceptions=True)
 
     async def start(self) -> None:
-        """Open the admin listener, then the backends, then the data listener, so that probes see each step."""
+        """Open the admin listener, then the backends, then the data listener, so that probes can see each step."""
         settings = self.settings
         for number in (signal.SIGTERM, signal.SIGINT):
             self._loop.add_signal_handler(number, self._on_signal)
@@ -90,9 +95,9 @@ class Sidecar:
                 raise StartError(f"SIDECAR_UNIX_SOCKET={settings.unix_socket}: {_reason(error)}") from error
         self.parts.health.started = True
         gc.collect()
-        gc.freeze()  # what start-up made is never garbage: no collection need walk it again
+        gc.freeze()  # objects of the start are never garbage: later collections can skip them
         gc.set_threshold(_GARBAGE_OBJECTS)
-        names = ",".join(backend.name for backend in self.parts.backends)
+        names = ",".join(self.admission.names)
         if "simulated" in names:
             log.warning("SIMULATED: the backend 'simulated' makes its answers up; SIDECAR_DASHSCOPE_API_KEY ends that")
         log.info(
@@ -101,31 +106,31 @@ class Sidecar:
         )  # fmt: skip
 
     def drain(self) -> None:
-        """Take nothing new from now on; `run` ends when what was accepted is done. Again is nothing."""
+        """Refuse new requests. `run` returns when the accepted requests are finished. A second call does nothing."""
         if not self._drain_requested.is_set():
-            log.info("draining; requests under way: %d", self.data.under_way)
+            log.info("draining; requests under way: %d", self.data.in_progress)
             self.parts.drain()
             self._drain_requested.set()
 
     def _on_signal(self) -> None:
         if self._drain_requested.is_set():
-            log.warning("told to stop a second time: giving up what is under way, requests: %d", self.data.under_way)
-            self.data.give_up()
+            log.warning("told to stop a second time: giving up what is under way, requests: %d", self.data.in_progress)
+            self.data.abort_all()
         self.drain()
 
     async def _finish(self) -> None:
-        """Wait for what was accepted; give an answer, if not the one hoped for, to what takes too long."""
+        """Wait for the accepted requests. Those that are not finished after the drain timeout get an error."""
         try:
             async with asyncio.timeout(self.settings.drain_timeout):
-                await self.data.idle()
+                await self.data.wait_until_idle()
         except TimeoutError:
-            log.warning("SIDECAR_DRAIN_TIMEOUT is over with %d requests under way", self.data.under_way)
-            self.data.give_up()
-            async with asyncio.timeout(_LAST_WORDS_SECONDS):
-                await self.data.idle()
+            log.warning("SIDECAR_DRAIN_TIMEOUT is over with %d requests under way", self.data.in_progress)
+            self.data.abort_all()
+            async with asyncio.timeout(_LATE_ANSWER_SECONDS):
+                await self.data.wait_until_idle()
 
     async def close(self) -> None:
-        """Let go of everything, in the reverse order of `start`."""
+        """Release all resources, in the reverse order of `start`."""
         await self._data_listener.close()
         if self.parts.state_file is not None:
             self.parts.state_file.save()
@@ -138,7 +143,7 @@ class Sidecar:
         for number in (signal.SIGTERM, signal.SIGINT):
             self._loop.remove_signal_handler(number)
 
-    async def _watch_lag(self) -> None:
+    async def _measure_lag(self) -> None:
         observe = self.parts.metrics.event_loop_lag.observe
         while True:
             due = self._loop.time() + _LAG_STEP_SECONDS
@@ -154,5 +159,5 @@ async def _open(listener: Listener, host: str, port: int, setting: str) -> int:
 
 
 def _reason(error: OSError) -> str:
-    """What the system says, without the addresses that asyncio puts into it."""
+    """Return the system's error text, without the addresses that asyncio adds to it."""
     return error.strerror.rpartition(": ")[2] if error.strerror else str(error)

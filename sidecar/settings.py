@@ -1,4 +1,4 @@
-"""Every setting, once: type, default, names, help. Data only; what is built from it is in `app.py`."""
+"""Defines every setting once: type, default, names and help. `assembly.py` builds the parts from the settings."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from backends.registry import NAMES
 
 PREFIX = "SIDECAR_"
 
-#: Names of other programs that mean the same, weaker than ours: contract.md, "Settings".
+#: Environment variables of other programs with the same meaning. SIDECAR_… variables win. contract.md, "Settings".
 FOREIGN_NAMES: dict[str, str] = {
     "TRIO_REMOTE_VLM_URL": "dashscope_url",
     "TRIO_REMOTE_VLM_API_KEY": "dashscope_api_key",
@@ -29,12 +29,15 @@ SECRETS = frozenset({"dashscope_api_key", "api_key", "shared_url"})
 
 
 def _auto(value: Any) -> Any:
-    """`auto` is None: learn it."""
+    """Return None for `auto`, which means that the sidecar learns the value."""
     return None if isinstance(value, str) and value.strip().lower() == "auto" else value
 
 
 def _key(value: str) -> str:
-    """Less the line break that `echo` and files leave behind a key. What no header can carry is refused."""
+    """Remove the line break that `echo` and files add to a key.
+
+    Raises `ValueError` if a header cannot carry the key.
+    """
     key = value.strip()
     if not (key.isascii() and key.isprintable()) or " " in key:
         raise ValueError("must be one line of visible ASCII characters")
@@ -49,11 +52,11 @@ Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class SettingsError(Exception):
-    """A setting that cannot be used, in one line that names it."""
+    """A setting cannot be used. The message is one line that names the setting."""
 
 
 class Settings(BaseModel):
-    """What the sidecar is told. Stronger first: command line, environment, file, default."""
+    """The settings. The first source that has a value wins: command line, environment, file, default."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -120,38 +123,38 @@ class Settings(BaseModel):
 
     @property
     def backend_names(self) -> list[str]:
-        """The backends in force, in order: those named, or what the other settings mean."""
+        """Return the backends in order: those of the setting, or the one that follows from the other settings."""
         if self.backend is not None:
             return [name.strip() for name in self.backend.split(",")]
-        told = {"dashscope_url", "dashscope_api_key", "dashscope_api_key_file"} & self.model_fields_set
-        return ["dashscope" if told else "simulated"]
+        provider_settings = {"dashscope_url", "dashscope_api_key", "dashscope_api_key_file"} & self.model_fields_set
+        return ["dashscope" if provider_settings else "simulated"]
 
 
 def load(
     options: Mapping[str, Any], environ: Mapping[str, str] = os.environ, file: Path | None = None
 ) -> tuple[Settings, dict[str, str]]:
-    """Put the sources together; returns the settings and, by field, the name of where each one that was set came from.
+    """Merge the sources. Return the settings, and for each field that was set the name of its source.
 
     Raises `SettingsError`.
     """
     values: dict[str, Any] = {}
     origins: dict[str, str] = {}
 
-    def take(field: str, value: Any, origin: str) -> None:
+    def set_field(field: str, value: Any, origin: str) -> None:
         values[field] = value
         origins[field] = origin
 
     for field, value in (_read(file) if file is not None else {}).items():
-        take(field, value, f"{file}")
+        set_field(field, value, f"{file}")
     for name, field in FOREIGN_NAMES.items():
         if environ.get(name):
-            take(field, environ[name], name)
+            set_field(field, environ[name], name)
     for field in Settings.model_fields:
         name = PREFIX + field.upper()
         if environ.get(name):
-            take(field, environ[name], name)
+            set_field(field, environ[name], name)
     for field, value in options.items():
-        take(field, value, option_name(field))
+        set_field(field, value, option_name(field))
     try:
         settings = Settings(**values)
     except ValidationError as error:
@@ -161,7 +164,7 @@ def load(
 
 
 def option_name(field: str) -> str:
-    """The command line's name of a setting."""
+    """Return the command-line option of a setting."""
     return "--" + field.replace("_", "-")
 
 
@@ -190,7 +193,7 @@ def _named(field: str, where: str) -> str:
 
 
 def _check(settings: Settings, origins: Mapping[str, str]) -> None:
-    """What one field alone cannot tell."""
+    """Check the conditions that involve several fields. Raises `SettingsError`."""
 
     def fail(field: str, why: str) -> None:
         raise SettingsError(f"{_named(field, origins.get(field, PREFIX + field.upper()))}: {why}")

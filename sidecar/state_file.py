@@ -1,8 +1,8 @@
-"""Where learned limits survive a restart: one small file, `SIDECAR_STATE_FILE`.
+"""Keeps learned limits over a restart, in one small file: `SIDECAR_STATE_FILE`.
 
-A restart without it costs one burst of refusals; a restart under load with a limit that no longer holds costs more, so
-what is remembered is believed the less the older it is. Each limit has an age of its own: one that nothing was learned
-of since keeps the age at which it was, however often the sidecar starts.
+A restart without the file costs one burst of refusals. A restart under load with an outdated limit costs more, so the
+sidecar starts with a smaller share of an older limit. Each limit has its own age: the time since it was last learned. A
+restart without traffic does not change it.
 """
 
 from __future__ import annotations
@@ -22,35 +22,41 @@ from sidecar.admission import Admission
 
 log = logging.getLogger("sidecar")
 
+#: Version of the file format. The sidecar ignores a file with another version.
 VERSION = 1
 SAVE_EVERY_SECONDS = 30.0
-#: Limits in the file at most, the newest: callers name models as they like.
+#: Maximum number of limits in the file: the most recently learned ones. The bound is needed because callers can name
+#: any number of models.
 MAX_LIMITS = 256
-#: Seconds up to which an age counts, and the share of a limit that is used then. docs/limiting.md, "StateFile".
+#: Maximum age of a limit in seconds, and the share of the limit that the sidecar starts with. An older limit is not
+#: used. Source: docs/limiting.md, "Whose limit, and for how long".
 SHARES = ((3600.0, 0.8), (86_400.0, 0.5))
 
-#: What was learned about one model, by dimension: `{"requests": {"limit": 10.0, "burst": 5.0, "uncertainty": 0.01}}`.
+#: The learned limits of one model, by dimension: `{"requests": {"limit": 10.0, "burst": 5.0, "uncertainty": 0.01}}`.
 Learned = dict[str, dict[str, float]]
 
 
 class StateFile:
-    """The file, and whose limits are in it.
+    """Loads and saves the learned limits of all upstreams.
 
-    An upstream's limits are those of an account, named by its function: backend, host and a fingerprint of the key. It
-    is asked at each saving, since a key may be rotated meanwhile.
+    Each upstream comes with a function that returns the name of its account: backend, host and a fingerprint of the
+    key. `save` calls the function each time, because the key may have been rotated.
     """
 
     def __init__(self, path: Path, admission: Admission, accounts: Mapping[str, Callable[[], str]]) -> None:
-        """`accounts` gives, by the upstream's name, the function that names its account."""
+        """`accounts` maps the name of each upstream to the function that returns its account."""
         self._path = path
         self._admission = admission
         self._accounts = accounts
-        self._known: dict[tuple[str, str], tuple[float, Learned]] = {}  # account, model: since when, what
-        self._seen: dict[tuple[str, str], Learned] = {}  # as the admissions had it when last looked at
+        self._known: dict[tuple[str, str], tuple[float, Learned]] = {}  # (account, model): time of learning, limits
+        self._last_learned: dict[tuple[str, str], Learned] = {}  # limits at the last save or load
         self._warned: set[str] = set()
 
+    def __repr__(self) -> str:
+        return f"<StateFile {str(self._path)!r} limits={len(self._known)} upstreams={len(self._accounts)}>"
+
     def load(self) -> None:
-        """Recall what the file has. One that is damaged or of another version is passed over with a warning."""
+        """Load the file into admission. A damaged file, or one of another version, is ignored with a warning."""
         try:
             self._known = _read(self._path)
         except FileNotFoundError:
@@ -62,38 +68,38 @@ class StateFile:
         now = time.time()
         for upstream, account in self._accounts.items():
             name = account()
-            for (whose, model), (at, learned) in self._known.items():
-                if whose == name and (share := _share(now - at)):
+            for (owner, model), (at, learned) in self._known.items():
+                if owner == name and (share := _share(now - at)):
                     self._admission.recall(upstream, {model: learned}, share)
-        self._seen = self._current()
+        self._last_learned = self._current()
 
     def save(self) -> None:
-        """Write what is known now, whole or not at all. Nothing is written where nothing was learned."""
-        if (data := self._news()) is not None:
+        """Write the file atomically. If nothing was learned since the last save, write nothing."""
+        if (data := self._new_content()) is not None:
             self._write(data)
 
     async def run(self) -> None:
-        """Save now and then, beside the event loop, until cancelled."""
+        """Save every 30 s until cancelled, in a thread so that the disk does not block the event loop."""
         while True:
             await asyncio.sleep(SAVE_EVERY_SECONDS)
-            if (data := self._news()) is not None:
+            if (data := self._new_content()) is not None:
                 writing = asyncio.ensure_future(asyncio.to_thread(self._write, data))
                 try:
                     await asyncio.shield(writing)
                 finally:
-                    await writing  # whoever cancels this saves once more, and must not be overtaken
+                    await writing  # after a cancel, `save` is called again; this older write must end before it
 
-    def _news(self) -> bytes | None:
-        """The file's new content; None if it would say the same."""
+    def _new_content(self) -> bytes | None:
+        """Return the file's new content; None if no limit has changed."""
         now = time.time()
         current = self._current()
-        news = {whose: learned for whose, learned in current.items() if self._seen.get(whose) != learned}
-        self._seen = current
-        if not news:
+        changed = {key: learned for key, learned in current.items() if self._last_learned.get(key) != learned}
+        self._last_learned = current
+        if not changed:
             return None
-        self._known |= {whose: (now, learned) for whose, learned in news.items()}
-        of_use = [one for one in self._known.items() if _share(now - one[1][0])]
-        self._known = dict(sorted(of_use, key=lambda one: one[1][0])[-MAX_LIMITS:])
+        self._known |= {key: (now, learned) for key, learned in changed.items()}
+        usable = [item for item in self._known.items() if _share(now - item[1][0])]
+        self._known = dict(sorted(usable, key=lambda item: item[1][0])[-MAX_LIMITS:])
         limits = [
             {"account": account, "model": model, "learned_at": at, **learned}
             for (account, model), (at, learned) in self._known.items()
@@ -110,39 +116,45 @@ class StateFile:
         }
 
     def _write(self, data: bytes) -> None:
-        beside = self._path.with_name(f".{self._path.name}.{os.getpid()}")
+        temporary = self._path.with_name(f".{self._path.name}.{os.getpid()}")
         try:
-            beside.write_bytes(data)
-            beside.replace(self._path)
+            temporary.write_bytes(data)
+            temporary.replace(self._path)
         except OSError as error:
             self._warn("cannot be written", error.strerror)
             with contextlib.suppress(OSError):
-                beside.unlink(missing_ok=True)  # a full disk takes a file's name and not its content
+                temporary.unlink(missing_ok=True)  # on a full disk, an empty file can remain
 
-    def _warn(self, what: str, why: object) -> None:
-        """Once for each: a file that cannot be written now will not be in 30 s."""
-        if what not in self._warned:
-            self._warned.add(what)
-            log.warning("SIDECAR_STATE_FILE=%s %s: %s", self._path, what, why)
+    def _warn(self, problem: str, reason: object) -> None:
+        """Log each kind of problem once. After a failed write, the next one (30 s later) will probably fail too."""
+        if problem not in self._warned:
+            self._warned.add(problem)
+            log.warning("SIDECAR_STATE_FILE=%s %s: %s", self._path, problem, reason)
 
 
 class _OtherVersionError(ValueError):
-    """The file is of another version of the sidecar."""
+    """Another version of the sidecar wrote the file."""
 
 
 def _share(age: float) -> float:
-    """The share of a limit that counts at this age in seconds; 0 for none. A clock may have been set back a little."""
-    return next((share for most, share in SHARES if -60.0 <= age <= most), 0.0)
+    """Return the share of a limit to start with at this age (seconds); 0 if the limit is too old.
+
+    An age down to -60 s is valid, because the clock may have been set back.
+    """
+    return next((share for max_age, share in SHARES if -60.0 <= age <= max_age), 0.0)
 
 
 def _read(path: Path) -> dict[tuple[str, str], tuple[float, Learned]]:
-    """Raises `OSError`, or one of `ValueError`, `KeyError`, `TypeError` and `AttributeError` for another content."""
+    """Return the limits in the file.
+
+    Raises `OSError`, and `ValueError`, `KeyError`, `TypeError` or `AttributeError` for invalid content.
+    """
     data = orjson.loads(path.read_bytes())
     if data["version"] != VERSION:
         raise _OtherVersionError(f"its version is {data['version']!r:.20}, and {VERSION} is the one that is known")
     return {
-        (str(one.pop("account")), str(one.pop("model"))): (float(one.pop("learned_at")), _learned(one))
-        for one in data["limits"]
+        (str(entry.pop("account")), str(entry.pop("model"))): (float(entry.pop("learned_at")), _learned(entry))
+        for entry in data["limits"]
     }
 
 

@@ -11,14 +11,14 @@ from scripted_upstream import Upstream
 
 from backends.simulated import PROVIDER, Profile, serve
 
-# No example is judged by its time: the machine may be anybody's.
+# No example has a deadline: other jobs on the machine may slow it down.
 settings.register_profile("shared machine", deadline=None)
 settings.load_profile("shared machine")
 
 
 @pytest.fixture
 async def serving():
-    """Start sidecars: `await serving(dashscope_url=…)`."""
+    """Return a function that starts a sidecar: `await serving(dashscope_url=…)`."""
     async with contextlib.AsyncExitStack() as stack:
 
         async def start(**settings):
@@ -29,7 +29,10 @@ async def serving():
 
 @pytest.fixture
 async def provider():
-    """Start simulated providers on real sockets: `await provider(latency_seconds=1.27)`; gives (base URL, provider)."""
+    """Return a function that starts a simulated provider on a real socket and returns its base URL and the provider.
+
+    For example: `url, simulated = await provider(latency_seconds=1.27)`.
+    """
     runners = []
 
     async def start(**profile):
@@ -45,7 +48,7 @@ async def provider():
 
 @pytest.fixture
 async def scripted():
-    """Start providers that do what a test says: `await scripted(script)`; base URL with `upstream.origin`."""
+    """Return a function that starts a scripted provider: `upstream = await scripted(script)`; see `upstream.origin`."""
     async with contextlib.AsyncExitStack() as stack:
 
         async def start(script=None):

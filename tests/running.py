@@ -1,4 +1,4 @@
-"""A sidecar on real sockets in the test's own loop, or as a process, and what tests ask of it."""
+"""Run a sidecar for a test: on real sockets in the test's own event loop, or as a separate process."""
 
 from __future__ import annotations
 
@@ -23,18 +23,19 @@ PNG = base64.b64decode(
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
 )
 IMAGE_URL = "data:image/png;base64," + base64.b64encode(PNG).decode()
+#: Seconds. The longest time that a test waits for anything.
 BOUND = 20.0
 CHAT = "/v1/chat/completions"
 
 
 def chat(text: str = "What is going on?", **fields: Any) -> dict[str, Any]:
-    """The body of a chat completion about one frame."""
+    """Return the body of a chat completion about one frame."""
     content = [{"type": "image_url", "image_url": {"url": IMAGE_URL}}, {"type": "text", "text": text}]
     return {"model": "qwen-vl-plus", "messages": [{"role": "user", "content": content}], **fields}
 
 
 class Running:
-    """A started sidecar and a client of it."""
+    """A started sidecar and an HTTP client for it."""
 
     def __init__(self, sidecar: Sidecar, client: aiohttp.ClientSession) -> None:
         self.sidecar = sidecar
@@ -43,35 +44,35 @@ class Running:
         self.admin_url = f"http://127.0.0.1:{sidecar.admin_port}"
 
     def post(self, body: Any = None, path: str = CHAT, **options: Any) -> Any:
-        """Send a request with a JSON body; use with `async with`."""
+        """Send a request with a JSON body. Use it with `async with`."""
         return self.client.post(self.url + path, json=chat() if body is None else body, **options)
 
     async def metrics(self) -> dict[str, float]:
-        """Every sample of `/metrics`, by name and labels as they stand there."""
+        """Return every sample of `/metrics`. The key is the name with its labels, as `/metrics` shows them."""
         async with self.client.get(f"{self.admin_url}/metrics") as response:
             return samples(await response.text())
 
     async def until(self, condition: Any) -> None:
-        """Wait, within a bound, until something is so."""
+        """Wait until `condition()` is true. Raises `TimeoutError` after `BOUND` seconds."""
         async with asyncio.timeout(BOUND):
-            while not condition():  # noqa: ASYNC110  there is nothing to wait on but the state itself
+            while not condition():  # noqa: ASYNC110  no event exists for this state
                 await asyncio.sleep(0.002)
 
     def at_rest(self) -> bool:
-        """Nothing is queued, in flight or under way."""
+        """Return whether no request is queued, in flight or in progress."""
         admission = self.sidecar.admission
-        return not (admission.in_flight() or admission.waiting() or self.sidecar.data.under_way)
+        return not (admission.in_flight() or admission.waiting() or self.sidecar.data.in_progress)
 
 
 def samples(text: str) -> dict[str, float]:
-    """Read Prometheus text."""
+    """Parse Prometheus text. Return the value of each sample by its name with labels."""
     pairs = (line.rsplit(" ", 1) for line in text.splitlines() if line and not line.startswith("#"))
     return {name: float(value) for name, value in pairs}
 
 
 @contextlib.asynccontextmanager
 async def running(**settings: Any) -> AsyncIterator[Running]:
-    """Start a sidecar with these settings on free ports; nothing of it is left afterwards."""
+    """Start a sidecar with these settings on free ports, and close it afterwards."""
     given = {"host": "127.0.0.1", "port": 0, "admin_host": "127.0.0.1", "admin_port": 0, **settings}
     sidecar = Sidecar(load(given, environ={})[0])
     try:
@@ -84,7 +85,7 @@ async def running(**settings: Any) -> AsyncIterator[Running]:
 
 
 class Process:
-    """`vlm-sidecar serve` as a process of its own."""
+    """`vlm-sidecar serve` as a separate process."""
 
     def __init__(self, *options: str, environ: dict[str, str] | None = None) -> None:
         self._options = options
@@ -120,7 +121,7 @@ class Process:
         self.process.send_signal(number)
 
     async def ended(self) -> int:
-        """Wait for its end; gives the exit status."""
+        """Wait for the end of the process and return its exit status."""
         async with asyncio.timeout(BOUND):
             await self._reader
             return await self.process.wait()

@@ -1,4 +1,4 @@
-"""A provider on a real socket that does what a test tells it, and keeps a ledger of what it saw."""
+"""A provider on a real socket that runs the script of a test and records every request."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ import socket
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
+#: Seconds. The longest wait for a client to close its connection.
 BOUND = 10.0
 
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """One request as it arrived, and the number of the connection it came on."""
+    """One received request, and the number of its connection."""
 
     method: str
     path: str
@@ -49,7 +50,7 @@ class Link:
         )
 
     async def chunk(self, data: bytes) -> None:
-        """Send one piece of a chunked body; an empty one ends it."""
+        """Send one chunk of a chunked body. An empty chunk ends the body."""
         await self.send(b"%x\r\n%s\r\n" % (len(data), data))
 
     def close(self) -> None:
@@ -57,14 +58,14 @@ class Link:
         self.writer.close()
 
     def reset(self) -> None:
-        """Close with an RST, as a load balancer that has forgotten the connection does."""
+        """Close with an RST, like a load balancer that no longer knows the connection."""
         self.is_open = False
         raw = self.writer.get_extra_info("socket")
         raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\x00\x00\x00\x00\x00\x00\x00")
         self.writer.transport.abort()
 
     async def gone(self) -> None:
-        """Wait until the caller has closed its end."""
+        """Wait until the client has closed its end of the connection."""
         self.is_open = False
         try:
             async with asyncio.timeout(BOUND):
@@ -78,7 +79,10 @@ Script = Callable[[Link, Seen], Awaitable[None]]
 
 
 class Upstream:
-    """`script` answers each request; `seen` and `links` are the ledger; `arrived` is set with the first request."""
+    """`script` answers each request. `seen` and `links` record requests and connections.
+
+    `arrived` is set when the first request arrives. `failures` holds the exceptions of the script.
+    """
 
     def __init__(self, script: Script | None = None, host: str = "127.0.0.1", port: int = 0) -> None:
         self.script: Script = script or _chat
@@ -105,12 +109,12 @@ class Upstream:
         assert self.failures == [], "the script itself failed"
 
     def drop(self) -> None:
-        """Break every connection at once."""
+        """Abort every connection immediately."""
         for link in self.links:
             link.writer.transport.abort()
 
     def stop(self) -> None:
-        """Take no more connections, and break those there are."""
+        """Accept no more connections, and abort the existing connections."""
         self._server.close()
         self.drop()
 
@@ -131,7 +135,7 @@ class Upstream:
                 self.arrived.set()
                 await self.script(link, request)
         except (ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
-            pass  # the caller went, or the test is over
+            pass  # the client closed the connection, or the test is over
         except BaseException as error:  # noqa: BLE001
             self.failures.append(error)
         finally:

@@ -1,4 +1,4 @@
-"""SIGTERM, SIGINT and `drain` against a real process under load: nothing that was accepted is lost."""
+"""SIGTERM, SIGINT and `drain` with a real process under load: no accepted request is lost."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ async def client():
 
 
 async def in_flight(client, process, count):
-    """Wait until so many requests hold a permit."""
+    """Wait until `count` requests are in flight or queued."""
     async with asyncio.timeout(BOUND):
         while True:
             async with client.get(f"{process.admin_url}/status") as response:
@@ -36,7 +36,7 @@ async def in_flight(client, process, count):
 
 
 async def unready(client, process):
-    """Wait until it is not ready, which a signal takes a moment to bring about; gives the reason."""
+    """Wait until the process is not ready, and return the reason. It takes a moment after a signal."""
     async with asyncio.timeout(BOUND):
         while True:
             async with client.get(f"{process.admin_url}/readyz") as response:
@@ -64,7 +64,7 @@ async def test_sigterm_with_8_in_flight_and_50_queued_loses_none(client, provide
         assert simulated.counts.ended["answered"] == 58
 
 
-async def test_what_outlives_the_drain_timeout_gets_an_answer_all_the_same(client, provider):
+async def test_requests_longer_than_the_drain_timeout_get_an_answer(client, provider):
     url, simulated = await provider(latency_seconds=60)
     async with Process("--dashscope-url", url, "--max-concurrency", "2", "--drain-timeout", "0.5") as process:
         tasks = [asyncio.ensure_future(ask(client, process)) for _ in range(5)]
@@ -75,21 +75,21 @@ async def test_what_outlives_the_drain_timeout_gets_an_answer_all_the_same(clien
         assert simulated.counts.disconnects == 2
 
 
-async def test_a_second_signal_waits_no_longer(client, provider):
+async def test_a_second_signal_ends_the_drain_immediately(client, provider):
     url, _ = await provider(latency_seconds=60)
     async with Process("--dashscope-url", url) as process:
         task = asyncio.ensure_future(ask(client, process))
         await in_flight(client, process, 1)
         process.signal(signal.SIGINT)
         async with asyncio.timeout(BOUND):
-            while "draining" not in process.log:  # noqa: ASYNC110  the log is what a person watches
+            while "draining" not in process.log:  # noqa: ASYNC110  only the log shows it
                 await asyncio.sleep(0.01)
         process.signal(signal.SIGINT)
         assert (await task)[:2] == (503, "draining")
         assert await process.ended() == 0
 
 
-async def test_a_stream_that_has_begun_is_finished(client, provider):
+async def test_a_started_stream_is_finished(client, provider):
     url, _ = await provider(answer_tokens=60, stream_tokens_per_second=60)
     async with (
         Process("--dashscope-url", url) as process,

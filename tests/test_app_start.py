@@ -1,4 +1,4 @@
-"""Starting and not starting: each mistake is one line on stderr that names the setting, and exit status 2."""
+"""The start, and failed starts: one line on stderr that names the setting, and exit status 2."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CLEAN = {name: value for name, value in os.environ.items() if not name.startswit
 
 
 def serve(*options, environ=None):
-    """Run `vlm-sidecar serve` that is expected to end by itself."""
+    """Run a command that is expected to end by itself; default: `vlm-sidecar serve`."""
     return subprocess.run(
         [sys.executable, "-m", "sidecar", *(options or ("serve",))],
         env=CLEAN | (environ or {}), capture_output=True, text=True, timeout=20, check=False,
@@ -43,14 +43,14 @@ def serve(*options, environ=None):
         ({"SIDECAR_UNIX_SOCKET": "/nowhere/sidecar.sock"}, "SIDECAR_UNIX_SOCKET"),
     ],
 )
-def test_a_setting_that_cannot_be_used(environ, setting):
+def test_an_unusable_setting(environ, setting):
     ended = serve(environ={"SIDECAR_PORT": "0", "SIDECAR_ADMIN_PORT": "0", "SIDECAR_LOG_LEVEL": "error", **environ})
     assert (ended.returncode, ended.stdout) == (2, "")
     assert setting in ended.stderr
     assert ended.stderr.count("\n") == 1, ended.stderr
 
 
-def test_a_port_that_is_taken():
+def test_a_port_that_is_in_use():
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -62,7 +62,7 @@ def test_a_port_that_is_taken():
     assert ended.stderr.count("\n") == 1
 
 
-def test_a_secret_is_never_part_of_the_complaint(tmp_path):
+def test_an_error_message_contains_no_secret(tmp_path):
     file = tmp_path / "sidecar.toml"
     file.write_text('dashscope_api_key = ["sk-secret"]\n')
     ended = serve("serve", "--config", str(file))
@@ -74,7 +74,7 @@ def test_a_secret_is_never_part_of_the_complaint(tmp_path):
 @pytest.mark.parametrize(
     ("text", "words"), [("port = ", "is not TOML"), ("prot = 1", "prot is no setting"), (None, "cannot be read")]
 )
-def test_a_file_that_cannot_be_used(tmp_path, text, words):
+def test_an_unusable_file(tmp_path, text, words):
     file = tmp_path / "sidecar.toml"
     if text is not None:
         file.write_text(text)
@@ -85,7 +85,7 @@ def test_a_file_that_cannot_be_used(tmp_path, text, words):
     assert ended.stderr.count("\n") == 1
 
 
-def test_bad_usage_and_help():
+def test_invalid_usage_and_help():
     assert serve("server").returncode == 2
     assert serve("serve", "--prot", "1").returncode == 2
     for command in ("--help", "--version"):
@@ -95,7 +95,7 @@ def test_bad_usage_and_help():
     assert "--config" in text
 
 
-async def test_a_defect_is_told_with_the_ids_by_which_its_request_is_found(serving, monkeypatch, caplog):
+async def test_a_defect_is_logged_with_the_ids_of_its_request(serving, monkeypatch, caplog):
     sidecar = await serving()
     monkeypatch.setattr(sidecar.sidecar.parts.backends[0], "send", None)
     headers = {"X-Request-Id": "mine", "traceparent": f"00-{'a' * 32}-{'b' * 16}-01"}
@@ -105,7 +105,7 @@ async def test_a_defect_is_told_with_the_ids_by_which_its_request_is_found(servi
     assert (line.request_id, line.trace_id) == ("mine", "a" * 32)
 
 
-async def test_with_nothing_configured_it_is_simulated_and_says_so_loudly():
+async def test_without_configuration_answers_are_simulated_and_the_log_says_so():
     async with Process() as process, aiohttp.ClientSession() as client:
         assert "SIMULATED" in process.log
         async with client.post(process.url + CHAT, json=chat()) as response:
@@ -114,7 +114,7 @@ async def test_with_nothing_configured_it_is_simulated_and_says_so_loudly():
             assert (await response.json())["simulated"] is True
 
 
-async def test_names_of_other_programs_are_taken_over_and_said(provider):
+async def test_variables_of_other_programs_are_used_and_logged(provider):
     url, _ = await provider()
     environ = {"TRIO_REMOTE_VLM_URL": url, "DASHSCOPE_API_KEY": "sk-from-elsewhere", "TRIO_API_KEY": "letmein"}
     async with Process(environ=environ) as process, aiohttp.ClientSession() as client:
@@ -128,7 +128,7 @@ async def test_names_of_other_programs_are_taken_over_and_said(provider):
             assert (response.status, response.headers["X-Sidecar-Backend"]) == (200, "dashscope")
 
 
-async def test_trio_cores_concurrency_is_a_ceiling_and_said_to_be_needed_no_longer(provider):
+async def test_the_concurrency_of_trio_core_is_a_ceiling_and_the_log_says_it_is_not_needed(provider):
     url, simulated = await provider(latency_seconds=0.05)
     environ = {"TRIO_REMOTE_VLM_URL": url, "TRIO_VLM_API_CONCURRENCY": "2"}
     async with Process(environ=environ) as process, aiohttp.ClientSession() as client:
@@ -142,7 +142,7 @@ async def test_trio_cores_concurrency_is_a_ceiling_and_said_to_be_needed_no_long
     assert simulated.counts.max_in_flight == 2
 
 
-async def test_a_unix_socket_serves_too_and_takes_a_stale_ones_place(tmp_path):
+async def test_a_unix_socket_serves_requests_and_replaces_a_stale_one(tmp_path):
     path = tmp_path / "sidecar.sock"
     with socket.socket(socket.AF_UNIX) as stale:
         stale.bind(str(path))
@@ -177,5 +177,5 @@ async def test_a_rotated_key_file_is_used_without_a_restart(tmp_path, scripted):
             seen.add(upstream.seen[-1].headers["authorization"])
             if "Bearer sk-new" in seen:
                 break
-            await asyncio.sleep(0.05)  # the file is looked at again once a second
+            await asyncio.sleep(0.05)  # the sidecar checks the file once a second
         assert seen == {"Bearer sk-old", "Bearer sk-new"}

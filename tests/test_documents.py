@@ -21,7 +21,7 @@ import yaml
 from real_parts import PARTS, real_part
 
 from sidecar.cli.demo.processes import free_port
-from sidecar.cli.main import _MORE, _parser
+from sidecar.cli.main import _EPILOGS, _parser
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/**/*.md")])
@@ -51,11 +51,17 @@ REPLACED = {
     "make demo ": "make --dry-run demo ",
     "make test ": "make --dry-run test ",
     "make image ": "make --dry-run image ",
+    # a clone of this tree with this environment; the other target runs beside these tests, not inside one
+    "git clone REPOSITORY vlm-sidecar": "git clone --quiet . $SCRATCH/clone; ln -s $PWD/.venv $SCRATCH/clone/.venv",
+    "cd vlm-sidecar": "cd $SCRATCH/clone",
+    "make setup ": "make --dry-run setup ",
+    "make run & ": "vlm-sidecar serve & ",
     # there is no cluster: `tests/k8s` holds what is rendered against the schemas, and plays it
     "kubectl apply -k": "kubectl kustomize",
 }
 #: What cannot run here at all.
 NOT_RUN = {
+    "make check": "the gate runs it beside these tests",
     "kubectl logs deploy/cortex -c cortex -f": "needs a cluster",
     "kubectl port-forward deploy/cortex 9464": "needs a cluster",
     "kubectl exec POD -c vlm-sidecar -- vlm-sidecar check": "needs a cluster",
@@ -177,13 +183,21 @@ def test_every_command_in_running_text_is_understood():
     assert {target for span in spans for target in re.findall(r"^make ([a-z-]+)", span)} <= known
 
 
-@pytest.mark.parametrize("command", _MORE)
+@pytest.mark.parametrize("command", _EPILOGS)
 def test_every_example_in_a_help_is_understood(command, monkeypatch):
-    lines = re.findall(r"^  (?:source <\()?(vlm-sidecar [^)|\n]*)", _MORE[command], re.MULTILINE)
+    lines = re.findall(r"^  (?:source <\()?(vlm-sidecar [^)|\n]*)", _EPILOGS[command], re.MULTILINE)
     assert lines
     for line in lines:
         words = shlex.split(re.split(r"  +", line)[0])[1:]
         assert _parser(words[:1]).parse_args(words).run.__name__ == f"_{command}"
+
+
+@pytest.mark.parametrize("page", ["architecture.md", "contributing.md", "glossary.md", "decisions"])
+def test_every_file_that_a_page_for_developers_names_exists(page):
+    pages = [text for document, text in TEXT.items() if document.is_relative_to(ROOT / "docs" / page)]
+    named = set(re.findall(r"`((?:sidecar|backends|tests|bench|k8s|\.ci)/[\w./-]*)", "".join(pages)))
+    assert named
+    assert {name for name in named if not (ROOT / name).exists()} == set()
 
 
 async def test_the_table_of_metrics_is_what_a_sidecar_says(serving):

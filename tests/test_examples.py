@@ -1,4 +1,4 @@
-"""The examples run, as far as they can without a registry and a GPU."""
+"""Run the examples, as far as that is possible without a registry and a GPU."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def parsed(words):
     return _parser(words[:1]).parse_args(words)
 
 
-async def test_the_cameras_of_cortex_are_all_answered(provider):
+async def test_all_cameras_of_the_cortex_example_get_answers(provider):
     url, simulated = await provider(requests_per_second=20, burst_requests=10, latency_seconds=0.1)
     async with Process("--dashscope-url", url) as process:
         cortex = await asyncio.create_subprocess_exec(
@@ -38,13 +38,13 @@ async def test_the_cameras_of_cortex_are_all_answered(provider):
     assert simulated.counts.ended["answered"] == 20
 
 
-def test_the_configuration_for_vllm_is_taken():
+def test_the_configuration_for_vllm_is_accepted():
     settings, origins = load({}, environ={}, file=ROOT / "examples" / "vllm.toml")
     assert (settings.max_concurrency, settings.backend_names) == (16, ["dashscope"])
     assert len(origins) == 5
 
 
-def test_compose_starts_commands_that_exist_and_reaches_ports_that_are_listened_on():
+def test_the_commands_and_ports_of_compose_exist():
     services = yaml.safe_load((ROOT / "examples" / "compose" / "compose.yaml").read_text())["services"]
     serve = parsed(services["sidecar"]["command"])
     simulate = parsed(services["provider"]["command"])
@@ -53,7 +53,7 @@ def test_compose_starts_commands_that_exist_and_reaches_ports_that_are_listened_
     assert scraped["scrape_configs"][0]["static_configs"] == [{"targets": ["sidecar:9464"]}]
 
 
-def test_prometheus_takes_its_configuration():
+def test_prometheus_accepts_its_configuration():
     file = ROOT / "examples" / "compose" / "prometheus.yml"
     checked = subprocess.run(
         [real_part("promtool"), "check", "config", str(file)],

@@ -1,4 +1,4 @@
-"""What is heavy is imported only where it is asked for: idle memory is a feature of a sidecar."""
+"""Heavy libraries are imported only by the code that needs them: low idle memory is a feature of the sidecar."""
 
 from __future__ import annotations
 
@@ -34,6 +34,6 @@ print([name for name in heavy if name in sys.modules])
 """
 
 
-def test_a_sidecar_of_dashscope_has_served_without_importing_what_is_heavy():
+def test_a_sidecar_for_dashscope_serves_without_importing_heavy_libraries():
     done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, timeout=60, check=False)
     assert done.stdout.split("\n")[:3] == ["502", "200", "[]"], done.stderr

@@ -23,7 +23,7 @@ def test_option_beats_environment_beats_file_beats_default(tmp_path):
     assert origins == {"port": "--port", "admin_port": "SIDECAR_ADMIN_PORT", "deadline": str(file)}
 
 
-def test_names_of_other_programs_are_weaker_than_ours():
+def test_our_variables_win_over_those_of_other_programs():
     assert load({}, {"DASHSCOPE_API_KEY": "a", "SIDECAR_DASHSCOPE_API_KEY": "b"})[0].dashscope_api_key == "b"
 
 
@@ -38,20 +38,20 @@ def test_names_of_other_programs_are_weaker_than_ours():
         ({"SIDECAR_BACKEND": "simulated", "DASHSCOPE_API_KEY": "k"}, "simulated"),
     ],
 )
-def test_the_backend_that_the_other_settings_mean(environ, backend):
+def test_the_other_settings_choose_the_default_backend(environ, backend):
     assert load({}, environ)[0].backend_names == [backend]
 
 
-def test_auto_is_learned_and_a_number_is_a_ceiling():
+def test_auto_means_none_and_a_number_is_a_ceiling():
     settings, _ = load({}, {"SIDECAR_MAX_CONCURRENCY": "auto", "SIDECAR_REQUESTS_PER_MINUTE": "90"})
     assert (settings.max_concurrency, settings.requests_per_minute) == (None, 90.0)
 
 
-def test_an_empty_variable_is_as_good_as_none():
+def test_an_empty_variable_is_ignored():
     assert load({}, {"SIDECAR_PORT": "", "SIDECAR_BACKEND": ""})[0].port == 8100
 
 
-def test_a_key_loses_its_line_break_and_one_that_no_header_can_carry_is_refused_unseen():
+def test_a_key_loses_its_line_break_and_an_invalid_key_is_refused_without_being_shown():
     assert load({}, {"SIDECAR_DASHSCOPE_API_KEY": "sk-1\n", "SIDECAR_API_KEY": " c "})[0].dashscope_api_key == "sk-1"
     for key in ("sk-1\r\nX-Evil: 1", "sk 1", "sk-\u2026"):
         with pytest.raises(SettingsError, match="SIDECAR_DASHSCOPE_API_KEY: must be one line of visible") as caught:

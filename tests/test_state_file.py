@@ -1,4 +1,4 @@
-"""Learned limits survive a restart; a file that is damaged never keeps a sidecar from starting."""
+"""Learned limits survive a restart. A damaged file never prevents the start of a sidecar."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ def path(tmp_path):
 
 
 def write(path, age=0.0, version=1, account="account", **learned):
-    one = {"account": account, "model": "m", "learned_at": time.time() - age, **(learned or LEARNED)}
-    path.write_bytes(orjson.dumps({"version": version, "limits": [one]}))
+    entry = {"account": account, "model": "m", "learned_at": time.time() - age, **(learned or LEARNED)}
+    path.write_bytes(orjson.dumps({"version": version, "limits": [entry]}))
 
 
-def memory_of(path, account="account"):
+def loaded(path, account="account"):
     admission = Admission()
-    memory = StateFile(path, admission, {"": lambda: account})
-    memory.load()
-    return memory, admission
+    state_file = StateFile(path, admission, {"": lambda: account})
+    state_file.load()
+    return state_file, admission
 
 
 def recalled(path, account="account"):
-    _, admission = memory_of(path, account)
+    _, admission = loaded(path, account)
     return {pool.model: pool.upstreams[0].requests.limit for pool in admission.status()}
 
 
@@ -49,65 +49,65 @@ def learn(admission, limit=10.0, model="m"):
     upstream.recall(now, {"requests": {"limit": limit, "burst": 5.0, "uncertainty": 0.02}}, 1.0)
 
 
-async def test_what_was_learned_is_recalled_in_part(path):
-    memory, admission = memory_of(path)
+async def test_a_share_of_the_learned_limits_is_recalled(path):
+    state_file, admission = loaded(path)
     learn(admission)
-    memory.save()
+    state_file.save()
     assert recalled(path) == {"m": pytest.approx(8.0)}
 
 
 async def test_every_dimension_is_recalled(path):
     write(path, tokens={"limit": 1000.0, "burst": 3000.0, "uncertainty": 0.02}, **LEARNED)
-    _, admission = memory_of(path)
+    _, admission = loaded(path)
     [upstream] = next(admission.status()).upstreams
     assert upstream.tokens.limit == pytest.approx(800.0)
     assert upstream.concurrency.limit == 6
 
 
-async def test_an_older_limit_is_believed_less_and_a_very_old_one_not_at_all(path):
+async def test_a_smaller_share_of_an_older_limit_is_recalled_and_none_of_a_very_old_one(path):
     write(path, age=7200.0)
     assert recalled(path) == {"m": pytest.approx(5.0)}
     write(path, age=100_000.0)
     assert recalled(path) == {}
 
 
-async def test_restarts_without_traffic_take_nothing_off_a_limit(path):
+async def test_restarts_without_traffic_do_not_change_a_limit(path):
     write(path, age=600.0)
     before = path.read_bytes()
     for _ in range(3):
-        memory, _ = memory_of(path)
-        memory.save()
+        state_file, _ = loaded(path)
+        state_file.save()
     assert path.read_bytes() == before
 
 
 async def test_a_model_without_traffic_keeps_its_age_and_its_limit(path):
     write(path, age=600.0)
-    memory, admission = memory_of(path)
+    state_file, admission = loaded(path)
     learn(admission, 3.0, "busy")
-    memory.save()
-    ages = {one["model"]: time.time() - one["learned_at"] for one in orjson.loads(path.read_bytes())["limits"]}
+    state_file.save()
+    ages = {entry["model"]: time.time() - entry["learned_at"] for entry in orjson.loads(path.read_bytes())["limits"]}
     assert ages == {"m": pytest.approx(600.0, abs=5.0), "busy": pytest.approx(0.0, abs=5.0)}
     assert recalled(path) == {"m": pytest.approx(8.0), "busy": pytest.approx(2.4)}
 
 
-async def test_another_account_recalls_nothing_and_loses_nothing(path):
+async def test_each_account_recalls_only_its_own_limits(path):
     write(path, account="other")
-    memory, admission = memory_of(path)
+    state_file, admission = loaded(path)
     assert not list(admission.status())
     learn(admission, 3.0)
-    memory.save()
+    state_file.save()
     assert recalled(path, "account") == {"m": pytest.approx(2.4)}
     assert recalled(path, "other") == {"m": pytest.approx(8.0)}
 
 
-async def test_a_rotated_key_is_another_account_from_the_next_saving_on(path):
+async def test_after_a_key_rotation_the_next_save_uses_the_new_account(path):
     names = ["old key"]
     admission = Admission()
-    memory = StateFile(path, admission, {"": lambda: names[-1]})
+    state_file = StateFile(path, admission, {"": lambda: names[-1]})
     learn(admission)
-    memory.save()
+    state_file.save()
     names.append("new key")
-    memory.save()
+    state_file.save()
     assert recalled(path, "old key") == recalled(path, "new key") == {"m": pytest.approx(8.0)}
 
 
@@ -118,63 +118,63 @@ async def test_a_rotated_key_is_another_account_from_the_next_saving_on(path):
         b'{"version": 1, "limits": [{"account": "account", "model": "m", "learned_at": null}]}',
     ],
 )  # fmt: skip
-async def test_a_damaged_file_is_passed_over_with_one_warning_and_written_anew(path, content, caplog):
+async def test_a_damaged_file_is_ignored_with_one_warning_and_replaced(path, content, caplog):
     path.write_bytes(content)
-    memory, admission = memory_of(path)
+    state_file, admission = loaded(path)
     assert not list(admission.status())
     assert caplog.text.count("it is damaged") == 1
     learn(admission)
-    memory.save()
+    state_file.save()
     assert recalled(path) == {"m": pytest.approx(8.0)}
 
 
 @pytest.mark.parametrize("limit", [-1, 0, "many", None, 1e300])
-async def test_a_limit_that_is_none_is_passed_over_and_told(path, limit, caplog):
+async def test_an_invalid_limit_is_ignored_with_a_warning(path, limit, caplog):
     write(path, requests={"limit": limit, "burst": 1.0, "uncertainty": 0.02})
     assert recalled(path) == {}
     assert "it is damaged" in caplog.text
 
 
-async def test_another_version_is_passed_over(path, caplog):
+async def test_a_file_of_another_version_is_ignored(path, caplog):
     write(path, version=2)
     assert recalled(path) == {}
     assert "version is 2" in caplog.text
 
 
-async def test_the_file_is_bounded_whatever_models_callers_name(path, monkeypatch):
+async def test_the_file_is_bounded_however_many_models_callers_name(path, monkeypatch):
     monkeypatch.setattr("sidecar.state_file.MAX_LIMITS", 3)
-    memory, admission = memory_of(path)
+    state_file, admission = loaded(path)
     for number in range(5):
         learn(admission, model=f"model-{number}")
-        memory.save()
+        state_file.save()
     assert recalled(path).keys() == {"model-2", "model-3", "model-4"}
 
 
-async def test_nothing_learned_leaves_no_file(path):
-    memory, _ = memory_of(path)
-    memory.save()
+async def test_without_learned_limits_no_file_is_written(path):
+    state_file, _ = loaded(path)
+    state_file.save()
     assert not path.exists()
 
 
-async def test_a_file_that_cannot_be_read_or_written_is_told_once_and_serving_goes_on(tmp_path, caplog):
+async def test_an_unusable_file_is_logged_once_and_the_sidecar_continues(tmp_path, caplog):
     tmp_path.joinpath("limits.json").mkdir()
-    memory, admission = memory_of(tmp_path / "limits.json")
+    state_file, admission = loaded(tmp_path / "limits.json")
     for limit in (10.0, 11.0):
         learn(admission, limit)
-        memory.save()
+        state_file.save()
     assert [record.message.partition(": ")[0].split(" ", 1)[1] for record in caplog.records] == [
         "cannot be read",
         "cannot be written",
     ]
 
 
-async def test_it_is_saved_now_and_then_and_not_left_half_written(path, monkeypatch):
+async def test_the_file_is_saved_regularly_and_atomically(path, monkeypatch):
     monkeypatch.setattr("sidecar.state_file.SAVE_EVERY_SECONDS", 0.01)
-    memory, admission = memory_of(path)
-    running = asyncio.create_task(memory.run())
+    state_file, admission = loaded(path)
+    running = asyncio.create_task(state_file.run())
     learn(admission)
     async with asyncio.timeout(10):
-        while not path.exists():  # noqa: ASYNC110  there is nothing to wait on but the file itself
+        while not path.exists():  # noqa: ASYNC110  only the file shows it
             await asyncio.sleep(0.005)
     running.cancel()
     await asyncio.gather(running, return_exceptions=True)
@@ -183,7 +183,7 @@ async def test_it_is_saved_now_and_then_and_not_left_half_written(path, monkeypa
 
 
 def test_a_restart_under_load_costs_few_refusals_and_little_time():
-    """Forty callers always wait for 10/s; the sidecar is started anew with what it had learned."""
+    """Forty callers use a quota of 10 requests/s. The sidecar restarts with 80 % of its learned limits."""
 
     async def main():
         provider = Provider(
@@ -201,11 +201,11 @@ def test_a_restart_under_load_costs_few_refusals_and_little_time():
 
     taken, refused = clock.run(main())
     assert refused <= 3
-    assert taken >= 75  # of a hundred: it begins at eight tenths of what it knew
+    assert taken >= 75  # of 100: the sidecar starts with 80 % of the learned limit
 
 
 async def saturate(url, client, seconds, workers=20):
-    """Keep so many requests waiting, and then hang up; gives the statuses seen."""
+    """Keep `workers` requests running for this many seconds, then disconnect. Return the statuses of the answers."""
     statuses = set()
 
     async def worker():
@@ -222,7 +222,7 @@ async def saturate(url, client, seconds, workers=20):
     return statuses
 
 
-async def test_a_process_restarted_under_load_makes_no_storm_and_writes_no_key(path, provider):
+async def test_a_process_restarted_under_load_causes_few_refusals_and_writes_no_key(path, provider):
     url, simulated = await provider(requests_per_second=8, burst_requests=4, latency_seconds=0.1)
     options = ("--dashscope-url", url, "--dashscope-api-key", "sk-do-not-tell", "--state-file", str(path))
     refused = []
@@ -235,7 +235,7 @@ async def test_a_process_restarted_under_load_makes_no_storm_and_writes_no_key(p
                 assert await process.ended() == 0
             refused.append(simulated.counts.refused["request_rate"] - before)
     first, second = refused
-    assert first >= 8  # what a start without memory costs
+    assert first >= 8  # the cost of a start without a file
     assert second <= 2
     assert b"sk-do-not-tell" not in path.read_bytes()
     assert process.log.count("STATE_FILE") == 0

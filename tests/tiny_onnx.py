@@ -1,6 +1,6 @@
-"""Small real ONNX models with known outputs, written without the onnx package: protobuf needs few lines.
+"""Write small real ONNX models with known outputs. The few lines of protobuf here replace the onnx package.
 
-Field numbers are those of onnx.proto3 (github.com/onnx/onnx).
+The field numbers are those of onnx.proto3 (github.com/onnx/onnx).
 """
 
 from __future__ import annotations
@@ -48,9 +48,10 @@ def _node(kind: str, inputs: Sequence[str], output: str, **ints: int) -> bytes:
 
 
 def save(path: Path, outputs: dict[str, tuple[Any, Any]], side: int = 64) -> Path:
-    """A model whose outputs are constants plus the frame's brightness (0 to 1) times a factor, given as nested lists.
+    """Write a model and return its path. Each output is `constant + factor * brightness`.
 
-    `outputs` has (constant, factor) by name; both have two dimensions, the batch's is added.
+    `brightness` is the mean of all pixels of the frame, from 0 to 1. `outputs` maps a name to (constant, factor).
+    Both are nested lists of two dimensions; the batch dimension is added.
     """
     nodes, tensors, values = [_node("ReduceMean", ["image"], "brightness", keepdims=0)], [], []
     for name, (constant, factor) in outputs.items():
@@ -69,7 +70,10 @@ def save(path: Path, outputs: dict[str, tuple[Any, Any]], side: int = 64) -> Pat
 
 
 def yolov10(path: Path, rows: Sequence[Sequence[float]]) -> Path:
-    """Rows of x1, y1, x2, y2, score, class in pixels of a 64 x 64 input; a black frame halves every score."""
+    """Write a model with these rows: x1, y1, x2, y2, score, class in pixels of a 64 x 64 input.
+
+    For a black frame, every score is half as high.
+    """
     constant = [[*row[:4], row[4] / 2, row[5]] for row in rows]
     factor = [[0, 0, 0, 0, row[4] / 2, 0] for row in rows]
     return save(path, {"output0": (constant, factor)})

@@ -1,4 +1,4 @@
-"""Object detection with a YOLO model in this process, for `POST /api/inference/detect`."""
+"""Object detection with a YOLO or RT-DETR model in this process, for `POST /api/inference/detect`."""
 
 from backends.detector.backend import DetectorBackend
 

@@ -1,7 +1,7 @@
-"""Finds people and vehicles in a frame with an ONNX model of the operator's, in this process.
+"""Detects people, vehicles and animals in a frame, in this process. The operator provides the ONNX model.
 
-It is a `Backend` like any other, so that admission queues and bounds it and its waits are measured; it answers one
-path, with the detections as JSON. onnxruntime, numpy and Pillow come with the extra `detect`.
+The detector is a normal `Backend`, so that admission queues and limits its requests and measures their waits. It serves
+one path and returns the detections as JSON. The extra `detect` installs onnxruntime, numpy and Pillow.
 """
 
 from __future__ import annotations
@@ -23,26 +23,34 @@ if TYPE_CHECKING:
     from PIL import Image
 
     Floats = NDArray[np.float32]
-    Found = tuple[Floats, Floats, NDArray[np.int64]]
-    """Corners (N, 4) as x1, y1, x2, y2 in pixels; scores (N); COCO's class numbers (N)."""
+    Detections = tuple[Floats, Floats, NDArray[np.int64]]
+    """Corners (N, 4) as x1, y1, x2, y2 in pixels; scores (N); class numbers of COCO (N)."""
 
-#: The classes of COCO's eighty that trio-core tells; the rest is left out.
+#: The classes that are reported, by their number in COCO. trio-core reports the same; all other classes are dropped.
 CLASSES = {0: "person", 1: "bicycle", 2: "car", 3: "motorcycle", 5: "bus", 7: "truck", 16: "dog", 17: "cat"}
-#: Detections less sure than this are left out; of two that overlap more than this, the surer one stays. trio-core's.
+#: Detections with a lower score (0 to 1) are dropped. trio-core uses the same value.
 MIN_CONFIDENCE = 0.25
+#: If two detections overlap by more than this share of their union, the one with the lower score is dropped. trio-core
+#: uses the same value.
 MAX_OVERLAP = 0.5
-#: Besides the whole frame, this many tiles a side are looked at, each so much larger than its share: small and far
-#: objects are found then. trio-core's too.
+#: The model also runs on tiles of the frame, so that it finds small and distant objects. The frame has this many tiles
+#: in each direction. trio-core uses the same number.
 _TILES = 2
+#: The tiles overlap: the width and the height of a tile are larger by this fraction than its share of the frame.
+#: trio-core uses the same value.
 _TILE_OVERLAP = 0.3
+#: Pixels of the largest image that is decoded.
 _MAX_PIXELS = 50_000_000
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
-#: The model's input, where its file leaves the size open.
+#: Pixels. Width and height of the model's input if the model file does not fix them.
 _DEFAULT_SIDE = 640
 
 
 class DetectorBackend:
-    """One model, one frame at a time; the next frame is decoded meanwhile. A request's body is an image in base64."""
+    """Runs one model on one frame at a time, and decodes the next frame meanwhile.
+
+    The body of a request is an image in base64.
+    """
 
     name = "detector"
     model_id = None
@@ -58,32 +66,35 @@ class DetectorBackend:
         self._half = False
 
     def account(self) -> str:
-        """Give the name: this process has no account with anybody, see `Backend.account`."""
+        """Return the backend's name, because this process uses no account, see `Backend.account`."""
         return self.name
 
     def ready_reason(self) -> None:
-        """Give None: a detector that has started always answers, see `Backend.ready_reason`."""
+        """Return None: after its start the detector is always ready, see `Backend.ready_reason`."""
 
     async def start(self) -> None:
-        """Load the model and run it once. Raises `BackendError` that says what is wrong with it or not installed."""
+        """Load the model and run it once.
+
+        Raises `BackendError` if a package is missing or the model cannot be used. The message says why.
+        """
         await asyncio.get_running_loop().run_in_executor(self._thread, self._load)
 
     async def send(self, request: Request, timings: Timings) -> Reply:
-        """Detect: see `Backend.send`. Raises `Rejected` for what is no image."""
+        """Detect objects in one image, see `Backend.send`. Raises `Rejected` if the body is not an image."""
         loop = asyncio.get_running_loop()
         frame = await asyncio.to_thread(_decode, request.body)
         async with self._lock:
             timings.work_started = loop.time()
-            found = await loop.run_in_executor(self._thread, self._detect, frame)
+            detections = await loop.run_in_executor(self._thread, self._detect, frame)
         timings.first_byte = loop.time()
-        return Reply(200, {"Content-Type": "application/json"}, orjson.dumps(found))
+        return Reply(200, {"Content-Type": "application/json"}, orjson.dumps(detections))
 
     async def models(self) -> bytes:
-        """There is one."""
+        """Return a list with the one model, see `Backend.models`."""
         return orjson.dumps({"object": "list", "data": [{"id": self._path.stem, "object": "model"}]})
 
     async def close(self) -> None:
-        """Let go of the model, after what is under way."""
+        """Wait for the running detection and release the model."""
         await asyncio.to_thread(self._thread.shutdown)
         self._session = None
 
@@ -95,7 +106,7 @@ class DetectorBackend:
             raise BackendError(f"it needs the extra detect: pip install 'vlm-sidecar[detect]' ({error})") from error
         try:
             options = onnxruntime.SessionOptions()
-            # Its threads would wait for work by turning round and round, on the cores that serve everybody else.
+            # By default its threads spin while they wait for work, and so use the processor time of the event loop.
             options.add_session_config_entry("session.intra_op.allow_spinning", "0")
             session = onnxruntime.InferenceSession(str(self._path), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime's own classes have no common base
@@ -111,10 +122,10 @@ class DetectorBackend:
         self._run(np.zeros((1, 3, height, width), np.float32))
 
     def _detect(self, frame: Image.Image) -> list[dict[str, Any]]:
-        """Look at the whole frame and at its tiles, and keep the surest of what overlaps."""
+        """Run the model on the whole frame and on its tiles, and drop overlapping detections. Returns the JSON."""
         import numpy as np  # noqa: PLC0415
 
-        passes = [self._look(frame, box) for box in (*_tiles(frame.width, frame.height), (0, 0, *frame.size))]
+        passes = [self._detect_in(frame, box) for box in (*_tiles(frame.width, frame.height), (0, 0, *frame.size))]
         boxes, scores, classes = (np.concatenate(parts) for parts in zip(*passes, strict=True))
         return [
             {
@@ -122,11 +133,11 @@ class DetectorBackend:
                 "bbox": [int(corner) for corner in boxes[index]],
                 "confidence": round(float(scores[index]), 3),
             }
-            for index in _surest(boxes, scores)
+            for index in _without_overlaps(boxes, scores)
         ]
 
-    def _look(self, frame: Image.Image, box: tuple[int, int, int, int]) -> Found:
-        """Detect in one part of the frame; corners are the frame's own."""
+    def _detect_in(self, frame: Image.Image, box: tuple[int, int, int, int]) -> Detections:
+        """Detect objects in one box of the frame. Both the box and the results are in pixels of the frame."""
         import numpy as np  # noqa: PLC0415
 
         part: Floats = np.asarray(frame.resize(self._side, box=box), np.float32) / np.float32(255)
@@ -136,21 +147,27 @@ class DetectorBackend:
         scale = np.array([(right - left) / self._side[0], (bottom - top) / self._side[1]] * 2, np.float32)
         return boxes[kept] * scale + np.array([left, top] * 2, np.float32), scores[kept], classes[kept]
 
-    def _run(self, image: Floats) -> Found:
-        """Run the model once; corners are in pixels of its input. Raises `BackendError` for an unknown layout."""
+    def _run(self, image: Floats) -> Detections:
+        """Run the model once. The corners are in pixels of the model's input.
+
+        Raises `BackendError` if the layout of the outputs is unknown.
+        """
         import numpy as np  # noqa: PLC0415
 
         outputs = self._session.run(None, {self._input: image.astype(np.float16) if self._half else image})
         return _read(outputs, np.array(self._side * 2, np.float32))
 
 
-def _read(outputs: list[Any], sides: Floats) -> Found:
-    """Tell the layout by the outputs' shapes, and read it. Raises `BackendError` for none that is known.
+def _read(outputs: list[Any], sides: Floats) -> Detections:
+    """Recognize the layout of the outputs by their shapes, and return the detections.
 
-    * YOLOv10, end to end: N x 6 of corners in pixels, score, class
-    * YOLOv8, v11: (4 + classes) x N of centre and size in pixels, and scores; N, the anchors, is the larger side
-    * RT-DETR: N x 4 of centre and size as shares of the frame, with N x classes of scores in the same output
-      (ultralytics), or of logits in one beside it (transformers)
+    Raises `BackendError` if the layout is none of these:
+
+    * YOLOv10, end to end: N x 6; corners in pixels, score, class
+    * YOLOv8 and v11: (4 + classes) x N; centre and size in pixels, then the scores. N is the number of anchors; it is
+      larger than 4 + classes
+    * RT-DETR of ultralytics: N x (4 + classes); centre and size as shares of the frame, then the scores
+    * RT-DETR of transformers: two outputs. N x 4 has centre and size as shares of the frame; N x classes has the logits
     """
     import numpy as np  # noqa: PLC0415
 
@@ -158,20 +175,20 @@ def _read(outputs: list[Any], sides: Floats) -> Found:
     boxes = next((array for array in arrays if array.shape[1] == 4), None)
     logits = next((array for array in arrays if array.shape[1] != 4), None)
     if boxes is not None and logits is not None and len(boxes) == len(logits):
-        return _of_centres(boxes * sides, 1 / (1 + np.exp(-logits)))
+        return _from_centres(boxes * sides, 1 / (1 + np.exp(-logits)))
     if logits is not None and logits.shape[1] == 6:
         return logits[:, :4], logits[:, 4], logits[:, 5].astype(np.int64)
     if logits is not None and len(logits) > logits.shape[1] > 4:
-        return _of_centres(logits[:, :4] * sides, logits[:, 4:])
+        return _from_centres(logits[:, :4] * sides, logits[:, 4:])
     if logits is not None and logits.shape[1] > len(logits) > 4:
-        return _of_centres(logits[:4].T, logits[4:].T)
+        return _from_centres(logits[:4].T, logits[4:].T)
     raise BackendError(
         f"the model's outputs {[np.shape(output) for output in outputs]} are none of YOLOv8's, v10's, v11's, RT-DETR's"
     )
 
 
-def _of_centres(boxes: Floats, scores: Floats) -> Found:
-    """From centre and size to corners, and from scores by class to the best."""
+def _from_centres(boxes: Floats, scores: Floats) -> Detections:
+    """Convert boxes (N, 4) from centre and size to corners, and choose the best class from scores (N, classes)."""
     import numpy as np  # noqa: PLC0415
 
     centre, half = boxes[:, :2], boxes[:, 2:] / 2
@@ -179,8 +196,11 @@ def _of_centres(boxes: Floats, scores: Floats) -> Found:
     return np.concatenate((centre - half, centre + half), axis=1), scores.max(axis=1), classes
 
 
-def _surest(boxes: Floats, scores: Floats) -> list[int]:
-    """Which to keep, surest first: of two that share more than `MAX_OVERLAP` of their union, only the surer."""
+def _without_overlaps(boxes: Floats, scores: Floats) -> list[int]:
+    """Return the indices of the boxes to keep, highest score first (non-maximum suppression).
+
+    A box is dropped if it shares more than `MAX_OVERLAP` of the union with a box of a higher score.
+    """
     import numpy as np  # noqa: PLC0415
 
     areas = np.prod(boxes[:, 2:] - boxes[:, :2], axis=1)
@@ -196,7 +216,7 @@ def _surest(boxes: Floats, scores: Floats) -> list[int]:
 
 
 def _tiles(width: int, height: int) -> list[tuple[int, int, int, int]]:
-    """Overlapping parts of a frame."""
+    """Return overlapping tiles of a frame as (left, top, right, bottom) in pixels."""
     across, down = width // _TILES, height // _TILES
     tiles = []
     for row in range(_TILES):
@@ -211,7 +231,7 @@ def _tiles(width: int, height: int) -> list[tuple[int, int, int, int]]:
 
 
 def _decode(image_b64: bytes) -> Image.Image:
-    """The frame in RGB, upright. Raises `Rejected`."""
+    """Decode a frame to RGB and rotate it upright by its EXIF data. Raises `Rejected` if that fails."""
     from PIL import Image, ImageOps  # noqa: PLC0415
 
     try:

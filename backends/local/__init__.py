@@ -1,6 +1,6 @@
-"""A vision-language model of transformers in this process: one engine thread that owns it, and batches.
+"""A vision-language model of transformers in this process. One engine thread owns the model and serves batches.
 
-Importing this package needs neither torch, transformers nor PIL: they are imported when `LocalBackend.start` loads.
+Importing this package does not import torch, transformers or PIL. `LocalBackend.start` imports them.
 """
 
 from backends.local.backend import LocalBackend

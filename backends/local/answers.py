@@ -1,4 +1,4 @@
-"""Answers in OpenAI's shape: the whole completion, and the events of a stream."""
+"""Answers in OpenAI's format: the whole completion, and the events of a stream."""
 
 from __future__ import annotations
 
@@ -21,38 +21,38 @@ def _usage(usage: Usage) -> dict[str, int]:
 
 
 class OpenAIAnswer:
-    """Writes one answer."""
+    """Encodes one answer."""
 
     content_type = "text/event-stream"
 
     def __init__(self, model: str, *, include_usage: bool) -> None:
         self._include_usage = include_usage
-        # `created` is a date for people: the one place for the wall clock.
+        # `created` is a date for humans, so the wall clock is correct here. Nothing else in this backend uses it.
         self._head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
 
     def whole(self, text: str, reason: FinishReason, usage: Usage) -> bytes:
-        """The body of an answer that is not streamed."""
+        """Return the body of an answer that is not streamed."""
         message = {"role": "assistant", "content": text}
         choice = {"index": 0, "message": message, "finish_reason": reason, "logprobs": None}
         return orjson.dumps({**self._head, "object": "chat.completion", "choices": [choice], "usage": _usage(usage)})
 
     def first(self) -> bytes:
-        """The event that opens a stream."""
+        """Return the first event of a stream."""
         return self._event({"role": "assistant", "content": ""}, None)
 
     def piece(self, text: str) -> bytes:
-        """An event with some text."""
+        """Return an event with the next text."""
         return self._event({"content": text}, None)
 
     def last(self, reason: FinishReason, usage: Usage) -> bytes:
-        """The events that end a stream; the usage among them only if the request asked for it, as at OpenAI."""
-        ends = self._event({}, reason)
+        """Return the last events of a stream. As at OpenAI, they contain the usage only if the request asked for it."""
+        events = self._event({}, reason)
         if self._include_usage:
-            ends += self._frame({"choices": [], "usage": _usage(usage)})
-        return ends + b"data: [DONE]\n\n"
+            events += self._frame({"choices": [], "usage": _usage(usage)})
+        return events + b"data: [DONE]\n\n"
 
     def failed(self, error: BackendError) -> bytes:
-        """The event for an error after the stream has begun."""
+        """Return the event for an error after the start of the stream."""
         shape = {"message": error.message, "type": "server_error", "code": error.code or None, "param": None}
         return b"data: " + orjson.dumps({"error": shape}) + b"\n\n"
 

@@ -1,4 +1,4 @@
-"""The local backend: what the event loop sees of a model in this process."""
+"""The local backend: the event loop's interface to a model in this process."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("backends.local")
 
-#: A dead engine is started again at once, but not twice within this many seconds: a fault that returns would have the
-#: machine load the model all day.
+#: Minimum seconds between two restarts of a dead engine; the first restart is immediate. Without this bound, a
+#: permanent fault would make the machine load the model continuously.
 RESTART_INTERVAL_SECONDS = 60
-#: How often a model that takes long to load says so in the log.
+#: Seconds between two log lines while a model is loading.
 _PROGRESS_SECONDS = 10
 
 
@@ -47,22 +47,22 @@ class LocalBackend:
         queued: Callable[[], int] = lambda: 0,
         on_batch: Callable[[int], None] = lambda _: None,
     ) -> None:
-        """`model` is a folder, or an id that transformers finds in its hub.
+        """Store the options. `model` is a folder, or an id that transformers finds in its hub.
 
-        `queued` gives the number of requests that wait to be sent here: while it is 0, the engine does not wait for a
-        batch to fill. It is called from the engine's thread. `on_batch` is called on the event loop with the size of
-        each batch as it starts.
+        `queued` returns the number of requests that wait to be sent to this backend. While it is 0, the engine does not
+        wait for a batch to fill. The engine thread calls it. `on_batch` is called on the event loop with the size of
+        each batch when the batch starts.
 
-        Images come as data URLs, and from below `image_urls`, if there are any: `ValueError` if one of them is neither
-        http(s) nor file.
+        Images are accepted as data URLs, and from URLs below one of `image_urls`. Raises `ValueError` if one of
+        `image_urls` is neither http(s) nor file.
         """
         self.name = name
         self.slots = max_batch * 2
-        """Requests that may be in flight here: one batch at work, one ready to follow."""
+        """Maximum number of requests in flight: one batch at work, and one batch that is ready to start."""
         self._queued = queued
         self._on_batch = on_batch
         self.model_id = Path(model).name if Path(model).exists() else model
-        """What answers and `/v1/models` call the model: no path of this machine."""
+        """The name of the model in answers and in `/v1/models`. It must not contain a path of this machine."""
         self._load = partial(_load, model, device)
         self._max_batch = max_batch
         self._batch_wait_seconds = batch_wait_seconds
@@ -73,22 +73,25 @@ class LocalBackend:
         self._unready: str | None = "the model is not loaded"
 
     def account(self) -> str:
-        """Give the name: this process has no account with anybody, see `Backend.account`."""
+        """Return the backend's name, because this process uses no account, see `Backend.account`."""
         return self.name
 
     def ready_reason(self) -> str | None:
-        """Why no request can be served now, in one line; None if they can."""
+        """Return one line that says why requests cannot be served now; None if they can be served."""
         return self._unready
 
     async def start(self) -> None:
-        """Load the model and have it answer one small image. Raises `BackendError` with a message for a person."""
+        """Load the model and let it answer one small image.
+
+        Raises `BackendError` with a message that an operator can understand.
+        """
         failed = await self._launch("the model is being loaded")
         if failed is not None:
             raise BackendError(failed)
         self._supervisor = asyncio.create_task(self._supervise(), name="local-engine-supervisor")
 
     async def close(self) -> None:
-        """Stop the engine thread. A model that is still being loaded is not waited for."""
+        """Stop the engine thread. If the model is still loading, this does not wait for the thread to end."""
         self._unready = "closed"
         if self._supervisor is not None:
             self._supervisor.cancel()
@@ -103,12 +106,12 @@ class LocalBackend:
                 await self._engine.exited
 
     async def models(self) -> bytes:
-        """List the one model."""
+        """Return a list with the one model."""
         entry = {"id": self.model_id, "object": "model", "created": 0, "owned_by": "local"}
         return orjson.dumps({"object": "list", "data": [entry]})
 
     async def send(self, request: Request, timings: Timings) -> Reply:
-        """Answer one chat completion. When it is cancelled its row ends at the next decode step."""
+        """Answer one chat completion. If the call is cancelled, its row ends at the next decode step."""
         if request.dialect == "native":
             return await send_native(self.send, request, timings)
         loop = asyncio.get_running_loop()
@@ -119,7 +122,7 @@ class LocalBackend:
         engine = self._engine
         if engine is None or self._unready is not None:
             raise Unreachable(f"the local model cannot answer: {self._unready}", status=503, code="engine_down")
-        # The engine thread has no loop: `time.monotonic` is the clock it shares with any loop.
+        # The engine thread cannot use the clock of the event loop, so the deadline is converted to `time.monotonic`.
         left = None if request.deadline is None else request.deadline - loop.time()
         row = Row(prompt, fetched, deadline=None if left is None else time.monotonic() + left)
         answer = OpenAIAnswer(self.model_id, include_usage=prompt.include_usage)
@@ -135,13 +138,13 @@ class LocalBackend:
             if isinstance(event, Done) and not prompt.stream:
                 body = answer.whole(event.text, event.finish_reason, event.usage)
                 return Reply(200, {"Content-Type": "application/json"}, body, usage=event.usage)
-            reply = Reply(200, {"Content-Type": answer.content_type}, closer=partial(self._let_go, row))
+            reply = Reply(200, {"Content-Type": answer.content_type}, closer=partial(self._release, row))
             reply.chunks = self._chunks(row, reply, answer, event)
             streaming = True
             return reply
         finally:
             if not streaming:
-                await self._let_go(row)
+                await self._release(row)
 
     async def _event(self, row: Row) -> Event:
         event = await row.events.get()
@@ -149,7 +152,7 @@ class LocalBackend:
             raise event
         return event
 
-    async def _let_go(self, row: Row) -> None:
+    async def _release(self, row: Row) -> None:
         row.gone = True
         self._rows.discard(row)
 
@@ -168,7 +171,10 @@ class LocalBackend:
             yield answer.failed(event)
 
     async def _launch(self, unready: str) -> str | None:
-        """Start an engine and wait until it is ready, `unready` meanwhile: None, or what went wrong."""
+        """Start an engine and wait until it is ready or has failed. Returns None, or the reason of the failure.
+
+        `unready` is the value of `ready_reason` while the engine starts.
+        """
         self._unready = unready
         engine = self._engine = Engine(
             self._load,
@@ -196,13 +202,13 @@ class LocalBackend:
         return None
 
     async def _supervise(self) -> None:
-        """Start the engine again whenever it dies, at most once a minute."""
+        """Restart the engine whenever it dies, at most once per `RESTART_INTERVAL_SECONDS`."""
         loop = asyncio.get_running_loop()
         next_start = loop.time()
         cause: str | None = None
         while True:
             if cause is None and self._engine is not None:
-                await asyncio.wait([self._engine.exited])  # not the future itself: cancelling this would cancel it
+                await asyncio.wait([self._engine.exited])  # unlike `await exited`, a cancellation keeps the future
                 cause = self._engine.exited.result()
             wait = max(0.0, next_start - loop.time())
             self._unready = f"{cause}; it is started again in {wait:.0f} s"
@@ -214,8 +220,8 @@ class LocalBackend:
             cause = await self._launch(f"{cause}; the model is being loaded again")
 
 
-def _load(model: str, device: str, say: Callable[[str], None]) -> VisionModel:
-    """Load the model, in the engine thread. torch is imported here: it takes seconds, and the loop goes on."""
+def _load(model: str, device: str, log: Callable[[str], None]) -> VisionModel:
+    """Load the model in the engine thread. The import of torch takes seconds, and here it does not block the loop."""
     try:
         from backends.local.model import load  # noqa: PLC0415
     except ImportError as error:
@@ -223,4 +229,4 @@ def _load(model: str, device: str, say: Callable[[str], None]) -> VisionModel:
             f"the local backend needs torch, transformers and pillow ({error.name} is missing):"
             " pip install 'vlm-sidecar[local]'"
         ) from error
-    return load(model, device, say)
+    return load(model, device, log)

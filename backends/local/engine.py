@@ -1,8 +1,8 @@
-"""The engine thread: it alone owns the model, and takes rows from its mailbox in batches.
+"""The engine thread. Only this thread uses the model. It takes rows (requests) from its mailbox and serves batches.
 
     event loop ── mailbox ──▶ collect → prepare → encode → generate ──▶ call_soon_threadsafe: events of rows
 
-No lock is fought over: the mailbox is the lock, and the wait for it ends with a row's `Started`.
+There is no lock, because requests wait in the mailbox instead. The lock wait of a row ends with its `Started` event.
 """
 
 from __future__ import annotations
@@ -36,23 +36,23 @@ _log = logging.getLogger("backends.local")
 
 @dataclass(slots=True, eq=False)
 class _Work:
-    """A row in the engine's hands."""
+    """A row that the engine has taken from the mailbox."""
 
     row: Row
     rendered: str
     images: list[Image]
     answer: AnswerText
     seed: int
-    held: list[str]
-    """Text of a row that does not stream, until it is done."""
-    over: bool = False
-    """Done, failed, or given up: nothing more is said about it."""
+    buffered: list[str]
+    """The text so far of a row that does not stream."""
+    finished: bool = False
+    """Whether the row is answered, failed or abandoned. No more events follow."""
     steps: int = 0
-    """Of the present attempt. An attempt after a failed one first repeats the tokens that the answer has already."""
+    """Decode steps of the current run. After a failed run, the next one first repeats the answer's existing tokens."""
 
 
 class Engine:
-    """Loads a model in a thread of its own and serves rows with it until it is stopped, or dies."""
+    """Loads a model in its own thread and serves rows until it is stopped or dies."""
 
     def __init__(
         self,
@@ -63,17 +63,17 @@ class Engine:
         queued: Callable[[], int],
         on_batch: Callable[[int], None],
     ) -> None:
-        """Start the thread. Must be called on the event loop, where all events and `on_batch` arrive.
+        """Start the thread. Must be called on the event loop. All events and calls of `on_batch` happen on that loop.
 
-        `queued` is called from the engine thread.
+        The engine thread calls `queued`.
         """
         self._loop = asyncio.get_running_loop()
         self.ready: asyncio.Future[None] = self._loop.create_future()
-        """Done once the model is loaded and has answered its first image."""
+        """Done when the model is loaded and has answered its first image."""
         self.exited: asyncio.Future[str | None] = self._loop.create_future()
-        """Done when the thread has ended, with what ended it, in one line; None if it was told to stop."""
+        """Done when the thread has ended. The result is None after `stop`, else one line with the error."""
         self.max_batch = max_batch
-        """Becomes smaller when memory runs out, and stays so."""
+        """The largest batch. It becomes smaller when the memory runs out, and never grows again."""
         self._load = load
         self._batch_wait_seconds = batch_wait_seconds
         self._queued = queued
@@ -85,23 +85,23 @@ class Engine:
         self._thread.start()
 
     def put(self, row: Row) -> None:
-        """Hand a row to the thread."""
+        """Put a row into the mailbox of the thread."""
         self._mailbox.put(row)
 
     def stop(self) -> None:
-        """Ask the thread to end, at the next decode step at the latest. `exited` tells when it has."""
+        """Ask the thread to end, at the next decode step at the latest. `exited` is done when it has ended."""
         self._stopping = True
         self._mailbox.put(None)
 
-    # --- all that follows runs in the thread ---
+    # --- all methods below run in the engine thread ---
 
     def _call(self, function: Callable[[], object]) -> None:
-        # A loop that is closed has nobody left to tell: `close` does not wait for a model that is still loading.
+        # The loop may be closed already, because `close` does not wait for a model that is still loading.
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(function)
 
     def _post(self, *events: tuple[Row, Event]) -> None:
-        """Tell rows what happened: one wake-up of the loop for all of them."""
+        """Send events to rows. All events together wake the loop only once."""
         if events:
             self._call(partial(_deliver, events))
 
@@ -115,7 +115,7 @@ class Engine:
                 self._serve(works)
         except BackendError as error:
             ended_by = error.message
-        except BaseException as error:  # noqa: BLE001 - not lost: the owner of the engine is told
+        except BaseException as error:  # noqa: BLE001 - `exited` reports it to the owner of the engine
             ended_by = f"the engine died: {_kind_and_place(error)}"
         self._call(partial(self.exited.set_result, ended_by))
 
@@ -126,18 +126,19 @@ class Engine:
         prompt = Prompt(messages=[{"role": "user", "content": part}], images=(), max_tokens=2)
         try:
             work = self._work(Row(prompt), [(self._model.sample_image(), "image")])
-            failed = self._attempt([work])
-        except Exception as error:  # noqa: BLE001 - told with its cause below
+            failed = self._run_batch([work])
+        except Exception as error:  # noqa: BLE001 - raised below, with its cause
             failed = error
         if failed is not None:
             raise BackendError(f"the model was loaded but cannot answer: {type(failed).__name__}: {failed}") from failed
         _log.info("ready: the first answer took %.1f s", time.monotonic() - began)
 
     def _collect(self) -> list[_Work]:
-        """Wait for the next batch: the oldest row and those that may share with it. Empty when told to stop.
+        """Wait for the next batch: the oldest row, and the rows that can share its batch. Empty after `stop`.
 
-        A batch is closed when it is full, when only rows that cannot share wait, or when nothing waits: then it is
-        given `batch_wait_seconds` if more is queued upstream. Rows that arrive while images are decoded join.
+        A batch starts when it is full, when only rows that cannot share it wait, or when no rows wait. In the last case
+        the engine waits up to `batch_wait_seconds` for more rows, but only while `queued` is not 0. Rows that arrive
+        while images are decoded join the batch.
         """
         works: list[_Work] = []
         until = 0.0
@@ -168,17 +169,18 @@ class Engine:
             self._waiting.append(row)
 
     def _next(self, works: list[_Work]) -> Row | None:
-        """Take the oldest waiting row that is still wanted and may share a batch with `works`."""
+        """Remove and return the oldest waiting row that is not abandoned and can share a batch with `works`."""
         for row in list(self._waiting):
-            if self._is_given_up(row):
+            if self._is_abandoned(row):
                 self._waiting.remove(row)
-            # Processors pad for unequal numbers of images, each family in a way of its own: not batched.
+            # Rows with different numbers of images cannot share a batch: each model family pads them differently.
             elif not works or len(row.prompt.images) == len(works[0].images):
                 self._waiting.remove(row)
                 return row
         return None
 
-    def _is_given_up(self, row: Row) -> bool:
+    def _is_abandoned(self, row: Row) -> bool:
+        """Return whether the caller has gone or the deadline has passed. Reports a passed deadline to the row."""
         if row.gone:
             return True
         if row.deadline is None or time.monotonic() < row.deadline:
@@ -187,7 +189,7 @@ class Engine:
         return True
 
     def _prepare(self, row: Row) -> _Work | None:
-        """Decode a row's images and render its prompt; a row with a fault of its own is told, and None returned."""
+        """Decode a row's images and render its prompt. On an error, report it to the row and return None."""
         try:
             files = [
                 (row.fetched.get(image.field) or data_url_bytes(image), image.field) for image in row.prompt.images
@@ -195,8 +197,8 @@ class Engine:
             return self._work(row, files)
         except Rejected as error:
             self._post((row, error))
-        except Exception as error:  # noqa: BLE001 - not lost: the row's caller gets it
-            self._post((row, self._blame(error)))
+        except Exception as error:  # noqa: BLE001 - reported to the row's caller
+            self._post((row, self._as_backend_error(error)))
         return None
 
     def _work(self, row: Row, files: list[tuple[bytes, str]]) -> _Work:
@@ -206,51 +208,52 @@ class Engine:
             self._model.decode, end_tokens=self._model.end_tokens, stop=prompt.stop, max_tokens=prompt.max_tokens
         )
         seed = secrets.randbits(63) if prompt.seed is None else prompt.seed
-        return _Work(row, rendered, images, answer, seed, held=[])
+        return _Work(row, rendered, images, answer, seed, buffered=[])
 
-    def _serve(self, works: list[_Work], *, again: bool = False) -> bool:
-        """Answer every row, whatever some of them do to the batch; whether one was too large for the memory alone.
+    def _serve(self, works: list[_Work], *, is_retry: bool = False) -> bool:
+        """Answer every row, even if some rows break the batch. Return whether a row alone ran out of memory.
 
-        A batch that fails is served again in halves, until the row that breaks it is alone and its caller is told.
-        When memory ran out and halves were enough, they are the largest batch from now on; a row too large by itself
-        says nothing about that. `again`: these rows have failed before.
+        If a batch fails, its two halves are served separately, until the row that breaks it is alone. Only the caller
+        of this row receives the error. If the memory ran out, half of the batch's size becomes the new `max_batch`,
+        unless a row ran out of memory alone: such a row does not show how large a batch of other rows can be.
+        `is_retry` means that these rows have failed before.
         """
         for work in works:
-            work.over = self._is_given_up(work.row)
-        works = [work for work in works if not work.over]
+            work.finished = self._is_abandoned(work.row)
+        works = [work for work in works if not work.finished]
         if not works:
             return False
         size = len(works)
         self._call(partial(self._on_batch, size))
-        error = self._attempt(works)
-        works = [work for work in works if not work.over]
+        error = self._run_batch(works)
+        works = [work for work in works if not work.finished]
         if error is None or not works:
             return False
         if self._model.is_fatal(error):
             raise error
         if out_of_memory := self._model.is_out_of_memory(error):
             error = ServerFailed("the model ran out of memory", status=503, code="out_of_memory")
-            self._model.free()  # what the frames of the first error held is let go by now
-        if len(works) == 1 and (again or not out_of_memory):
-            self._post((works[0].row, self._blame(error)))
+            self._model.free()  # nothing refers to the first error any more, so the tensors in its frames can be freed
+        if len(works) == 1 and (is_retry or not out_of_memory):
+            self._post((works[0].row, self._as_backend_error(error)))
             return out_of_memory
         half = (len(works) + 1) // 2
-        too_large = [self._serve(part, again=True) for part in (works[:half], works[half:])]
+        too_large = [self._serve(part, is_retry=True) for part in (works[:half], works[half:])]
         if out_of_memory and size > 1 and not any(too_large):
             self.max_batch = min(self.max_batch, (size + 1) // 2)
             _log.warning("out of memory with a batch of %d: from now on at most %d", size, self.max_batch)
         return any(too_large)
 
-    def _blame(self, error: BaseException) -> BackendError:
-        """The error for one row. Only the kind is told: a message of the model's code may quote the prompt."""
+    def _as_backend_error(self, error: BaseException) -> BackendError:
+        """Return the error for one row. An unexpected error is named by its type only: its text may quote a prompt."""
         if isinstance(error, BackendError):
             return error
         _log.error("the model failed on one request: %s", _kind_and_place(error))
         kind = type(error).__name__
         return ServerFailed(f"the model failed on this request ({kind})", status=500, code="local_model_failed")
 
-    def _attempt(self, works: list[_Work]) -> Exception | None:
-        """Run one batch to its end, or to an error, which is returned and not raised so that its frames can go."""
+    def _run_batch(self, works: list[_Work]) -> Exception | None:
+        """Run one batch to its end. An error is returned, not raised, so that its stack frames can be freed."""
         try:
             batch = self._model.encode([work.rendered for work in works], [work.images for work in works])
             room = [self._model.context_tokens - tokens for tokens in batch.prompt_tokens]
@@ -265,45 +268,45 @@ class Engine:
                 work.answer.max_tokens = min(work.row.prompt.max_tokens, tokens)
             steps = max(work.answer.max_tokens for work in works)
             self._model.generate(batch, draws, steps, partial(self._step, works, batch))
-        except Exception as error:  # noqa: BLE001 - the caller decides what it means
+        except Exception as error:  # noqa: BLE001 - the caller handles it
             return error
         return None
 
     def _without_too_long(self, works: list[_Work], room: list[int]) -> Exception | None:
-        """Refuse the prompts that leave no room for an answer, and attempt the rest."""
+        """Refuse the prompts that leave no room for an answer in the context, and run a batch with the other rows."""
         for work, tokens in zip(works, room, strict=True):
             if tokens < 1:
-                work.over = True
+                work.finished = True
                 limit = self._model.context_tokens
                 self._post((work.row, invalid(f"{limit - tokens} LLM tokens, the model takes {limit}", "messages")))
-        rest = [work for work in works if not work.over]
-        return self._attempt(rest) if rest else None
+        rest = [work for work in works if not work.finished]
+        return self._run_batch(rest) if rest else None
 
     def _step(self, works: list[_Work], batch: Batch, tokens: list[int]) -> list[bool]:
-        """Look at the newest token of every row; say which rows are finished."""
+        """Process the newest token of every row. Return which rows are finished."""
         events: list[tuple[Row, Event]] = []
         for work, token, prompt_tokens in zip(works, tokens, batch.prompt_tokens, strict=True):
-            if work.over:
+            if work.finished:
                 continue
-            if self._stopping or self._is_given_up(work.row):
-                work.over = True
+            if self._stopping or self._is_abandoned(work.row):
+                work.finished = True
                 continue
             work.steps += 1
             if work.steps > len(work.answer.tokens):
                 self._advance(work, token, prompt_tokens, events)
         self._post(*events)
-        return [work.over for work in works]
+        return [work.finished for work in works]
 
     def _advance(self, work: _Work, token: int, prompt_tokens: int, events: list[tuple[Row, Event]]) -> None:
         text = work.answer.push(token)
         if work.answer.finish_reason is not None:
-            work.over = True
+            work.finished = True
             usage = Usage(prompt_tokens, len(work.answer.tokens))
-            events.append((work.row, Done("".join([*work.held, text]), work.answer.finish_reason, usage)))
+            events.append((work.row, Done("".join([*work.buffered, text]), work.answer.finish_reason, usage)))
         elif text and work.row.prompt.stream:
             events.append((work.row, Piece(text)))
         elif text:
-            work.held.append(text)
+            work.buffered.append(text)
 
 
 def _deliver(events: Sequence[tuple[Row, Event]]) -> None:
@@ -312,7 +315,7 @@ def _deliver(events: Sequence[tuple[Row, Event]]) -> None:
 
 
 def _kind_and_place(error: BaseException) -> str:
-    """Say what an unforeseen error was and where; not its message, which may quote a prompt."""
+    """Return the type and the place of an unexpected error. The message is left out: it may quote a prompt."""
     last = traceback.extract_tb(error.__traceback__, limit=-1)
     place = f" at {Path(last[0].filename).name}:{last[0].lineno}" if last else ""
     return f"{type(error).__name__}{place}"

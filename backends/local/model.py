@@ -1,7 +1,7 @@
-"""The model itself: loading it, encoding a batch, the decode loop. All of this runs in the engine thread.
+"""The model: loading it, encoding a batch, and the decode loop. All of this runs in the engine thread.
 
-The one file of the backend that knows torch and transformers. It is imported in the engine thread, when a model is
-loaded: that takes seconds and hundreds of megabytes.
+Apart from `tiny.py`, only this file of the backend uses torch and transformers. The engine thread imports it to load a
+model, because the import takes seconds and hundreds of megabytes.
 """
 
 from __future__ import annotations
@@ -27,22 +27,23 @@ from backends.local.pictures import decode
 from backends.local.prompts import Prompt, invalid
 from backends.local.rows import Draw
 
-#: Texts by which torch reports short memory where it has no type for it: its CPU allocator, MPS, some CUDA libraries.
+#: Texts in torch's errors for exhausted memory. They are needed for errors that have no type of their own: those of the
+#: CPU allocator, of MPS, and of some CUDA libraries.
 _NO_MEMORY_TEXTS = ("can't allocate memory", "not enough memory", "out of memory")
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Rows encoded together, padded on the left."""
+    """Rows that are encoded together. Shorter rows are padded on the left."""
 
     tensors: Any
-    """What the processor made, on the model's device (`transformers.BatchFeature`)."""
+    """The output of the processor (`transformers.BatchFeature`), on the model's device."""
     prompt_tokens: list[int]
-    """LLM tokens of each row, image tokens included, padding not."""
+    """LLM tokens of each row, with image tokens, without padding."""
 
 
 class VisionModel:
-    """A loaded model with its processor."""
+    """A loaded model and its processor."""
 
     def __init__(self, model: Any, processor: Any, device: str) -> None:
         self.device = device
@@ -50,19 +51,19 @@ class VisionModel:
         self._processor = processor
         text = model.config.get_text_config()
         self.context_tokens: int = getattr(text, "max_position_embeddings", None) or 4096
-        """Prompt and answer together may have this many LLM tokens."""
+        """Maximum number of LLM tokens of prompt and answer together."""
         ends = model.generation_config.eos_token_id
         self.end_tokens = frozenset([] if ends is None else [ends] if isinstance(ends, int) else ends)
         self._image_mark: str | None = getattr(processor, "image_token", None)
         tokenizer = processor.tokenizer
-        tokenizer.padding_side = "left"  # an answer begins where the prompt ends, for every row at once
+        tokenizer.padding_side = "left"  # the prompts of all rows must end at the same position
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
 
     def prepare(self, prompt: Prompt, files: list[tuple[bytes, str]]) -> tuple[str, list[PIL.Image.Image]]:
-        """Render the messages by the model's chat template, and decode the (bytes, field) pairs of the images.
+        """Render the messages with the model's chat template, and decode the (bytes, field) pairs of the images.
 
-        Raises `Rejected` that names the field at fault.
+        Raises `Rejected` with the name of the invalid field.
         """
         for at, message in enumerate(prompt.messages):
             for part in message["content"]:
@@ -78,28 +79,28 @@ class VisionModel:
 
     @staticmethod
     def sample_image() -> bytes:
-        """Make a small grey picture, to warm up with."""
+        """Return a small grey PNG image for the warm-up."""
         file = BytesIO()
         PIL.Image.new("RGB", (64, 64), "grey").save(file, "PNG")
         return file.getvalue()
 
     def encode(self, texts: list[str], images: list[list[PIL.Image.Image]]) -> Batch:
-        """Tokenise and resize. Every row has the same number of images.
+        """Tokenize the texts and resize the images. Every row must have the same number of images.
 
-        Raises `Rejected` if the processor refuses a row: an image too narrow for its patches, say.
+        Raises `Rejected` if the processor refuses a row, for example because an image is too narrow for its patches.
         """
         try:
             tensors = self._processor(
                 text=texts, images=images if images[0] else None, padding=True, return_tensors="pt"
             )
         except (ValueError, TypeError, LookupError, ArithmeticError) as error:
-            kind = type(error).__name__  # its message may quote the prompt
+            kind = type(error).__name__  # not the message: it may quote the prompt
             raise invalid(f"the model's processor refuses the prompt with its images ({kind})", "messages") from error
         tensors = tensors.to(self.device, dtype=self._model.dtype)
         return Batch(tensors, tensors["attention_mask"].sum(dim=1).tolist())
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """The text of `tokens`, without the marks of the chat template."""
+        """Return the text of `tokens`, without the special tokens of the chat template."""
         text: str = self._processor.tokenizer.decode(
             list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
@@ -108,16 +109,17 @@ class VisionModel:
     def generate(
         self, batch: Batch, draws: Sequence[Draw], max_tokens: int, step: Callable[[list[int]], list[bool]]
     ) -> None:
-        """Run the decode loop, for at most `max_tokens` steps.
+        """Run the decode loop for at most `max_tokens` steps.
 
-        Each step hands `step` the newest token of every row; it answers which rows are finished. A finished row gets
-        padding from then on, and the loop ends when all are. Raises whatever torch or the model raise.
+        Each decode step calls `step` with the newest token of every row. `step` returns which rows are finished. A
+        finished row gets padding in the later steps. The loop ends when all rows are finished. Errors of torch and of
+        the model are not caught.
         """
         with torch.inference_mode():
             self._model.generate(
                 **batch.tensors,
-                # Not the model's own configuration: penalties and the like would count a row's padding as text, so
-                # that an answer depended on its neighbours. What a row asks for is done by `_choose`.
+                # The model's own configuration is not used: its penalties would count a row's padding as text, so that
+                # an answer would depend on the other rows. `_sampler` applies the options of each row.
                 generation_config=transformers.GenerationConfig(
                     max_new_tokens=max_tokens,
                     do_sample=False,
@@ -126,35 +128,35 @@ class VisionModel:
                     pad_token_id=self._processor.tokenizer.pad_token_id,
                     bos_token_id=self._model.generation_config.bos_token_id,
                 ),
-                logits_processor=transformers.LogitsProcessorList([self._choose(draws)]),
-                stopping_criteria=transformers.StoppingCriteriaList([self._watch(step)]),
+                logits_processor=transformers.LogitsProcessorList([self._sampler(draws)]),
+                stopping_criteria=transformers.StoppingCriteriaList([self._stopping_criterion(step)]),
             )
 
-    def _watch(self, step: Callable[[list[int]], list[bool]]) -> Any:
-        """`step` as a stopping criterion: called once a step with all tokens so far, (rows, length)."""
+    def _stopping_criterion(self, step: Callable[[list[int]], list[bool]]) -> Any:
+        """Return `step` as a stopping criterion. Each decode step calls it with all tokens so far, (rows, length)."""
 
-        def watch(tokens: Any, scores: Any, **_: object) -> Any:
+        def criterion(tokens: Any, scores: Any, **_: object) -> Any:
             return torch.tensor(step(tokens[:, -1].tolist()), dtype=torch.bool, device=tokens.device)
 
-        return watch
+        return criterion
 
-    def _choose(self, draws: Sequence[Draw]) -> Any:
-        """Row by row sampling inside a greedy loop, so that rows of any temperature share a batch.
+    def _sampler(self, draws: Sequence[Draw]) -> Any:
+        """Return a logits processor that samples each row separately inside a greedy loop.
 
-        The loop takes the argmax. For a row with a temperature T, argmax(scores / T + noise) with Gumbel noise is a
-        draw from softmax(scores / T) (the Gumbel-max trick: Gumbel 1954; Maddison et al. 2014, arXiv 1411.0030). A
-        greedy row's scores are not touched. Each row draws from a generator of its own, so that a seed gives the
-        same answer whoever shares the batch.
+        With it, rows of different temperatures can share a batch. The greedy loop uses the argmax of the scores. For a
+        row with a temperature T, argmax(scores / T + Gumbel noise) is a sample from softmax(scores / T) (the Gumbel-max
+        trick: Gumbel 1954; Maddison et al. 2014, arXiv 1411.0030). The scores of a greedy row are not changed. Each row
+        has its own random generator, so that the same seed gives the same answer in every batch.
         """
         generators = [torch.Generator(self.device).manual_seed(draw.seed) for draw in draws]
         at = 0
 
-        def choose(tokens: Any, scores: Any) -> Any:
+        def sample(tokens: Any, scores: Any) -> Any:
             nonlocal at
             for row, draw in enumerate(draws):
                 if draw.temperature > 0:
                     scaled = _nucleus(scores[row] / draw.temperature, draw.top_p)
-                    # -log of an exponential variable is a Gumbel one; the bound keeps a zero from becoming infinite.
+                    # If x is exponentially distributed, -log(x) has a Gumbel distribution. The bound avoids log(0).
                     noise = torch.empty_like(scaled).exponential_(generator=generators[row]).clamp_(min=1e-30)
                     scores[row] = scaled - noise.log_()
                 if at < len(draw.forced):
@@ -163,10 +165,10 @@ class VisionModel:
             at += 1
             return scores
 
-        return choose
+        return sample
 
     def free(self) -> None:
-        """Give back the memory of a batch that failed."""
+        """Free the memory of a failed batch."""
         gc.collect()
         if self.device.startswith("cuda"):
             torch.cuda.empty_cache()
@@ -174,42 +176,45 @@ class VisionModel:
             torch.mps.empty_cache()
 
     def is_out_of_memory(self, error: BaseException) -> bool:
-        """Whether `error` says that a smaller batch might fit."""
+        """Return whether `error` means that the memory is exhausted, so that a smaller batch may succeed."""
         if isinstance(error, MemoryError | torch.OutOfMemoryError):
             return True
         return isinstance(error, RuntimeError) and any(text in str(error) for text in _NO_MEMORY_TEXTS)
 
     def is_fatal(self, error: BaseException) -> bool:
-        """Whether the device is unusable after `error`: a failed CUDA kernel takes the whole context with it."""
-        # torch.AcceleratorError came with torch 2.8.
+        """Return whether the device is unusable after `error`: a failed CUDA kernel breaks its whole context."""
+        # torch.AcceleratorError exists since torch 2.8.
         kind = getattr(torch, "AcceleratorError", None)
         return kind is not None and isinstance(error, kind) and not self.is_out_of_memory(error)
 
 
 def _nucleus(scores: Any, top_p: float) -> Any:
-    """Top-p: keep the likeliest tokens that together reach probability `top_p` (Holtzman et al., arXiv 1904.09751)."""
+    """Set all scores to -inf except the most likely tokens that together reach the probability `top_p`.
+
+    Source: top-p (nucleus) sampling, Holtzman et al., arXiv 1904.09751.
+    """
     if top_p >= 1:
         return scores
     ordered, order = torch.sort(scores, descending=True)
     probabilities = torch.softmax(ordered, dim=-1)
     before = torch.cumsum(probabilities, dim=-1) - probabilities
-    before[0] = -1  # the likeliest always stays, also for a top_p of 0
+    before[0] = -1  # the most likely token always stays, also with a top_p of 0
     return scores.masked_fill(torch.zeros_like(scores, dtype=torch.bool).scatter(0, order, before >= top_p), -math.inf)
 
 
-def load(name: str, device: str, say: Callable[[str], None]) -> VisionModel:
-    """Load a folder, or an id of a model hub, as transformers' `from_pretrained` does.
+def load(name: str, device: str, log: Callable[[str], None]) -> VisionModel:
+    """Load a model from a folder or from a model hub. `name` is the argument of transformers' `from_pretrained`.
 
-    `device` is torch's name for one, or `auto`: CUDA, else Apple's MPS, else the CPU. `say` gets a line for each stage.
-    Raises `BackendError` with a message for a person: folder, package or files missing, damaged, or not a
-    vision-language model.
+    `device` is the name of a torch device, or `auto`: CUDA, else Apple's MPS, else the CPU. `log` is called with one
+    line for each stage. Raises `BackendError` with a message for the operator if the folder, a package or a file is
+    missing, if a file is damaged, or if the model is not a vision-language model.
     """
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    torch.set_num_threads(max(1, cpu_cores() - 1))  # one core stays with the event loop
+    torch.set_num_threads(max(1, cpu_cores() - 1))  # leave one core to the event loop
     device, dtype = _place(device)
     name, weights = _check_files(name)
-    say(f"loading {name} on {device} as {str(dtype).removeprefix('torch.')}{weights}")
+    log(f"loading {name} on {device} as {str(dtype).removeprefix('torch.')}{weights}")
     began = time.monotonic()
     try:
         model = _load(name, device, dtype)
@@ -218,10 +223,10 @@ def load(name: str, device: str, say: Callable[[str], None]) -> VisionModel:
     except ImportError as error:
         first = str(error).strip().splitlines()[0]
         raise BackendError(f"{name} needs a package that is not installed: {first}") from error
-    except Exception as error:  # whatever a parser of broken files may raise
+    except Exception as error:  # the parser of a damaged file may raise any error
         first = (str(error).strip() or "no message").splitlines()[0]
         raise BackendError(f"{name} cannot be loaded, is it damaged? {type(error).__name__}: {first}") from error
-    say(f"weights loaded in {time.monotonic() - began:.1f} s")
+    log(f"weights loaded in {time.monotonic() - began:.1f} s")
     return model
 
 
@@ -237,20 +242,20 @@ def _load(name: str, device: str, dtype: torch.dtype) -> VisionModel:
     model, report = transformers.AutoModelForImageTextToText.from_pretrained(
         name, dtype=dtype, attn_implementation="sdpa", output_loading_info=True
     )
-    if report["missing_keys"]:  # transformers would fill them with noise, and serve it
+    if report["missing_keys"]:  # transformers fills missing weights with random values, without an error
         missing = sorted(report["missing_keys"])
         raise BackendError(f"{name} is damaged: {len(missing)} weights are missing, such as {missing[0]}")
     return VisionModel(model.eval().to(device), processor, device)
 
 
 def _place(device: str) -> tuple[str, Any]:
-    """The device, and the type of number that is quick on it."""
+    """Return the device, and the number type that is fast on it."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         kind = torch.device(device).type
         torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch asserts that it was built with CUDA
+    except (RuntimeError, AssertionError) as error:  # AssertionError: this torch was built without CUDA
         first = str(error).strip().splitlines()[0]
         raise BackendError(f"there is no device {device!r} for the local model: {first}") from error
     if kind == "cuda":
@@ -259,7 +264,10 @@ def _place(device: str) -> tuple[str, Any]:
 
 
 def _check_files(name: str) -> tuple[str, str]:
-    """What to load, and for the log from where. Raises `BackendError` if a folder is meant and it cannot be loaded."""
+    """Return the name to load, and a text for the log that says where the weights come from.
+
+    Raises `BackendError` if `name` is a folder and cannot be loaded.
+    """
     folder = Path(name).expanduser()
     if not folder.exists():
         if name.startswith((".", "/", "~")) or name.count("/") > 1:
@@ -276,7 +284,10 @@ def _check_files(name: str) -> tuple[str, str]:
 
 
 def cpu_cores() -> int:
-    """Cores this process may use: its affinity, and a container's quota (cgroup v2 `cpu.max`), whichever is less."""
+    """Return the number of cores that this process may use.
+
+    It is the smaller one of the process's affinity and the container's quota (cgroup v2 `cpu.max`).
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     limits = Path("/sys/fs/cgroup/cpu.max")
     quota, _, period = limits.read_text().partition(" ") if limits.is_file() else ("max", "", "")

@@ -1,4 +1,4 @@
-"""Turns the bytes of an image into pixels, within bounds. Runs in the engine thread."""
+"""Decodes the bytes of images to pixels, within bounds. Runs in the engine thread."""
 
 from __future__ import annotations
 
@@ -9,23 +9,26 @@ import PIL.ImageOps
 
 from backends.local.prompts import invalid
 
-#: Pixels of one request's images together, looked up in the headers before anything is decoded: an 8K frame has 33
-#: million. Decoded they take 3 bytes each, for every row of a batch.
+#: Maximum number of pixels in all images of one request. It bounds the memory of a batch: each decoded pixel takes
+#: 3 bytes, in every row. The headers are checked before any image is decoded. An 8K frame has 33 million pixels.
 MAX_PIXELS = 40_000_000
 
-#: What cameras and browsers send. PIL knows forty formats more, which only a hostile caller would use.
+#: The formats that cameras and browsers send. PIL supports forty more, but only a hostile caller would use them.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 
 
 def decode(images: list[tuple[bytes, str]]) -> list[PIL.Image.Image]:
-    """Decode (bytes, field) pairs to RGB, upright, in order. Raises `Rejected` with the field of the one at fault."""
+    """Decode (bytes, field) pairs to RGB images, rotated upright, in the same order.
+
+    Raises `Rejected` with the field of the invalid image.
+    """
     opened = []
     pixels = 0
     for data, field in images:
         try:
             picture = PIL.Image.open(BytesIO(data), formats=_FORMATS)  # reads the header only
             pixels += picture.width * picture.height
-        except PIL.Image.DecompressionBombError:  # PIL's own bound, higher than ours
+        except PIL.Image.DecompressionBombError:  # the image exceeds PIL's own bound, which is above MAX_PIXELS
             pixels = MAX_PIXELS + 1
         except (OSError, ValueError, SyntaxError):
             raise invalid(f"is not an image this backend knows ({', '.join(_FORMATS)})", field) from None

@@ -1,4 +1,4 @@
-"""Reads an OpenAI chat completion request into what the engine needs, or refuses it by the name of the field."""
+"""Parses and checks an OpenAI chat completion request for the engine. An error names the invalid field."""
 
 from __future__ import annotations
 
@@ -10,16 +10,18 @@ import orjson
 
 from backends.base import Rejected
 
-#: Tokens to generate for a request that sets no limit. OpenAI has none; an answer about a frame is far shorter.
+#: LLM tokens of the longest answer if the request sets no limit. OpenAI has no default. An answer about a frame is far
+#: shorter than this.
 DEFAULT_MAX_TOKENS = 512
-#: OpenAI's own bound on the number of stop sequences.
+#: Maximum number of stop sequences; the same as OpenAI's.
 _MAX_STOPS = 4
-#: Base64 is decoded in slices: the decoder holds the interpreter, and the event loop with it, 3 ms for a million.
+#: Base64 is decoded in slices of this many characters. While a slice is decoded, the decoder holds the interpreter lock
+#: and so blocks the event loop: 3 ms for a million characters.
 _SLICE_CHARS = 2**20
 _MAX_SEED = 2**63 - 1
 
-#: Fields that would change the answer in a way that is not built, each with the values that ask for nothing.
-_NOT_BUILT: dict[str, tuple[object, ...]] = {
+#: Fields for features that this backend does not implement, each with the values that do not use the feature.
+_NOT_IMPLEMENTED: dict[str, tuple[object, ...]] = {
     "n": (None, 1),
     "tools": (None, []),
     "functions": (None, []),
@@ -33,7 +35,7 @@ _NOT_BUILT: dict[str, tuple[object, ...]] = {
 
 
 def invalid(message: str, field: str) -> Rejected:
-    """The refusal of a request because of `field`, such as `messages[0].content`, with OpenAI's error body."""
+    """Return the error for an invalid `field`, such as `messages[0].content`, with OpenAI's error body."""
     error = {"message": f"{field}: {message}", "type": "invalid_request_error", "code": "invalid_request"}
     body = orjson.dumps({"error": {**error, "param": field}})
     return Rejected(f"{field}: {message}", status=400, code="invalid_request", body=body)
@@ -41,11 +43,11 @@ def invalid(message: str, field: str) -> Rejected:
 
 @dataclass(frozen=True, slots=True)
 class ImageUrl:
-    """An image as the request names it."""
+    """The URL of an image in a request."""
 
     url: str
     field: str
-    """Where in the request it stands, for an error that names it."""
+    """The field of the request that contains the URL, for error messages."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,12 +55,13 @@ class Prompt:
     """A checked request."""
 
     messages: list[dict[str, Any]]
-    """In the shape of transformers' chat templates: each content a list of `{"type": "image"}` and text parts."""
+    """The messages in the format of transformers' chat templates: each content is a list of text parts and of
+    `{"type": "image"}` parts."""
     images: tuple[ImageUrl, ...]
-    """In the order of the image parts in `messages`."""
+    """The images, in the order of the image parts in `messages`."""
     max_tokens: int
     temperature: float = 0
-    """0 is greedy: the likeliest token each time."""
+    """0 means greedy decoding: always the most likely token."""
     top_p: float = 1
     seed: int | None = None
     stop: tuple[str, ...] = ()
@@ -67,15 +70,15 @@ class Prompt:
 
 
 def parse(body: bytes) -> Prompt:
-    """Read the JSON of a chat completion request. Raises `Rejected` with status 400 that names the field."""
+    """Parse the JSON of a chat completion request. Raises `Rejected` with status 400 and the name of the field."""
     try:
         fields = orjson.loads(body)
     except orjson.JSONDecodeError as error:
         raise invalid(f"not JSON ({error})", "body") from None
     if not isinstance(fields, dict):
         raise invalid("must be a JSON object", "body")
-    for name, harmless in _NOT_BUILT.items():
-        if fields.get(name) not in harmless:
+    for name, unused_values in _NOT_IMPLEMENTED.items():
+        if fields.get(name) not in unused_values:
             raise invalid("is not supported by the local backend", name)
     messages = fields.get("messages")
     if not isinstance(messages, list) or not messages:
@@ -130,7 +133,7 @@ def _message(message: object, field: str, images: list[ImageUrl]) -> dict[str, A
         parts = [_part(part, f"{field}.content[{at}]", images) for at, part in enumerate(content)]
     else:
         raise invalid("must be a string or a list of parts", f"{field}.content")
-    # `developer` is OpenAI's newer name for `system`; chat templates know the older one.
+    # `developer` is OpenAI's newer name for `system`; chat templates support only the older name.
     return {"role": "system" if role == "developer" else role, "content": parts}
 
 
@@ -151,7 +154,7 @@ def _part(part: object, field: str, images: list[ImageUrl]) -> dict[str, str]:
 
 
 def data_url_bytes(image: ImageUrl) -> bytes:
-    """Give the bytes of a `data:…;base64,…` URL. Raises `Rejected` if that is not what it is."""
+    """Return the bytes of a `data:…;base64,…` URL. Raises `Rejected` for any other URL."""
     head, comma, data = image.url.partition(",")
     if not comma or not head.startswith("data:") or not head.endswith(";base64"):
         raise invalid("must be a URL such as data:image/jpeg;base64,…", image.field)

@@ -1,4 +1,4 @@
-"""What travels between the event loop and the engine thread."""
+"""The data that the event loop and the engine thread exchange: rows, and events about them."""
 
 from __future__ import annotations
 
@@ -13,51 +13,52 @@ from backends.local.text import FinishReason
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """The engine has taken the row up: its wait is over."""
+    """The engine has taken the row from its mailbox. The lock wait of the row ends here."""
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Some text of a streaming row, never empty."""
+    """The next text of a streaming row. It is never empty."""
 
     text: str
 
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """The row is answered."""
+    """The answer of the row is complete."""
 
     text: str
-    """What no `Piece` has brought: for a row that does not stream, the whole answer."""
+    """The text that was in no `Piece`. For a row that does not stream, it is the whole answer."""
     finish_reason: FinishReason
     usage: Usage
 
 
-#: For each row `Started`, then pieces if it streams, then `Done`; an error may take the place of any and is the last.
+#: The events of a row, in order: `Started`, then each `Piece` if the row streams, then `Done`. An error may replace any
+#: of them, and no event follows an error.
 Event = Started | Piece | Done | BackendError
 
 
 @dataclass(slots=True, eq=False)
 class Row:
-    """One request on its way through the engine."""
+    """One request that the engine serves. In a batch it is one row of the tensors."""
 
     prompt: Prompt
     fetched: Mapping[str, bytes] = field(default_factory=dict)
-    """File bytes of the images that are no data URL, by the field that names them."""
+    """The bytes of the images that are not data URLs, by the field of the request that contains the URL."""
     deadline: float | None = None
-    """On `time.monotonic`: after it the row is not begun, or ends at the next step."""
+    """On the clock `time.monotonic`. After this time the row is not started, or it ends at the next decode step."""
     gone: bool = False
-    """Set on the loop when nobody waits for the answer any more, read by the engine at every step."""
+    """Whether the caller has gone. The event loop sets it, and the engine reads it at every decode step."""
     events: asyncio.Queue[Event] = field(default_factory=asyncio.Queue)
-    """Filled on the loop with what the engine says."""
+    """The events from the engine. Only the event loop puts them into this queue."""
 
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """How one row of a batch chooses its tokens."""
+    """How to sample the tokens of one row."""
 
     temperature: float
     top_p: float
     seed: int
     forced: Sequence[int] = ()
-    """Tokens that the row has already: an answer begun in a batch that failed goes on where it was."""
+    """Tokens that the row already has. They are repeated first, so that an answer can continue after a failed batch."""

@@ -1,6 +1,6 @@
-"""Where the images of a request may come from: data URLs always, anything else only if the operator named it.
+"""Fetches the images of a request. Data URLs are always allowed, other URLs only if the operator allowed them.
 
-A sidecar that fetched what a caller names would be a hole into the pod's network and files.
+Without this rule, a caller could use the sidecar to read the pod's network and files.
 """
 
 from __future__ import annotations
@@ -16,17 +16,20 @@ from yarl import URL
 from backends.base import Rejected
 from backends.local.prompts import ImageUrl, invalid
 
-#: The largest image that is fetched, in bytes: the default limit of a request's body.
+#: Bytes of the largest image that is fetched. It equals the default limit of a request's body.
 _MAX_BYTES = 14 * 1024 * 1024
-#: Seconds a fetch may take: a camera's snapshot takes a fraction of one.
+#: Seconds that a fetch may take. A camera's snapshot takes less than a second.
 _TIMEOUT = aiohttp.ClientTimeout(total=10)
 
 
 class ImageSources:
-    """Fetches images whose URL lies below one of `allowed`: `https://host/folder/`, `file:///folder/`."""
+    """Fetches images whose URL is below one of the `allowed` URLs, such as `https://host/folder/` or `file:///folder/`."""
 
     def __init__(self, allowed: Sequence[str]) -> None:
-        """Raise `ValueError` for a URL of another scheme, or without a host or folder."""
+        """Check and store the allowed URLs.
+
+        Raises `ValueError` if a scheme is not http, https or file, or if an http(s) URL has no host.
+        """
         self._allowed = [URL(url) for url in allowed]
         for url in self._allowed:
             if url.scheme not in {"http", "https", "file"} or (url.scheme != "file" and not url.host):
@@ -34,7 +37,10 @@ class ImageSources:
         self._session: aiohttp.ClientSession | None = None
 
     async def fetch(self, images: Sequence[ImageUrl]) -> dict[str, bytes]:
-        """Fetch all that are no data URL; bytes by the field that names them. Raises `Rejected` with the field."""
+        """Fetch all images that are not data URLs. Returns their bytes by the field that contains the URL.
+
+        Raises `Rejected` with the field of an image that cannot be fetched.
+        """
         return {image.field: await self._one(image) for image in images if not image.url.startswith("data:")}
 
     async def close(self) -> None:
@@ -71,18 +77,18 @@ class ImageSources:
 
 
 def _is_below(url: URL, base: URL) -> bool:
-    """Whether `url` is `base` or under it. `yarl` has resolved `..`, which no longer appears unless it was encoded."""
+    """Return whether `url` is `base` or below it. `yarl` has already resolved each `..` that was not encoded."""
     if url.scheme != base.scheme or url.host != base.host or url.port != base.port or url.user is not None:
         return False
     return ".." not in url.parts and (url.path == base.path or url.path.startswith(base.path.rstrip("/") + "/"))
 
 
 def _read(name: str, folders: list[str], field: str) -> bytes:
-    path = Path(name).resolve()  # links and `..` end here
+    path = Path(name).resolve()  # resolves links and `..`
     if not any(path.is_relative_to(Path(folder).resolve()) for folder in folders):
         raise _not_allowed(field)
     try:
-        if not path.is_file():  # a pipe or a device would never end
+        if not path.is_file():  # a read from a pipe or a device might never end
             raise invalid("there is no such file", field)
         with path.open("rb") as file:
             return _bounded(file.read(_MAX_BYTES + 1), field)

@@ -1,4 +1,4 @@
-"""Tokens to text, piece by piece: whole characters only, and nothing past a stop sequence."""
+"""Converts tokens to text while they are generated. It returns only whole characters, and ends at a stop sequence."""
 
 from __future__ import annotations
 
@@ -7,19 +7,20 @@ from typing import Literal
 
 FinishReason = Literal["stop", "length"]
 
-#: What a decoder writes for bytes that are no character, or not one yet.
+#: The replacement character, which a decoder returns for invalid bytes and for an incomplete character.
 _BROKEN = "\ufffd"
-#: A UTF-8 character has up to four bytes, so up to three of its bytes, each shown as one broken character by some
-#: decoders, can be waiting for the last.
+#: Maximum number of replacement characters for one incomplete character. A UTF-8 character has up to four bytes; if the
+#: last byte is missing, some decoders return one replacement character for each of the other three.
 _MAX_PENDING = 3
-#: Decode at most this many tokens again for a new one; then start over from the last few, which give the decoder its
-#: context (SentencePiece drops a leading space).
+#: Tokens. Each new token is decoded together with the tokens of a window. When the window has this length, it is
+#: shortened, so that the cost per token is bounded.
 _WINDOW = 48
+#: Tokens that stay in a shortened window as context for the decoder (SentencePiece drops a leading space).
 _CONTEXT = 6
 
 
 class AnswerText:
-    """The text of one answer while it is generated."""
+    """Decodes the text of one answer while it is generated."""
 
     def __init__(
         self,
@@ -30,19 +31,22 @@ class AnswerText:
         max_tokens: int,
     ) -> None:
         self.tokens: list[int] = []
-        """Every generated token, the end token included."""
+        """All generated tokens, including the end token."""
         self.finish_reason: FinishReason | None = None
         self._decode = decode
         self._end_tokens = end_tokens
         self._stop = stop
         self.max_tokens = max_tokens
-        """The answer ends with this many tokens."""
-        self._start = 0  # of the window in tokens
-        self._taken = 0  # characters of the window that are in _held or were given out
-        self._held = ""  # text that may be the beginning of a stop sequence
+        """The answer ends when it has this many tokens."""
+        self._start = 0  # index of the window's first token in `tokens`
+        self._taken = 0  # characters of the window that were returned already or are in `_held`
+        self._held = ""  # text that may be the start of a stop sequence
 
     def push(self, token: int) -> str:
-        """Take the next token and give the text that is now certain, often none. Sets `finish_reason` at the end."""
+        """Add the next token and return the text that is now certain, which is often empty.
+
+        Sets `finish_reason` at the end of the answer.
+        """
         self.tokens.append(token)
         if token in self._end_tokens:
             self.finish_reason = "stop"
@@ -58,7 +62,7 @@ class AnswerText:
         return text[: len(text) - keep]
 
     def _new_text(self) -> str:
-        """Text of the window that was not taken yet, without what may be half a character."""
+        """Return the new text of the window, without an incomplete character at its end."""
         window = self.tokens[self._start :]
         text = self._decode(window)
         ended = self.finish_reason is not None
@@ -73,5 +77,5 @@ class AnswerText:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """The length of the longest end of `text` that `stop` begins with."""
+    """Return the length of the longest suffix of `text` that is a prefix of `stop`, but not the whole `stop`."""
     return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)

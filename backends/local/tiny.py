@@ -2,8 +2,8 @@
 
     python -m backends.local.tiny idefics3 FOLDER
 
-What it answers is noise, but everything else is real: the folder is loaded by the same `from_pretrained` as a model
-from a hub. Less than a second, less than a megabyte.
+Its answers are noise, but everything else is real: the same `from_pretrained` loads the folder and a model from a hub.
+Building takes less than a second; the folder has less than a megabyte.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 _PAD, _START, _END, _IMAGE = "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>"
-#: What Idefics3's and Qwen's processors look up in a tokenizer by name.
+#: Special tokens that the processors of Idefics3 and Qwen look up by name in the tokenizer.
 _FAMILY_MARKS = (
     "<fake_token_around_image>",
     "<global-img>",
@@ -41,10 +41,10 @@ _TEMPLATE = """\
 
 
 def build(family: str, folder: Path) -> None:
-    """Save a model of `family` and its processor into `folder`, which is made if it is not there.
+    """Save a model of `family` and its processor into `folder`. The folder is created if it does not exist.
 
     Families: `idefics3` (SmolVLM's architecture), `llava`, and `qwen2_5_vl`, whose processor needs torchvision.
-    The same family gives the same weights every time. Raises `KeyError` for another family.
+    The weights of a family are the same every time. Raises `KeyError` for another family.
     """
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -55,7 +55,10 @@ def build(family: str, folder: Path) -> None:
 
 
 def _tokenizer() -> Any:
-    """A byte-level BPE tokenizer, so that every string has an encoding, learned from one line of text."""
+    """Return a tokenizer that is trained on one line of text.
+
+    It is a byte-level BPE tokenizer, so that it can encode every string.
+    """
     marks = [_PAD, _START, _END, _IMAGE, *_FAMILY_MARKS]
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -114,7 +117,7 @@ def _idefics3(tokenizer: Any) -> tuple[Any, Any]:
     processor = transformers.Idefics3Processor(
         image_processor=images,
         tokenizer=tokenizer,
-        image_seq_len=4,  # (64 / 16)² patches, four of them (scale factor 2, squared) to an LLM token
+        image_seq_len=4,  # (64 / 16)² = 16 patches; 2² = 4 patches (scale factor 2) become one LLM token
         chat_template=_TEMPLATE.replace("IMAGE", _IMAGE),
     )
     return transformers.Idefics3ForConditionalGeneration(config), processor
@@ -157,7 +160,7 @@ def _qwen2_5_vl(tokenizer: Any) -> tuple[Any, Any]:
             "patch_size": 14,
             "fullatt_block_indexes": [1],
         },
-        # Rotary sections over time, height and width: half the head size of 16.
+        # Rotary sections for time, height and width. Their sum is half of the head size, which is 16.
         text_config=_text(
             tokenizer, rope_scaling={"type": "mrope", "rope_type": "default", "mrope_section": [2, 3, 3]}
         ),
@@ -180,7 +183,7 @@ _FAMILIES: dict[str, Callable[[Any], tuple[Any, Any]]] = {
 
 
 def main() -> None:
-    """Build what the command line names."""
+    """Build the model that the command line names."""
     parser = argparse.ArgumentParser(prog="python -m backends.local.tiny", description=__doc__.splitlines()[0])
     parser.add_argument("family", choices=sorted(_FAMILIES))
     parser.add_argument("folder", type=Path)

@@ -1,1 +1,1 @@
-"""Any provider over HTTP: DashScope, or a server with an OpenAI-compatible API."""
+"""The backend for providers over HTTP: DashScope, or a server with an OpenAI-compatible API."""

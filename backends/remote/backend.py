@@ -1,4 +1,4 @@
-"""The upstream over HTTP: DashScope, or any server that speaks OpenAI's API."""
+"""The backend for an upstream over HTTP: DashScope, or any server with OpenAI's API."""
 
 from __future__ import annotations
 
@@ -24,21 +24,25 @@ _T = TypeVar("_T")
 
 _log = logging.getLogger(__name__)
 
+#: Seconds to wait for the body of an error. The error is then classified without its body.
 _ERROR_BODY_SECONDS = 5.0
+#: Bytes of the longest error body that is read.
 _ERROR_BODY_LIMIT = 1024 * 1024
+#: Bytes of the longest answer that is read.
 _BODY_LIMIT = 64 * 1024 * 1024
-#: Bytes of comments and pings that may come before a stream's first content.
+#: Bytes of comments and pings that are accepted before a stream's first content.
 _PREFACE_LIMIT = 1024 * 1024
 _COMPATIBLE_PATH, _NATIVE_PATH = "/compatible-mode/v1", "/api/v1"
-#: DashScope's bounds for `X-DashScope-Wait-Timeout`, in seconds.
-_WAIT_MIN, _WAIT_MAX = 3, 120
+#: DashScope's bounds for the header `X-DashScope-Wait-Timeout`, in seconds.
+_MIN_WAIT_SECONDS, _MAX_WAIT_SECONDS = 3, 120
 
 
 class DashScopeBackend:
-    """Forwards each request's bytes to the provider, and its answer's bytes back.
+    """Forwards the bytes of each request to the provider, and the bytes of its answer to the caller.
 
-    `key` is asked before every attempt, so that a rotated key is used at once. Without `native_url` DashScope's own
-    API is looked for beside the compatible one; where there is none, requests in the native dialect are translated.
+    `key` is called before every attempt, so that a rotated key is used at once. Without `native_url`, the URL of
+    DashScope's native API is derived from a base URL that ends in `/compatible-mode/v1`. For any other base URL,
+    requests in the native dialect are translated.
     """
 
     def __init__(
@@ -49,7 +53,7 @@ class DashScopeBackend:
         key: Callable[[], str | None] = lambda: None,
         name: str = "dashscope",
     ) -> None:
-        """Take where to send and what to send with. Raises ValueError for a URL that is none."""
+        """Store the URLs and the key. Raises `ValueError` if a URL is invalid."""
         self.name = name
         self._key = key
         self._base = _checked(base_url)
@@ -64,16 +68,16 @@ class DashScopeBackend:
     slots = None
 
     def ready_reason(self) -> None:
-        """Give None: whether the provider answers is only known by asking it, see `Backend.ready_reason`."""
+        """Return None: only a request can show whether the provider answers. See `Backend.ready_reason`."""
 
     def account(self) -> str:
-        """Whose limits are met here: the provider's address and a fingerprint of the key in force, never the key."""
+        """Return the provider's address and a fingerprint of the current key, never the key itself."""
         key = self._key()
         fingerprint = "" if key is None else hashlib.sha256(key.encode()).hexdigest()[:16]
         return f"{self.name} {URL(self._base).origin()} {fingerprint}".rstrip()
 
     async def start(self) -> None:
-        """Open the connection pool. The provider itself is not asked: it may come later than we do."""
+        """Open the connection pool. This sends no request, because the provider may start later than the sidecar."""
         self._connector = Connector()
         try:
             self._upstreams = {base: Upstream(self._connector, base) for base in (self._base, self._native) if base}
@@ -94,7 +98,7 @@ class DashScopeBackend:
         """Make one attempt, see `Backend.send`."""
         path = request.path
         if not (path.startswith("/") and path.isascii() and path.isprintable() and " " not in path):
-            # a line break in it would begin a request of the caller's own
+            # With a line break in the path, a caller could insert a request of its own.
             raise Rejected("the path holds characters that no URL has", status=400)
         base = self._base
         headers = {spelled(name): value for name, value in request.headers.items()}
@@ -105,7 +109,7 @@ class DashScopeBackend:
             if request.stream:
                 headers["X-Dashscope-Sse"] = "enable"
         if self._native is not None and request.deadline is not None:
-            self._ask_to_wait(headers, request.deadline)
+            self._set_wait_timeout(headers, request.deadline)
         if request.body:
             headers.setdefault("Content-Type", "application/json")
         return await self._exchange(
@@ -119,14 +123,14 @@ class DashScopeBackend:
         )
 
     async def models(self) -> bytes:
-        """Ask the provider for its list of models, see `Backend.models`."""
+        """Request the list of models from the provider, see `Backend.models`."""
         return await self._exchange(self._base, "GET", "/models", {}, b"", timings=Timings(), read=_json_body)
 
-    def _ask_to_wait(self, headers: dict[str, str], deadline: float) -> None:
-        """Let DashScope queue a request that it would refuse for growth, as long as the deadline allows."""
+    def _set_wait_timeout(self, headers: dict[str, str], deadline: float) -> None:
+        """Ask DashScope to queue a request instead of refusing it for growth, until the deadline at most."""
         left = int(deadline - asyncio.get_running_loop().time())
-        if left >= _WAIT_MIN:
-            headers.setdefault("X-Dashscope-Wait-Timeout", str(min(left, _WAIT_MAX)))
+        if left >= _MIN_WAIT_SECONDS:
+            headers.setdefault("X-Dashscope-Wait-Timeout", str(min(left, _MAX_WAIT_SECONDS)))
 
     async def _exchange(
         self,
@@ -139,10 +143,10 @@ class DashScopeBackend:
         timings: Timings,
         read: Callable[[Response], Awaitable[_T]],
     ) -> _T:
-        """Send a request and read a 2xx answer with `read`.
+        """Send a request and return the result of `read`, which reads a 2xx answer.
 
-        Whatever goes wrong closes the connection and is told in our words. Only what `read` returns may go on using
-        the response.
+        On any error this closes the connection, and a `BackendError` replaces aiohttp's own error. After the call, only
+        the result of `read` may use the response.
         """
         if (upstream := self._upstreams.get(base)) is None:
             raise RuntimeError("send() before start()")
@@ -156,7 +160,7 @@ class DashScopeBackend:
         try:
             if response.status // 100 == 2:
                 return await read(response)
-            raise await self._refusal(response)  # noqa: TRY301  with a name here it would hold the frame that holds it
+            raise await self._refusal(response)  # noqa: TRY301  a local name would create a reference cycle
         except BaseException as error:
             response.drop()
             if isinstance(error, aiohttp.ClientError):
@@ -166,7 +170,7 @@ class DashScopeBackend:
             raise
 
     def _mask(self, error: BackendError) -> None:
-        """A provider that quotes the key back must not show it to the caller, nor to who reads the log."""
+        """Replace the key in an error: if the provider quotes it, neither the caller nor the log may contain it."""
         if key := self._key():
             error.message = error.message.replace(key, "***")
             error.body = error.body.replace(key.encode(), b"***")
@@ -174,7 +178,7 @@ class DashScopeBackend:
             error.args = (error.message,)
 
     async def _refusal(self, response: Response) -> BackendError:
-        """Read an answer that is no 2xx and say what it means."""
+        """Read an answer without a 2xx status and return the error that it means."""
         if response.status < 200:
             return ServerFailed(f"the provider answered {response.status}: it would speak another protocol than HTTP")
         if response.status < 400:
@@ -207,7 +211,7 @@ class DashScopeBackend:
         return Reply(status=response.status, headers=headers, body=body, usage=usage_of(payload))
 
     async def _stream(self, response: Response) -> Reply:
-        """Read up to the first content, so that a refusal in its place is raised like any other."""
+        """Read until the first content, so that a refusal instead of content is raised like any other refusal."""
         watch = StreamWatch()
         preface: deque[bytes] = deque()
         size = 0
@@ -255,7 +259,7 @@ class DashScopeBackend:
 
 
 class _Chunks:
-    """A stream's bytes as they came. Nothing is read ahead of the consumer but what the socket's buffers hold."""
+    """The unchanged bytes of a stream. Data that the consumer has not read yet stays in the socket's buffers."""
 
     def __init__(
         self,
@@ -310,7 +314,7 @@ class _Chunks:
 
     async def aclose(self) -> None:
         self._settle()
-        del self._reply  # which holds us
+        del self._reply  # it refers to this object
         self._response.drop()
 
     def _settle(self) -> None:
@@ -335,8 +339,8 @@ async def _json_body(response: Response) -> bytes:
 
 
 async def _read(response: Response, limit: int) -> bytes:
-    """Read a body to its end. Raises ServerFailed if it is longer than `limit` bytes."""
-    if response.content.is_eof():  # all of it came with the head
+    """Read a body to its end. Raises `ServerFailed` if it is longer than `limit` bytes."""
+    if response.content.is_eof():  # the whole body arrived together with the head
         return response.content.read_nowait()
     pieces = []
     size = 0

@@ -1,7 +1,8 @@
-"""Answers DashScope's native generation API with a backend that speaks OpenAI's chat completions only.
+"""Serves DashScope's native generation API with a backend that supports only OpenAI's chat completions.
 
-The request is translated there, the answer, the stream and the errors back. Shapes: Model Studio's API reference for
-`multimodal-generation`, and the official SDK (`dashscope` on the package registry), which must not see a difference.
+It translates the request to OpenAI's format, and the answer, the stream and the errors back to the native format.
+Sources of the formats: Model Studio's API reference for `multimodal-generation`, and the official SDK (`dashscope` on
+the package registry). The SDK must not notice a difference.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ import orjson
 
 from backends.base import BackendError, Rejected, Reply, Request, ServerFailed, Timings
 
-#: Fields of `parameters` that say how a native answer is written; all others mean the same in both dialects.
+#: Fields of `parameters` that control the format of a native answer. All other fields have the same meaning in both
+#: dialects.
 _NATIVE_ONLY = frozenset({"incremental_output", "result_format", "stream"})
 _EVENT_END = re.compile(rb"\r?\n\r?\n")
 
@@ -24,9 +26,10 @@ _EVENT_END = re.compile(rb"\r?\n\r?\n")
 async def send_native(
     send: Callable[[Request, Timings], Awaitable[Reply]], request: Request, timings: Timings
 ) -> Reply:
-    """Make one attempt for a native request: see `Backend.send`. `send` is such a method that knows OpenAI's dialect.
+    """Make one attempt for a native request, see `Backend.send`.
 
-    Errors have their bodies in the native shape, and name the fields as the native request does.
+    The argument `send` is the `send` method of a backend for OpenAI's dialect. Errors that this function raises have
+    native bodies and use the field names of the native request.
     """
     request_id = str(uuid.uuid4())
     try:
@@ -57,15 +60,18 @@ def _no_completion(error: Exception) -> ServerFailed:
 
 
 def _to_openai(request: Request) -> tuple[Request, bool]:
-    """Translate the request; whether its stream is to be incremental. Raises `Rejected` that names a field."""
+    """Return the translated request, and whether its stream is incremental.
+
+    Raises `Rejected` with the name of the invalid field.
+    """
     fields = _json(request.body)
-    asked = fields.get("input")
+    native_input = fields.get("input")
     parameters = fields.get("parameters") or {}
-    if not isinstance(asked, dict) or not isinstance(asked.get("messages"), list):
+    if not isinstance(native_input, dict) or not isinstance(native_input.get("messages"), list):
         raise _invalid("input.messages: must be a list")
     if not isinstance(parameters, dict):
         raise _invalid("parameters: must be an object")
-    messages = [_message(message, f"input.messages[{at}]") for at, message in enumerate(asked["messages"])]
+    messages = [_message(message, f"input.messages[{at}]") for at, message in enumerate(native_input["messages"])]
     body = {name: value for name, value in parameters.items() if name not in _NATIVE_ONLY}
     body |= {"model": request.model, "messages": messages}
     if request.stream:
@@ -93,7 +99,10 @@ def _part(part: object, field: str) -> dict[str, Any]:
 
 
 def _native_field(message: str) -> str:
-    """`messages[0].content[1].image_url.url: …`, as OpenAI's dialect names a field, in the native request's words."""
+    """Translate the field name at the start of an error message.
+
+    OpenAI's `messages[0].content[1].image_url.url: …` becomes the native `input.messages[0].content[1].image: …`.
+    """
     if not message.startswith("messages"):
         return message
     field, colon, rest = message.partition(": ")
@@ -132,8 +141,12 @@ def _choice(message: dict[str, Any], finish_reason: str) -> dict[str, Any]:
 def _usage(usage: dict[str, Any] | None) -> dict[str, Any]:
     if not usage:
         return {}
-    given, made = usage["prompt_tokens"], usage["completion_tokens"]
-    counted = {"input_tokens": given, "output_tokens": made, "total_tokens": given + made}
+    input_tokens, output_tokens = usage["prompt_tokens"], usage["completion_tokens"]
+    counted = {
+        "input_tokens": input_tokens,
+        "output_tokens": output_tokens,
+        "total_tokens": input_tokens + output_tokens,
+    }
     details = usage.get("prompt_tokens_details") or {}
     return {**counted, "image_tokens": details["image_tokens"]} if "image_tokens" in details else counted
 
@@ -141,9 +154,9 @@ def _usage(usage: dict[str, Any] | None) -> dict[str, Any]:
 async def _frames(
     reply: Reply, chunks: AsyncIterator[bytes], streaming: Reply, request_id: str, *, incremental: bool
 ) -> AsyncIterator[bytes]:
-    """Native frames, one for each OpenAI event with text; the last has the reason and the usage, told apart there."""
+    """Yield one native frame for each OpenAI event with text, and a last frame with the finish reason and the usage."""
     number = 0
-    said = ""
+    text_so_far = ""
     reason = "stop"
     usage: dict[str, Any] = {}
 
@@ -157,13 +170,13 @@ async def _frames(
         usage = _usage(event.get("usage")) or usage
         for choice in event.get("choices", []):
             piece = (choice.get("delta") or {}).get("content") or ""
-            said += piece
+            text_so_far += piece
             reason = choice.get("finish_reason") or reason
             if piece:
-                yield frame(piece if incremental else said, "null")
+                yield frame(piece if incremental else text_so_far, "null")
     streaming.usage, streaming.failure = reply.usage, reply.failure
     if reply.failure is None:
-        yield frame("" if incremental else said, reason)
+        yield frame("" if incremental else text_so_far, reason)
     else:
         number += 1
         body = _error(reply.failure, request_id)
@@ -171,7 +184,7 @@ async def _frames(
 
 
 async def _events(chunks: AsyncIterator[bytes]) -> AsyncIterator[dict[str, Any]]:
-    """Give the JSON of each event of an OpenAI stream, however its bytes are cut."""
+    """Yield the JSON of each event of an OpenAI stream. The chunks may split the bytes anywhere."""
     rest = b""
     async for chunk in chunks:
         *whole, rest = _EVENT_END.split(rest + chunk)

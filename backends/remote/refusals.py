@@ -1,36 +1,38 @@
-"""What a provider's error means: its code first, then its message, then the HTTP status.
+"""Classifies a provider's error: first by its code, then by its message, then by the HTTP status.
 
-Codes and messages are those of Alibaba Cloud Model Studio's page "Error messages" (DashScope's native and
-OpenAI-compatible spellings), OpenAI's guide "Error codes", and the texts vLLM, Ray Serve, TGI and Azure OpenAI send.
-Either error shape may come back on either path, because a gateway in front answers in its own:
-OpenAI's `{"error": {"message", "type", "code"}, "request_id"}` and native `{"code", "message", "request_id"}`.
+Sources of the codes and messages: Alibaba Cloud Model Studio's page "Error messages" (DashScope's native and
+OpenAI-compatible spellings), OpenAI's guide "Error codes", and the error texts of vLLM, Ray Serve, TGI and Azure
+OpenAI.
+
+There are two formats of an error: OpenAI's `{"error": {"message", "type", "code"}, "request_id"}` and the native
+`{"code", "message", "request_id"}`. Both APIs may return either format, because a gateway in front of the provider uses
+its own format.
 """
 
 from __future__ import annotations
 
-import math
 import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from email.utils import parsedate_to_datetime
 from typing import Literal, cast
 
 import orjson
 
 from backends.base import BackendError, BillingRefused, Rejected, ServerFailed, Throttled, ThrottleKind
 from backends.http1.headers import end_to_end
+from backends.remote.waits import retry_after
 
 _Meaning = ThrottleKind | Literal["billing", "moderated", "rejected", "server"]
 
-#: Codes that say all there is to say, in lower case. A dotted code is also looked up by its last part:
-#: `InternalError.Algo.DataInspectionFailed`.
+#: Codes whose meaning is clear without the message, in lower case. A code with dots, such as
+#: `InternalError.Algo.DataInspectionFailed`, is also looked up by its last part.
 _CODES: dict[str, _Meaning] = {
     "throttling.ratequota": "request_rate",
     "limitrequests": "request_rate",
     "limit_requests": "request_rate",
     "requests": "request_rate",  # OpenAI's `type` beside `rate_limit_exceeded`
-    "tokens": "token_rate",  # the same
+    "tokens": "token_rate",  # OpenAI's `type`, as above
     "throttling.allocationquota": "token_rate",
     "insufficient_quota": "token_rate",
     "throttling.burstrate": "growth",
@@ -63,7 +65,8 @@ _OUT_OF_MONEY = re.compile(
 )
 _MODERATED = re.compile(r"inappropriate content|data ?inspection ?failed")
 
-#: What a message says about a limit, the most telling first. Not `java.util.concurrent`, which 500s quote.
+#: Patterns that recognize the limit in a message, the most specific first. The first pattern must not match
+#: `java.util.concurrent`, which occurs in messages of status 500.
 _LIMIT_MESSAGES: tuple[tuple[re.Pattern[str], ThrottleKind], ...] = (
     (re.compile(r"(?<![.\w])concurren(t|cy)\b|parallel request|backpressure|queue is full"), "concurrency"),
     (re.compile(r"increased too quickly"), "growth"),
@@ -78,25 +81,33 @@ _LIMIT_MESSAGES: tuple[tuple[re.Pattern[str], ThrottleKind], ...] = (
     ),
 )
 
-#: The status to show for an error that came inside a stream without one.
-_USUAL_STATUS: dict[_Meaning, int] = {"billing": 403, "moderated": 400, "rejected": 400, "server": 502, "capacity": 503}
+#: The status that is reported for an error inside a stream if the error itself names no status.
+_DEFAULT_STATUS: dict[_Meaning, int] = {
+    "billing": 403,
+    "moderated": 400,
+    "rejected": 400,
+    "server": 502,
+    "capacity": 503,
+}
 
+#: Characters of the provider's message and of its code that are used in our message.
 _TEXT_LIMIT = 300
 _CODE_LIMIT = 100
 
 
 def classify(status: int, headers: Mapping[str, str], body: bytes) -> BackendError:
-    """Turn a provider's error into the exception to raise. Never raises itself, whatever the bytes are.
+    """Return the exception for a provider's error. Never raises, whatever bytes `body` contains.
 
-    `status` is the HTTP status, or the one an error event inside a stream names; below 400 means that it named none.
-    The exception carries the status, the provider's code, its body unchanged, and the headers that may be passed on.
+    `status` is the HTTP status or, for an error event inside a stream, the status that the event names. A value below
+    400 means that the event names no status. The exception contains the status, the provider's code, the unchanged
+    body, and the headers that may be forwarded to the caller.
     """
     error = _read(body)
     if status < 400 and 400 <= error.status <= 599:
         status = error.status
     meaning = _meaning(status, error)
     if status < 400:
-        status = _USUAL_STATUS.get(meaning, 429)
+        status = _DEFAULT_STATUS.get(meaning, 429)
     shown = ": ".join(part for part in (error.code, error.text) if part) or "no readable reason"
     message = f"the provider answered {status}: {shown}"
     passed = end_to_end(headers)
@@ -122,17 +133,17 @@ def classify(status: int, headers: Mapping[str, str], body: bytes) -> BackendErr
 @dataclass(frozen=True, slots=True)
 class _Error:
     code: str = ""
-    """The error's `code`, or its `type` where it has none (OpenAI's `"code": null`)."""
+    """The error's `code`, or its `type` if it has no code (OpenAI's `"code": null`)."""
     type: str = ""
     text: str = ""
     status: int = 0
-    """The status that the body itself names (vLLM's `"code": 400`), or 0."""
+    """The HTTP status that the body names (vLLM's `"code": 400`), or 0."""
     has_request_id: bool = False
-    """A `request_id` beside the error: DashScope's shape, which OpenAI's servers do not have."""
+    """Whether the body has a `request_id` beside the error. DashScope sends it, OpenAI's servers do not."""
 
 
 def _read(body: bytes) -> _Error:
-    """Find the error in either shape. Text that is no JSON becomes the message, unless it is a web page."""
+    """Read an error in either format. Text that is not JSON becomes the message, unless it is a web page."""
     try:
         payload = orjson.loads(body)
     except orjson.JSONDecodeError:
@@ -160,7 +171,7 @@ def _read(body: bytes) -> _Error:
 
 
 def _shortened(text: str) -> str:
-    """One line of bounded length: a message is for a log line, and a body may be as long as it likes."""
+    """Return one line of bounded length: the message goes into a log line, and a body can have any length."""
     return " ".join(text[: 4 * _TEXT_LIMIT].split())[:_TEXT_LIMIT]
 
 
@@ -177,14 +188,14 @@ def _meaning(status: int, error: _Error) -> _Meaning:
     if status == 402 or (status < 500 and (_OUT_OF_FREE_QUOTA.search(text) or _OUT_OF_MONEY.search(text))):
         return "billing"
     throttling = status == 429 or code.startswith(("throttling", "rate_limit"))
-    # Only where a limit is plausible: the message of an ordinary 4xx may quote the caller's own words.
+    # The patterns are used only if the status allows a limit: the message of an ordinary 4xx may quote the request.
     if throttling or status >= 500 or status < 400:
         for pattern, kind in _LIMIT_MESSAGES:
             if pattern.search(text):
                 return kind
     if throttling:
         return "unknown"
-    if status == 529:  # "overloaded", as Anthropic and gateways that follow it say it
+    if status == 529:  # "overloaded" at Anthropic and at gateways that imitate it
         return "capacity"
     if 400 <= status < 500 and status != 408:
         return "rejected"
@@ -196,69 +207,13 @@ def _known(code: str) -> _Meaning | None:
 
 
 def _quota_means_money(error: _Error, text: str) -> bool:
-    """Whether a quota refusal is about money.
+    """Return whether a quota refusal means that the account has no money left.
 
-    `insufficient_quota` with "You exceeded your current quota, please check your plan and billing details" is sent by
-    OpenAI for an empty account and by DashScope, word for word, for tokens per minute. DashScope's has a `request_id`
-    beside the error and, in the text, a link to its own help.
+    OpenAI sends `insufficient_quota` with the text "You exceeded your current quota, please check your plan and billing
+    details" for an empty account. DashScope sends the same code and the same text for tokens per minute. DashScope's
+    error differs in two ways: it has a `request_id` beside the error, and its text contains a link to DashScope's help.
     """
     if _OUT_OF_FREE_QUOTA.search(text):
         return True
     is_dashscope = error.has_request_id or "model-studio" in text or "aliyun" in text or "alibabacloud" in text
     return bool(_OUT_OF_MONEY.search(text)) and not is_dashscope
-
-
-_DURATION = re.compile(r"(?:(\d+)h)?(?:(\d+)m(?!s))?(?:(\d+(?:\.\d+)?)s)?(?:(\d+(?:\.\d+)?)ms)?")
-
-
-def retry_after(headers: Mapping[str, str], now_wall: float) -> float | None:
-    """Seconds the provider asks to wait, finite and not negative; None if it says nothing that makes sense.
-
-    Understands `retry-after-ms`, `Retry-After` as seconds, as a duration ("6m0s") and as a date, and OpenAI's
-    `x-ratelimit-reset-requests` and `-tokens` where the same dimension's `-remaining-` is 0. A date is compared with
-    the response's own `Date`, so that a wrong clock here does no harm, and with `now_wall` (Unix time) without one.
-    `x-ratelimit-reset` is not read: it is seconds with some and a Unix time with others.
-    """
-    lower = {name.lower(): value.strip() for name, value in headers.items()}
-    milliseconds = _number(lower.get("retry-after-ms", ""))
-    if milliseconds is not None:
-        return milliseconds / 1000
-    if value := lower.get("retry-after"):
-        seconds = _number(value)
-        if seconds is None:
-            seconds = _duration(value)
-        if seconds is None and (date := _unix_time(value)) is not None:
-            now = _unix_time(lower.get("date", ""))
-            seconds = max(0.0, date - (now_wall if now is None else now))
-        return seconds
-    resets = [
-        seconds
-        for dimension in ("requests", "tokens")
-        if lower.get(f"x-ratelimit-remaining-{dimension}") == "0"
-        and (seconds := _duration(lower.get(f"x-ratelimit-reset-{dimension}", ""))) is not None
-    ]
-    return max(resets, default=None)
-
-
-def _number(text: str) -> float | None:
-    try:
-        value = float(text)
-    except ValueError:
-        return None
-    return value if math.isfinite(value) and value >= 0 else None
-
-
-def _duration(text: str) -> float | None:
-    """Go's notation, as OpenAI writes it: "1s", "6m0s", "20ms"."""
-    match = _DURATION.fullmatch(text[:40])
-    if match is None or not text:
-        return None
-    hours, minutes, seconds, milliseconds = (float(group or 0) for group in match.groups())
-    return hours * 3600 + minutes * 60 + seconds + milliseconds / 1000
-
-
-def _unix_time(text: str) -> float | None:
-    try:
-        return parsedate_to_datetime(text[:40]).timestamp()
-    except (ValueError, TypeError, IndexError, OverflowError):  # what the standard library raises on no date
-        return None

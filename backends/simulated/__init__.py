@@ -1,4 +1,4 @@
-"""The embedded provider with hidden quotas: in this process as a backend, or over HTTP as a server."""
+"""A simulated provider with hidden quotas. It runs as a backend in this process, or as an HTTP server."""
 
 from backends.simulated.backend import SimulatedBackend
 from backends.simulated.profile import Profile, add_arguments, changed, profile_from

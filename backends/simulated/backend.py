@@ -1,4 +1,4 @@
-"""The simulated provider as a backend in this process: same contract, same errors, no sockets."""
+"""The simulated provider as a backend in this process. It has the same contract and errors, and uses no sockets."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from backends.simulated.provider import MODELS, Call, Frame, Provider
 
 
 class SimulatedBackend:
-    """A backend around a provider: its own, or one that several backends share as tenants of one account."""
+    """A backend for a simulated provider. Several backends can share one provider, as tenants of one account."""
 
     name = "simulated"
     model_id = None
@@ -24,18 +24,18 @@ class SimulatedBackend:
         self.provider = provider if isinstance(provider, Provider) else Provider(provider or Profile())
 
     def account(self) -> str:
-        """Give the name, see `Backend.account`."""
+        """Return the backend's name, see `Backend.account`."""
         return self.name
 
     def ready_reason(self) -> None:
-        """Give None: the provider is always there."""
+        """Return None: the simulated provider is always reachable."""
 
     async def start(self) -> None:
-        """Let the profile's times begin."""
+        """Start the clock of the profile's times, see `Provider.begin`."""
         self.provider.begin()
 
     async def send(self, request: Request, timings: Timings) -> Reply:
-        """Make one attempt: see `Backend.send`. Cancelling it gives the provider's permit back at once."""
+        """Make one attempt, see `Backend.send`. Cancelling it returns the provider's permit at once."""
         loop = asyncio.get_running_loop()
         timings.work_started = loop.time()
         call = self.provider.call(request)
@@ -69,11 +69,11 @@ class SimulatedBackend:
         return reply
 
     async def models(self) -> bytes:
-        """Give the list of models in OpenAI's shape."""
+        """Return the list of models in OpenAI's format."""
         return models_body()
 
     async def close(self) -> None:
-        """Hold nothing."""
+        """Do nothing: this backend has no resources to release."""
 
 
 async def _chunks(reply: Reply, call: Call, first: Frame | None, usage: Usage | None) -> AsyncGenerator[bytes]:
@@ -93,6 +93,6 @@ async def _chunks(reply: Reply, call: Call, first: Frame | None, usage: Usage | 
 
 
 def models_body() -> bytes:
-    """Give the body of `GET /v1/models`."""
+    """Return the body of `GET /v1/models`."""
     models = [{"id": model, "object": "model", "created": 0, "owned_by": "simulated"} for model in MODELS]
     return orjson.dumps({"object": "list", "data": models})

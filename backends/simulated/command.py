@@ -1,4 +1,4 @@
-"""The simulated provider as a command: a server of its own until a signal ends it."""
+"""The command that runs the simulated provider as a server until a signal stops it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from backends.simulated.server import serve
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Give a command the options that `run` reads."""
+    """Add the options that `run` reads to a command."""
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
     parser.add_argument("--port", type=int, default=8200, metavar="N", help="0 takes a free one (default: 8200)")
     parser.add_argument("--api-key", default="", metavar="TEXT", help="key that callers must send (default: any)")
@@ -22,9 +22,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Serve until SIGTERM or SIGINT; give the exit status.
+    """Serve until SIGTERM or SIGINT, and return the exit status.
 
-    The first line on stdout is the base URL, once it answers there. What is wrong with an option is one line on stderr.
+    Prints the base URL to stdout as soon as the server accepts requests. For an invalid option it prints one line to
+    stderr.
     """
     try:
         profile = profile_from(args)
@@ -36,18 +37,18 @@ def run(args: argparse.Namespace) -> int:
 
 
 async def _serve(profile: Profile, host: str, port: int, api_key: str) -> int:
-    loop, told_to_stop = asyncio.get_running_loop(), asyncio.Event()
+    loop, stop_requested = asyncio.get_running_loop(), asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, told_to_stop.set)
+        loop.add_signal_handler(number, stop_requested.set)
     try:
         runner = await serve(profile, host, port, api_key=api_key)
-    except (OSError, OverflowError) as error:  # the latter is a port out of range
+    except (OSError, OverflowError) as error:  # OverflowError: the port is out of range
         print(f"vlm-sidecar simulate: cannot listen on {host}:{port}: {error}", file=sys.stderr)
         return 1
     try:
         name = f"[{host}]" if ":" in host else host
         print(f"http://{name}:{runner.addresses[0][1]}/v1", flush=True)
-        await told_to_stop.wait()
+        await stop_requested.wait()
     finally:
         await runner.cleanup()
     return 0

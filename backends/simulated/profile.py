@@ -1,4 +1,4 @@
-"""What a simulated provider allows, how it fails and how long it takes: data, and the ways to write it down."""
+"""The profile of a simulated provider: its limits, failures and latencies. It can be read from options or from JSON."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ def _option(default: T, help: str, *, flag: str = "") -> T:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Profile:
-    """One provider. Without arguments: no limits, no failures, answers at once.
+    """The behaviour of one provider. The default profile has no limits and no failures, and answers at once.
 
-    Quotas hold for each model apart. Everything that is drawn by chance comes from `seed`: the same calls at the same
-    times meet the same fate.
+    The quotas apply to each model separately. All random values derive from `seed`: the same calls at the same times
+    have the same outcomes.
     """
 
     requests_per_second: float = _option(inf, "requests/s that the token bucket refills", flag="--requests-per-second")
@@ -66,7 +66,7 @@ class Profile:
     seed: int = _option(0, "what chance begins with")
 
     def __post_init__(self) -> None:
-        """Refuse what makes no sense: raises `ValueError` that names the field."""
+        """Check the values. Raises `ValueError` with the name of the invalid field."""
         for name in _NAMES:
             value = getattr(self, name)
             if not isinstance(value, int | float) or name == "seed":
@@ -100,9 +100,10 @@ _DEFAULTS: dict[str, object] = {item.name: item.default for item in fields(Profi
 
 
 def changed(profile: Profile, values: Mapping[str, object]) -> Profile:
-    """Give the profile with some fields replaced, from Python values, JSON or text; None is the field's default.
+    """Return the profile with some fields replaced.
 
-    Raises `ValueError` that names the field, for an unknown one too.
+    The new values may be Python values, values from JSON, or text. None stands for the field's default.
+    Raises `ValueError` with the name of an invalid or unknown field.
     """
     unknown = values.keys() - _DEFAULTS.keys()
     if unknown:
@@ -142,7 +143,7 @@ def _change(item: object) -> tuple[float, Mapping[str, object]]:
 
 
 def add_arguments(parser: argparse._ActionsContainer) -> None:
-    """Give a command one option for each field of a profile: `--latency 1.27`, `--outages 60-120`, …"""
+    """Add one option for each field of a profile to a command: `--latency 1.27`, `--outages 60-120`, …"""
     for item in fields(Profile):
         flag = item.metadata["flag"] or "--" + item.name.removesuffix("_seconds").replace("_", "-")
         about = item.metadata["help"].replace("%", "%%")
@@ -160,5 +161,8 @@ def add_arguments(parser: argparse._ActionsContainer) -> None:
 
 
 def profile_from(args: argparse.Namespace) -> Profile:
-    """Give the profile that the options of `add_arguments` describe. Raises `ValueError` that names the field."""
+    """Return the profile that the options of `add_arguments` describe.
+
+    Raises `ValueError` with the name of an invalid field.
+    """
     return changed(Profile(), {name: getattr(args, name) for name in _NAMES})

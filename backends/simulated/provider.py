@@ -1,4 +1,7 @@
-"""A simulated provider: takes a request, judges it, takes its time, answers. Knows the loop's clock, but no sockets."""
+"""A simulated provider. It accepts or refuses a request, waits for its latency, and answers.
+
+It uses the event loop's clock, but no sockets.
+"""
 
 from __future__ import annotations
 
@@ -14,85 +17,86 @@ from typing import Literal
 from backends.base import Request, Usage
 from backends.simulated.profile import Profile
 from backends.simulated.quota import Quota, Refusal
-from backends.simulated.wire import FAULTS, Answer, Fault, Prompt, describe, error_frame, read_prompt
+from backends.simulated.wire import FAULTS, Answer, Fault, Prompt, error_frame, make_answer, read_prompt
 
-#: Models that `GET /v1/models` lists. Any other name is served too.
+#: The models that `GET /v1/models` lists. The provider also serves every other name.
 MODELS = ("qwen-vl-plus", "qwen-vl-max", "qwen3-vl-plus", "qwen3-vl-flash")
 
-#: How a call ended that was not refused for a limit.
+#: The outcome of a call that no limit refused.
 Outcome = Literal["answered", "cancelled", "invalid", "moderation", "error", "reset"]
 
 
 @dataclass(slots=True)
 class Counts:
-    """What has come to a provider since it began."""
+    """The numbers of calls since the provider was created."""
 
     calls: int = 0
     accepted: int = 0
-    """Let through by the quota, whatever became of them."""
+    """Calls that the quota accepted, whatever their outcome."""
     refused: Counter[str] = field(default_factory=Counter)
-    """By limit; `outage` and `billing` too."""
+    """Refused calls by limit. The keys also include `outage` and `billing`."""
     ended: Counter[str] = field(default_factory=Counter)
-    """By outcome: answered, cancelled, invalid, moderation, error, reset."""
+    """Ended calls by outcome: answered, cancelled, invalid, moderation, error, reset."""
     in_flight: int = 0
     max_in_flight: int = 0
     disconnects: int = 0
-    """Callers that hung up before their answer was whole. Only where there are connections."""
+    """Callers that disconnected before the end of the answer. Only the HTTP server counts them."""
 
     def as_dict(self) -> dict[str, object]:
-        """Give it as JSON knows it."""
+        """Return the counts as a dict that can be encoded as JSON."""
         return asdict(self) | {"refused": dict(self.refused), "ended": dict(self.ended)}
 
 
 @dataclass(frozen=True, slots=True)
 class Response:
-    """What comes back at first: a whole `body`, or the beginning of a stream, whose frames `Call.frame` gives."""
+    """The first part of an answer: a whole `body`, or the start of a stream. `Call.frame` returns its frames."""
 
     status: int
     headers: Mapping[str, str]
     body: bytes = b""
     usage: Usage | None = None
-    """What the answer tells of it; for a stream, what it will have told by its end."""
+    """The usage that the answer reports; None if it reports none. A stream reports it by its end."""
     stream: bool = False
     breaks: bool = False
-    """The connection breaks before the body is whole."""
+    """Whether the connection breaks before the end of the body."""
 
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """One server-sent event of a stream. `error` is (status, body) where the event is an error."""
+    """One server-sent event of a stream. `error` is (status, body) if the event is an error."""
 
     data: bytes
     error: tuple[int, bytes] | None = None
 
 
 class Provider:
-    """One provider account: a quota for each model, and the counts of all that came.
+    """One provider account: a quota for each model, and the counts of all calls.
 
-    `history` bounds how many (time, fate) pairs it remembers, fate being `accepted` or the refusing limit.
+    `history` is the maximum number of (time, decision) pairs that the provider stores. The decision is `accepted` or
+    the limit that refused the call.
     """
 
     def __init__(self, profile: Profile, *, history: int = 0) -> None:
         self.counts = Counts()
         self.history: deque[tuple[float, str]] = deque(maxlen=history)
-        self.random = Random(profile.seed)  # noqa: S311  chance that repeats is the point
+        self.random = Random(profile.seed)  # noqa: S311  the values must be reproducible
         self._profile = profile
         self._began: float | None = None
         self._quotas: dict[str, Quota] = {}
 
     @property
     def profile(self) -> Profile:
-        """What was put in force last, without the changes that it schedules."""
+        """The profile that was set last, without the changes that it schedules."""
         return self._profile
 
     def begin(self) -> float:
-        """Let the profile's times count from now on, unless they do; gives when they began. The first call does it."""
+        """Start the profile's times now, unless they have started already. Return their start, on the loop's clock."""
         if self._began is None:
             self._began = asyncio.get_running_loop().time()
         return self._began
 
     def quota(self, model: str) -> Quota:
-        """Give the quota of a model: what an oracle looks at."""
+        """Return the quota of a model. An oracle in a benchmark reads it."""
         quota = self._quotas.get(model)
         if quota is None:
             random = Random(f"{self._profile.seed} {model}")  # noqa: S311
@@ -100,7 +104,7 @@ class Provider:
         return quota
 
     def change(self, profile: Profile) -> None:
-        """Put another profile in force; its times count from now. What was used up of a quota stays used up."""
+        """Set another profile. Its times start now. The used part of each quota stays used."""
         self._began = asyncio.get_running_loop().time()
         self._profile = profile
         for quota in self._quotas.values():
@@ -108,13 +112,13 @@ class Provider:
             quota.change(profile, self._began)
 
     def call(self, request: Request) -> Call:
-        """Take a request. Follow with `respond`, and with `leave` in any case."""
+        """Start a call. The caller must then await `respond`, and must always call `leave` at the end."""
         self.begin()
         return Call(self, request)
 
 
 class Call:
-    """One request at the provider, from its arrival until it leaves."""
+    """One request at the provider, from its arrival until `leave`."""
 
     def __init__(self, provider: Provider, request: Request) -> None:
         self._provider = provider
@@ -129,9 +133,9 @@ class Call:
         provider.counts.calls += 1
 
     async def respond(self) -> Response:
-        """Judge the request and take the time that its answer takes, or that of a stream's first content.
+        """Accept or refuse the request, wait for the latency of its answer or of a stream's first content, and answer.
 
-        Raises `ConnectionRefusedError` in an outage that has no status.
+        Raises `ConnectionRefusedError` in an outage without a status.
         """
         request, counts, random = self._request, self._provider.counts, self._provider.random
         prompt = read_prompt(request.body, request.dialect, request.model)
@@ -141,7 +145,7 @@ class Call:
         quota = self._provider.quota(prompt.model)
         quota.advance(self._loop.time())
         output_tokens = prompt.output_tokens(quota.profile.answer_tokens)
-        refusal = await self._judge(quota, prompt.input_tokens + output_tokens)
+        refusal = await self._decide(quota, prompt.input_tokens + output_tokens)
         profile = self._profile = quota.profile
         streams = request.stream or prompt.stream
         if refusal is not None:
@@ -151,13 +155,13 @@ class Call:
         counts.accepted += 1
         counts.in_flight += 1
         counts.max_in_flight = max(counts.max_in_flight, counts.in_flight)
-        fate = self._draw_fate()
+        outcome = self._draw_outcome()
         latency = _lognormal(random, profile.latency_seconds, profile.latency_sigma)
-        if fate == "moderation" and not (streams and profile.in_stream_errors):
+        if outcome == "moderation" and not (streams and profile.in_stream_errors):
             await self._sleep_refusal()
-            self._outcome = fate
+            self._outcome = outcome
             return self._error(FAULTS["moderation"])
-        answer = describe(
+        answer = make_answer(
             prompt,
             request.dialect,
             request.body,
@@ -166,25 +170,25 @@ class Call:
             seconds=self._loop.time() - self._provider.begin(),
             extra=self._echo(prompt),
         )
-        if streams and not (fate == "error" and not profile.in_stream_errors):
+        if streams and not (outcome == "error" and not profile.in_stream_errors):
             if profile.first_token_seconds >= 0:
                 latency = _lognormal(random, profile.first_token_seconds, profile.latency_sigma)
             await asyncio.sleep(latency)
             self._first_token_at = self._loop.time()
-            self._frames = self._stream(answer, fate)
-            told = prompt.include_usage or request.dialect == "native"
-            return self._begin_stream(answer.usage if told else None)
+            self._frames = self._stream(answer, outcome)
+            reports_usage = prompt.include_usage or request.dialect == "native"
+            return self._begin_stream(answer.usage if reports_usage else None)
         await asyncio.sleep(latency)
-        self._outcome = fate
-        if fate == "error":
+        self._outcome = outcome
+        if outcome == "error":
             return self._error(FAULTS["error"])
         headers = {"Content-Type": "application/json", "X-Request-Id": self._request_id}
-        return Response(200, headers, answer.body(), answer.usage, breaks=fate == "reset")
+        return Response(200, headers, answer.body(), answer.usage, breaks=outcome == "reset")
 
     async def frame(self) -> Frame | None:
-        """Give the stream's next frame when its time has come; None after the last.
+        """Wait until the stream's next frame is due and return it; None after the last frame.
 
-        Raises `ConnectionResetError` where the connection is to break.
+        Raises `ConnectionResetError` at the point where the connection must break.
         """
         for tokens, frame in self._frames:
             due = self._first_token_at + tokens / self._profile.stream_tokens_per_second
@@ -197,15 +201,22 @@ class Call:
         return None
 
     def leave(self) -> None:
-        """Give the permit back, once, and note the outcome: `cancelled` if the answer was not whole."""
+        """Return the permit and count the outcome, which is `cancelled` if the answer is not complete.
+
+        Only the first call has an effect.
+        """
         if self._quota is not None:
             self._quota.leave()
             self._quota = None
             self._provider.counts.in_flight -= 1
             self._provider.counts.ended[self._outcome] += 1
 
-    async def _judge(self, quota: Quota, tokens: float) -> Refusal | None:
-        """Ask the quota. With `X-DashScope-Wait-Timeout` a refusal for growth waits for its turn here, so long."""
+    async def _decide(self, quota: Quota, tokens: float) -> Refusal | None:
+        """Return the decision of the quota; None if it accepts the request.
+
+        If the request has the header `X-DashScope-Wait-Timeout`, a refusal for growth is delayed: the request waits for
+        up to that many seconds until the quota accepts it.
+        """
         now = self._loop.time()
         refusal = quota.arrive(now, tokens)
         if refusal == "growth" and (wait := _wait_timeout(self._request.headers)) is not None:
@@ -241,7 +252,7 @@ class Call:
             return self._begin_stream(None)
         return self._error(fault, headers)
 
-    def _draw_fate(self) -> Outcome:
+    def _draw_outcome(self) -> Outcome:
         profile = self._profile
         shares = profile.error_share + profile.reset_share + profile.moderation_share
         if shares > 0 and (chance := self._provider.random.random()) < shares:
@@ -250,22 +261,25 @@ class Call:
             return "reset" if chance < profile.error_share + profile.reset_share else "moderation"
         return "answered"
 
-    def _stream(self, answer: Answer, fate: Outcome) -> Iterator[tuple[int, Frame | None]]:
-        """Give the frames with the LLM tokens that are out by then; a bad fate strikes half-way, after some content."""
+    def _stream(self, answer: Answer, outcome: Outcome) -> Iterator[tuple[int, Frame | None]]:
+        """Yield each frame with the LLM tokens that have been sent by its end; None for a reset.
+
+        A reset or an error happens half-way, after some content.
+        """
         frames = list(answer.frames())
-        if fate == "answered":
+        if outcome == "answered":
             for index, (tokens, data) in enumerate(frames):
                 if index == len(frames) - 1:
-                    self._outcome = fate
+                    self._outcome = outcome
                 yield tokens, Frame(data)
             return
         half = max(2, len(frames) // 2)
         yield from ((tokens, Frame(data)) for tokens, data in frames[:half])
-        if fate == "reset":
+        if outcome == "reset":
             yield frames[half - 1][0], None
             return
-        self._outcome = fate
-        yield frames[half - 1][0], self._error_frame(FAULTS[fate])
+        self._outcome = outcome
+        yield frames[half - 1][0], self._error_frame(FAULTS[outcome])
 
     def _begin_stream(self, usage: Usage | None) -> Response:
         kind = "text/event-stream;charset=UTF-8" if self._request.dialect == "native" else "text/event-stream"
@@ -288,7 +302,7 @@ class Call:
         await asyncio.sleep(max(0.0, self._profile.refusal_latency_seconds + offset))
 
     def _echo(self, prompt: Prompt) -> dict[str, object]:
-        """Tell what was received, so that a test can see what came through whole. Never the key."""
+        """Return the data for an echo in the answer, so that a test can compare what arrived. It never has the key."""
         headers = {name.lower(): value for name, value in self._request.headers.items()}
         if not prompt.echo and "x-simulate-echo" not in headers:
             return {}

@@ -1,7 +1,7 @@
-"""What a provider allows: policers as pure functions of time. No clock, no asyncio: every call is told `now`.
+"""The limits of a simulated provider: policers as pure functions of time. Every call gets `now`; there is no clock.
 
-A policer never queues: a request passes at once or is refused at once. The same objects answer, without side effects,
-what an oracle would ask (`would_accept`, `next_accept_at`, `true_rate`).
+A policer has no queue: it accepts or refuses a request at once. The same objects also answer the questions of an
+oracle (`would_accept`, `next_accept_at`, `true_rate`). These questions do not use up quota.
 """
 
 from __future__ import annotations
@@ -16,46 +16,46 @@ from typing import Literal, Protocol, Self
 from backends.base import ThrottleKind
 from backends.simulated.profile import Profile, changed
 
-#: Why a request does not pass. `outage` and `billing` hold for everything, whatever its cost.
+#: The reason of a refusal. `outage` and `billing` apply to every request, whatever its cost.
 Refusal = ThrottleKind | Literal["outage", "billing"]
 
-#: LLM tokens that a request of another tenant is taken to cost: a 1080p frame and its description.
-OTHERS_TOKENS = 1500
+#: The assumed cost of another tenant's request in LLM tokens: a 1080p frame and its description.
+OTHER_TENANT_TOKENS = 1500
 
 
 class Gate(Protocol):
-    """One limit. `cost` is 1 for a gate that counts requests, LLM tokens for one that counts those."""
+    """One limit. `cost` is in LLM tokens for a gate that counts them; for a gate that counts requests it is 1."""
 
     kind: ThrottleKind
     counts_tokens: bool
 
     def ready_at(self, now: float, cost: float) -> float:
-        """Give the first instant from `now` on at which `cost` passes if nothing else does meanwhile."""
+        """Return the earliest time, not before `now`, at which the gate accepts `cost` if it accepts nothing before."""
         ...
 
-    def take(self, now: float, cost: float) -> None:
-        """Charge what passed, or what other tenants took, who are never refused."""
+    def charge(self, now: float, cost: float) -> None:
+        """Charge an accepted request. Requests of other tenants are charged here too; they are never refused."""
         ...
 
     def charge_refusal(self, now: float, cost: float) -> None:
-        """Charge a refused request, at a provider whose refusals cost quota."""
+        """Charge a refused request. This is called only if the provider's refusals cost quota."""
         ...
 
     def rate(self, now: float, cost: float) -> float:
-        """Give the requests/s of `cost` that it allows at present."""
+        """Return the requests/s that the gate allows at present, for requests of this cost."""
         ...
 
-    def inherit(self, old: Self, now: float) -> None:
-        """Take over what was used up under other numbers."""
+    def carry_over(self, old: Self, now: float) -> None:
+        """Copy the used part of the quota from the gate `old`, which had other limits."""
         ...
 
 
 class Bucket:
-    """Token bucket: `per_second` flow in, up to `burst`, each request takes its cost.
+    """Token bucket: it is refilled with `per_second` up to `burst`, and each request removes its cost.
 
-    Kept as the time at which the bucket is full again, so that `ready_at` is exact to the last bit: a request sent at
-    that very instant passes. A request that costs more than the bucket holds passes when it is full, and leaves a debt:
-    but for such ones, no stretch of t seconds ever passes more than `per_second * t + burst`.
+    The state is the time at which the bucket is full again. This makes `ready_at` exact to the last bit: a request at
+    exactly that time is accepted. A request that costs more than `burst` is accepted when the bucket is full, and
+    leaves a debt. Apart from such requests, at most `per_second * t + burst` is accepted within any t seconds.
     """
 
     def __init__(self, kind: ThrottleKind, per_second: float, burst: float, now: float) -> None:
@@ -69,19 +69,19 @@ class Bucket:
         ready = self._full_at - (self._burst - min(cost, self._burst)) / self._per_second
         return ready if ready > now else now
 
-    def take(self, now: float, cost: float) -> None:
+    def charge(self, now: float, cost: float) -> None:
         self._full_at = max(self._full_at, now) + cost / self._per_second
 
     def charge_refusal(self, now: float, cost: float) -> None:
-        """Take what there is: a bucket that only counts what it gives does not go below empty."""
+        """Remove the cost, or the whole content if that is less: a refusal does not leave a debt."""
         full_at = max(self._full_at, now)
         self._full_at = max(full_at, min(full_at + cost / self._per_second, now + self._burst / self._per_second))
 
     def rate(self, now: float, cost: float) -> float:
         return self._per_second / cost if cost > 0 else inf
 
-    def inherit(self, old: Self, now: float) -> None:
-        """Go on with another bucket's missing amount, at this one's rate."""
+    def carry_over(self, old: Self, now: float) -> None:
+        """Start with the amount that is missing in the other bucket, refilled at this bucket's rate."""
         missing = min(max(0.0, old._full_at - now) * old._per_second, self._burst)
         self._full_at = now + missing / self._per_second
 
@@ -102,28 +102,28 @@ class FixedWindow:
     def ready_at(self, now: float, cost: float) -> float:
         return now if now >= self._end or self._count + cost <= self._limit else self._end
 
-    def take(self, now: float, cost: float) -> None:
+    def charge(self, now: float, cost: float) -> None:
         if now >= self._end:
             index = int((now - self._start) / self._length)
             self._end = self._start + (index + 1) * self._length
-            if self._end <= now:  # the division was rounded
+            if self._end <= now:  # the division above was rounded down
                 self._end = self._start + (index + 2) * self._length
             self._count = 0.0
         self._count += cost
 
-    charge_refusal = take
+    charge_refusal = charge
 
     def rate(self, now: float, cost: float) -> float:
         return self._limit / self._length
 
-    def inherit(self, old: Self, now: float) -> None:
-        """Go on with the other's count, if the windows are the same."""
+    def carry_over(self, old: Self, now: float) -> None:
+        """Copy the count of the other gate, if both have the same windows."""
         if (self._start, self._length) == (old._start, old._length):
             self._end, self._count = old._end, old._count
 
 
 class SlidingWindow:
-    """At most `limit` requests in any `(t - length, t]`: a log of the last `limit` times."""
+    """At most `limit` requests in any `(t - length, t]`. The log contains the times of the last `limit` requests."""
 
     kind: ThrottleKind = "request_rate"
     counts_tokens = False
@@ -137,23 +137,24 @@ class SlidingWindow:
             return now
         return max(now, self._log[0] + self._length)
 
-    def take(self, now: float, cost: float) -> None:
+    def charge(self, now: float, cost: float) -> None:
         self._log.append(now)
 
-    charge_refusal = take
+    charge_refusal = charge
 
     def rate(self, now: float, cost: float) -> float:
         return (self._log.maxlen or 0) / self._length
 
-    def inherit(self, old: Self, now: float) -> None:
-        """Go on with the other's log."""
+    def carry_over(self, old: Self, now: float) -> None:
+        """Copy the log of the other gate."""
         self._log.extend(old._log)
 
 
 class Growth:
     """Accepted requests of the last second <= base + factor * (mean accepted/s over the `memory` seconds before it).
 
-    In the spirit of DashScope's "Request rate increased too quickly": the real rule is not published.
+    `base` is in requests/s. The rule imitates DashScope's "Request rate increased too quickly", whose real rule is not
+    published.
     """
 
     kind: ThrottleKind = "growth"
@@ -173,32 +174,35 @@ class Growth:
         return len(self._log) - bisect_right(self._log, now - 1) + 1 <= self._allowed(now)
 
     def ready_at(self, now: float, cost: float) -> float:
-        """Best effort: looks at the instants at which one of the last second's requests grows old."""
+        """Best effort: examines only the times at which one request of the last second becomes older than a second."""
         if self._passes(now):
             return now
         for taken in self._log[bisect_right(self._log, now - 1) :]:
             if self._passes(taken + 1):
                 return taken + 1
-        return inf  # a base below 1 never lets a first request pass
+        return inf  # with a base below 1 even the first request is never accepted
 
-    def take(self, now: float, cost: float) -> None:
+    def charge(self, now: float, cost: float) -> None:
         if len(self._log) > 64 and self._log[len(self._log) // 2] < now - 1 - self._memory:
             del self._log[: bisect_left(self._log, now - 1 - self._memory)]
         self._log.append(now)
 
     def charge_refusal(self, now: float, cost: float) -> None:
-        """Nothing: the rule looks at what was accepted."""
+        """Do nothing: the rule counts accepted requests only."""
 
     def rate(self, now: float, cost: float) -> float:
         return self._allowed(now)
 
-    def inherit(self, old: Self, now: float) -> None:
-        """Go on with the other's log."""
+    def carry_over(self, old: Self, now: float) -> None:
+        """Use the log of the other gate."""
         self._log = old._log
 
 
-class Others:
-    """Other tenants on one gate: a background that takes a fixed share and is never refused itself."""
+class OtherTenants:
+    """The other tenants of one gate. They use a fixed rate of `per_second` requests/s and are never refused.
+
+    Their requests arrive at random intervals (a Poisson process) if `random` is given, else at equal intervals.
+    """
 
     def __init__(self, gate: Gate, per_second: float, cost: float, random: Random | None, now: float) -> None:
         self._gate = gate
@@ -211,9 +215,9 @@ class Others:
         return self._random.expovariate(self._per_second) if self._random else 1 / self._per_second
 
     def advance(self, now: float) -> None:
-        """Take what came until now."""
+        """Charge the requests that have arrived until now."""
         while self._next <= now:
-            self._gate.take(self._next, self._cost)
+            self._gate.charge(self._next, self._cost)
             self._next += self._interval()
 
 
@@ -231,17 +235,17 @@ def _gates(profile: Profile, epoch: float, now: float) -> Iterator[Gate]:
 
 
 class Quota:
-    """All the limits of one account and model, and what else refuses: outages, an empty account, punishment.
+    """All limits of one account and model, and the other causes of refusals: outages, an empty account, punishment.
 
-    Times are absolute, on whatever clock the caller uses; those in the profile count from `start`. Calls must come in
-    the order of their times.
+    All times are in seconds on the caller's clock. The times in the profile are relative to `start`. The calls must be
+    made in the order of their times.
     """
 
     def __init__(self, profile: Profile, start: float, random: Random) -> None:
         self._random = random
         self._epoch = start
         self._gates: list[Gate] = []
-        self._others: list[Others] = []
+        self._other_tenants: list[OtherTenants] = []
         self.in_flight = 0
         self._blackout_until = -inf
         self._blackout_kind: ThrottleKind = "unknown"
@@ -249,11 +253,11 @@ class Quota:
 
     @property
     def profile(self) -> Profile:
-        """What is in force since the last `arrive` or `advance`, with the changes that have come by then."""
+        """The profile at the time of the last `arrive` or `advance`, with the scheduled changes until then."""
         return self._profile
 
     def change(self, profile: Profile, now: float) -> None:
-        """Put another profile in force from now on. What was used up stays used up."""
+        """Set another profile. The used part of each quota stays used."""
         self._start = now
         self._changes = deque(sorted(profile.changes, key=lambda change: change[0]))
         self._outages = [(now + start, now + end) for start, end in profile.outages]
@@ -265,34 +269,38 @@ class Quota:
         self._gates = list(_gates(profile, self._epoch, now))
         for gate in self._gates:
             if (before := old.get((type(gate), gate.kind))) is not None:
-                gate.inherit(before, now)
-        self._others = []
+                gate.carry_over(before, now)
+        self._other_tenants = []
         if profile.others_share > 0:
             random = None if profile.others_steady else self._random
             for gate in self._gates:
                 if not isinstance(gate, Growth):
-                    cost = OTHERS_TOKENS if gate.counts_tokens else 1
-                    self._others.append(Others(gate, profile.others_share * gate.rate(now, cost), cost, random, now))
+                    cost = OTHER_TENANT_TOKENS if gate.counts_tokens else 1
+                    per_second = profile.others_share * gate.rate(now, cost)
+                    self._other_tenants.append(OtherTenants(gate, per_second, cost, random, now))
 
     def advance(self, now: float) -> None:
-        """Let pass what happens by itself: the profile's changes, and the other tenants."""
+        """Apply the changes of the profile and the requests of other tenants that are due until `now`."""
         while self._changes and self._start + self._changes[0][0] <= now:
             after, values = self._changes.popleft()
-            for others in self._others:
-                others.advance(self._start + after)
+            for tenants in self._other_tenants:
+                tenants.advance(self._start + after)
             self._apply(changed(self._profile, values), self._start + after)
-        for others in self._others:
-            others.advance(now)
+        for tenants in self._other_tenants:
+            tenants.advance(now)
 
     def arrive(self, now: float, tokens: float) -> Refusal | None:
-        """Judge a request of so many LLM tokens: None if it passes, and then `leave` must follow when it is over."""
+        """Accept or refuse a request that costs `tokens` LLM tokens. Returns None if it is accepted, else the reason.
+
+        The caller must call `leave` when an accepted request ends.
+        """
         self.advance(now)
-        refusal = self._judge(now, tokens)
+        refusal = self._decide(now, tokens)
         if refusal is None:
             for gate in self._gates:
-                gate.take(now, tokens if gate.counts_tokens else 1)
+                gate.charge(now, tokens if gate.counts_tokens else 1)
             self.in_flight += 1
-        elif refusal != "outage" and refusal != "billing":  # noqa: PLR1714  the type checker narrows by these
+        elif refusal != "outage" and refusal != "billing":  # noqa: PLR1714  mypy narrows two comparisons only
             if self._profile.refusals_cost_quota:
                 for gate in self._gates:
                     gate.charge_refusal(now, tokens if gate.counts_tokens else 1)
@@ -302,10 +310,10 @@ class Quota:
         return refusal
 
     def leave(self) -> None:
-        """Take note that a request that passed is over."""
+        """Return the permit of an accepted request that has ended."""
         self.in_flight -= 1
 
-    def _judge(self, now: float, tokens: float) -> Refusal | None:
+    def _decide(self, now: float, tokens: float) -> Refusal | None:
         profile = self._profile
         if self._outages and any(start <= now < end for start, end in self._outages):
             return "outage"
@@ -321,16 +329,16 @@ class Quota:
         return None
 
     def would_accept(self, now: float, tokens: float) -> bool:
-        """Tell whether a request would pass now. Exact."""
+        """Return whether a request would be accepted now. The answer is exact."""
         self.advance(now)
-        return self._judge(now, tokens) is None
+        return self._decide(now, tokens) is None
 
     def next_accept_at(self, now: float, tokens: float) -> float:
-        """Give the first instant from now on at which a request would pass if no other came meanwhile.
+        """Return the earliest time, not before `now`, at which a request would be accepted if no other request arrives.
 
-        Exact for bucket, windows, punishment and outages; best effort where the growth rule or other tenants are at
-        work or a change is due. Infinite while the account is empty or all permits are taken: ask again when a request
-        has left.
+        The time is exact for bucket, windows, punishment and outages. It is a best effort with the growth rule, with
+        other tenants, or if a change of the profile is due. It is infinite while the account is empty or all permits
+        are in use; in the second case, call this again after `leave`.
         """
         self.advance(now)
         if self._profile.billing_refused or self.in_flight >= self._profile.concurrency:
@@ -345,7 +353,10 @@ class Quota:
         return at
 
     def true_rate(self, now: float, tokens: float) -> float:
-        """Give the requests/s of `tokens` that this tenant is allowed at present, less what others take."""
+        """Return the requests/s that this tenant may send at present, for requests that cost `tokens` LLM tokens.
+
+        The share of other tenants is subtracted.
+        """
         self.advance(now)
         profile = self._profile
         if profile.billing_refused or any(start <= now < end for start, end in self._outages):

@@ -1,4 +1,4 @@
-"""The simulated provider over HTTP: DashScope's two APIs, and a side door for tests under `/_simulate`."""
+"""The simulated provider over HTTP: DashScope's two APIs, and a control interface for tests under `/_simulate`."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from backends.simulated.profile import Profile, changed
 from backends.simulated.provider import Call, Provider, Response
 from backends.simulated.wire import FAULTS
 
-#: Where an application keeps its provider.
+#: The key of the provider in the application.
 PROVIDER = web.AppKey("provider", Provider)
 _KEY = web.AppKey("key", str)
-#: The largest body taken: above what any caller may send.
+#: Bytes of the largest accepted body: more than any caller may send.
 _MAX_BODY_BYTES = 64 << 20
 
 _NATIVE_PATH = "/api/v1/services/aigc/multimodal-generation/generation"
@@ -29,10 +29,11 @@ _NATIVE_PATH = "/api/v1/services/aigc/multimodal-generation/generation"
 async def serve(
     provider: Profile | Provider, host: str = "127.0.0.1", port: int = 0, *, api_key: str = ""
 ) -> web.AppRunner:
-    """Serve a provider until the runner's `cleanup()`; with port 0 on a free one: see the runner's `addresses`.
+    """Serve a provider until `cleanup()` of the returned runner is called.
 
-    The provider is `runner.app[PROVIDER]`. A caller without `api_key`, if there is one, gets 401.
-    Raises `OSError` if the address cannot be had.
+    With port 0 the server uses a free port; the runner's `addresses` contain it. The provider is
+    `runner.app[PROVIDER]`. If `api_key` is not empty, a caller without this key gets status 401.
+    Raises `OSError` if the server cannot listen on the address.
     """
     if not isinstance(provider, Provider):
         provider = Provider(provider)
@@ -57,7 +58,7 @@ async def serve(
 
 
 async def _openai(request: web.Request) -> web.StreamResponse:
-    return await _answer(request, "openai", stream=False)  # the body says whether it is one
+    return await _answer(request, "openai", stream=False)  # an OpenAI body itself requests a stream
 
 
 async def _native(request: web.Request) -> web.StreamResponse:
@@ -104,7 +105,7 @@ async def _stream(request: web.Request, response: Response, call: Call) -> web.S
 
 
 async def _break(request: web.Request, response: Response) -> web.StreamResponse:
-    """Promise the whole body, send half of it, and reset the connection."""
+    """Send the head with the length of the whole body, then half of the body, and reset the connection."""
     reply = web.StreamResponse(headers=response.headers)
     reply.content_length = len(response.body)
     await reply.prepare(request)
@@ -120,7 +121,10 @@ def _abort(request: web.Request) -> None:
 
 
 def _reset(request: web.Request) -> None:
-    """Make the caller see "connection reset by peer": a TCP RST, which only a socket that must not linger sends."""
+    """Send a TCP RST, so that the caller sees "connection reset by peer".
+
+    With SO_LINGER on and a time of 0 seconds, closing a socket sends an RST.
+    """
     if request.transport is not None:
         connection: socket.socket = request.transport.get_extra_info("socket")
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -146,13 +150,13 @@ async def _stats(request: web.Request) -> web.Response:
 
 
 async def _change(request: web.Request) -> web.Response:
-    """Put other values in force from now on; fields that are not named stay, null makes one the default."""
+    """Change fields of the profile. Other fields keep their values; null restores the default of a field."""
     provider = request.app[PROVIDER]
     try:
         values = orjson.loads(await request.read())
         if not isinstance(values, dict):
             raise ValueError("a profile is a JSON object")  # noqa: TRY004, TRY301  one error for one kind of answer
         provider.change(changed(provider.profile, values))
-    except ValueError as error:  # orjson's own error is one too
+    except ValueError as error:  # also orjson's own error, which is a subclass
         return web.Response(status=400, body=orjson.dumps({"error": str(error)}), content_type="application/json")
     return web.Response(body=orjson.dumps(asdict(provider.profile)), content_type="application/json")

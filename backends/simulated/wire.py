@@ -1,7 +1,7 @@
-"""What a simulated provider says: answers, streams and errors in OpenAI's shape and in DashScope's own.
+"""The wire format of a simulated provider: answers, streams and errors in OpenAI's and in DashScope's native format.
 
-Shapes, codes and messages as Model Studio's pages "OpenAI compatible - Vision", "error codes" and "rate limit" have
-them, and as the official SDK (`dashscope` on the package registry) reads them.
+Sources of the formats, codes and messages: Model Studio's pages "OpenAI compatible - Vision", "error codes" and
+"rate limit", and the official SDK (`dashscope` on the package registry), which reads them.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ import orjson
 from backends.base import Dialect, Usage
 from backends.media import data_url_size, image_tokens
 
-#: Characters of text to one LLM token, roughly, in English.
+#: Characters of English text per LLM token, approximately.
 CHARS_PER_TOKEN = 3.5
-#: What an image that is only named by a URL is taken to measure.
+#: Assumed width and height in pixels of an image that the request names by a remote URL.
 _REMOTE_SIZE = (1280, 720)
-#: `created` in OpenAI's shape counts from here: answers depend on nothing but the seed and the loop's clock.
+#: Unix time that is the start of `created` in OpenAI's format. It is fixed, so that answers depend only on the seed and
+#: the loop's clock.
 _CREATED = 1_767_225_600
 
 _SENTENCES = (
@@ -38,17 +39,17 @@ _SENTENCES = (
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """An error that the provider states: its HTTP status, and its code in DashScope's own and in OpenAI's shape."""
+    """An error of the provider: its HTTP status, and its code in the native and in OpenAI's format."""
 
     status: int
     native_code: str
     openai_code: str
     message: str
     openai_type: str = ""
-    """OpenAI's `type`, where it is not the code."""
+    """OpenAI's `type`, if it differs from the code."""
 
     def body(self, dialect: Dialect, request_id: str) -> bytes:
-        """Give the JSON of the error."""
+        """Return the JSON of the error."""
         if dialect == "native":
             return orjson.dumps({"code": self.native_code, "message": self.message, "request_id": request_id})
         error = {
@@ -60,7 +61,7 @@ class Fault:
         return orjson.dumps({"error": error, "id": f"chatcmpl-{request_id}", "request_id": request_id})
 
 
-#: Every error that a simulated provider has, by what it is about.
+#: Every error of a simulated provider, by its cause.
 FAULTS = {
     "request_rate": Fault(
         429, "Throttling.RateQuota", "limit_requests", "Requests rate limit exceeded, please try again later."
@@ -123,31 +124,31 @@ FAULTS = {
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """What the provider reads from a request's body."""
+    """The parts of a request's body that the provider uses."""
 
     model: str
     text_tokens: int
     image_tokens: int
     max_tokens: int | None
     stream: bool
-    """The body asks for a stream: OpenAI's way. DashScope's own API asks with a header."""
+    """Whether the body requests a stream, as in OpenAI's API. In DashScope's native API a header requests it."""
     include_usage: bool
-    """The caller wants usage at the end of an OpenAI stream."""
+    """Whether the caller wants the usage at the end of an OpenAI stream."""
     incremental: bool
-    """Frames of a native stream hold what is new, not all there is so far."""
+    """Whether a frame of a native stream contains only the new text. Otherwise it contains the whole text so far."""
     fixed_output_tokens: int | None
     """From `simulate.output_tokens` in the body."""
     echo: bool
-    """From `simulate.echo` in the body: the answer tells what the provider was sent."""
+    """From `simulate.echo` in the body: whether the answer reports the received request."""
 
     @property
     def input_tokens(self) -> int:
-        """What counts as input."""
+        """LLM tokens of the input: text and images."""
         return self.text_tokens + self.image_tokens
 
-    def output_tokens(self, usual: int) -> int:
-        """What the answer will come to, where an answer is usually so long."""
-        wanted = self.fixed_output_tokens or usual
+    def output_tokens(self, default: int) -> int:
+        """Return the LLM tokens of the answer. `default` applies if the body does not fix their number."""
+        wanted = self.fixed_output_tokens or default
         return wanted if self.max_tokens is None else min(wanted, self.max_tokens)
 
 
@@ -156,14 +157,15 @@ def _table(value: object) -> dict[str, Any]:
 
 
 def _count_of(value: object) -> int | None:
-    """A whole number above 0, or None for what is none: a provider ignores what it cannot read."""
+    """Return `value` if it is an integer above 0, else None: the provider ignores invalid values."""
     return value if isinstance(value, int) and value > 0 else None
 
 
 def read_prompt(body: bytes, dialect: Dialect, model: str) -> Prompt | Fault:
-    """Understand a body, or say what is wrong with it as the provider would. `model` is for one that names none.
+    """Parse a body, or return the error that the provider would send for it.
 
-    `{"simulate": {"input_tokens": 1800, "output_tokens": 40, "echo": true}}` in a body overrides what is counted.
+    `model` is the default if the body names no model. In a body,
+    `{"simulate": {"input_tokens": 1800, "output_tokens": 40, "echo": true}}` overrides the counted LLM tokens.
     """
     try:
         data = orjson.loads(body)
@@ -180,8 +182,8 @@ def read_prompt(body: bytes, dialect: Dialect, model: str) -> Prompt | Fault:
     if not isinstance(messages, list) or not messages:
         return FAULTS["messages"]
     simulate = _table(data.get("simulate"))
-    if (told := _count_of(simulate.get("input_tokens"))) is not None:
-        text, images = told, 0
+    if (fixed := _count_of(simulate.get("input_tokens"))) is not None:
+        text, images = fixed, 0
     else:
         text, images = _count(messages, model, bool(asked.get("vl_high_resolution_images")))
     return Prompt(
@@ -198,7 +200,7 @@ def read_prompt(body: bytes, dialect: Dialect, model: str) -> Prompt | Fault:
 
 
 def _count(messages: list[Any], model: str, high_resolution: bool) -> tuple[int, int]:
-    """Give the LLM tokens of all texts and of all images, in either dialect's messages."""
+    """Return the LLM tokens of all texts and of all images in the messages. Both dialects are supported."""
     chars = images = 0
     for message in messages:
         content = message.get("content") if isinstance(message, dict) else None
@@ -232,7 +234,7 @@ def _description(first: int, tokens: int) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One whole answer, to be sent at once or piece by piece."""
+    """One whole answer. It can be sent at once or piece by piece."""
 
     dialect: Dialect
     prompt: Prompt
@@ -242,15 +244,15 @@ class Answer:
     finish_reason: Literal["stop", "length"]
     created: int
     extra: dict[str, object]
-    """Added to the JSON: the echo."""
+    """Fields that are added to the JSON: the echo."""
 
     @property
     def usage(self) -> Usage:
-        """What the answer cost."""
+        """The LLM tokens of the request and the answer."""
         return Usage(self.prompt.input_tokens, self.output_tokens)
 
     def body(self) -> bytes:
-        """Give the JSON of the whole answer."""
+        """Return the JSON of the whole answer."""
         if self.dialect == "native":
             return orjson.dumps(self._native(self.text, self.finish_reason, self.output_tokens))
         choice = {
@@ -273,11 +275,11 @@ class Answer:
         )
 
     def frames(self) -> Iterator[tuple[int, bytes]]:
-        """Give the frames of the stream, each with the LLM tokens that are out once it is sent."""
+        """Yield the frames of the stream, each with the number of LLM tokens that have been sent by its end."""
         return self._native_frames() if self.dialect == "native" else self._openai_frames()
 
     def _pieces(self) -> Iterator[tuple[int, str]]:
-        """Cut the text into pieces of a few LLM tokens; give where each ends."""
+        """Split the text into pieces of a few LLM tokens. Yield (LLM tokens up to the end of the piece, piece)."""
         step = int(4 * CHARS_PER_TOKEN)
         for end in range(step, len(self.text) + step, step):
             yield min(self.output_tokens, round(end / CHARS_PER_TOKEN)), self.text[end - step : end]
@@ -343,7 +345,7 @@ class Answer:
         }
 
 
-def describe(
+def make_answer(
     prompt: Prompt,
     dialect: Dialect,
     body: bytes,
@@ -353,7 +355,10 @@ def describe(
     seconds: float,
     extra: dict[str, object],
 ) -> Answer:
-    """Make up the answer to a prompt, so long: always the same words for the same body."""
+    """Return an invented answer of `output_tokens` LLM tokens. The same body always gets the same words.
+
+    `seconds` is the time since the start of the provider.
+    """
     return Answer(
         dialect=dialect,
         prompt=prompt,
@@ -367,12 +372,12 @@ def describe(
 
 
 def native_frame(number: int, status: int, data: bytes) -> bytes:
-    """Give one server-sent event as DashScope's own API writes them."""
+    """Return one server-sent event in the format of DashScope's native API."""
     event = b"result" if status == 200 else b"error"
     return b"id:%d\nevent:%b\n:HTTP_STATUS/%d\ndata:%b\n\n" % (number, event, status, data)
 
 
 def error_frame(fault: Fault, dialect: Dialect, request_id: str) -> bytes:
-    """Give an error as it comes inside a stream that began with status 200."""
+    """Return the frame of an error inside a stream that started with status 200."""
     body = fault.body(dialect, request_id)
     return native_frame(1, fault.status, body) if dialect == "native" else b"data: " + body + b"\n\n"

@@ -1,4 +1,4 @@
-"""Started, ready, alive: three different facts about the process, each with its reason in one line."""
+"""The state that the startup and readiness probes report, with the reason in one line."""
 
 from __future__ import annotations
 
@@ -6,17 +6,20 @@ from collections.abc import Callable
 
 
 class Health:
-    """What the probes say. Alive needs no state: whoever answers is."""
+    """The state behind the probes. Liveness needs no state: a process that answers is alive."""
 
     def __init__(self) -> None:
         self.started = False
-        """The backend has started: the model is loaded, the pool is open."""
+        """True when the backend has started: the model is loaded or the connection pool is open."""
         self.draining = False
         self.backend_reason: Callable[[], str | None] = lambda: None
-        """Why the backend can serve nothing at present, if so: an engine that is being restarted."""
+        """Returns why the backend cannot serve at present, for example because its engine restarts; None if it can."""
+
+    def __repr__(self) -> str:
+        return f"<Health started={self.started} draining={self.draining}>"
 
     def unready_reason(self) -> str | None:
-        """Why no new work is taken; None while it is."""
+        """Return why the sidecar accepts no new requests; None if it accepts them."""
         if self.draining:
             return "draining"
         if not self.started:

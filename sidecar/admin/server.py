@@ -1,4 +1,4 @@
-"""The admin listener: probes for kubelet, metrics for Prometheus, status for people. It never takes inference."""
+"""The admin listener: probes for kubelet, metrics for Prometheus, status for people. It serves no inference."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from sidecar.observe.time_series import FIELDS
 
 log = logging.getLogger("sidecar")
 
-#: The files of the live page: path → file in `page/`, and its type.
+#: The files of the live page: path → file name in `page/` and content type.
 PAGE = {
     "/": ("index.html", "text/html"),
     "/page.css": ("page.css", "text/css"),
     "/page.js": ("page.js", "text/javascript"),
 }
 _PAGE_FOLDER = Path(__file__).with_name("page")
-#: Live views at once: each costs a connection, and some JSON a second.
+#: Maximum number of open live views. Each one needs a connection and some JSON every second.
 MAX_VIEWERS = 16
 _JSON = {"Content-Type": "application/json"}
 
 
 class AdminServer:
-    """Answers every request of the admin listener."""
+    """Handles every request to the admin listener."""
 
     def __init__(
         self,
@@ -41,14 +41,14 @@ class AdminServer:
         health: Health,
         status: Callable[[], dict[str, Any]],
         drain: Callable[[], None],
-        watch: Sampler,
+        sampler: Sampler,
     ) -> None:
-        """`status` gives `GET /status`; `drain` begins the drain and returns at once; `watch` has the history."""
+        """`status` returns the data of `GET /status`. `drain` starts the drain and returns immediately."""
         self._registry = registry
         self._health = health
         self._status = status
         self._drain = drain
-        self._watch = watch
+        self._sampler = sampler
         self._viewers = 0
         self._paths: dict[str, tuple[str, Handler]] = {
             "/metrics": ("GET", self._metrics),
@@ -62,8 +62,11 @@ class AdminServer:
             **dict.fromkeys(PAGE, ("GET", self._get_page)),
         }
 
+    def __repr__(self) -> str:
+        return f"<AdminServer viewers={self._viewers} {self._health!r}>"
+
     async def __call__(self, http: HttpRequest) -> Answer:
-        """Answer one request."""
+        """Handle one request."""
         path = http.raw_path.partition("?")[0]
         method, handle = self._paths.get(path, ("", None))
         if handle is None:
@@ -84,7 +87,7 @@ class AdminServer:
         )
 
     async def _readyz(self, http: HttpRequest) -> Answer:
-        """A throttled or absent upstream is told in the body: the pod is as ready as it can be."""
+        """Name a throttled or failing upstream in the body only: it does not make the pod unready."""
         reason = self._health.unready_reason()
         if reason is not None:
             return await _text(http, 503, reason)
@@ -98,9 +101,9 @@ class AdminServer:
         return await _respond(http, 200, orjson.dumps(self._status()), _JSON)
 
     async def _get_page(self, http: HttpRequest) -> Answer:
-        """The live page, which may load nothing from anywhere else, nor be shown inside another one."""
+        """Serve a file of the live page. Its policy forbids external resources and embedding in another page."""
         name, content_type = PAGE[http.raw_path.partition("?")[0]]
-        body = (_PAGE_FOLDER / name).read_bytes()  # a few kilobytes that the system has in memory
+        body = (_PAGE_FOLDER / name).read_bytes()  # a few kilobytes, which the operating system caches
         headers = {
             "Content-Type": f"{content_type}; charset=utf-8",
             "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
@@ -111,10 +114,10 @@ class AdminServer:
         return await _respond(http, 200, body, headers)
 
     async def _get_history(self, http: HttpRequest) -> Answer:
-        return await _respond(http, 200, orjson.dumps(self._told()), _JSON)
+        return await _respond(http, 200, orjson.dumps(self._snapshot()), _JSON)
 
     async def _get_events(self, http: HttpRequest) -> Answer:
-        """Server-sent events: `start` with everything since the start, then `tick` once a second."""
+        """Send server-sent events: `start` with the status and all time series, then `tick` once a second."""
         if self._viewers >= MAX_VIEWERS:
             return await _text(http, 503, f"{MAX_VIEWERS} live views are open, as many as there may be")
         self._viewers += 1
@@ -122,10 +125,10 @@ class AdminServer:
             headers = {"Content-Type": "text/event-stream", "Cache-Control": "no-store", "X-Accel-Buffering": "no"}
             answer = Answer(http, 200, headers, length=None)
             if http.method != "HEAD":
-                answer.write(b"retry: 1000\n" + _event("start", self._told()))
+                answer.write(b"retry: 1000\n" + _event("start", self._snapshot()))
                 await answer.drain()
-                while await self._watch.next_look():
-                    points = {name: history.recent[-1] for name, history in self._watch.history.items()}
+                while await self._sampler.next_sample():
+                    points = {name: series.recent[-1] for name, series in self._sampler.time_series.items()}
                     answer.write(_event("tick", {"status": self._status(), "points": points}))
                     await answer.drain()
             answer.write_eof()
@@ -134,19 +137,22 @@ class AdminServer:
         finally:
             self._viewers -= 1
 
-    def _told(self) -> dict[str, Any]:
-        """What there is to see, all of it: the status, and every backend's history as rows of `fields`."""
+    def _snapshot(self) -> dict[str, Any]:
+        """Return the status and the time series of every backend. A point lists its values in the order of `fields`."""
         return {
             "status": self._status(),
             "fields": FIELDS,
             "history": {
-                name: {"recent": list(history.recent), "whole": history.whole}
-                for name, history in self._watch.history.items()
+                name: {"recent": list(series.recent), "whole": series.whole}
+                for name, series in self._sampler.time_series.items()
             },
         }
 
     async def _post_drain(self, http: HttpRequest) -> Answer:
-        """From this machine only, and from no web page: a browser tells by these headers that it asks for one."""
+        """Start the drain.
+
+        Only callers on this machine may do so, and no web page: browsers send these headers with requests of a page.
+        """
         if not _is_loopback(http.remote):
             return await _text(http, 403, "drain is taken from loopback only")
         if (
@@ -190,7 +196,10 @@ def _is_loopback(remote: str) -> bool:
 
 
 def _names_this_host(host: str) -> bool:
-    """Whether `Host` is an address or localhost: any other name could be a page's own that resolves to us."""
+    """Return whether `Host` is an IP address or localhost.
+
+    A web page could use any other name that resolves to this machine (DNS rebinding).
+    """
     name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() else host
     if name == "localhost":
         return True

@@ -85,6 +85,10 @@ class Admission:
         self._pools: OrderedDict[str, Pool] = OrderedDict()
         self._arrivals = Arrivals(self.loop, queue_bytes, self.waiting_bytes)
 
+    def __repr__(self) -> str:
+        counts = f"pools={len(self._pools)} waiting={self.waiting()} in_flight={self.in_flight()}"
+        return f"<Admission {id(self):#x} {counts} draining={self.draining}>"
+
     @property
     def names(self) -> list[str]:
         """The names of the upstreams, in order."""

@@ -63,6 +63,10 @@ class Pool:
         for upstream in upstreams:
             upstream.on_end.append(self._on_end)
 
+    def __repr__(self) -> str:
+        names = ",".join(one.name for one in self.upstreams)
+        return f"<Pool {id(self):#x} {names} waiting={self.waiting} cause={self.cause}>"
+
     # -- what waits ----------------------------------------------------------------------------------------------------
 
     def queues(self) -> Iterator[FairQueue]:

@@ -177,6 +177,9 @@ class FairQueue:
         self._quantum = 1.0
         self.bytes = 0
 
+    def __repr__(self) -> str:
+        return f"<FairQueue {id(self):#x} tickets={len(self.tickets)} bytes={self.bytes}>"
+
     def __len__(self) -> int:
         return len(self.tickets)
 

@@ -33,6 +33,10 @@ class Stopwatch:
         self._part: Part = "queue"
         self._since = now
 
+    def __repr__(self) -> str:
+        spent = "".join(f" {part}={seconds:.3f}" for part, seconds in self.seconds.items() if seconds)
+        return f"<{type(self).__name__} in {self._part}{spent}>"
+
     def switch(self, part: Part, now: float) -> None:
         """Book the time from `now` on to `part`."""
         self.seconds[self._part] += now - self._since
@@ -127,6 +131,10 @@ class Ticket:
         """Brings the pool's `Permit` while the ticket waits. A ticket does not know pools: they know tickets."""
         self.expiry: TimerHandle | None = None
         self._causes_at_entry: tuple[float, ...] = ()
+
+    def __repr__(self) -> str:
+        state = f"attempts={self.attempts} backend={self.backend!r} deadline={self.deadline:.3f} {self.stopwatch!r}"
+        return f"<Ticket {id(self):#x} {self.priority.name} model={self.model[:40]!r} {state}>"
 
     def enter_queue(self, held_seconds: list[float]) -> None:
         """Store the queue's totals per cause at arrival: `held_seconds`, seconds in the order of `CAUSES`."""

@@ -56,6 +56,9 @@ class Permit:
         self._reservations: tuple[Any, ...] | None = reservations
         self._on_end = on_end
 
+    def __repr__(self) -> str:
+        return f"<Permit {'held' if self._reservations else 'settled'} {self.ticket!r}>"
+
     def __enter__(self) -> Permit:
         return self
 
@@ -161,6 +164,10 @@ class Upstream:
         self._p90 = self._p99 = 0.0  # of the latencies
         self._cost = TokenCost()
         self._held_by: Cause | None = None  # since the last start
+
+    def __repr__(self) -> str:
+        learners = f"{self.requests.learner!r} {self.tokens.learner!r}"
+        return f"<Upstream {self.name} {self.model!r} {self.concurrency!r} {self.circuit!r} {learners}>"
 
     # -- may a ticket go? ----------------------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""What a caller's body says: looked at as little as will do, and never rebuilt but for a missing model."""
+"""Read the fields of a request body that the sidecar needs. Add a missing model; change nothing else in the body."""
 
 from __future__ import annotations
 
@@ -11,30 +11,33 @@ import orjson
 from backends.media import data_url_size, image_tokens
 from sidecar.api.errors import InvalidRequest
 
-#: Characters of text in one LLM token, for an estimate before sending: limiting.md's 3.5.
+#: Characters of text per LLM token. Used to estimate the input tokens before sending. Source: limiting.md.
 CHARS_PER_TOKEN = 3.5
-#: An image whose size is not known from its header (a URL): a 1080p frame of qwen-vl by the patch rule.
+#: LLM tokens of an image whose size cannot be read from its header (for example, an image given by a URL).
+#: The value is the cost of a 1080p frame for qwen-vl by the patch rule.
 UNKNOWN_IMAGE_TOKENS = 1250
-#: First bytes, in base64, of images whose size we do not read but providers take: BMP, TIFF, and HEIC or AVIF boxes.
+#: First characters, in base64, of image formats that providers accept but whose size we do not read:
+#: BMP, TIFF (two byte orders), and the boxes of HEIC or AVIF.
 _OTHER_IMAGES = ("Qk", "SUkq", "TU0A", "AAAA")
 _BASE64, _BACKSLASH = b";base64,", ord("\\")
-#: Base64 characters of an image that are kept to look at, at first and if that does not do; whole groups of four.
-_LOOKED_AT_CHARS = (512, 8192)
+#: Base64 characters that are kept of each image: in the first pass, and in the second pass if the first pass fails.
+#: Both are multiples of four, because four base64 characters encode three whole bytes.
+_KEPT_IMAGE_CHARS = (512, 8192)
 
 
 @dataclass(slots=True)
-class Asked:
-    """What the sidecar needs to know of a request for a model's answer."""
+class ParsedBody:
+    """The fields of a request body that the sidecar needs."""
 
     model: str | None
     stream: bool
     text_chars: int = 0
     images: list[tuple[int, int] | None] = field(default_factory=list)
-    """Width and height of each image, None where only the provider can see it."""
+    """Width and height of each image in pixels. None if only the provider can read the image."""
     high_resolution: bool = False
 
     def tokens(self, model: str) -> float:
-        """LLM tokens of the input, by the provider's published rules."""
+        """Estimate the LLM tokens of the input by the provider's published rules."""
         total = self.text_chars / CHARS_PER_TOKEN
         for size in self.images:
             total += (
@@ -45,27 +48,30 @@ class Asked:
         return total
 
 
-def look_at(body: bytes, read: Callable[[dict[str, Any]], Asked]) -> Asked:
-    """Parse a body and `read` its object; long images are cut first, where that does.
+def parse_body(body: bytes, read: Callable[[dict[str, Any]], ParsedBody]) -> ParsedBody:
+    """Parse a body as JSON and return the result of `read` for its object.
 
-    Raises `InvalidRequest` that names the field. What is not looked at is the provider's.
+    Long images are shortened before parsing, because that is much faster. If `read` then fails, the next pass keeps
+    more of each image, and the last pass parses the whole body.
+    Raises `InvalidRequest` that names the field. Fields that `read` ignores are left for the provider to check.
     """
-    for chars in _LOOKED_AT_CHARS:
-        short = _abridged(body, chars)
+    for chars in _KEPT_IMAGE_CHARS:
+        short = _shorten_images(body, chars)
         if short is body:
             break
         try:
             return read(json_object(short))
-        except InvalidRequest:  # an image's size may stand further on: then the whole body tells
+        except InvalidRequest:  # the size of an image may be after the kept part: the next pass keeps more
             continue
     return read(json_object(body))
 
 
-def _abridged(body: bytes, chars: int) -> bytes:
-    """The same JSON with long base64 cut down to its beginning, where an image's size nearly always is.
+def _shorten_images(body: bytes, chars: int) -> bytes:
+    """Return the same JSON with each long base64 text cut to its first `chars` characters.
 
-    To parse a frame's 100 KB only to find that size costs more than anything else here. A string is left alone whose
-    beginning has an escape in it, which might be cut in two, or whose end is not the next quote.
+    The size of an image is almost always in this first part. Parsing the 100 KB of a frame only to find the size costs
+    more than all other work in this file. The body is returned unchanged if the end of a string is not the next quote,
+    or if the kept part contains an escape: the cut could split the escape.
     """
     pieces: list[bytes] = []
     done = 0
@@ -89,52 +95,57 @@ def json_object(body: bytes) -> dict[str, Any]:
     except orjson.JSONDecodeError as error:
         raise InvalidRequest(f"the body is not JSON: {error}") from None
     if not isinstance(data, dict):
-        raise InvalidRequest(f"the body must be a JSON object, not {kind_of(data)}")
+        raise InvalidRequest(f"the body must be a JSON object, not {json_type(data)}")
     return data
 
 
 def model_of(data: dict[str, Any]) -> str | None:
-    """The model that a body names, if it names one. Raises `InvalidRequest`."""
+    """Return the model that a body names, or None. Raises `InvalidRequest`."""
     model = data.get("model")
     if model is None or (isinstance(model, str) and 0 < len(model) <= 256):
         return model
-    told = f"one of {len(model)}" if isinstance(model, str) else kind_of(model)
-    raise InvalidRequest(f"model must be a string of 1 to 256 characters, not {told}", field="model")
+    actual = f"one of {len(model)}" if isinstance(model, str) else json_type(model)
+    raise InvalidRequest(f"model must be a string of 1 to 256 characters, not {actual}", field="model")
 
 
-def look_at_messages(
-    messages: Any, where: str, asked: Asked, look_at_part: Callable[[dict[str, Any], str, Asked], None]
+def parse_messages(
+    messages: Any, where: str, parsed: ParsedBody, parse_part: Callable[[dict[str, Any], str, ParsedBody], None]
 ) -> None:
-    """Walk the messages, which are alike in both dialects, down to the parts of their content, which are not."""
+    """Check the messages and call `parse_part` for each part of their content.
+
+    The messages have the same structure in both dialects (OpenAI and native). The parts do not.
+    Raises `InvalidRequest` that names the field.
+    """
     if not isinstance(messages, list) or not messages:
-        told = "missing" if messages is None else "an empty one" if messages == [] else kind_of(messages)
-        raise InvalidRequest(f"{where} must be a list of at least one message; it is {told}", field=where)
+        actual = "missing" if messages is None else "an empty one" if messages == [] else json_type(messages)
+        raise InvalidRequest(f"{where} must be a list of at least one message; it is {actual}", field=where)
     for index, message in enumerate(messages):
         at = f"{where}[{index}]"
         if not isinstance(message, dict):
-            raise InvalidRequest(f"{at} must be an object, not {kind_of(message)}", field=at)
+            raise InvalidRequest(f"{at} must be an object, not {json_type(message)}", field=at)
         content, at = message.get("content"), f"{at}.content"
         if isinstance(content, str):
-            asked.text_chars += len(content)
+            parsed.text_chars += len(content)
         elif isinstance(content, list):
             for number, part in enumerate(content):
                 if not isinstance(part, dict):
                     raise InvalidRequest(
-                        f"{at}[{number}] must be an object, not {kind_of(part)}", field=f"{at}[{number}]"
+                        f"{at}[{number}] must be an object, not {json_type(part)}", field=f"{at}[{number}]"
                     )
-                look_at_part(part, f"{at}[{number}]", asked)
+                parse_part(part, f"{at}[{number}]", parsed)
         elif content is not None:  # null: an assistant's message that only calls tools
-            raise InvalidRequest(f"{at} must be a string or a list of parts, not {kind_of(content)}", field=at)
+            raise InvalidRequest(f"{at} must be a string or a list of parts, not {json_type(content)}", field=at)
 
 
-def image_of(url: Any, where: str) -> tuple[int, int] | None:
-    """The size of the image that a URL names, None where it cannot be told without fetching or decoding it.
+def image_size(url: Any, where: str) -> tuple[int, int] | None:
+    """Return the width and height in pixels of the image at `url`.
 
-    Raises `InvalidRequest` for what is no image at all.
+    Return None if reading the size would require fetching or decoding the image.
+    Raises `InvalidRequest` if the URL is not the URL of an image.
     """
     if not isinstance(url, str) or not url:
-        told = "an empty one" if url == "" else kind_of(url)
-        raise InvalidRequest(f"{where} must be a string, the URL of an image, not {told}", field=where)
+        actual = "an empty one" if url == "" else json_type(url)
+        raise InvalidRequest(f"{where} must be a string, the URL of an image, not {actual}", field=where)
     if not url.startswith("data:"):
         return None
     header, comma, _ = url[:256].partition(",")
@@ -151,18 +162,18 @@ def image_of(url: Any, where: str) -> tuple[int, int] | None:
     return size
 
 
-def with_model(body: bytes, asked: Asked, default: str) -> tuple[bytes, str]:
-    """The body and the model it names. Where it names none, the default is put first in the object."""
-    if asked.model is not None:
-        return body, asked.model
+def with_model(body: bytes, parsed: ParsedBody, default: str) -> tuple[bytes, str]:
+    """Return the body and its model. If the body names no model, put the default first in the JSON object."""
+    if parsed.model is not None:
+        return body, parsed.model
     data = orjson.loads(body)
     if "model" in data:
         return orjson.dumps({**data, "model": default}), default
-    start = body.index(b"{") + 1  # there are messages behind it, hence the comma
+    start = body.index(b"{") + 1  # the comma after the model is correct, because the object also has messages
     return b'%b"model":%b,%b' % (body[:start], orjson.dumps(default), body[start:]), default
 
 
-def kind_of(value: Any) -> str:
-    """What JSON calls a value's type."""
+def json_type(value: Any) -> str:
+    """Return the JSON name of a value's type, with its article."""
     names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
     return names.get(type(value), "a number")

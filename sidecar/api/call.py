@@ -1,4 +1,4 @@
-"""One request of a caller: its headers understood, its body read, its answer written, its end recorded once."""
+"""One request of a caller: read its headers and body, write its answer, and record its end once."""
 
 from __future__ import annotations
 
@@ -22,17 +22,18 @@ from sidecar.observe.metrics import Outcome
 from sidecar.observe.trace import TracingStopwatch
 
 _PRIORITIES = {"high": Priority.HIGH, "normal": Priority.NORMAL, "low": Priority.LOW}
-#: The caller's headers that go upstream, beside every `X-DashScope-*`.
-_PASSED_ON = ("traceparent", "tracestate")
+#: The caller's headers that are forwarded to the provider, together with every `X-DashScope-*` header.
+_FORWARDED_HEADERS = ("traceparent", "tracestate")
 _DASHSCOPE = "x-dashscope-"
-MAX_KEY = 256
-#: W3C Trace Context: version, trace id, parent id, flags, the last bit of which says that the trace is kept.
+MAX_KEY_CHARS = 256
+#: The `traceparent` header of W3C Trace Context: version, trace id, parent id, flags. The last bit of the flags means
+#: that the caller records the trace.
 TRACE = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-[0-9a-f]([0-9a-f])")
 
 
 @dataclass(frozen=True, slots=True)
 class CallSettings:
-    """What the settings say about callers. Seconds and bytes."""
+    """The settings that apply to callers. `deadline` is in seconds, `max_body_bytes` in bytes."""
 
     deadline: float = 60.0
     max_body_bytes: int = 14 * 1024 * 1024
@@ -40,11 +41,11 @@ class CallSettings:
     default_model: str = "qwen-vl-plus"
     passthrough: bool = False
     traced: bool = False
-    """Spans are made of a request whose caller keeps its trace."""
+    """Create spans for a request whose caller records its trace."""
 
 
 class Call:
-    """One request from its headers to the last byte of its answer."""
+    """One request, from its headers to the last byte of its answer."""
 
     def __init__(
         self,
@@ -62,37 +63,41 @@ class Call:
         self.ticket: Ticket | None = None
         self.request_id = ""
         self.response: Answer | None = None
-        self._error_told = False
+        self._error_sent = False
         self._dispatcher = dispatcher
         self._now = dispatcher.now
         self._arrived = self._now()
 
     @property
     def draining(self) -> bool:
-        """Nothing new is taken."""
+        """Whether the sidecar is draining: it accepts no new requests."""
         return self._dispatcher.draining
 
-    # -- in ------------------------------------------------------------------------------------------------------------
+    # -- request -------------------------------------------------------------------------------------------------------
 
     async def read(self) -> bytes:
-        """The whole body. Raises `InvalidRequest` (413, an announced size before it is read) or `QueueFull`."""
-        http, most = self.http, self.limits.max_body_bytes
+        """Read and return the whole body.
+
+        Raises `QueueFull`, or `InvalidRequest` (among others 413). If the announced size is above the limit, the 413 is
+        raised before any of the body is read.
+        """
+        http, max_bytes = self.http, self.limits.max_body_bytes
         announced = http.content_length
-        if announced is not None and announced > most:
-            raise _too_large(most, announced)
+        if announced is not None and announced > max_bytes:
+            raise _too_large(max_bytes, announced)
         if http.headers.get("Content-Encoding", "identity").lower() != "identity":
             raise InvalidRequest(
                 "a compressed body is not taken: send it without Content-Encoding", field="Content-Encoding", status=415
             )
         if "Expect" in http.headers:
-            await self._continue()
+            await self._send_continue()
         if announced is not None and http.content.is_eof():
             return http.content.read_nowait()
         reading = asyncio.timeout_at(self._arrived + self.limits.deadline)
         with self._dispatcher.admission.arrival(reading) as arrival:
             try:
                 async with reading:
-                    return await self._receive(arrival, most)
+                    return await self._receive(arrival, max_bytes)
             except TimeoutError:
                 raise arrival.refusal or InvalidRequest(
                     f"the body did not come within {self.limits.deadline:g} s: send it sooner, or raise "
@@ -100,17 +105,17 @@ class Call:
                     status=408,
                 ) from None
 
-    async def _receive(self, arrival: Arrival, most: int) -> bytes:
-        """Read a body that is still on its way."""
-        body = bytearray()  # and no list of pieces: a body that comes byte by byte would be a list of millions
+    async def _receive(self, arrival: Arrival, max_bytes: int) -> bytes:
+        """Read a body that has not arrived completely."""
+        body = bytearray()  # not a list of pieces: a body that arrives byte by byte would be a list of millions
         async for piece in self.http.content.iter_any():
             arrival.add(len(piece))
             body += piece
-            if len(body) > most:
-                raise _too_large(most, None)
+            if len(body) > max_bytes:
+                raise _too_large(max_bytes, None)
         return bytes(body)
 
-    async def _continue(self) -> None:
+    async def _send_continue(self) -> None:
         expect = self.http.headers["Expect"]
         if expect.lower() != "100-continue":
             raise InvalidRequest(f"Expect: {expect!r} is not understood; only 100-continue is", status=417)
@@ -118,7 +123,7 @@ class Call:
             self.http.connection.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def identify(self) -> None:
-        """Take over the caller's request id, or make one."""
+        """Use the caller's request id, or create a request id. Raises `InvalidRequest`."""
         given = self.http.headers.get("X-Request-Id")
         fits = given is not None and 0 < len(given) <= 128 and given.isascii() and given.isprintable()
         self.request_id = given if given is not None and fits else random.randbytes(16).hex()  # noqa: S311  no secret
@@ -129,13 +134,13 @@ class Call:
             )
 
     def admit(self, *, model: str, tokens: float, size_bytes: int) -> Ticket:
-        """Make the ticket from the headers. Raises `InvalidRequest` that names the header."""
+        """Create the ticket from the headers. Raises `InvalidRequest` that names the header."""
         headers = self.http.headers
         now = self._now()
         key = headers.get(self.limits.key_header, "")
-        if len(key) > MAX_KEY:
+        if len(key) > MAX_KEY_CHARS:
             raise InvalidRequest(
-                f"{self.limits.key_header} must be at most {MAX_KEY} characters, not {len(key)}",
+                f"{self.limits.key_header} must be at most {MAX_KEY_CHARS} characters, not {len(key)}",
                 field=self.limits.key_header,
             )
         named = headers.get("X-Request-Priority", "normal")
@@ -149,7 +154,7 @@ class Call:
             raise InvalidRequest(f"X-Queue-Policy must be latest, not {policy[:40]!r}", field="X-Queue-Policy")
         self.ticket = Ticket(
             now=now,
-            deadline=self._arrived + self._budget(headers.get("X-Request-Timeout")),
+            deadline=self._arrived + self._timeout_seconds(headers.get("X-Request-Timeout")),
             key=key,
             priority=priority,
             model=model,
@@ -166,7 +171,7 @@ class Call:
                 )
         return self.ticket
 
-    def _budget(self, given: str | None) -> float:
+    def _timeout_seconds(self, given: str | None) -> float:
         if given is None:
             return self.limits.deadline
         try:
@@ -179,16 +184,16 @@ class Call:
             )
         return min(seconds, self.limits.deadline)
 
-    def passed_on(self) -> dict[str, str]:
-        """The caller's headers that go to the provider."""
-        passed = {name: value for name, value in self.http.headers.items() if _goes_on(name) and value.isascii()}
+    def forwarded_headers(self) -> dict[str, str]:
+        """Return the caller's headers that are forwarded to the provider, and the request id."""
+        passed = {name: value for name, value in self.http.headers.items() if _is_forwarded(name) and value.isascii()}
         passed["X-Request-Id"] = self.request_id
         return passed
 
-    # -- through -------------------------------------------------------------------------------------------------------
+    # -- upstream ------------------------------------------------------------------------------------------------------
 
     def ask(self, request: Request, ticket: Ticket) -> Awaitable[Reply]:
-        """Bring the answer. A streaming one has been written to the caller when this returns."""
+        """Send the request and return the answer. By then, a streaming answer is already written to the caller."""
         return self._dispatcher.run(ticket, request, self._stream)
 
     async def forward(
@@ -203,7 +208,7 @@ class Call:
         method: str = "POST",
         headers: Mapping[str, str] | None = None,
     ) -> Answer:
-        """Send the caller's body on as it is, and the answer back as it is."""
+        """Send the caller's body unchanged to the upstream, and the upstream's answer unchanged to the caller."""
         ticket = self.admit(model=model, tokens=tokens, size_bytes=len(body))
         request = Request(
             dialect=dialect,
@@ -211,11 +216,11 @@ class Call:
             body=body,
             model=model,
             stream=stream,
-            headers={**self.passed_on(), **(headers or {})},
+            headers={**self.forwarded_headers(), **(headers or {})},
             deadline=ticket.deadline,
             method=method,
         )
-        del body  # the request holds the one copy
+        del body  # the request holds the only copy
         reply = await self.ask(request, ticket)
         if reply.chunks is None:
             return await self.respond(reply.status, reply.body, reply.headers)
@@ -225,12 +230,12 @@ class Call:
         return self.response
 
     async def detect(self, request: Request, ticket: Ticket, detector: Dispatcher) -> Reply:
-        """Bring the detector's answer: it has a queue of its own."""
+        """Send the request to the detector, which has its own queue, and return the answer."""
         self._dispatcher = detector
         return await detector.run(ticket, request)
 
     async def models(self) -> bytes:
-        """The backend's list of models."""
+        """Return the backend's list of models. Raises `DeadlineExceeded`."""
         try:
             async with asyncio.timeout(self.limits.deadline):
                 return await self._dispatcher.models()
@@ -239,25 +244,25 @@ class Call:
                 f"no list of models within {self.limits.deadline:g} s: ask again, or raise SIDECAR_DEADLINE"
             ) from error
 
-    # -- out -----------------------------------------------------------------------------------------------------------
+    # -- answer --------------------------------------------------------------------------------------------------------
 
     async def respond(self, status: int, body: bytes, headers: Mapping[str, str]) -> Answer:
-        """Write a whole answer."""
+        """Write a complete answer."""
         self.response = answer = self._answer(status, headers, length=len(body))
         if not answer.write_whole(body):
             await answer.drain()
         return answer
 
     async def fail(self, problem: Problem) -> Answer:
-        """Write an error; into the stream if one has begun."""
+        """Write an error. If a stream has begun, write the error into the stream."""
         body = body_of(problem, self.api, self.request_id)
         if self.ticket is not None:
             self.ticket.stopwatch.switch("write", self._now())
         if self.response is None:
             return await self.respond(problem.status, body, headers_of(problem))
-        if not self._error_told:
+        if not self._error_sent:
             self.response.write(self._error_frame(problem, body))
-        self.response.write_eof()  # and no wait for a caller who may have stopped reading
+        self.response.write_eof()  # do not wait for the write: the caller may have stopped reading
         return self.response
 
     def _error_frame(self, problem: Problem, body: bytes) -> bytes:
@@ -266,8 +271,8 @@ class Call:
         return b"data: %b\n\n" % body
 
     async def _stream(self, reply: Reply) -> None:
-        """Write a streaming answer chunk by chunk. A caller who reads slowly slows the provider: nothing piles up."""
-        assert self.ticket is not None and reply.chunks is not None  # noqa: S101  `ask` was given both
+        """Write a streaming answer chunk by chunk. A slow reader slows the provider, so no data accumulates here."""
+        assert self.ticket is not None and reply.chunks is not None  # noqa: S101  `ask` has both
         switch, clock = self.ticket.stopwatch.switch, self._now
         self.response = answer = self._answer(reply.status, reply.headers, length=None)
         pour = reply.pour or partial(_pour, reply.chunks)
@@ -275,10 +280,11 @@ class Call:
             switch("write", clock())
             await answer.drain()
             switch("body", clock())
-        self._error_told = reply.failure is not None  # the provider's own frame has passed
+        self._error_sent = reply.failure is not None  # the provider's own error is already in the stream
 
     def _answer(self, status: int, headers: Mapping[str, str], *, length: int | None) -> Answer:
-        # The caller's next request must not meet a socket that is just being closed, nor the rest of this body.
+        # Close the connection after this answer. In a drain the socket closes soon, and the caller's next request would
+        # fail. If the body was not read completely, its rest would be read as the next request.
         if self.draining or not self.http.content.is_eof():
             self.http.keep_alive = False
         return Answer(self.http, status, {**headers, **self._own_headers()}, length=length)
@@ -287,7 +293,7 @@ class Call:
         backend = (self.ticket and self.ticket.backend) or self._dispatcher.first
         headers = {"X-Request-Id": self.request_id, "X-Sidecar-Backend": backend}
         trace = self.http.headers.get("traceparent")
-        if trace is not None and trace.isascii():  # what is not could not be written
+        if trace is not None and trace.isascii():  # a header with other characters cannot be written
             headers["Traceparent"] = trace
         ticket = self.ticket
         if ticket is not None:
@@ -301,7 +307,7 @@ class Call:
         return headers
 
     def finish(self) -> None:
-        """Record the end, whichever it was."""
+        """Record the end of the request once, with its outcome."""
         if self.ticket is not None:
             self._dispatcher.finish(self.ticket, self.api, self.outcome)
         elif self.outcome == "invalid":
@@ -309,23 +315,23 @@ class Call:
 
 
 @lru_cache(512)
-def _goes_on(name: str) -> bool:
+def _is_forwarded(name: str) -> bool:
     name = name.lower()
-    return name in _PASSED_ON or name.startswith(_DASHSCOPE)
+    return name in _FORWARDED_HEADERS or name.startswith(_DASHSCOPE)
 
 
 async def _pour(chunks: AsyncIterator[bytes], take: Take) -> bool:
-    """`Reply.pour` of what has none."""
+    """Do the work of `Reply.pour` for a reply without that method. Return whether all chunks were written."""
     async for chunk in chunks:
         if not take(chunk):
             return False
     return True
 
 
-def _too_large(most: int, announced: int | None) -> InvalidRequest:
+def _too_large(max_bytes: int, announced: int | None) -> InvalidRequest:
     size = "the body" if announced is None else f"the body of {announced} bytes"
     return InvalidRequest(
-        f"{size} is over the limit of {most} bytes; send a smaller image or raise SIDECAR_MAX_BODY_BYTES",
+        f"{size} is over the limit of {max_bytes} bytes; send a smaller image or raise SIDECAR_MAX_BODY_BYTES",
         status=413,
         code="payload_too_large",
     )

@@ -1,4 +1,4 @@
-"""Every error a caller can get: one table from what was raised to status, code and words, and one shape an API."""
+"""Every error that a caller can get: the table from exception to status, code and text, and one body format per API."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sidecar.dispatch.dispatcher import DeadlineExceeded
 from sidecar.observe.metrics import Outcome
 
 Api = Literal["openai", "trio", "native"]
-#: Every code that is the sidecar's own; what else a caller sees in that place is the provider's.
+#: Every error code of the sidecar itself. Any other code that a caller gets is the provider's.
 Code = Literal[
     "invalid_request", "unauthorized", "not_found", "method_not_allowed", "superseded", "payload_too_large",
     "queue_full", "deadline_unreachable", "draining", "upstream_billing", "upstream_error", "deadline_exceeded",
@@ -24,9 +24,9 @@ Code = Literal[
 
 
 class InvalidRequest(Exception):
-    """The caller's own fault, found before anything was queued. `field` names what to mend.
+    """A fault of the caller, found before the request was queued. `field` names the field or header to correct.
 
-    `detail` is what trio-core's callers get in the message's place: JSON of any kind.
+    `detail` is any JSON value that callers of trio-core's API get instead of the message.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class InvalidRequest(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """An error as the contract lists it. `body` is the provider's own, to be passed on as it is."""
+    """An error as the contract lists it. `body` is the provider's own error body, which is sent unchanged."""
 
     status: int
     code: str
@@ -58,7 +58,7 @@ class Problem:
     retry_after: float | None = None
     body: bytes = b""
     detail: Any = None
-    """What trio-core's callers get in the message's place."""
+    """Any JSON value that callers of trio-core's API get instead of the message."""
 
 
 _NOT_ADMITTED: dict[type[NotAdmitted], tuple[int, Code, Outcome]] = {
@@ -67,20 +67,20 @@ _NOT_ADMITTED: dict[type[NotAdmitted], tuple[int, Code, Outcome]] = {
     Draining: (503, "draining", "shed"),
     Superseded: (409, "superseded", "superseded"),
 }
-#: What to do, behind the provider's own words.
-_SETTLE = "settle it in the provider's console, nothing here needs a restart"
-_LOOK = "`vlm-sidecar check` tries the way to it step by step"
+#: Advice that follows the provider's own message in the error text.
+_BILLING_ADVICE = "settle it in the provider's console, nothing here needs a restart"
+_CHECK_ADVICE = "`vlm-sidecar check` tries the way to it step by step"
 
 
 def problem_of(error: Exception, api: Api) -> Problem:
-    """What the caller is told of an error. One that nobody thought of is told as 500, `internal_error`."""
+    """Return the error for the caller. An unknown exception becomes status 500, `internal_error`."""
     match error:
         case InvalidRequest():
             return Problem(error.status, error.code, error.message, "invalid", field=error.field, detail=error.detail)
-        case NotHTTP():  # in the midst of a body
+        case NotHTTP():  # a malformed chunk inside a body
             return Problem(400, "invalid_request", str(error), "invalid")
         case BillingRefused() | AccountClosed():
-            text = f"the provider refuses the account: {error.message}; {_SETTLE}"
+            text = f"the provider refuses the account: {error.message}; {_BILLING_ADVICE}"
             return Problem(502, "upstream_billing", text, "error", retry_after=getattr(error, "retry_after", None))
         case NotAdmitted():
             status, code, outcome = _NOT_ADMITTED[type(error)]
@@ -96,11 +96,11 @@ def problem_of(error: Exception, api: Api) -> Problem:
                 body=error.body,
                 detail=_client_error(error),
             )
-        case Throttled():  # inside a stream that had begun: there is no other attempt
+        case Throttled():  # inside a stream that had already begun: another attempt is impossible
             text = f"the provider cut the answer short: {error.message}; ask again"
             return Problem(502, "upstream_error", text, "error")
         case BackendError():
-            return Problem(502, "upstream_error", f"{error.message}; {_LOOK}", "error")
+            return Problem(502, "upstream_error", f"{error.message}; {_CHECK_ADVICE}", "error")
         case _:
             return Problem(
                 500,
@@ -111,7 +111,10 @@ def problem_of(error: Exception, api: Api) -> Problem:
 
 
 def _client_error(error: Rejected) -> dict[str, Any]:
-    """What trio-core makes of a provider's 4xx; the message begins as the openai client's that it has inside."""
+    """Return the `detail` that trio-core returns for a provider's 4xx.
+
+    The message begins like that of the openai client, because trio-core uses the openai client.
+    """
     return {
         "kind": "vlm_client_error",
         "upstream_status": error.status,
@@ -133,7 +136,7 @@ def _native(problem: Problem, request_id: str) -> Any:
 def _trio(problem: Problem, request_id: str) -> Any:
     del request_id
     detail = problem.message if problem.detail is None else problem.detail
-    if problem.status == 413:  # trio-core's own shape for this one, and that of all others beside it
+    if problem.status == 413:  # trio-core's format for a 413, and also `detail`, which all other errors have
         return {"error": problem.code, "message": problem.message, "detail": detail}
     return {"detail": detail}
 
@@ -142,15 +145,18 @@ _SHAPES: dict[Api, Callable[[Problem, str], Any]] = {"openai": _openai, "native"
 
 
 def body_of(problem: Problem, api: Api, request_id: str) -> bytes:
-    """The error's body in the API's own shape; the provider's own body where there is one and the API shows it."""
+    """Return the error body in the format of the API, or the provider's own body if it exists and the API shows it."""
     if problem.body and api != "trio":
         return problem.body
-    # Not orjson: a 422 repeats what the caller sent, and that may be an integer of any length or half a character.
+    # Not orjson: a 422 repeats the caller's input, which may hold an integer of any length or half a surrogate pair.
     return json.dumps(_SHAPES[api](problem, request_id), separators=(",", ":")).encode()
 
 
 def headers_of(problem: Problem) -> dict[str, str]:
-    """`Content-Type`, and `Retry-After` in whole seconds: never less than the wait, so that who obeys gets in."""
+    """Return `Content-Type` and, if the error has a wait, `Retry-After`.
+
+    `Retry-After` is in whole seconds, rounded up, at least 1: a caller that waits for this time is admitted.
+    """
     headers = {"Content-Type": "application/json"}
     if problem.retry_after is not None:
         headers["Retry-After"] = str(max(ceil(problem.retry_after), 1))

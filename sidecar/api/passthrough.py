@@ -1,6 +1,7 @@
-"""What else an OpenAI-compatible upstream can do (embeddings, files, completions): passed on under the same admission.
+"""Forward the other endpoints of an OpenAI-compatible upstream (embeddings, files, completions).
 
-Only with `SIDECAR_PASSTHROUGH`, and only to an upstream over HTTP: everything here is done in the provider's account.
+These requests pass through the same admission as chat completions. They are forwarded only if `SIDECAR_PASSTHROUGH` is
+set and only to an upstream over HTTP, because every such request acts in the provider's account.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ _METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE")
 
 
 async def passthrough(call: Call) -> Answer:
-    """Any method on any other path below `/v1` and `/compatible-mode/v1`."""
+    """Forward any method on any other path below `/v1` and `/compatible-mode/v1`."""
     http = call.http
     if http.method not in _METHODS:
         raise InvalidRequest(f"{http.method[:20]} does not pass through", status=405, code="method_not_allowed")
@@ -44,7 +45,7 @@ async def passthrough(call: Call) -> Answer:
 
 
 def _json(body: bytes) -> dict[str, object]:
-    """The body's object; what is none is the upstream's to refuse."""
+    """Return the JSON object of the body. Return {} if the body is not an object: the upstream then refuses it."""
     try:
         data = orjson.loads(body)
     except orjson.JSONDecodeError:

@@ -1,4 +1,4 @@
-"""The data listener: finds the endpoint, checks the bearer, and turns whatever happens into an answer."""
+"""The data listener: find the endpoint, check the bearer token, and turn every result or error into an answer."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ log = logging.getLogger("sidecar.access")
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """What answers one method on one path, and in which API's words errors are told."""
+    """The handler of one method on one path, and the API that defines the format of its errors."""
 
     api: Api
     handle: Callable[[Call], Awaitable[Answer]]
     open: bool = False
-    """Answers without a bearer: what probes and load balancers ask."""
+    """Needs no bearer token, because probes and load balancers call it."""
 
 
 #: path → method → endpoint.
@@ -45,8 +45,8 @@ ENDPOINTS["/api/inference/status"] = {"GET": Endpoint("trio", trio.status)}
 ENDPOINTS["/health"] = {"GET": Endpoint("trio", trio.health, open=True)}
 
 
-#: What a request is told that the drain's time was too short for.
-_CUT_OFF = (
+#: The error text of a request that was still in progress when the drain timed out.
+_DRAIN_TIMEOUT_TEXT = (
     "the sidecar is shutting down and could not finish this in the time it was given: try again in 1 s, "
     "or raise SIDECAR_DRAIN_TIMEOUT"
 )
@@ -54,7 +54,7 @@ _PASSTHROUGH = Endpoint("openai", passthrough)
 
 
 class DataServer:
-    """Handles every request of the data listener; knows how many are under way, for the drain."""
+    """Handles every request of the data listener, and counts the requests in progress for the drain."""
 
     def __init__(
         self,
@@ -71,22 +71,22 @@ class DataServer:
         self._api_key = api_key.encode() if api_key else None
         self._access_log = access_log
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._given_up = False
-        self._idle: asyncio.Event | None = None  # while somebody waits for it
+        self._aborted = False
+        self._idle: asyncio.Event | None = None  # exists only while a task waits for it
 
     @property
-    def under_way(self) -> int:
-        """Requests that have no whole answer yet."""
+    def in_progress(self) -> int:
+        """Number of requests that do not have a complete answer yet."""
         return len(self._tasks)
 
-    def give_up(self) -> None:
-        """End every request under way, each with an answer: the time to drain is over."""
-        self._given_up = True
+    def abort_all(self) -> None:
+        """End every request in progress with an answer, because the drain timed out."""
+        self._aborted = True
         for task in self._tasks:
             task.cancel()
 
-    async def idle(self) -> None:
-        """Wait until no request is under way."""
+    async def wait_until_idle(self) -> None:
+        """Wait until no request is in progress."""
         if self._tasks:
             self._idle = self._idle or asyncio.Event()
             await self._idle.wait()
@@ -95,10 +95,10 @@ class DataServer:
         """Answer one request."""
         path = http.raw_path.partition("?")[0]
         methods = ENDPOINTS.get(path)
-        endpoint = methods.get(http.method) if methods else self._elsewhere(path)
+        endpoint = methods.get(http.method) if methods else self._passthrough_endpoint(path)
         call = Call(http, endpoint.api if endpoint else _api_of(path), self._dispatcher, self._limits, self._detector)
         task = http.connection.task
-        assert task is not None  # noqa: S101  this runs in it
+        assert task is not None  # noqa: S101  this code runs in that task
         self._tasks.add(task)
         try:
             call.identify()
@@ -110,11 +110,11 @@ class DataServer:
             call.outcome = "ok" if response.status < 400 else call.outcome
         except asyncio.CancelledError:
             call.outcome = "cancelled"
-            if not self._given_up or http.is_gone:
+            if not self._aborted or http.is_gone:
                 raise
             task.uncancel()
-            response = await self._answer(call, Draining(_CUT_OFF, retry_after=1.0))
-        except Exception as error:  # noqa: BLE001  the one place where any error becomes an answer
+            response = await self._answer(call, Draining(_DRAIN_TIMEOUT_TEXT, retry_after=1.0))
+        except Exception as error:  # noqa: BLE001  the only place where an exception becomes an answer
             try:
                 response = await self._answer(call, error)
             except ConnectionError:
@@ -130,17 +130,17 @@ class DataServer:
                 _log_access(call, path)
         return response
 
-    def _elsewhere(self, path: str) -> Endpoint | None:
-        """What answers on a path that is none of ours."""
+    def _passthrough_endpoint(self, path: str) -> Endpoint | None:
+        """Return the endpoint for a path that is not ours: pass-through if it is enabled, otherwise None."""
         passes = self._limits.passthrough and path.startswith(tuple(f"{base}/" for base in openai.BASES))
         return _PASSTHROUGH if passes else None
 
     async def _answer(self, call: Call, error: Exception) -> Answer:
         if isinstance(error, ConnectionError) and call.http.is_gone:
-            raise error  # the caller hung up: there is nobody to answer
+            raise error  # the caller disconnected, so no answer is possible
         problem = problem_of(error, call.api)
         call.outcome = problem.outcome
-        if problem.status == 500:  # no other error has this status: the provider's own 5xx are told as 502
+        if problem.status == 500:  # only a defect has this status: a provider's 5xx becomes 502
             logging.getLogger("sidecar").error(
                 "a defect in the sidecar: %s", type(error).__name__, exc_info=error, extra=_ids(call)
             )
@@ -149,13 +149,13 @@ class DataServer:
     def _check_bearer(self, http: HttpRequest) -> None:
         given = http.headers.get("Authorization", "")
         scheme, _, token = given.partition(" ")
-        assert self._api_key is not None  # noqa: S101  the caller looked
+        assert self._api_key is not None  # noqa: S101  the caller of this method has checked it
         if scheme.lower() != "bearer" or not hmac.compare_digest(
             token.strip().encode(errors="surrogateescape"), self._api_key
         ):
-            told = "its key is another one" if given else "there is none"
+            why = "its key is another one" if given else "there is none"
             raise InvalidRequest(
-                f"the Authorization header must be Bearer and the key that the sidecar's SIDECAR_API_KEY holds: {told}",
+                f"the Authorization header must be Bearer and the key that the sidecar's SIDECAR_API_KEY holds: {why}",
                 status=401,
                 code="unauthorized",
                 field="Authorization",
@@ -163,7 +163,7 @@ class DataServer:
 
 
 def _api_of(path: str) -> Api:
-    """In whose words an unknown path is refused."""
+    """Return the API that defines the error format for an unknown path."""
     if path.startswith(("/api/inference", "/health")):
         return "trio"
     return "native" if path.startswith("/api/v1/") else "openai"
@@ -181,22 +181,22 @@ def _refuse_path(path: str, method: str, methods: dict[str, Endpoint] | None) ->
 
 
 def _log_access(call: Call, path: str) -> None:
-    """One line a request, with its waits in seconds; never its body."""
+    """Log one line for each request, with its waits in seconds, and never its body."""
     ticket = call.ticket
     status = call.response.status if call.response is not None else 0
-    told: dict[str, Any] = {"outcome": call.outcome, **_ids(call)}
+    details: dict[str, Any] = {"outcome": call.outcome, **_ids(call)}
     if ticket is not None:
         seconds = ticket.stopwatch.seconds
-        told |= {"key": ticket.key, "priority": ticket.priority.name.lower(), "model": ticket.model}
-        told |= {"attempts": ticket.attempts, "total_seconds": round(sum(seconds.values()), 4)}
+        details |= {"key": ticket.key, "priority": ticket.priority.name.lower(), "model": ticket.model}
+        details |= {"attempts": ticket.attempts, "total_seconds": round(sum(seconds.values()), 4)}
         parts = {f"{part}_seconds": spent for part, spent in seconds.items()}
         causes = {f"{cause}_seconds": spent for cause, spent in (ticket.cause_seconds or {}).items() if spent}
-        told |= {name: round(spent, 4) for name, spent in (parts | causes).items()}
-    log.info("%s %s %d", call.http.method, path[:200], status, extra=told)
+        details |= {name: round(spent, 4) for name, spent in (parts | causes).items()}
+    log.info("%s %s %d", call.http.method, path[:200], status, extra=details)
 
 
 def _ids(call: Call) -> dict[str, str]:
-    """By what a request is found again: its id, and its trace's where it has one."""
+    """Return the ids that identify a request in the log: the request id and, if known, the trace id."""
     ids = {"request_id": call.request_id}
     if trace := TRACE.match(call.http.headers.get("traceparent", "")):
         ids["trace_id"] = trace[1]

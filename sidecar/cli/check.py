@@ -1,6 +1,6 @@
-"""`vlm-sidecar check`: the settings in force and where each came from, then the backend tried step by step.
+"""`vlm-sidecar check`: print every setting with its source, then test each backend step by step.
 
-Nothing printed holds a secret: not a character of a key, and no password of a URL.
+The output contains no secrets: no part of a key and no password of a URL.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ from backends.http1.client import environment_proxy
 from sidecar.assembly import StartError, make_backend, make_detector
 from sidecar.settings import SECRETS, Settings
 
-#: Seconds for each step of the network, and for an answer (a cold model may load first).
+#: Timeouts in seconds: for a connection, and for an answer (a model may have to load first).
 _CONNECT_SECONDS, _ANSWER_SECONDS = 5.0, 60.0
 _PASSWORD = re.compile(r"(?<=://)[^/\s]*(?=@)")
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One thing that was tried, what came of it, and what to do if it was no good."""
+    """One step of the check: its result, and advice if it failed."""
 
     backend: str
     name: str
@@ -55,10 +55,10 @@ class Step:
 
 
 def check(settings: Settings, origins: dict[str, str], *, as_json: bool) -> int:
-    """Print the settings and try every backend. Gives the exit status: 0, or 1 if any step failed."""
-    shown = list(_shown(settings, origins))
+    """Print the settings and test every backend. Return the exit status: 0, or 1 if any step failed."""
+    shown = list(_masked_settings(settings, origins))
     if as_json:
-        steps = asyncio.run(_all(settings, lambda step: None))
+        steps = asyncio.run(_run_steps(settings, lambda step: None))
         report = {
             "ok": all(step.ok for step in steps),
             "settings": {name: {"value": value, "from": origin} for name, value, origin in shown},
@@ -70,12 +70,12 @@ def check(settings: Settings, origins: dict[str, str], *, as_json: bool) -> int:
         for name, value, origin in shown:
             print(f"  {name:{widths[0]}}  {value:{min(widths[1], 60)}}  {origin}")
         print(flush=True)
-        steps = asyncio.run(_all(settings, _print))
+        steps = asyncio.run(_run_steps(settings, _print))
     return 0 if all(step.ok for step in steps) else 1
 
 
-def _shown(settings: Settings, origins: dict[str, str]) -> Iterator[tuple[str, str, str]]:
-    """Name, masked value and origin of every setting."""
+def _masked_settings(settings: Settings, origins: dict[str, str]) -> Iterator[tuple[str, str, str]]:
+    """Yield name, masked value and source of every setting."""
     for name in Settings.model_fields:
         value = ",".join(settings.backend_names) if name == "backend" else getattr(settings, name)
         if value is None:
@@ -97,60 +97,60 @@ def _print(step: Step) -> None:
     sys.stdout.flush()
 
 
-async def _all(settings: Settings, tell: Callable[[Step], None]) -> list[Step]:
-    """Try every backend that is named, each up to its first failure, and the detector if there is one."""
+async def _run_steps(settings: Settings, on_step: Callable[[Step], None]) -> list[Step]:
+    """Test every configured backend, each up to its first failure, and the detector if one is configured."""
     steps: list[Step] = []
     for name in settings.backend_names:
-        async for step in _try(name, settings):
+        async for step in _test_backend(name, settings):
             steps.append(step)
-            tell(step)
+            on_step(step)
             if not step.ok:
                 break
     if settings.detector_model is not None:
         steps.append(await _detector(settings.detector_model))
-        tell(steps[-1])
+        on_step(steps[-1])
     return steps
 
 
 async def _detector(model: Path) -> Step:
-    watch, detector = _Watch("detector"), make_detector(model)
+    timer, detector = _StepTimer("detector"), make_detector(model)
     try:
         await detector.start()
     except BackendError as error:
         advice = "SIDECAR_DETECTOR_MODEL must name an ONNX export of YOLOv8, v10, v11 or RT-DETR"
-        return watch.step("start", False, error.message, advice)
+        return timer.step("start", False, error.message, advice)
     finally:
         await detector.close()
-    return watch.step("start", True, "the model loads, and its outputs are of a known layout")
+    return timer.step("start", True, "the model loads, and its outputs are of a known layout")
 
 
-async def _try(name: str, settings: Settings) -> AsyncIterator[Step]:
-    watch = _Watch(name)
+async def _test_backend(name: str, settings: Settings) -> AsyncIterator[Step]:
+    timer = _StepTimer(name)
     try:
         backend = make_backend(settings, name)
     except StartError as error:
-        yield watch.step("settings", False, str(error))
+        yield timer.step("settings", False, str(error))
         return
     if name == "dashscope":
-        for step in _network(watch, settings.dashscope_url):
+        for step in _network(timer, settings.dashscope_url):
             yield step
             if not step.ok:
                 return
     try:
-        watch.restart()
+        timer.restart()
         await backend.start()
-        yield watch.step("start", True, "the backend has started")
+        yield timer.step("start", True, "the backend has started")
         if name == "dashscope":
-            yield await _models(watch, backend, settings)
-        yield await _request(watch, backend, settings)
+            yield await _models(timer, backend, settings)
+        yield await _request(timer, backend, settings)
     except BackendError as error:
-        yield watch.step("start", False, error.message)
+        yield timer.step("start", False, error.message)
     finally:
         await backend.close()
 
 
-class _Watch:
-    """Times one step after the other."""
+class _StepTimer:
+    """Creates the steps of one backend and measures how long each takes."""
 
     def __init__(self, backend: str) -> None:
         self._backend = backend
@@ -165,77 +165,77 @@ class _Watch:
         return Step(self._backend, name, ok, round(seconds, 4), detail, advice)
 
 
-def _network(watch: _Watch, base_url: str) -> Iterator[Step]:
-    """Name, connection and TLS, one by one: the way to the provider without the provider."""
+def _network(timer: _StepTimer, base_url: str) -> Iterator[Step]:
+    """Test name resolution, connection and TLS one after the other, without a request to the provider."""
     url = URL(base_url)
     try:
         proxy = environment_proxy(url)
     except ValueError as error:
-        yield watch.step("proxy", False, str(error), "name an http:// proxy, or none")
+        yield timer.step("proxy", False, str(error), "name an http:// proxy, or none")
         return
     target = proxy or url
     host, port = target.host or "", target.port or 443
     if proxy is not None:
-        yield watch.step("proxy", True, f"the way is by {host}:{port}, as the environment says")
+        yield timer.step("proxy", True, f"the way is by {host}:{port}, as the environment says")
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except OSError as error:
         advice = "check the host in SIDECAR_DASHSCOPE_URL, and this machine's DNS (in a pod: its dnsPolicy)"
-        yield watch.step("name", False, f"{host} cannot be resolved: {error.strerror}", advice)
+        yield timer.step("name", False, f"{host} cannot be resolved: {error.strerror}", advice)
         return
     addresses = list(dict.fromkeys(str(entry[4][0]) for entry in found))
-    yield watch.step("name", True, f"{host} is {', '.join(addresses[:4])}")
+    yield timer.step("name", True, f"{host} is {', '.join(addresses[:4])}")
     try:
         connection = socket.create_connection((host, port), _CONNECT_SECONDS)
     except OSError as error:
         advice = "check the port in SIDECAR_DASHSCOPE_URL, and that a firewall or network policy lets it out"
-        yield watch.step("connection", False, f"{host}:{port}: {_reason(error)}", advice)
+        yield timer.step("connection", False, f"{host}:{port}: {_reason(error)}", advice)
         return
     with connection:
-        yield watch.step("connection", True, f"{connection.getpeername()[0]} port {port}")
+        yield timer.step("connection", True, f"{connection.getpeername()[0]} port {port}")
         if target.scheme == "https":
-            yield _tls(watch, connection, host)
+            yield _tls(timer, connection, host)
 
 
-def _tls(watch: _Watch, connection: socket.socket, host: str) -> Step:
+def _tls(timer: _StepTimer, connection: socket.socket, host: str) -> Step:
     try:
         with ssl.create_default_context().wrap_socket(connection, server_hostname=host) as secure:
             until = ssl.cert_time_to_seconds(str((secure.getpeercert() or {})["notAfter"]))
             days = int((until - time.time()) / 86400)
-            return watch.step("TLS", True, f"{secure.version()}, the certificate is good for {days} days")
+            return timer.step("TLS", True, f"{secure.version()}, the certificate is good for {days} days")
     except ssl.SSLCertVerificationError as error:
         advice = "a private authority? name its file in SSL_CERT_FILE. Is this machine's clock right?"
-        return watch.step(
+        return timer.step(
             "TLS", False, f"the certificate of {host} is not to be trusted: {error.verify_message}", advice
         )
     except OSError as error:
         advice = "does this port speak https:// at all? try http:// in SIDECAR_DASHSCOPE_URL"
-        return watch.step("TLS", False, f"no TLS with {host}: {_reason(error)}", advice)
+        return timer.step("TLS", False, f"no TLS with {host}: {_reason(error)}", advice)
 
 
-async def _models(watch: _Watch, backend: Backend, settings: Settings) -> Step:
-    """Ask for the list of models, which needs the key. A server without such a list is none the worse."""
-    watch.restart()
+async def _models(timer: _StepTimer, backend: Backend, settings: Settings) -> Step:
+    """Request the list of models, which needs the key. A server without such a list is no failure."""
+    timer.restart()
     try:
         async with asyncio.timeout(_ANSWER_SECONDS):
             payload = orjson.loads(await backend.models())
     except Rejected as error:
         if error.status in (401, 403):
-            return watch.step("key", False, error.message, _advice(error))
-        return watch.step("models", True, f"the server lists none ({error.status})")
+            return timer.step("key", False, error.message, _advice(error))
+        return timer.step("models", True, f"the server lists none ({error.status})")
     except Throttled as error:
-        return watch.step("models", True, f"throttled at this moment: {error.message}")
+        return timer.step("models", True, f"throttled at this moment: {error.message}")
     except (BackendError, TimeoutError) as error:
-        return watch.step("models", False, _told(error), _advice(error))
+        return timer.step("models", False, _message(error), _advice(error))
     listed = {entry.get("id") for entry in payload.get("data") or [] if isinstance(entry, dict)}
     model = settings.dashscope_model
     if model in listed:
-        return watch.step("models", True, f"{model} is one of {len(listed)}")
-    return watch.step("models", True, f"{model} is not among the {len(listed)} listed; the request will tell")
+        return timer.step("models", True, f"{model} is one of {len(listed)}")
+    return timer.step("models", True, f"{model} is not among the {len(listed)} listed; the request will tell")
 
 
-async def _request(watch: _Watch, backend: Backend, settings: Settings) -> Step:
-    """Make one real request, as small as a picture and a word can be."""
+async def _request(timer: _StepTimer, backend: Backend, settings: Settings) -> Step:
+    """Send one real request with a small picture and a short question."""
     model = (settings.local_model or "") if backend.name == "local" else settings.dashscope_model
     picture = "data:image/png;base64," + b64encode(_png(32)).decode()
     content = [
@@ -244,25 +244,25 @@ async def _request(watch: _Watch, backend: Backend, settings: Settings) -> Step:
     ]
     body = {"model": model, "messages": [{"role": "user", "content": content}], "max_tokens": 8}
     request = Request("openai", "/chat/completions", orjson.dumps(body), model)
-    watch.restart()
+    timer.restart()
     try:
         async with asyncio.timeout(_ANSWER_SECONDS):
             reply = await backend.send(request, Timings())
     except Throttled as error:
         detail = f"{error.message}. Key and model are right; the sidecar would wait for its turn"
-        return watch.step("request", True, detail)
+        return timer.step("request", True, detail)
     except (BackendError, TimeoutError) as error:
-        return watch.step("request", False, _told(error), _advice(error))
+        return timer.step("request", False, _message(error), _advice(error))
     cost = f" for {reply.usage.input_tokens} + {reply.usage.output_tokens} LLM tokens" if reply.usage else ""
-    return watch.step("request", True, f"{model} answered{cost}")
+    return timer.step("request", True, f"{model} answered{cost}")
 
 
-def _told(error: Exception) -> str:
+def _message(error: Exception) -> str:
     return error.message if isinstance(error, BackendError) else f"no answer within {_ANSWER_SECONDS:g} s"
 
 
 def _advice(error: Exception) -> str:
-    """What to do about a failed call."""
+    """Return advice about a failed call."""
     match error:
         case BillingRefused():
             return "no retry helps: settle the account, or buy the model, in the provider's console"
@@ -291,7 +291,7 @@ def _reason(error: OSError) -> str:
 
 
 def _png(side: int) -> bytes:
-    """A blue square: large enough for a provider that refuses pictures of a few pixels."""
+    """Return a PNG of a blue square with this side in pixels. Providers refuse pictures of only a few pixels."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))

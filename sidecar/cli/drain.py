@@ -1,4 +1,4 @@
-"""`vlm-sidecar drain`: what a preStop hook calls. Asks, then waits until the sidecar is gone."""
+"""`vlm-sidecar drain`, for a preStop hook: requests a drain and waits until the sidecar has ended."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import time
 
 
 def drain(admin_port: int, timeout: float) -> int:
-    """Ask the sidecar on this machine to drain and wait up to `timeout` seconds for its end; gives the exit status.
+    """Drain the sidecar on this machine and wait up to `timeout` seconds for its end. Return the exit status.
 
-    Uses nothing but the standard library: a preStop hook has no time to import aiohttp.
+    Uses only the standard library, because the import of aiohttp takes too long in a preStop hook.
     """
     until = time.monotonic() + timeout
     try:
@@ -25,7 +25,7 @@ def drain(admin_port: int, timeout: float) -> int:
         try:
             _ask("GET", "/livez", admin_port)
         except OSError:
-            return 0  # its listener is closed: it has finished
+            return 0  # the listener is closed, so the sidecar has finished
         time.sleep(0.1)
     print(f"vlm-sidecar: it is still draining after {timeout:g} s", file=sys.stderr)
     return 1

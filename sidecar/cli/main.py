@@ -1,4 +1,4 @@
-"""The command line, and nothing else."""
+"""Parses the command line and calls the command."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ vlm-sidecar COMMAND --help tells more of each, with examples.
 exit status: 0 well, 2 bad usage or settings (one line on stderr names the setting), 1 anything else, 130 on Ctrl-C
 """
 
-#: What stands below each command's options.
-_MORE = {
+#: The text below the options in the help of each command.
+_EPILOGS = {
     "serve": """\
 examples:
   vlm-sidecar serve                                          no key, no URL: answers are simulated, and it says so
@@ -95,9 +95,12 @@ exit status: 0 it has finished, 1 nobody answers there or it is still draining a
 
 
 def main(argv: list[str] | None = None) -> NoReturn:
-    """Run a command and exit: 0 well, 2 bad usage or settings (one line on stderr), 1 anything else."""
-    given = sys.argv[1:] if argv is None else argv
-    args = _parser(given[:1]).parse_args(given or ["--help"])
+    """Run a command and exit. Status 0: success; 2: invalid usage or settings (one line on stderr); 1: other errors.
+
+    130: interrupted by Ctrl-C.
+    """
+    arguments = sys.argv[1:] if argv is None else argv
+    args = _parser(arguments[:1]).parse_args(arguments or ["--help"])
     try:
         status = args.run(args)
     except SettingsError as error:
@@ -110,12 +113,12 @@ def main(argv: list[str] | None = None) -> NoReturn:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        """Say what is wrong in one line, instead of behind a screen of usage."""
+        """Print the error as one line, without the long usage text."""
         self.exit(2, f"{self.prog}: {message} ({self.prog} --help tells more)\n")
 
 
 def _parser(called: list[str]) -> argparse.ArgumentParser:
-    """The parser. What only some commands load is loaded for the command that is called."""
+    """Return the parser. Options that need a special import are added only if their command is called."""
     parser = _Parser(
         prog="vlm-sidecar",
         description="A localhost proxy that learns how much a vision-model provider allows, and queues fairly for it.",
@@ -131,7 +134,7 @@ def _parser(called: list[str]) -> argparse.ArgumentParser:
             help=text,
             description=text[0].upper() + text[1:] + ".",
             formatter_class=_Help,
-            epilog=_MORE[name],
+            epilog=_EPILOGS[name],
         )
         added.set_defaults(run=run)
         return added
@@ -140,7 +143,7 @@ def _parser(called: list[str]) -> argparse.ArgumentParser:
     check = command("check", _check, "print the settings in force, and try the backend step by step")
     check.add_argument("--json", action="store_true", help="print one JSON object")
     _add_settings(check)
-    port = os.environ.get(f"{PREFIX}ADMIN_PORT") or 9464  # where a sidecar with these settings is
+    port = os.environ.get(f"{PREFIX}ADMIN_PORT") or 9464  # the port of a sidecar with the same environment
     top = command("top", _top, "show live where requests wait and why; plain text once when not on a terminal")
     top.add_argument(
         "--admin-host", metavar="HOST", default="127.0.0.1", help="where its admin listener is (default: 127.0.0.1)"
@@ -169,7 +172,7 @@ def _parser(called: list[str]) -> argparse.ArgumentParser:
 
 
 def _add_settings(parser: argparse.ArgumentParser) -> None:
-    """One option for each setting. Values are checked with those from elsewhere, by `settings.load`."""
+    """Add one option for each setting. `settings.load` checks the values, together with those of the other sources."""
     parser.usage = f"{parser.prog} [options] [settings]"
     parser.add_argument("--config", type=Path, metavar="FILE", help="TOML file with settings, weaker than environment")
     group = parser.add_argument_group(
@@ -194,14 +197,14 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):
-    """Help as wide as the terminal up to what is read with ease, with room for the longest option."""
+    """Help that is as wide as the terminal, at most 118 columns, and leaves room for the longest option."""
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=34, width=min(shutil.get_terminal_size().columns, 120) - 2)
 
 
 def _metavar(field: FieldInfo) -> str:
-    """What kind of value a setting takes, as its help shows it."""
+    """Return the kind of value that a setting takes, for its help text."""
     if any(isinstance(entry, BeforeValidator) for entry in field.metadata):
         return "N|auto"
     kind = field.annotation
@@ -213,20 +216,20 @@ def _metavar(field: FieldInfo) -> str:
     return {"int": "N", "float": "N", "Path": "FILE"}.get(getattr(kind, "__name__", ""), "TEXT")
 
 
-def _given(args: argparse.Namespace) -> dict[str, Any]:
+def _settings_options(args: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in vars(args).items() if name in Settings.model_fields}
 
 
 def _serve(args: argparse.Namespace) -> int:
-    from sidecar.app import Sidecar  # noqa: PLC0415  `--help` needs none of this
+    from sidecar.app import Sidecar  # noqa: PLC0415  not needed for `--help`
     from sidecar.assembly import StartError  # noqa: PLC0415
     from sidecar.observe import logging as logs  # noqa: PLC0415
 
-    settings, origins = load(_given(args), file=args.config)
+    settings, origins = load(_settings_options(args), file=args.config)
     logs.set_up(settings.log_format, settings.log_level)
-    taken_over = sorted(set(origins.values()) & set(FOREIGN_NAMES))
-    if taken_over:
-        log.info("taken over from the environment: %s", ", ".join(taken_over))
+    foreign = sorted(set(origins.values()) & set(FOREIGN_NAMES))
+    if foreign:
+        log.info("taken over from the environment: %s", ", ".join(foreign))
     if origins.get("max_concurrency") == "TRIO_VLM_API_CONCURRENCY":
         log.info(
             "at most %d attempts in flight, since TRIO_VLM_API_CONCURRENCY says so. It is no longer needed: without it "
@@ -253,7 +256,7 @@ def _new_loop() -> asyncio.AbstractEventLoop:
 def _check(args: argparse.Namespace) -> int:
     from sidecar.cli.check import check  # noqa: PLC0415
 
-    settings, origins = load(_given(args), file=args.config)
+    settings, origins = load(_settings_options(args), file=args.config)
     return check(settings, origins, as_json=args.json)
 
 
@@ -276,10 +279,10 @@ def _top(args: argparse.Namespace) -> int:
 
 
 class _Version(argparse.Action):
-    """`--version`: what someone who is asked for help wants to know."""
+    """Print the versions that a report of a problem needs, for `--version`."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
-        from importlib.metadata import PackageNotFoundError, version  # noqa: PLC0415  a megabyte that `serve` can do without
+        from importlib.metadata import PackageNotFoundError, version  # noqa: PLC0415  needs a megabyte; `serve` does not need it
 
         parts = [f"Python {platform.python_version()}"]
         for name in ("aiohttp", "uvloop", "pillow", "onnxruntime", "torch", "transformers"):

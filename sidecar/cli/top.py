@@ -1,6 +1,6 @@
-"""`vlm-sidecar top`: a live terminal view of a running sidecar. Standard library only; one picture a second.
+"""`vlm-sidecar top`: a live view of a running sidecar in the terminal, updated every second. Standard library only.
 
-It reads the admin listener's `/events`, so it works over `kubectl port-forward` and against any host.
+It reads `/events` of the admin listener, so it works with any host and through `kubectl port-forward`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 from sidecar.observe.format import duration, number, visible
 
 _SPARKS = "▁▂▃▄▅▆▇█"
-#: Seconds that "now" is averaged over, and the wait before a lost sidecar is looked for again.
+#: Seconds that a current value is averaged over, and seconds before the next try after a lost connection.
 _RECENT_SECONDS, _RETRY_SECONDS = 10, 1.0
 _COLOURS = {"bold": "1", "dim": "2", "red": "31", "green": "32", "yellow": "33", "blue": "34"}
 
@@ -30,31 +30,31 @@ Paint = Callable[[str, str], str]
 
 
 class View:
-    """What `/events` has told so far."""
+    """The data received from `/events` so far."""
 
     def __init__(self, start: dict[str, Any]) -> None:
         self.status: dict[str, Any] = start["status"]
         self._fields = {field: at for at, field in enumerate(start["fields"])}
-        self._points = {name: deque(told["recent"], maxlen=300) for name, told in start["history"].items()}
+        self._points = {name: deque(series["recent"], maxlen=300) for name, series in start["history"].items()}
 
-    def tick(self, told: dict[str, Any]) -> None:
-        """Take one second's news."""
-        self.status = told["status"]
-        for name, point in told["points"].items():
+    def tick(self, event: dict[str, Any]) -> None:
+        """Add the data of a `tick` event."""
+        self.status = event["status"]
+        for name, point in event["points"].items():
             self._points[name].append(point)
 
     def series(self, backend: str, field: str, *, rate: bool = False) -> list[float]:
-        """One field second by second; `rate`: a second."""
+        """Return the values of one field, one per point; with `rate`, per second."""
         at, span = self._fields[field], self._fields["span"]
         return [(point[at] or 0.0) / (point[span] or 1.0 if rate else 1.0) for point in self._points[backend]]
 
     def recent(self, backend: str, field: str, *, rate: bool = False) -> float:
-        """Its mean over the last seconds."""
+        """Return the mean of a field over the last `_RECENT_SECONDS`."""
         last = self.series(backend, field, rate=rate)[-_RECENT_SECONDS:]
         return sum(last) / len(last) if last else 0.0
 
     def causes(self, backend: str) -> dict[str, float]:
-        """Requests that waited in the last minute, on average, by what held them."""
+        """Return the mean number of waiting requests in the last minute, by the cause of the wait."""
         means = {}
         for field in self._fields:
             if field.startswith("waiting."):
@@ -64,12 +64,12 @@ class View:
 
 
 def top(host: str, port: int) -> int:
-    """Show a sidecar until the viewer leaves; on no terminal print it once. Gives the exit status."""
+    """Show a sidecar until the user quits. If stdout is no terminal, print the view once. Return the exit status."""
     where = f"{host}:{port}"
     if not sys.stdout.isatty():
         try:
-            with contextlib.closing(events(host, port)) as told:
-                print("\n".join(picture(View(next(told)), width=100)))
+            with contextlib.closing(events(host, port)) as received:
+                print("\n".join(render(View(next(received)), width=100)))
         except (OSError, http.client.HTTPException, StopIteration) as error:
             print(f"vlm-sidecar: no sidecar answers on {where}: {_reason(error)}", file=sys.stderr)
             return 1
@@ -86,16 +86,16 @@ def top(host: str, port: int) -> int:
 
 def _show(host: str, port: int) -> None:
     paint = painter()
-    with contextlib.closing(events(host, port)) as told:
-        view = View(next(told))
+    with contextlib.closing(events(host, port)) as received:
+        view = View(next(received))
         while True:
             size = shutil.get_terminal_size()
-            _draw(picture(view, width=size.columns, paint=paint)[: size.lines - 1])
-            view.tick(next(told))
+            _draw(render(view, width=size.columns, paint=paint)[: size.lines - 1])
+            view.tick(next(received))
 
 
 def events(host: str, port: int) -> Generator[dict[str, Any]]:
-    """The data of `/events`, one after the other. Raises `OSError` or `HTTPException` when there is no sidecar."""
+    """Yield the data of each event of `/events`. Raises `OSError` or `HTTPException` if no sidecar answers."""
     connection = http.client.HTTPConnection(host, port, timeout=5)
     try:
         connection.request("GET", "/events")
@@ -109,11 +109,11 @@ def events(host: str, port: int) -> Generator[dict[str, Any]]:
         connection.close()
 
 
-# -- the picture -------------------------------------------------------------------------------------------------------
+# -- rendering ---------------------------------------------------------------------------------------------------------
 
 
 def painter() -> Paint:
-    """How a terminal is coloured: not at all where `NO_COLOR` is set to anything (no-color.org)."""
+    """Return the function that colours text: without colours if `NO_COLOR` is set to any value (no-color.org)."""
     return _plain if os.environ.get("NO_COLOR") else _coloured
 
 
@@ -126,8 +126,8 @@ def _coloured(text: str, colour: str) -> str:
     return f"\x1b[{_COLOURS[colour]}m{text}\x1b[0m"
 
 
-def picture(view: View, *, width: int, paint: Paint = _plain) -> list[str]:
-    """The whole view as lines of at most `width` characters."""
+def render(view: View, *, width: int, paint: Paint = _plain) -> list[str]:
+    """Return the whole view as lines of at most `width` characters."""
     status = view.status
     state = "ready" if status["ready"] else status["reason"]
     head = f"vlm-sidecar {status['version']}  up {duration(status['uptime_seconds'])}  "
@@ -137,7 +137,9 @@ def picture(view: View, *, width: int, paint: Paint = _plain) -> list[str]:
     for backend in status["backends"]:
         lines += ["", *_backend(view, backend, width, paint)]
     if status["throttles"]:
-        seen = [f"{duration(one['seconds_ago'])} ago {one['count']} x {one['kind']}" for one in status["throttles"]]
+        seen = [
+            f"{duration(entry['seconds_ago'])} ago {entry['count']} x {entry['kind']}" for entry in status["throttles"]
+        ]
         lines += ["", _cut("  refusals   " + " · ".join(seen), width)]
     return lines
 
@@ -150,12 +152,12 @@ def _backend(view: View, backend: dict[str, Any], width: int, paint: Paint) -> I
     for model in models[:3]:
         colour = "red" if model["hold"] else "yellow" if model["bound_by"] else "green"
         yield paint(_cut(f"{name} {model['model']}", width), "bold")
-        for line in textwrap.wrap(visible(model["in_words"]), width - 2)[:4]:  # what an operator came to read
+        for line in textwrap.wrap(visible(model["in_words"]), width - 2)[:4]:  # the most important line for an operator
             yield paint(f"  {line}", colour)
     yield ""
     by_priority = backend["queue"]["by_priority"]
     learned = [model["requests"]["learned"] for model in models]
-    limit = "unknown" if not any(learned) else f"{sum(one or 0.0 for one in learned):.3g}/s"
+    limit = "unknown" if not any(learned) else f"{sum(value or 0.0 for value in learned):.3g}/s"
     waits = " · ".join(f"{count} {priority}" for priority, count in by_priority.items() if count)
     cells = (
         ("sent", "sent", True, f"learned limit {limit}", "green"),
@@ -163,7 +165,7 @@ def _backend(view: View, backend: dict[str, Any], width: int, paint: Paint) -> I
         ("tokens", "input_tokens", True, "input a second", "blue"),
         ("in flight", "in_flight", False, "", "green"),
     )
-    room = _room(width)
+    room = _bar_width(width)
     for label, field, rate, note, colour in cells:
         value = view.recent(name, field, rate=rate)
         spark = sparkline(view.series(name, field, rate=rate), room)
@@ -185,18 +187,18 @@ def _backend(view: View, backend: dict[str, Any], width: int, paint: Paint) -> I
 
 
 def _row(width: int, label: str, value: str, bar: str, note: str) -> str:
-    left = width - 26 - _room(width)
+    left = width - 26 - _bar_width(width)
     return f"  {label:12} {value:>7}  {bar}  {note if len(note) <= left else ''}".rstrip()
 
 
-def _room(width: int) -> int:
-    """What bars may take of a line: the notes beside them are worth more."""
+def _bar_width(width: int) -> int:
+    """Return the width of a bar in a line of this width. The notes beside the bars have priority."""
     return max(min(width - 54, 60), 10)
 
 
 def _shares(view: View, name: str, width: int, paint: Paint) -> Iterator[str]:
-    """Where a request's time goes, and what held the queue."""
-    room = _room(width)
+    """Yield lines about how the time of a request is divided, and about the causes of waiting."""
+    room = _bar_width(width)
     ended = view.recent(name, "answered")
     parts = {
         part: view.recent(name, f"{part}_seconds") / ended if ended else 0.0 for part in ("queue", "lock", "upstream")
@@ -216,14 +218,14 @@ def _shares(view: View, name: str, width: int, paint: Paint) -> Iterator[str]:
 
 
 def sparkline(values: list[float], width: int) -> str:
-    """The last `width` values as blocks, the highest of them at full height."""
+    """Return the last `width` values as block characters. The highest of them has full height."""
     last = values[-width:]
     highest = max(last, default=0.0) or 1.0
     return "".join(_SPARKS[min(int(value / highest * 7.999), 7)] if value > 0 else " " for value in last).rjust(width)
 
 
 def bar(share: float, width: int) -> str:
-    """A bar of `share` of the width."""
+    """Return a bar that fills `share` (0 to 1) of the width."""
     filled = round(min(max(share, 0.0), 1.0) * width)
     return ("█" * filled).ljust(width, "·")
 
@@ -243,8 +245,11 @@ def _draw(lines: list[str]) -> None:
 
 @contextlib.contextmanager
 def _screen() -> Iterator[None]:
-    """Use the terminal's other screen, and leave it as it was. `q` raises `KeyboardInterrupt`, as Ctrl-C does."""
-    import termios  # noqa: PLC0415  not on every system, and only a terminal needs it
+    """Use the terminal's alternate screen and restore the terminal at the end.
+
+    `q` raises `KeyboardInterrupt`, like Ctrl-C.
+    """
+    import termios  # noqa: PLC0415  not available on every system, and only needed for a terminal
     import tty  # noqa: PLC0415
 
     keyboard = sys.stdin.isatty()
@@ -263,7 +268,7 @@ def _screen() -> Iterator[None]:
 
 
 def _leave_on_q() -> None:
-    """Make `q` what Ctrl-C is: it reaches the main thread at once, whatever that waits for."""
+    """Send SIGINT when `q` is pressed, like Ctrl-C. The signal interrupts the main thread even while it waits."""
     while keys := os.read(sys.stdin.fileno(), 64):
         if b"q" in keys.lower():
             os.kill(os.getpid(), signal.SIGINT)

@@ -1,1 +1,1 @@
-"""From a ticket to its answer: the permit, the attempts, and what a failed attempt means."""
+"""Carries a ticket to its answer: gets the permit, makes the attempts and decides what follows a failed attempt."""

@@ -1,4 +1,7 @@
-"""Deadlines of what is under way, kept by one timer: to make one for each costs a twentieth of a proxied frame."""
+"""Deadlines of all running requests, with one timer.
+
+A timer for each request would cost a twentieth of the processor time of a proxied frame.
+"""
 
 from __future__ import annotations
 
@@ -9,77 +12,88 @@ from types import TracebackType
 
 
 class Deadlines:
-    """Cancels what is late. To be made and used in one event loop."""
+    """Cancel blocks that pass their deadline. Create and use it in one event loop."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
-        self._kept: set[Deadline] = set()
+        self._active: set[Deadline] = set()
         self._timer: asyncio.TimerHandle | None = None
-        self._looks_at = inf
+        self._timer_at = inf
+
+    def __repr__(self) -> str:
+        return f"<Deadlines active={len(self._active)} timer_at={self._timer_at:.3f}>"
 
     def until(self, when: float, unless: Callable[[], bool] | None = None) -> Deadline:
-        """End the block at that time of the loop's, with a `TimeoutError`: as `asyncio.timeout_at` does it.
+        """Return a context manager that ends its block with a `TimeoutError` at `when` (the loop's clock, in seconds).
 
-        If `unless` says so at that time, the block goes on without a deadline.
+        It behaves like `asyncio.timeout_at`. If `unless` returns True at that time, the block runs on without a
+        deadline.
         """
         return Deadline(self, when, unless)
 
-    def keep(self, deadline: Deadline) -> None:
-        """Look after one more."""
-        self._kept.add(deadline)
-        if deadline.when < self._looks_at:
-            self._look_at(deadline.when)
+    def add(self, deadline: Deadline) -> None:
+        """Watch one more deadline."""
+        self._active.add(deadline)
+        if deadline.when < self._timer_at:
+            self._set_timer(deadline.when)
 
-    def forget(self, deadline: Deadline) -> None:
-        """Its block is over. The timer stays: that of the next one is most often later."""
-        self._kept.discard(deadline)
+    def remove(self, deadline: Deadline) -> None:
+        """Stop watching a deadline whose block has ended.
 
-    def _look_at(self, when: float) -> None:
+        The timer is not changed: the next deadline is usually later, so the timer would have to be set again.
+        """
+        self._active.discard(deadline)
+
+    def _set_timer(self, when: float) -> None:
         if self._timer is not None:
             self._timer.cancel()
-        self._looks_at = when
-        self._timer = self.loop.call_at(when, self._look)
+        self._timer_at = when
+        self._timer = self.loop.call_at(when, self._on_timer)
 
-    def _look(self) -> None:
-        # uvloop counts in milliseconds, and may be a part of one early.
-        now, self._looks_at = max(self.loop.time(), self._looks_at), inf
-        for deadline in [deadline for deadline in self._kept if deadline.when <= now]:
-            self._kept.remove(deadline)
-            deadline.passes()
-        if self._kept:
-            self._look_at(min(deadline.when for deadline in self._kept))
+    def _on_timer(self) -> None:
+        # uvloop's clock has a resolution of one millisecond, so the timer may run a fraction of a millisecond early.
+        now, self._timer_at = max(self.loop.time(), self._timer_at), inf
+        for deadline in [deadline for deadline in self._active if deadline.when <= now]:
+            self._active.remove(deadline)
+            deadline.expire()
+        if self._active:
+            self._set_timer(min(deadline.when for deadline in self._active))
 
 
 class Deadline:
-    """One of them, for as long as its block lasts."""
+    """One deadline; it is active from the start to the end of its `with` block."""
 
-    __slots__ = ("_cancelling", "_deadlines", "_passed", "_task", "_unless", "when")
+    __slots__ = ("_cancelling", "_deadlines", "_expired", "_task", "_unless", "when")
 
     def __init__(self, deadlines: Deadlines, when: float, unless: Callable[[], bool] | None) -> None:
         self.when = when
         self._unless = unless
         self._deadlines = deadlines
-        self._passed = False
+        self._expired = False
+
+    def __repr__(self) -> str:
+        return f"<Deadline {id(self):#x} when={self.when:.3f} expired={self._expired}>"
 
     def __enter__(self) -> None:
-        task = asyncio.current_task(self._deadlines.loop)  # without it, a system call finds the loop
+        # Without the argument, asyncio finds the loop by a system call.
+        task = asyncio.current_task(self._deadlines.loop)
         if task is None:
             raise RuntimeError("a deadline ends a task, and there is none")
         self._task = task
         self._cancelling = task.cancelling()
-        self._deadlines.keep(self)
+        self._deadlines.add(self)
 
-    def passes(self) -> None:
-        """It is late: cancel it."""
+    def expire(self) -> None:
+        """Cancel the task, because the deadline has passed."""
         if self._unless is not None and self._unless():
             return
-        self._passed = True
+        self._expired = True
         self._task.cancel()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._deadlines.forget(self)
-        # Whoever else has cancelled the task meanwhile must see it end as cancelled.
-        if self._passed and self._task.uncancel() <= self._cancelling and kind is asyncio.CancelledError:
+        self._deadlines.remove(self)
+        # If other code has cancelled the task too, the task must end as cancelled and not with a TimeoutError.
+        if self._expired and self._task.uncancel() <= self._cancelling and kind is asyncio.CancelledError:
             raise TimeoutError from error

@@ -66,6 +66,9 @@ class Dispatcher:
         self._policies = {name: RetryPolicy(self.now()) for name in self.backends}
         self._random = random.Random()  # noqa: S311  jitter, not a secret
 
+    def __repr__(self) -> str:
+        return f"<Dispatcher {','.join(self.backends)} draining={self.draining}>"
+
     @property
     def draining(self) -> bool:
         """Nothing new is taken."""
@@ -164,7 +167,7 @@ class Dispatcher:
         name = upstream.name
         trace = ticket.stopwatch if isinstance(ticket.stopwatch, TracingStopwatch) else None
         if trace is not None:
-            request = trace.attempt(request, name)
+            request = trace.start_attempt(request, name)
         timings = Timings()
         result = "cancelled"
         try:
@@ -172,7 +175,7 @@ class Dispatcher:
                 try:
                     reply = await self._send(permit, request, timings)
                 finally:
-                    self._note(ticket, timings, self.now())
+                    self._record_timings(ticket, timings, self.now())
                 if reply.chunks is not None:
                     if on_stream is None:
                         raise TypeError("a streaming reply needs on_stream")
@@ -207,7 +210,7 @@ class Dispatcher:
         finally:
             self._metrics.attempt(name, result)
             if trace is not None:
-                trace.attempted(result)
+                trace.end_attempt(result)
         return reply
 
     async def _send(self, permit: Permit, request: Request, timings: Timings) -> Reply:
@@ -261,7 +264,7 @@ class Dispatcher:
         self._metrics.invalid(api, self.first)
 
     @staticmethod
-    def _note(ticket: Ticket, timings: Timings, now: float) -> None:
+    def _record_timings(ticket: Ticket, timings: Timings, now: float) -> None:
         """Put the backend's own marks on the ticket's watch."""
         started = timings.work_started
         if started is not None:

@@ -1,1 +1,1 @@
-"""What is reported: metrics, gauges, time series, traces, log lines."""
+"""Reports what the sidecar does: metrics, gauges, time series, traces and log lines."""

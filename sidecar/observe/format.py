@@ -1,10 +1,10 @@
-"""Numbers and names as people read them, the same in every view."""
+"""Formats numbers and names for people, in the same way in every view."""
 
 from __future__ import annotations
 
 
 def number(value: float) -> str:
-    """Three digits that matter: 0.25, 16.2k, 1.3M."""
+    """Return a number with three significant digits: 0.25, 16.2k, 1.3M."""
     for size, unit in ((1e6, "M"), (1e3, "k")):
         if value >= 0.9995 * size:
             return f"{value / size:.3g}{unit}"
@@ -12,7 +12,7 @@ def number(value: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """A length of time in its largest unit that still says something: 119 s, 2 min, 3 h."""
+    """Return a duration in the largest unit of which it has at least two: 119 s, 2 min, 3 h."""
     for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
         if seconds >= 2 * size:
             return f"{seconds / size:.0f} {unit}"
@@ -20,7 +20,10 @@ def duration(seconds: float) -> str:
 
 
 def visible(text: str) -> str:
-    """Text of a caller or a provider on one line, without what moves a terminal's cursor: a line break is `\\n`."""
+    """Return text of a caller or provider on one line, with control characters escaped: a line break becomes `\\n`.
+
+    So the text cannot move the cursor of a terminal.
+    """
     if text.isprintable():
         return text
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)

@@ -20,6 +20,9 @@ class AdmissionGauges(Collector):
     def __init__(self, admissions: Sequence[Admission]) -> None:
         self._admissions = admissions
 
+    def __repr__(self) -> str:
+        return f"<AdmissionGauges {','.join(name for one in self._admissions for name in one.names)}>"
+
     def collect(self) -> Iterator[GaugeMetricFamily]:
         """Return the present values."""
 

@@ -1,4 +1,4 @@
-"""Log lines: JSON for collectors, or one human line each on a terminal. Always to stderr, stdout is for commands."""
+"""Log lines for stderr: JSON for log collectors, plain text for a terminal. Only commands write to stdout."""
 
 from __future__ import annotations
 
@@ -12,44 +12,44 @@ import orjson
 
 from sidecar.observe.format import visible
 
-#: What a record has by itself; anything else was given with `extra` and is told.
-_OWN = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
+#: Attributes that every log record has. All other attributes were passed with `extra` and are part of the line.
+_STANDARD_ATTRIBUTES = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object a line."""
+    """Formats each record as one line with a JSON object."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Give the line."""
+        """Return the line for a record."""
         line = {
             "time": f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(record.created))}.{int(record.msecs):03d}Z",
             "level": record.levelname.lower(),
             "logger": record.name,
             "message": record.getMessage(),
-            **{name: value for name, value in vars(record).items() if name not in _OWN},
+            **{name: value for name, value in vars(record).items() if name not in _STANDARD_ATTRIBUTES},
         }
         if record.exc_info:
             line["trace"] = self.formatException(record.exc_info)
         try:
             return orjson.dumps(line, default=str).decode()
-        except TypeError:  # half a character, as a header's bytes that are no UTF-8 become
+        except TypeError:  # a lone surrogate: bytes of a header that are not UTF-8
             return json.dumps(line, default=str)
 
 
 class HumanFormatter(logging.Formatter):
-    """Time, level when it matters, and the message, with control characters made visible: a line is an event."""
+    """Formats a record as time, level (unless INFO) and message. Control characters are escaped: one line per event."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Give the line."""
+        """Return the line for a record."""
         level = "" if record.levelno == logging.INFO else f"{record.levelname.lower()}: "
-        extra = (f" {name}={value}" for name, value in vars(record).items() if name not in _OWN)
+        extra = (f" {name}={value}" for name, value in vars(record).items() if name not in _STANDARD_ATTRIBUTES)
         text = record.getMessage() + "".join(extra)
         line = f"{time.strftime('%H:%M:%S', time.localtime(record.created))} {level}{visible(text)}"
         return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
 
 
 def set_up(kind: Literal["json", "human"] | None, level: str) -> None:
-    """Send this process's log to stderr. `kind` None: human on a terminal, else JSON."""
+    """Send this process's log to stderr. If `kind` is None: human-readable on a terminal, otherwise JSON."""
     handler = logging.StreamHandler(sys.stderr)
     human = kind == "human" or (kind is None and sys.stderr.isatty())
     handler.setFormatter(HumanFormatter() if human else JsonFormatter())

@@ -1,7 +1,7 @@
-"""The metrics of the contract, written once a ticket is finished, from what its stopwatch says.
+"""The metrics of the contract. Times are written once, when a ticket has ended, from the ticket's stopwatch.
 
-Nothing here is asked for anything while a request is under way: metrics cannot slow or break the path. Everything
-belongs to a `Metrics` object, so two sidecars can live in one process.
+The request path reads nothing from this module, so metrics cannot delay or break a request. All state is in a `Metrics`
+object, so one process can run two sidecars.
 """
 
 from __future__ import annotations
@@ -24,15 +24,17 @@ Outcome = Literal[
     "ok", "invalid", "rejected_upstream", "moderated", "shed", "superseded", "deadline", "cancelled", "error"
 ]
 
-#: Seconds, from 1 ms to 120 s, about a factor of 2 apart.
+#: Upper bounds of the histogram buckets, in seconds: 1 ms to 120 s in steps of about a factor of 2.
 BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 1.5, 2.5, 5, 10, 15, 30, 45, 60, 90, 120)
-#: Model names that get a label of their own; later ones are `other`, so that a caller cannot grow the series.
+#: Maximum number of model names with their own label value. Later names get the value `other`, so that callers cannot
+#: create any number of time series.
 MAX_MODELS = 20
 
-#: The priorities as labels.
+#: The label value of each priority.
 _PRIORITIES = {priority: priority.name.lower() for priority in Priority}
 
-#: What `totals` reads: metric, what it is called there, and the label that tells its values apart.
+#: The metrics that `totals` reads: name of the metric, prefix of the key in `totals`, label whose value is the rest of
+#: the key (None: the prefix is the whole key).
 _TOTALS = (
     ("sidecar_requests", "requests", "outcome"),
     ("sidecar_upstream_attempts", "attempts", "result"),
@@ -46,15 +48,16 @@ _TOTALS = (
 
 
 class Metrics:
-    """Every metric that requests write. Gauges of what is (queues, limits) are read by `admin` when scraped."""
+    """Every metric that requests write. `AdmissionGauges` has the gauges of the present state (queues, limits)."""
 
     def __init__(
         self, registry: CollectorRegistry, on_trace: Callable[[Ticket, TracingStopwatch, str, str], None] | None = None
     ) -> None:
-        """`on_trace` is told, with API and outcome, of each traced ticket that has ended."""
+        """`on_trace` is called with each traced ticket that has ended, its stopwatch, API and outcome."""
         self.registry = registry
         self._on_trace = on_trace
-        disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series beside every counter and histogram that nobody queries
+        # Otherwise each counter and histogram has a second series with its time of creation, which nobody queries.
+        disable_created_metrics()  # type: ignore[no-untyped-call]
 
         self._metrics: dict[str, series.Counter | series.Histogram] = {}
 
@@ -99,9 +102,9 @@ class Metrics:
         self._tokens = counter(
             "sidecar_tokens", "LLM tokens as the provider counted them.", ("backend", "model", "kind")
         )
-        self._models: set[str] = set()
-        self._codes: set[str] = set()
-        self._keyless: set[str] = set()  # backends whose provider refuses the key
+        self._labelled_models: set[str] = set()
+        self._logged_codes: set[str] = set()
+        self._key_refused_by: set[str] = set()  # backends whose provider has refused the key
         self.batch_size = Histogram(
             "sidecar_batch_size",
             "Requests in one batch of the local backend.",
@@ -119,43 +122,49 @@ class Metrics:
             "sidecar_build_info", "1, with what is running in the labels.", ("version", "python"), registry=registry
         )
 
+    def __repr__(self) -> str:
+        return f"<Metrics requests={sum(self._requests.values()):.0f} attempts={sum(self._attempts.values()):.0f}>"
+
     def attempt(self, backend: str, result: str) -> None:
-        """One call to the backend ended."""
+        """Count a call to the backend that has ended with this result."""
         self._attempts[backend, result] += 1
         if result == "ok":
-            self._keyless.discard(backend)
+            self._key_refused_by.discard(backend)
 
     def key_refused(self, backend: str, message: str) -> None:
-        """The provider refused our key. Logged once until it takes it: callers see a 401 and cannot know whose."""
-        if backend not in self._keyless:
-            self._keyless.add(backend)
+        """Log that the provider refused the sidecar's key, once until the provider accepts it.
+
+        The log line is needed because a caller that gets the 401 cannot see which key was refused.
+        """
+        if backend not in self._key_refused_by:
+            self._key_refused_by.add(backend)
             log.warning("%s: %s. Is SIDECAR_DASHSCOPE_API_KEY a key of this provider and region?", backend, message)
 
     def throttled(self, backend: str, kind: str, code: str) -> None:
-        """The provider refused a call because of a limit. An unknown code is logged once."""
+        """Count a call that the provider refused because of a limit. Log an unknown code once."""
         self._throttles[backend, kind] += 1
-        if kind == "unknown" and code not in self._codes and len(self._codes) < MAX_MODELS:
-            self._codes.add(code)
+        if kind == "unknown" and code not in self._logged_codes and len(self._logged_codes) < MAX_MODELS:
+            self._logged_codes.add(code)
             log.warning("the provider refused with a code this version does not know: %.80r", code)
 
     def retry(self, backend: str, why: Exception) -> None:
-        """A ticket goes back to the queue after an attempt that brought nothing."""
+        """Count a ticket that returns to the queue after an attempt without an answer."""
         self._retries[backend, why.kind if isinstance(why, Throttled) else type(why).__name__] += 1
 
     def tokens(self, backend: str, model: str, usage: Usage | None) -> None:
-        """The provider said what a call cost."""
+        """Count the LLM tokens of a call, if the provider reported them."""
         if usage is None:
             return
-        if model not in self._models:
-            if len(self._models) >= MAX_MODELS:
+        if model not in self._labelled_models:
+            if len(self._labelled_models) >= MAX_MODELS:
                 model = "other"
             else:
-                self._models.add(model)
+                self._labelled_models.add(model)
         self._tokens[backend, model, "input"] += usage.input_tokens
         self._tokens[backend, model, "output"] += usage.output_tokens
 
     def finished(self, ticket: Ticket, api: str, backend: str, outcome: Outcome) -> None:
-        """A ticket has ended, whichever way, and its watch is stopped."""
+        """Write the metrics of a ticket that has ended with any outcome. Its stopwatch must be stopped."""
         seconds = ticket.stopwatch.seconds
         self._requests[api, backend, outcome] += 1
         trace_id = ticket.trace_id
@@ -174,14 +183,14 @@ class Metrics:
             self._on_trace(ticket, ticket.stopwatch, api, outcome)
 
     def invalid(self, api: str, backend: str) -> None:
-        """A request that never became a ticket: its own fault."""
+        """Count an invalid request, which never became a ticket."""
         self._requests[api, backend, "invalid"] += 1
 
     def totals(self) -> dict[str, dict[str, float]]:
-        """What the metrics have counted since the start, by backend: `requests.ok`, `waited.token_rate`, …
+        """Return the sums since the start, by backend and key: `requests.ok`, `waited.token_rate`, …
 
-        Sums over the labels that are not in the name; seconds for `waited` and `seconds`. Read from the metrics
-        themselves, so that no view can tell another story than they do.
+        Each value is the sum over all labels that are not in the key. Values of `waited.…` and `seconds.…` are seconds.
+        The sums are read from the metrics, so every view shows the same numbers as the metrics.
         """
         totals: dict[str, dict[str, float]] = {}
         for metric, name, label in _TOTALS:

@@ -1,7 +1,8 @@
-"""Spans for OpenTelemetry: receive, queue, lock and upstream of each request whose caller keeps its trace.
+"""OpenTelemetry spans (receive, queue, lock, upstream) of each request whose caller set the sampled flag.
 
-Imported only where an OTLP endpoint is named (`app.py`): needs `vlm-sidecar[otel]`. The SDK's own thread sends them,
-and reads the usual OTEL_* variables: endpoint, headers, timeout, service name, size and delay of a batch.
+`assembly.py` imports this module only if an OTLP endpoint is set, because it needs `vlm-sidecar[otel]`. A thread of the
+SDK sends the spans. The SDK reads the usual OTEL_* variables: endpoint, headers, timeout, service name, batch size and
+batch delay.
 """
 
 from __future__ import annotations
@@ -32,28 +33,31 @@ from sidecar import __version__
 from sidecar.admission import Ticket
 from sidecar.observe.trace import TracingStopwatch
 
-#: Seconds that the last spans may take to leave when the process ends: a collector that hangs must not hold the drain.
+#: Seconds to send the last spans when the process ends. A collector that hangs must not delay the end of the drain.
 _LAST_SPANS_SECONDS = 2.0
-#: Characters of an attribute: a model's name is the caller's text.
+#: Maximum length of a span attribute, in characters. Needed because the caller chooses the name of the model.
 _MAX_ATTRIBUTE = 256
 _FAILED = ("shed", "deadline", "error")
 
 
 class _Ids(RandomIdGenerator):
-    """Ids of spans: the one that the upstream has already been told, where there is one."""
+    """Generates span ids. The span of an attempt gets the id that was already sent to the upstream in `traceparent`."""
 
-    told: int | None = None
+    next_span_id: int | None = None
 
     def generate_span_id(self) -> int:
-        told, self.told = self.told, None
-        return told or super().generate_span_id()
+        span_id, self.next_span_id = self.next_span_id, None
+        return span_id or super().generate_span_id()
 
 
 class Spans:
-    """Makes and sends the spans of requests that have ended."""
+    """Creates and sends the spans of requests that have ended."""
 
     def __init__(self) -> None:
-        """Start the thread that sends. Where to is in OTEL_EXPORTER_OTLP_ENDPOINT, and never asked before a span is."""
+        """Start the thread that sends spans to OTEL_EXPORTER_OTLP_ENDPOINT.
+
+        It connects only when there is a span to send.
+        """
         self._ids = _Ids()
         ours = Resource({"service.name": "vlm-sidecar", "service.version": __version__})
         self._provider = TracerProvider(
@@ -67,8 +71,8 @@ class Spans:
         self._tracer = self._provider.get_tracer("vlm-sidecar", __version__)
 
     def finished(self, ticket: Ticket, trace: TracingStopwatch, api: str, outcome: str) -> None:
-        """A traced request has ended: hand its spans to the thread that sends them, which never waits."""
-        wall_offset = time.time_ns() - time.monotonic_ns()  # the loop's clock is the monotonic one
+        """Create the spans of a traced request that has ended, and pass them to the sending thread without waiting."""
+        wall_offset = time.time_ns() - time.monotonic_ns()  # the event loop uses the monotonic clock
 
         def wall(seconds: float) -> int:
             return wall_offset + int(seconds * 1e9)
@@ -87,28 +91,28 @@ class Spans:
             },
             start_time=wall(trace.arrived),
         )
-        _judge(request, outcome not in _FAILED, outcome)
-        inside = set_span_in_context(request, Context())
-        self._tracer.start_span("receive", inside, start_time=wall(trace.arrived)).end(wall(trace.started))
+        _set_status(request, outcome not in _FAILED, outcome)
+        in_request = set_span_in_context(request, Context())
+        self._tracer.start_span("receive", in_request, start_time=wall(trace.arrived)).end(wall(trace.started))
         for step in trace.steps:
             is_upstream = step.name == "upstream"
             if is_upstream and step.attempt is not None:
-                self._ids.told = step.attempt.span_id
+                self._ids.next_span_id = step.attempt.span_id
             kind = SpanKind.CLIENT if is_upstream else SpanKind.INTERNAL
-            span = self._tracer.start_span(step.name, inside, kind=kind, start_time=wall(step.start))
+            span = self._tracer.start_span(step.name, in_request, kind=kind, start_time=wall(step.start))
             if step.attempt is not None:
                 span.set_attributes({"sidecar.backend": step.attempt.backend, "sidecar.result": step.attempt.result})
-                _judge(span, step.attempt.result == "ok", step.attempt.result)
+                _set_status(span, step.attempt.result == "ok", step.attempt.result)
             span.end(wall(step.end))
         request.end(wall(trace.ended))
 
     async def close(self) -> None:
-        """Send what is left, for a little while."""
+        """Send the remaining spans, for at most `_LAST_SPANS_SECONDS`."""
         sending = Thread(target=self._provider.shutdown, daemon=True)
         sending.start()
         await asyncio.to_thread(sending.join, _LAST_SPANS_SECONDS)
 
 
-def _judge(span: Span, well: bool, how: str) -> None:
-    if not well:
-        span.set_status(Status(StatusCode.ERROR, how))
+def _set_status(span: Span, ok: bool, description: str) -> None:
+    if not ok:
+        span.set_status(Status(StatusCode.ERROR, description))

@@ -1,7 +1,7 @@
-"""Looks once a second at what the others keep: fills the history, and logs what an operator wants told.
+"""Takes a sample of all backends once a second: fills the time series and logs the changes that matter to an operator.
 
-It keeps no accounts of its own: every figure is the difference of two readings of the metrics' own sums, or the state
-of a lane as it stands. What happens between two looks is told by its sum.
+The sampler counts nothing itself. Every number is the difference between two readings of the metrics' sums, or the
+present status of a pool. So a point includes everything that happened since the point before.
 """
 
 from __future__ import annotations
@@ -20,87 +20,96 @@ from sidecar.observe.time_series import FIELDS, Point, TimeSeries
 
 log = logging.getLogger("sidecar")
 
+#: Seconds between two samples.
 STEP_SECONDS = 1.0
-#: Refusals are told in one line for so many seconds.
+#: One log line reports all refusals of this many seconds.
 SUMMARY_SECONDS = 10
-#: Seconds of refusals remembered for `GET /status`.
+#: Maximum number of entries in `Sampler.throttles`, for `GET /status`.
 MAX_THROTTLES = 20
-#: Changes of limits and circuits remembered for `GET /status`.
+#: Maximum number of entries in `Sampler.changes`, for `GET /status`.
 MAX_CHANGES = 50
-#: A learned limit that has moved by this share is told, though the controller's state is an everyday one.
-_REPORTED_SHARE = 0.1
-_EVERYDAY = frozenset({"steady", "probe"})
-#: Limits whose last log line is remembered: callers name models as they like.
-_MAX_REPORTED = 512
+#: A learned limit is logged again when it has changed by this share, even if the controller is in a routine state.
+_MIN_LOGGED_CHANGE = 0.1
+_ROUTINE_STATES = frozenset({"steady", "probe"})
+#: Maximum number of limits whose last log line is remembered: callers choose the names of models.
+_MAX_LOGGED_LIMITS = 512
 
 
 class Sampler:
-    """The observer of one sidecar."""
+    """Takes the samples of one sidecar. Create it in the event loop that runs it."""
 
     def __init__(self, metrics: Metrics, admissions: Sequence[Admission]) -> None:
         self._metrics = metrics
         self._admissions = admissions
         self._clock = asyncio.get_running_loop().time
-        self._began = self._looked = self._summed = self._clock()
+        self._started_at = self._last_sample_at = self._last_summary_at = self._clock()
         self.totals = metrics.totals()
         self._summary_totals = self.totals
         self._names = [name for admission in admissions for name in admission.names]
-        self.history = {name: TimeSeries() for name in self._names}
+        self.time_series = {name: TimeSeries() for name in self._names}
         self.throttles: deque[dict[str, Any]] = deque(maxlen=MAX_THROTTLES)
-        """Seconds with refusals, newest last: `t` since the start, backend, kind, count."""
-        self._reported: dict[tuple[str, str, str], tuple[str, float]] = {}  # state and limit, as last logged
+        """Refusals by sample, backend and kind, newest last. `t`: seconds since the start; `count`: refusals."""
+        self._logged_limits: dict[tuple[str, str, str], tuple[str, float]] = {}  # state and limit, as last logged
         self.changes: deque[tuple[str, str, Change]] = deque(maxlen=MAX_CHANGES)
-        """Upstream, model and what changed; newest last."""
+        """The upstream, the model and what changed; newest last."""
         for admission in admissions:
             admission.on_change.append(self._on_change)
-        self._looks = asyncio.Event()
+        self._sampled = asyncio.Event()
         self.closed = False
+
+    def __repr__(self) -> str:
+        return f"<Sampler {','.join(self._names)} uptime={self.uptime:.1f} closed={self.closed}>"
 
     @property
     def uptime(self) -> float:
         """Seconds since the start."""
-        return self._clock() - self._began
+        return self._clock() - self._started_at
 
     async def run(self) -> None:
-        """Look every second until cancelled. A defect here is logged, since no request must suffer from it."""
+        """Take a sample every second until cancelled.
+
+        An exception is logged and ignored: requests must not fail from it.
+        """
         while True:
             await asyncio.sleep(STEP_SECONDS)
             try:
-                self.look()
+                self.sample()
             except Exception:
                 log.exception("a defect in the watch: this second is missing from the live views")
 
-    async def next_look(self) -> bool:
-        """Wait for the next look; False once there will be none."""
+    async def next_sample(self) -> bool:
+        """Wait for the next sample. Return False if there will be no more samples."""
         if not self.closed:
-            await self._looks.wait()
+            await self._sampled.wait()
         return not self.closed
 
     def close(self) -> None:
-        """Let go of everyone who waits for a look."""
+        """Make all waiting calls of `next_sample` return False. No samples follow."""
         self.closed = True
-        self._looks.set()
+        self._sampled.set()
 
-    def look(self) -> None:
-        """Read everything once."""
+    def sample(self) -> None:
+        """Take one sample of every backend."""
         now = self._clock()
         before, self.totals = self.totals, self._metrics.totals()
-        span, self._looked = now - self._looked, now
+        span, self._last_sample_at = now - self._last_sample_at, now
         for admission in self._admissions:
             pools = list(admission.status())
             for name in admission.names:
-                grown = _grown(before, self.totals, name)
-                self.history[name].add(self._point(now, span, name, pools, grown))
-                for kind, count in _with_prefix(grown, "throttles."):
+                increases = _increases(before, self.totals, name)
+                self.time_series[name].add(self._point(now, span, name, pools, increases))
+                for kind, count in _with_prefix(increases, "throttles."):
                     self.throttles.append(
-                        {"t": round(now - self._began, 1), "backend": name, "kind": kind, "count": int(count)}
+                        {"t": round(now - self._started_at, 1), "backend": name, "kind": kind, "count": int(count)}
                     )
-        if now - self._summed >= SUMMARY_SECONDS:
-            self._summarise(now)
-        self._looks.set()
-        self._looks = asyncio.Event()
+        if now - self._last_summary_at >= SUMMARY_SECONDS:
+            self._log_summary(now)
+        self._sampled.set()
+        self._sampled = asyncio.Event()
 
-    def _point(self, now: float, span: float, name: str, pools: Sequence[PoolStatus], grown: dict[str, float]) -> Point:
+    def _point(
+        self, now: float, span: float, name: str, pools: Sequence[PoolStatus], increases: dict[str, float]
+    ) -> Point:
         waiting = dict.fromkeys(CAUSES, 0)
         learned: dict[str, list[float]] = {"requests": [], "tokens": []}
         for pool in pools:
@@ -114,17 +123,17 @@ class Sampler:
                     if gate.limit is not None:
                         learned[unit].append(gate.limit)
         values: dict[str, float | None] = {
-            "t": now - self._began,
+            "t": now - self._started_at,
             "span": span,
-            "sent": sum(count for _, count in _with_prefix(grown, "attempts.")),
-            "refused": grown.get("attempts.throttled", 0.0),
-            "answered": grown.get("requests.ok", 0.0),
-            "lost": sum(grown.get(f"requests.{outcome}", 0.0) for outcome in ("shed", "deadline", "error")),
-            "input_tokens": grown.get("tokens.input", 0.0),
-            "output_tokens": grown.get("tokens.output", 0.0),
-            "queue_seconds": grown.get("seconds.queue", 0.0),
-            "lock_seconds": grown.get("seconds.lock", 0.0),
-            "upstream_seconds": grown.get("seconds.upstream", 0.0),
+            "sent": sum(count for _, count in _with_prefix(increases, "attempts.")),
+            "refused": increases.get("attempts.throttled", 0.0),
+            "answered": increases.get("requests.ok", 0.0),
+            "lost": sum(increases.get(f"requests.{outcome}", 0.0) for outcome in ("shed", "deadline", "error")),
+            "input_tokens": increases.get("tokens.input", 0.0),
+            "output_tokens": increases.get("tokens.output", 0.0),
+            "queue_seconds": increases.get("seconds.queue", 0.0),
+            "lock_seconds": increases.get("seconds.lock", 0.0),
+            "upstream_seconds": increases.get("seconds.upstream", 0.0),
             "limit": sum(learned["requests"]) if learned["requests"] else None,
             "token_limit": sum(learned["tokens"]) if learned["tokens"] else None,
             "in_flight": sum(one.concurrency.in_flight or 0 for one in upstreams),
@@ -135,7 +144,7 @@ class Sampler:
     # -- the log -------------------------------------------------------------------------------------------------------
 
     def _on_change(self, backend: str, model: str, change: Change) -> None:
-        """Log a change and keep it for the views, when it happens: none is lost between two samples."""
+        """Log a change and keep it for the views. It is pushed when it happens, so none is lost between two samples."""
         self.changes.append((backend, model, change))
         if change.dimension != "hold":
             self._log_limit(backend, model, change)
@@ -147,39 +156,41 @@ class Sampler:
             log.info("%s: %s takes work again", backend, model)
 
     def _log_limit(self, backend: str, model: str, change: Change) -> None:
-        """Log that a limit was learned, has moved by enough, or is learned in another way, and why."""
+        """Log a limit with the reason, if it is new, has changed enough, or has another learning state."""
         place = (backend, model, change.dimension)
-        state, limit = self._reported.get(place, ("start", inf))
-        moved = change.new != limit and not abs(change.new - limit) < _REPORTED_SHARE * limit
-        everyday = change.state == state or {change.state, state} <= _EVERYDAY
-        if moved or not everyday:
-            if len(self._reported) >= _MAX_REPORTED:
-                self._reported.clear()
-            self._reported[place] = (change.state, change.new)
+        old_state, old_limit = self._logged_limits.get(place, ("start", inf))
+        moved = change.new != old_limit and not abs(change.new - old_limit) < _MIN_LOGGED_CHANGE * old_limit
+        routine = change.state == old_state or {change.state, old_state} <= _ROUTINE_STATES
+        if moved or not routine:
+            if len(self._logged_limits) >= _MAX_LOGGED_LIMITS:
+                self._logged_limits.clear()
+            self._logged_limits[place] = (change.state, change.new)
             unit = "tokens" if change.dimension == "token_rate" else "requests"
-            text = "unknown" if change.new == inf else f"{change.new:.3g} {unit}/s"
-            log.info("%s: the limit of %s is %s (%s): %s", backend, model, text, change.state, change.reason)
+            limit = "unknown" if change.new == inf else f"{change.new:.3g} {unit}/s"
+            log.info("%s: the limit of %s is %s (%s): %s", backend, model, limit, change.state, change.reason)
 
-    def _summarise(self, now: float) -> None:
-        """One line for all refusals since the last one."""
+    def _log_summary(self, now: float) -> None:
+        """Log one line per backend for all refusals since the last such line."""
         for name in self._names:
-            grown = _grown(self._summary_totals, self.totals, name)
-            kinds = [f"{kind} {count:.0f}" for kind, count in _with_prefix(grown, "throttles.")]
+            increases = _increases(self._summary_totals, self.totals, name)
+            kinds = [f"{kind} {count:.0f}" for kind, count in _with_prefix(increases, "throttles.")]
             if kinds:
-                sent = sum(count for _, count in _with_prefix(grown, "attempts."))
+                sent = sum(count for _, count in _with_prefix(increases, "attempts."))
                 log.warning(
                     "%s refused %.0f of %.0f attempts in %.0f s (%s)",
-                    name, grown.get("attempts.throttled", 0.0), sent, now - self._summed, ", ".join(kinds),
+                    name, increases.get("attempts.throttled", 0.0), sent, now - self._last_summary_at, ", ".join(kinds),
                 )  # fmt: skip
-        self._summed, self._summary_totals = now, self.totals
+        self._last_summary_at, self._summary_totals = now, self.totals
 
 
-def _grown(
+def _increases(
     before: Mapping[str, Mapping[str, float]], after: Mapping[str, Mapping[str, float]], backend: str
 ) -> dict[str, float]:
     old = before.get(backend, {})
     return {name: value - old.get(name, 0.0) for name, value in after.get(backend, {}).items()}
 
 
-def _with_prefix(grown: Mapping[str, float], prefix: str) -> Iterator[tuple[str, float]]:
-    return ((name.removeprefix(prefix), value) for name, value in grown.items() if name.startswith(prefix) and value)
+def _with_prefix(increases: Mapping[str, float], prefix: str) -> Iterator[tuple[str, float]]:
+    return (
+        (name.removeprefix(prefix), value) for name, value in increases.items() if name.startswith(prefix) and value
+    )

@@ -1,7 +1,7 @@
 """Counters and histograms that requests write and Prometheus reads.
 
-prometheus-client's own take locks and walk through the buckets for each observation. Here a write is an addition, in
-the event loop alone; names and text are prometheus-client's all the same.
+The classes of prometheus-client take a lock and search all buckets for each observation. The classes here only add a
+number, and only in the event loop, so they need no lock. prometheus-client still writes the names and the text.
 """
 
 from __future__ import annotations
@@ -22,14 +22,17 @@ Labels = tuple[str, ...]
 
 
 class Counter(Collector):
-    """What was counted, by label values. Write it with `counter.by[labels] += amount`."""
+    """A counter with labels. Write it with `counter.by[label_values] += amount`."""
 
     def __init__(self, name: str, text: str, labels: Sequence[str]) -> None:
         self.by: defaultdict[Labels, float] = defaultdict(float)
         self._described = name, text, labels
 
+    def __repr__(self) -> str:
+        return f"<Counter {self._described[0]} series={len(self.by)}>"
+
     def collect(self) -> Iterator[Metric]:
-        """Give the samples of now."""
+        """Return the current samples."""
         name, text, labels = self._described
         family = CounterMetricFamily(name, text, labels=labels)
         for values, count in self.by.items():
@@ -49,15 +52,18 @@ class _Bins:
 
 
 class Histogram(Collector):
-    """What was observed, by label values, in bins up to each of `bounds` and one above them."""
+    """A histogram with labels: one bin up to each of `bounds` (inclusive) and one bin above the last bound."""
 
     def __init__(self, name: str, text: str, labels: Sequence[str], bounds: Sequence[float]) -> None:
         self._described = name, text, labels
         self._bounds = bounds
         self._by: dict[Labels, _Bins] = {}
 
+    def __repr__(self) -> str:
+        return f"<Histogram {self._described[0]} series={len(self._by)}>"
+
     def observe(self, labels: Labels, value: float, trace_id: str | None = None) -> None:
-        """Add one observation. `trace_id`: the trace that somebody keeps of it, told as an exemplar."""
+        """Add one observation. `trace_id`: the sampled trace of the request, which becomes an exemplar."""
         bins = self._by.get(labels)
         if bins is None:
             bins = self._by[labels] = _Bins(len(self._bounds) + 1)
@@ -68,7 +74,7 @@ class Histogram(Collector):
             bins.exemplars[at] = Exemplar({"trace_id": trace_id}, value, time.time())
 
     def collect(self) -> Iterator[Metric]:
-        """Give the samples of now."""
+        """Return the current samples."""
         name, text, labels = self._described
         family = HistogramMetricFamily(name, text, labels=labels)
         names = [floatToGoString(bound) for bound in (*self._bounds, inf)]  # type: ignore[no-untyped-call]

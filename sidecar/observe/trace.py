@@ -1,7 +1,8 @@
-"""What a request whose trace somebody keeps remembers on its way, and what it tells the provider of it.
+"""Records the steps of a traced request and passes its trace on to the provider.
 
-Plain data: `spans.py` makes OpenTelemetry's spans of it once the request has ended. A request that nobody traces has
-the plain stopwatch, and pays nothing.
+A request is traced if the caller set the sampled flag of its `traceparent`. This module only stores data. When the
+request has ended, `otel.py` makes OpenTelemetry spans from it. Other requests have the plain stopwatch, without extra
+cost.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import dataclass, replace
 from backends.base import Request
 from sidecar.admission import Part, Stopwatch
 
-#: What each part of the stopwatch is called in a trace. To write the answer is the caller's time, and no span.
+#: The span name of each part of the stopwatch. `write` has no span: how long it takes depends on the caller.
 _NAMES: dict[Part, str] = {"queue": "queue", "lock": "lock", "first_byte": "upstream", "body": "upstream"}
 
 
@@ -22,28 +23,31 @@ class TracedAttempt:
 
     backend: str
     span_id: int
-    """What the upstream was told to be its parent: the attempt's `upstream` span."""
+    """The id of the attempt's `upstream` span, which was sent to the upstream as its parent span."""
     result: str = "cancelled"
 
 
 @dataclass(slots=True)
 class TracedStep:
-    """One stay in the queue, behind the lock or upstream, in seconds on the loop's clock."""
+    """One period in the queue, waiting for the lock, or upstream. Times are seconds of the loop's clock."""
 
     name: str
     start: float
     end: float
     attempt: TracedAttempt | None
-    """None in the queue."""
+    """The attempt that the step belongs to; None for a step in the queue."""
 
 
 class TracingStopwatch(Stopwatch):
-    """A stopwatch that also remembers when each part was."""
+    """A stopwatch that also records when each part started and ended."""
 
     __slots__ = ("_attempt", "arrived", "parent_id", "steps", "trace_id")
 
     def __init__(self, now: float, *, arrived: float, trace_id: int, parent_id: int) -> None:
-        """`arrived`: when the request's head was there, on the loop's clock; `parent_id`: the caller's span."""
+        """`arrived` is when the request's head was received, in seconds of the loop's clock.
+
+        `parent_id` is the caller's span.
+        """
         super().__init__(now)
         self.arrived = arrived
         self.trace_id = trace_id
@@ -53,27 +57,27 @@ class TracingStopwatch(Stopwatch):
 
     @property
     def ended(self) -> float:
-        """When the stopwatch was last stopped, on the loop's clock."""
+        """When the stopwatch was stopped (the loop's clock, seconds)."""
         return self._since
 
     def switch(self, part: Part, now: float) -> None:
-        """From `now` on, time goes to `part`."""
+        """End the running part at `now` and start `part`."""
         name = _NAMES.get(self._part)
         if name is not None:
             if self.steps and self.steps[-1].name == name:
-                self.steps[-1].end = now  # the chunks of a stream are one step, with the writes between them
+                self.steps[-1].end = now  # all chunks of a stream, with the writes between them, are one step
             else:
                 self.steps.append(TracedStep(name, self._since, now, None if name == "queue" else self._attempt))
         super().switch(part, now)
 
-    def attempt(self, request: Request, backend: str) -> Request:
-        """An attempt begins: give the request as it is to be sent, a child of the span that this attempt will be."""
+    def start_attempt(self, request: Request, backend: str) -> Request:
+        """Record that an attempt starts. Return the request with a `traceparent` that names the attempt's span."""
         self._attempt = TracedAttempt(backend, random.getrandbits(64) or 1)
         headers = {name: value for name, value in request.headers.items() if name.lower() != "traceparent"}
         headers["traceparent"] = f"00-{self.trace_id:032x}-{self._attempt.span_id:016x}-01"
         return replace(request, headers=headers)
 
-    def attempted(self, result: str) -> None:
-        """The attempt has ended so, in the words of `sidecar_upstream_attempts_total`."""
+    def end_attempt(self, result: str) -> None:
+        """Record the result of the attempt: a value of the label `result` of `sidecar_upstream_attempts_total`."""
         if self._attempt is not None:
             self._attempt.result = result

@@ -1,4 +1,4 @@
-"""The admin listener: three probes that say three things, metrics, status, and a drain that no web page can ask for."""
+"""The admin listener: three different probes, metrics, status, and a drain that no web page can start."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ async def get(sidecar, path, **options):
         return response.status, await response.text()
 
 
-async def test_probes_of_a_sidecar_at_work(serving):
+async def test_probes_of_a_running_sidecar(serving):
     sidecar = await serving()
     assert await get(sidecar, "/startupz") == (200, "started\n")
     assert await get(sidecar, "/readyz") == (200, "ready\n")
     assert await get(sidecar, "/livez") == (200, "alive\n")
 
 
-async def test_an_absent_upstream_does_not_unready_the_pod_but_is_told(serving, provider):
+async def test_readyz_stays_200_and_names_an_upstream_that_is_down(serving, provider):
     url, _ = await provider(outages=((0.0, 600.0),))
     sidecar = await serving(dashscope_url=url)
     for _ in range(4):
@@ -31,7 +31,7 @@ async def test_an_absent_upstream_does_not_unready_the_pod_but_is_told(serving, 
     assert "dashscope on hold for qwen-vl-plus" in text
 
 
-async def test_the_admin_listener_takes_no_inference(serving):
+async def test_the_admin_listener_serves_no_inference(serving):
     sidecar = await serving()
     async with sidecar.client.post(sidecar.admin_url + CHAT, json=chat()) as response:
         assert response.status == 404
@@ -42,14 +42,14 @@ async def test_the_admin_listener_takes_no_inference(serving):
     "headers",
     [{"Origin": "http://evil.example"}, {"Sec-Fetch-Site": "cross-site"}, {"Host": "evil.example:9464"}],
 )
-async def test_no_web_page_can_drain_it(serving, headers):
+async def test_no_web_page_can_start_a_drain(serving, headers):
     sidecar = await serving()
     async with sidecar.client.post(f"{sidecar.admin_url}/drain", headers=headers) as response:
         assert response.status == 403
     assert await get(sidecar, "/readyz") == (200, "ready\n")
 
 
-async def test_every_metric_of_the_contract_is_there_and_the_queue_is_counted(serving, provider):
+async def test_every_metric_of_the_contract_exists_and_has_the_right_value(serving, provider):
     url, simulated = await provider(latency_seconds=0.5, requests_per_second=50, burst_requests=3)
     sidecar = await serving(dashscope_url=url, max_concurrency=4)
     tasks = [
@@ -82,7 +82,7 @@ async def test_every_metric_of_the_contract_is_there_and_the_queue_is_counted(se
     assert throttled == refused == metrics.get(f'sidecar_upstream_attempts_total{{{backend},result="throttled"}}', 0)
 
 
-async def test_openmetrics_when_asked_for(serving):
+async def test_openmetrics_if_the_scraper_accepts_it(serving):
     sidecar = await serving()
     async with sidecar.client.get(
         f"{sidecar.admin_url}/metrics", headers={"Accept": "application/openmetrics-text;version=1.0.0"}
@@ -91,7 +91,7 @@ async def test_openmetrics_when_asked_for(serving):
         assert (await response.text()).endswith("# EOF\n")
 
 
-async def test_no_camera_model_or_request_id_can_grow_the_series(serving):
+async def test_callers_cannot_create_time_series_by_camera_model_or_request_id(serving):
     sidecar = await serving()
 
     async def ask(number):
@@ -109,8 +109,8 @@ async def test_no_camera_model_or_request_id_can_grow_the_series(serving):
     assert any('model="other"' in line for line in series)
 
 
-@pytest.mark.parametrize(("flags", "kept"), [("01", True), ("00", False)])
-async def test_a_kept_trace_is_an_exemplar_in_openmetrics_and_grows_no_series(serving, flags, kept):
+@pytest.mark.parametrize(("flags", "sampled"), [("01", True), ("00", False)])
+async def test_a_sampled_trace_is_an_exemplar_in_openmetrics_and_creates_no_time_series(serving, flags, sampled):
     sidecar = await serving()
     trace = "4bf92f3577b34da6a3ce929d0e0e4736"
     series = []
@@ -120,9 +120,9 @@ async def test_a_kept_trace_is_an_exemplar_in_openmetrics_and_grows_no_series(se
         await sidecar.until(sidecar.at_rest)
         series.append((await sidecar.metrics()).keys())
     assert series[0] == series[1]
-    asked = {"Accept": "application/openmetrics-text;version=1.0.0"}
-    async with sidecar.client.get(f"{sidecar.admin_url}/metrics", headers=asked) as response:
+    headers = {"Accept": "application/openmetrics-text;version=1.0.0"}
+    async with sidecar.client.get(f"{sidecar.admin_url}/metrics", headers=headers) as response:
         lines = [line for line in (await response.text()).splitlines() if trace in line]
     names = {line.partition("{")[0] for line in lines}
     waits = {"request_duration", "queue_wait", "backend_lock_wait"}
-    assert names == ({f"sidecar_{wait}_seconds_bucket" for wait in waits} if kept else set())
+    assert names == ({f"sidecar_{wait}_seconds_bucket" for wait in waits} if sampled else set())

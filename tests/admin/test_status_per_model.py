@@ -1,4 +1,4 @@
-"""Each account and model learns for itself; `/status` says what was learned, when and why, and which limit binds."""
+"""Each account and model has its own learned limits. `/status` reports them, and when and why they changed."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ async def status(sidecar):
         return {model["model"]: model for model in (await response.json())["backends"][0]["models"]}
 
 
-async def test_one_models_refusals_do_not_slow_another(serving, provider):
-    """The provider's quota is each model's own: 5/s, 5 at once."""
+async def test_refusals_of_one_model_do_not_delay_another(serving, provider):
+    """The provider has a separate quota for each model: 5 requests/s, bursts of 5."""
     url, simulated = await provider(requests_per_second=5, burst_requests=5, latency_seconds=0.05)
     sidecar = await serving(dashscope_url=url)
     crowd = [asyncio.ensure_future(ask(sidecar, SMALL)) for _ in range(20)]
@@ -40,7 +40,7 @@ async def test_one_models_refusals_do_not_slow_another(serving, provider):
     assert simulated.counts.refused["request_rate"] >= refused
 
 
-async def test_status_tells_the_limit_that_binds_what_was_learned_and_why(serving, provider):
+async def test_status_reports_the_binding_limit_its_value_and_the_reason_of_the_last_change(serving, provider):
     url, simulated = await provider(requests_per_second=5, burst_requests=5, latency_seconds=0.05)
     sidecar = await serving(dashscope_url=url)
     await ask(sidecar, OTHER)
@@ -58,12 +58,12 @@ async def test_status_tells_the_limit_that_binds_what_was_learned_and_why(servin
     assert bound["requests"]["pace"] > 0
     assert bound["requests"]["changed_why"] != idle["requests"]["changed_why"]
     assert bound["requests"]["changed_seconds_ago"] < 5.0
-    assert bound["tokens"]["learned"] is None  # no refusal spoke of tokens
+    assert bound["tokens"]["learned"] is None  # no refusal named the token rate
     await asyncio.gather(*crowd)
 
 
-async def test_a_rotated_key_keeps_what_was_learned_and_is_used_at_once(serving, provider, tmp_path):
-    """Mostly the new key is one of the same account; where it is not, the limit is found anew from there."""
+async def test_a_rotated_key_is_used_immediately_and_the_learned_limits_stay(serving, provider, tmp_path):
+    """Usually the new key belongs to the same account. If it does not, learning goes on from the old limit."""
     key = tmp_path / "key"
     key.write_text("sk-old")
     url, simulated = await provider(requests_per_second=5, burst_requests=5, latency_seconds=0.05)
@@ -79,5 +79,5 @@ async def test_a_rotated_key_keeps_what_was_learned_and_is_used_at_once(serving,
     await sidecar.until(lambda: backend.account() != account)
     assert (await status(sidecar))[OTHER]["requests"]["learned"] == learned
     await asyncio.gather(*(ask(sidecar, OTHER) for _ in range(12)))
-    assert simulated.counts.refused["request_rate"] <= refused + 2  # no second burst: it is paced from the start
+    assert simulated.counts.refused["request_rate"] <= refused + 2  # no second burst: the old pace applies
     assert "sk-" not in backend.account()

@@ -1,4 +1,4 @@
-"""What the official dashscope SDK is asked to do; run by its own Python: see test_dashscope_sdk.py. Prints JSON."""
+"""Call the official dashscope SDK and print the results as JSON. test_dashscope_sdk.py runs this in another Python."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ QUESTION = {
 }
 
 
-def said(response):
-    """Status, code and text of one response."""
+def summary(response):
+    """Return status, code, text, output tokens and whether there is a request id, of one response."""
     content = response.output.choices[0].message.content if response.status_code == 200 else []
     text = content[0]["text"] if content else ""
     usage = response.usage.output_tokens if response.usage else None
@@ -25,19 +25,19 @@ def said(response):
 
 async def asynchronous():
     ask = dashscope.AioMultiModalConversation.call
-    found = {"whole": said(await ask(**QUESTION))}
+    found = {"whole": summary(await ask(**QUESTION))}
     for incremental in (False, True):
         stream = await ask(**QUESTION, stream=True, incremental_output=incremental)
-        found[f"incremental {incremental}"] = [said(response) async for response in stream]
+        found[f"incremental {incremental}"] = [summary(response) async for response in stream]
     return found
 
 
 def synchronous():
     ask = dashscope.MultiModalConversation.call
-    found = {"whole": said(ask(**QUESTION))}
+    found = {"whole": summary(ask(**QUESTION))}
     for incremental in (False, True):
         stream = ask(**QUESTION, stream=True, incremental_output=incremental)
-        found[f"incremental {incremental}"] = [said(response) for response in stream]
+        found[f"incremental {incremental}"] = [summary(response) for response in stream]
     return found
 
 

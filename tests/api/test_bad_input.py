@@ -1,4 +1,4 @@
-"""Bad input, bad callers, bad upstreams: each gets the contract's error, in the API's own shape, and leaves nothing."""
+"""Bad input, bad callers and bad upstreams: each gets the contract's error in the API's format, and nothing leaks."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ BODIES = {
     "image without URL": (
         {"messages": [{"content": [{"type": "image_url"}]}]}, "messages[0].content[0].image_url.url", "not null",
     ),
-    "base64 that is none": (image("data:image/png;base64,$$$$"), "messages[0].content[0].image_url.url", "no image"),
-    "bytes that are no image": (
+    "invalid base64": (image("data:image/png;base64,$$$$"), "messages[0].content[0].image_url.url", "no image"),
+    "bytes that are not an image": (
         image("data:image/png;base64," + base64.b64encode(b"just some words").decode()),
         "messages[0].content[0].image_url.url", "no image",
     ),
     "a data URL that is not base64": (image("data:image/png,abc"), "messages[0].content[0].image_url.url", "base64"),
-    "max_tokens of nothing": (chat(max_tokens=0), "max_tokens", "at least 1"),
+    "max_tokens of zero": (chat(max_tokens=0), "max_tokens", "at least 1"),
     "max_tokens of the wrong type": (chat(max_tokens="many"), "max_tokens", "whole number"),
     "max_tokens of a boolean": (chat(max_tokens=True), "max_tokens", "whole number"),
     "model of the wrong type": (chat(model=7), "model", "a string"),
@@ -44,7 +44,7 @@ BODIES = {
 
 
 @pytest.mark.parametrize("name", BODIES)
-async def test_a_bad_body_is_refused_with_the_field_and_the_way_out(serving, name):
+async def test_a_bad_body_is_refused_with_its_field_and_the_fix(serving, name):
     body, field, words = BODIES[name]
     sidecar = await serving()
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
@@ -70,7 +70,7 @@ async def test_a_bad_body_is_refused_with_the_field_and_the_way_out(serving, nam
         ("X-Request-Id", "r" * 129),
     ],
 )
-async def test_a_bad_header_is_refused_by_its_name(serving, header, value):
+async def test_a_bad_header_is_refused_with_its_name(serving, header, value):
     sidecar = await serving()
     async with sidecar.post(headers={header: value}) as response:
         error = (await response.json())["error"]
@@ -105,7 +105,7 @@ async def test_unknown_paths_and_wrong_methods(serving):
 
 
 async def raw(sidecar, data: bytes) -> bytes:
-    """Send bytes and read the answer to its end; the server has to close."""
+    """Send bytes and read until the server closes the connection."""
     reader, writer = await asyncio.open_connection("127.0.0.1", sidecar.sidecar.data_port)
     try:
         writer.write(data)
@@ -119,14 +119,14 @@ async def raw(sidecar, data: bytes) -> bytes:
     "data",
     [
         b"NOT HTTP\r\n\r\n",
-        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",  # someone who tries TLS
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",  # the start of a TLS handshake
         b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: ten\r\n\r\n",
         b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n",
         b"GET /v1/models HTTP/1.1\r\nHost: x\r\nSecret-Key: " + b"s" * 20_000 + b"\r\n\r\n",
     ],
     ids=["words", "TLS", "length", "lengths", "header"],
 )
-async def test_what_is_no_http_gets_one_json_error_and_is_closed(serving, data, caplog):
+async def test_bytes_that_are_not_http_get_one_json_error_and_a_closed_connection(serving, data, caplog):
     sidecar = await serving()
     answer = await raw(sidecar, data)
     head, _, body = answer.partition(b"\r\n\r\n")
@@ -151,7 +151,7 @@ async def test_30_mb_are_refused_before_they_are_read(serving):
     writer.close()
 
 
-async def test_chunks_that_grow_too_large_are_refused_too(serving):
+async def test_a_chunked_body_above_the_limit_is_refused(serving):
     sidecar = await serving(max_body_bytes=100_000)
 
     async def chunks():
@@ -162,14 +162,14 @@ async def test_chunks_that_grow_too_large_are_refused_too(serving):
         assert (response.status, (await response.json())["error"]["code"]) == (413, "payload_too_large")
 
 
-async def test_a_caller_that_waits_for_100_continue_gets_it(serving):
+async def test_a_caller_that_expects_100_continue_gets_it(serving):
     sidecar = await serving()
     async with sidecar.post(expect100=True) as response:
         assert response.status == 200
 
 
-async def test_an_old_client_is_not_told_to_continue(serving):
-    """It would take that for its answer: HTTP/1.0 has none before the last."""
+async def test_an_http_1_0_client_gets_no_100_continue(serving):
+    """An HTTP/1.0 client would read the 100 as the final answer, because HTTP/1.0 has no interim answers."""
     sidecar = await serving()
     body = json.dumps(chat()).encode()
     reader, writer = await asyncio.open_connection("127.0.0.1", sidecar.sidecar.data_port)
@@ -183,7 +183,7 @@ async def test_an_old_client_is_not_told_to_continue(serving):
 
 async def test_an_unreachable_upstream_is_502_and_names_the_host(serving):
     with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))  # bound, never listening: nobody else gets the port meanwhile
+        unused.bind(("127.0.0.1", 0))  # bound but not listening, so that no other process gets the port
         sidecar = await serving(dashscope_url=f"http://127.0.0.1:{unused.getsockname()[1]}/v1")
         async with sidecar.post() as response:
             error = (await response.json())["error"]
@@ -213,7 +213,7 @@ async def never_answer(link, _):
         (never_answer, 504, "deadline_exceeded"),
     ],
 )
-async def test_an_upstream_that_misbehaves(serving, scripted, script, status, code):
+async def test_a_faulty_upstream_gives_the_contracts_error(serving, scripted, script, status, code):
     upstream = await scripted(script)
     sidecar = await serving(dashscope_url=f"{upstream.origin}/v1")
     async with sidecar.post(headers={"X-Request-Timeout": "1.5"}) as response:
@@ -224,7 +224,7 @@ async def test_an_upstream_that_misbehaves(serving, scripted, script, status, co
     assert len(upstream.seen) <= 3
 
 
-async def test_a_billing_refusal_fails_fast_with_its_reason_and_is_not_retried(serving, provider):
+async def test_a_billing_refusal_fails_immediately_with_its_reason_and_is_not_retried(serving, provider):
     url, simulated = await provider(billing_refused=True)
     sidecar = await serving(dashscope_url=url)
     for _ in range(5):
@@ -235,7 +235,7 @@ async def test_a_billing_refusal_fails_fast_with_its_reason_and_is_not_retried(s
     assert simulated.counts.calls == 1
 
 
-async def test_moderation_goes_to_the_caller_once_as_it_came(serving, provider):
+async def test_a_moderation_refusal_reaches_the_caller_unchanged_after_one_attempt(serving, provider):
     url, simulated = await provider(moderation_share=1.0)
     sidecar = await serving(dashscope_url=url)
     async with sidecar.post() as response:
@@ -247,7 +247,7 @@ async def test_moderation_goes_to_the_caller_once_as_it_came(serving, provider):
     assert (await sidecar.metrics())[name] == 1
 
 
-async def test_no_image_or_prompt_is_in_any_error_or_log(serving, caplog):
+async def test_no_error_and_no_log_line_contains_an_image_or_a_prompt(serving, caplog):
     caplog.set_level("DEBUG")
     sidecar = await serving()
     secret = "the prompt nobody may see"

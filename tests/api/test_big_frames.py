@@ -1,4 +1,4 @@
-"""A frame of 10 MB waits in one copy, whatever API it came by."""
+"""A waiting request with a frame of 10 MB holds only one copy of the frame, in every API."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from running import CHAT, PNG, chat
 
 MB = 1 << 20
-#: A PNG that is padded behind its end, as no decoder minds.
+#: A PNG with padding after its end, which every decoder ignores.
 IMAGE = base64.b64encode(PNG + bytes(10 * MB)).decode()
 URL = f"data:image/png;base64,{IMAGE}"
 BODIES = {
@@ -25,7 +25,7 @@ BODIES = {
 
 
 @pytest.mark.parametrize("path", BODIES)
-async def test_a_frame_of_10_mb_waits_in_one_copy_and_passes(serving, scripted, path):
+async def test_a_frame_of_10_mb_is_held_once_while_it_waits_and_is_answered(serving, scripted, path):
     go = asyncio.Event()
 
     async def script(link, seen):
@@ -49,7 +49,7 @@ async def test_a_frame_of_10_mb_waits_in_one_copy_and_passes(serving, scripted, 
         try:
             second = tasks.create_task(ask(body, path))
             await sidecar.until(lambda: sidecar.sidecar.admission.waiting() == 1)
-            # Not at once: the thread that checked the body may not have let go of it yet.
+            # Wait, because the thread that checked the body may still hold a reference to it.
             await sidecar.until(lambda: tracemalloc.get_traced_memory()[0] < 1.1 * len(body))
         finally:
             tracemalloc.stop()

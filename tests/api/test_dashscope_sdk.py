@@ -1,4 +1,4 @@
-"""The official dashscope SDK, unmodified, in its own environment: its dependencies are no business of ours."""
+"""The official dashscope SDK, unmodified, in its own environment, because its dependencies must not affect ours."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CALLS = Path(__file__).parent / "dashscope_sdk_calls.py"
 
 
 async def calls(sidecar) -> dict:
-    """What the SDK got, by way of calling and of streaming: lists of status, code, text, output tokens, has an id."""
+    """Return what the SDK received for each way to call it: lists of status, code, text, output tokens, has an id."""
     assert PYTHON.exists(), "make .venv-sdk/.ready installs the dashscope SDK"
     process = await asyncio.create_subprocess_exec(
         PYTHON, CALLS, IMAGE_URL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
@@ -29,7 +29,7 @@ async def calls(sidecar) -> dict:
 
 
 @pytest.mark.parametrize("backend", ["dashscope", "simulated", "translated"])
-async def test_the_sdk_whole_and_streaming_sync_and_async(serving, provider, backend):
+async def test_the_sdk_gets_whole_and_streamed_answers_sync_and_async(serving, provider, backend):
     url, _ = await provider(answer_tokens=30)
     if backend == "translated":
         url = url.replace("/compatible-mode", "")
@@ -47,7 +47,7 @@ async def test_the_sdk_whole_and_streaming_sync_and_async(serving, provider, bac
             assert len("".join(texts) if incremental else texts[-1]) > 20
 
 
-async def test_the_sdk_sees_the_providers_refusals_as_from_the_provider(serving, provider):
+async def test_the_sdk_gets_the_providers_refusals_unchanged(serving, provider):
     url, _ = await provider(moderation_share=1.0)
     for found in (await calls(await serving(dashscope_url=url))).values():
         whole, streamed = found["whole"], found["incremental True"][0]

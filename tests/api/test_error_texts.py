@@ -1,5 +1,7 @@
-"""Every error of the sidecar's own, over a real socket, in each API's shape: the text says what happened, gives the
-value that did it, and a way out."""
+"""Every error of the sidecar itself, over a real socket and in each API's format.
+
+The text of each error says what happened, shows the value that caused it, and says how to fix it.
+"""
 
 from __future__ import annotations
 
@@ -31,8 +33,8 @@ BODIES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @dataclass
-class Given:
-    """What an error is provoked with: an API, and parts to start."""
+class Setup:
+    """The API in which a test provokes an error, and the functions that start sidecar and provider."""
 
     api: str
     serving: Callable[..., Awaitable[Running]]
@@ -42,13 +44,13 @@ class Given:
     def path(self) -> str:
         return BODIES[self.api][0]
 
-    async def before(self, script=None, **settings) -> Running:
-        """A sidecar before a provider that does what the script says."""
+    async def sidecar_with_provider(self, script=None, **settings) -> Running:
+        """Start a sidecar in front of a scripted provider."""
         upstream = await self.scripted(script)
         return await self.serving(dashscope_url=f"{upstream.origin}/compatible-mode/v1", **settings)
 
     async def ask(self, sidecar, body=None, path=None, method="POST", **headers):
-        """Ask; gives status, headers and the error in the API's shape."""
+        """Send a request. Return status, headers and the parsed body."""
         headers = {name.replace("_", "-"): value for name, value in headers.items()}
         url, body = sidecar.url + (path or self.path), BODIES[self.api][1] if body is None else body
         async with sidecar.client.request(method, url, json=body, headers=headers) as response:
@@ -59,7 +61,7 @@ async def never(link, seen):
     await link.gone()
 
 
-def saying(status, body):
+def answering(status, body):
     async def script(link, seen):
         await link.answer(body, status=status)
 
@@ -67,9 +69,9 @@ def saying(status, body):
 
 
 @contextlib.asynccontextmanager
-async def waiting(given, sidecar, **headers):
-    """One request upstream, which never ends, and one more in the queue."""
-    tasks = [asyncio.create_task(given.ask(sidecar, **headers)) for _ in range(2)]
+async def one_waiting(setup, sidecar, **headers):
+    """Keep one request at the upstream, where it never ends, and one request in the queue."""
+    tasks = [asyncio.create_task(setup.ask(sidecar, **headers)) for _ in range(2)]
     admission = sidecar.sidecar.admission
     try:
         await sidecar.until(lambda: (admission.in_flight(), admission.waiting()) == (1, 1))
@@ -83,144 +85,144 @@ async def waiting(given, sidecar, **headers):
 # -- one provocation for each error ------------------------------------------------------------------------------------
 
 
-async def invalid_header(given):
-    sidecar = await given.serving()
-    return await given.ask(sidecar, X_Request_Priority="urgent")
+async def invalid_header(setup):
+    sidecar = await setup.serving()
+    return await setup.ask(sidecar, X_Request_Priority="urgent")
 
 
-async def an_image_that_is_none(given):
+async def not_an_image(setup):
     url = "data:image/png;base64,SGVsbG8gd29ybGQ="
     body = {
         "openai": {"messages": [{"content": [{"type": "image_url", "image_url": {"url": url}}]}]},
         "native": {"input": {"messages": [{"content": [{"image": url}]}]}},
         "trio": {"image_b64": url.partition(",")[2]},
     }
-    return await given.ask(await given.serving(), body[given.api])
+    return await setup.ask(await setup.serving(), body[setup.api])
 
 
-async def compressed(given):
-    return await given.ask(await given.serving(), Content_Encoding="gzip")
+async def compressed(setup):
+    return await setup.ask(await setup.serving(), Content_Encoding="gzip")
 
 
-async def unknown_expectation(given):
-    return await given.ask(await given.serving(), Expect="miracles")
+async def unknown_expectation(setup):
+    return await setup.ask(await setup.serving(), Expect="miracles")
 
 
-async def unauthorized(given):
-    return await given.ask(await given.serving(api_key="letmein"), Authorization="Bearer wrong")
+async def unauthorized(setup):
+    return await setup.ask(await setup.serving(api_key="letmein"), Authorization="Bearer wrong")
 
 
-async def not_found(given):
-    return await given.ask(await given.serving(), path=given.path + "s")
+async def not_found(setup):
+    return await setup.ask(await setup.serving(), path=setup.path + "s")
 
 
-async def method_not_allowed(given):
-    return await given.ask(await given.serving(), method="PUT")
+async def method_not_allowed(setup):
+    return await setup.ask(await setup.serving(), method="PUT")
 
 
-async def superseded(given):
-    sidecar = await given.before(never, max_concurrency=1)
+async def superseded(setup):
+    sidecar = await setup.sidecar_with_provider(never, max_concurrency=1)
     headers = {"X_Camera_Id": "gate", "X_Queue_Policy": "latest"}
-    async with waiting(given, sidecar, **headers) as (_, queued):
-        newer = asyncio.create_task(given.ask(sidecar, **headers))
+    async with one_waiting(setup, sidecar, **headers) as (_, queued):
+        newer = asyncio.create_task(setup.ask(sidecar, **headers))
         answer = await queued
         newer.cancel()
         await asyncio.gather(newer, return_exceptions=True)
     return answer
 
 
-async def payload_too_large(given):
-    sidecar = await given.serving(max_body_bytes=1000)
-    return await given.ask(sidecar, {"image_b64": "A" * 2000, "messages": [], "input": {}})
+async def payload_too_large(setup):
+    sidecar = await setup.serving(max_body_bytes=1000)
+    return await setup.ask(sidecar, {"image_b64": "A" * 2000, "messages": [], "input": {}})
 
 
-async def queue_full(given):
-    sidecar = await given.before(never, max_concurrency=1, queue_size=1)
-    async with waiting(given, sidecar):
-        return await given.ask(sidecar)
+async def queue_full(setup):
+    sidecar = await setup.sidecar_with_provider(never, max_concurrency=1, queue_size=1)
+    async with one_waiting(setup, sidecar):
+        return await setup.ask(sidecar)
 
 
-async def queue_full_of_bytes(given):
-    sidecar = await given.before(never, max_concurrency=1, queue_bytes=2 * len(PNG) + 100)
-    async with waiting(given, sidecar):
-        return await given.ask(sidecar)
+async def queue_full_of_bytes(setup):
+    sidecar = await setup.sidecar_with_provider(never, max_concurrency=1, queue_bytes=2 * len(PNG) + 100)
+    async with one_waiting(setup, sidecar):
+        return await setup.ask(sidecar)
 
 
-async def deadline_unreachable_on_arrival(given):
-    sidecar = await given.serving(requests_per_minute=6)
+async def deadline_unreachable_on_arrival(setup):
+    sidecar = await setup.serving(requests_per_minute=6)
     for _ in range(5):
-        status, headers, error = await given.ask(sidecar, X_Request_Timeout="4")
+        status, headers, error = await setup.ask(sidecar, X_Request_Timeout="4")
         if status != 200:
             break
     return status, headers, error
 
 
-async def deadline_unreachable_in_the_queue(given):
-    sidecar = await given.before(never, max_concurrency=1)
-    first = asyncio.create_task(given.ask(sidecar))
+async def deadline_unreachable_in_the_queue(setup):
+    sidecar = await setup.sidecar_with_provider(never, max_concurrency=1)
+    first = asyncio.create_task(setup.ask(sidecar))
     await sidecar.until(lambda: sidecar.sidecar.admission.in_flight() == 1)
-    answer = await given.ask(sidecar, X_Request_Timeout="0.3")
+    answer = await setup.ask(sidecar, X_Request_Timeout="0.3")
     first.cancel()
     await asyncio.gather(first, return_exceptions=True)
     return answer
 
 
-async def draining(given):
-    sidecar = await given.serving()
+async def draining(setup):
+    sidecar = await setup.serving()
     sidecar.sidecar.drain()
-    return await given.ask(sidecar)
+    return await setup.ask(sidecar)
 
 
-async def cut_off_by_the_drain(given):
-    sidecar = await given.before(never)
-    task = asyncio.create_task(given.ask(sidecar))
+async def cut_off_by_the_drain(setup):
+    sidecar = await setup.sidecar_with_provider(never)
+    task = asyncio.create_task(setup.ask(sidecar))
     await sidecar.until(lambda: sidecar.sidecar.admission.in_flight() == 1)
-    sidecar.sidecar.data.give_up()
+    sidecar.sidecar.data.abort_all()
     return await task
 
 
-async def billing(given):
+async def billing(setup):
     body = {"code": "Arrearage", "message": "Access denied, your account is in arrears.", "request_id": "r"}
-    return await given.ask(await given.before(saying(400, body)))
+    return await setup.ask(await setup.sidecar_with_provider(answering(400, body)))
 
 
-async def billing_again(given):
+async def billing_again(setup):
     body = {"code": "Arrearage", "message": "Access denied, your account is in arrears.", "request_id": "r"}
-    sidecar = await given.before(saying(400, body))
-    await given.ask(sidecar)
-    return await given.ask(sidecar)
+    sidecar = await setup.sidecar_with_provider(answering(400, body))
+    await setup.ask(sidecar)
+    return await setup.ask(sidecar)
 
 
-async def upstream_error(given):
-    return await given.ask(await given.before(saying(500, {"error": {"message": "kaput"}})))
+async def upstream_error(setup):
+    return await setup.ask(await setup.sidecar_with_provider(answering(500, {"error": {"message": "kaput"}})))
 
 
-async def no_connection(given):
-    return await given.ask(await given.serving(dashscope_url="http://127.0.0.1:1/compatible-mode/v1"))
+async def no_connection(setup):
+    return await setup.ask(await setup.serving(dashscope_url="http://127.0.0.1:1/compatible-mode/v1"))
 
 
-async def not_json(given):
+async def not_json(setup):
     async def script(link, seen):
         await link.answer(b"<html>welcome</html>", content_type="text/html")
 
-    return await given.ask(await given.before(script))
+    return await setup.ask(await setup.sidecar_with_provider(script))
 
 
-async def deadline_exceeded(given):
-    return await given.ask(await given.before(never), X_Request_Timeout="0.3")
+async def deadline_exceeded(setup):
+    return await setup.ask(await setup.sidecar_with_provider(never), X_Request_Timeout="0.3")
 
 
-async def defect(given):
-    """A defect, which cannot be ordered from outside: what counts tickets breaks."""
-    sidecar = await given.before()
+async def defect(setup):
+    """Cause a defect. No request can cause it, so the test breaks a method of the backend."""
+    sidecar = await setup.sidecar_with_provider()
     sidecar.sidecar.parts.backends[0].send = None
-    return await given.ask(sidecar)
+    return await setup.ask(sidecar)
 
 
-#: Provocation → status, code, the value that the text has to give, and the way out of it.
-ERRORS: dict[Callable[[Given], Awaitable[Any]], tuple[int, Code, str, str]] = {
+#: Function that provokes an error → status, code, pattern of the value in the text, pattern of the fix in the text.
+ERRORS: dict[Callable[[Setup], Awaitable[Any]], tuple[int, Code, str, str]] = {
     invalid_header: (400, "invalid_request", "'urgent'", "must be high, normal or low"),
-    an_image_that_is_none: (
+    not_an_image: (
         400,
         "invalid_request",
         r"image_url\.url|content\[0\]\.image|image_b64",
@@ -247,14 +249,14 @@ ERRORS: dict[Callable[[Given], Awaitable[Any]], tuple[int, Code, str, str]] = {
     deadline_exceeded: (504, "deadline_exceeded", r"0\.3 s", "X-Request-Timeout and SIDECAR_DEADLINE"),
     defect: (500, "internal_error", "a defect", "its log has the details"),
 }
-RETRIED = ("queue_full", "deadline_unreachable", "draining")
+RETRYABLE = ("queue_full", "deadline_unreachable", "draining")
 
 
 @pytest.mark.parametrize("api", BODIES)
 @pytest.mark.parametrize("provoke", ERRORS, ids=lambda provoke: provoke.__name__)
-async def test_an_error_says_what_happened_the_value_and_the_way_out(serving, scripted, api, provoke):
-    expected, code, value, way_out = ERRORS[provoke]
-    status, headers, error = await provoke(Given(api, serving, scripted))
+async def test_an_error_says_what_happened_with_which_value_and_how_to_fix_it(serving, scripted, api, provoke):
+    expected, code, value, fix = ERRORS[provoke]
+    status, headers, error = await provoke(Setup(api, serving, scripted))
     assert status == expected, error
     assert headers["X-Request-Id"]
     match api:
@@ -269,20 +271,20 @@ async def test_an_error_says_what_happened_the_value_and_the_way_out(serving, sc
             text = error["detail"]
             assert error.get("error") == (code if status == 413 else None)
     assert re.search(value, text), text
-    assert re.search(way_out, text), text
+    assert re.search(fix, text), text
     assert IMAGE_URL[-30:] not in text
-    assert ("Retry-After" in headers) is (code in RETRIED or provoke is billing_again)
+    assert ("Retry-After" in headers) is (code in RETRYABLE or provoke is billing_again)
 
 
-def test_every_code_is_provoked_and_in_the_readme():
+def test_every_code_is_tested_and_is_in_the_readme():
     provoked = {(status, code) for status, code, _, _ in ERRORS.values()}
     assert {code for _, code in provoked} == set(get_args(Code))
     table = README.read_text().partition("[start:errors]")[2].partition("[end:errors]")[0]
-    told = {
+    documented = {
         (int(status), code)
         for statuses, codes in re.findall(r"^\| ([\d, ]+) \| (`.*?`) \|", table, re.MULTILINE)
         for status in statuses.split(",")
         for code in re.findall(r"`(\w+)`", codes)
     }
-    assert provoked <= told
-    assert {code for _, code in told} == set(get_args(Code))
+    assert provoked <= documented
+    assert {code for _, code in documented} == set(get_args(Code))

@@ -1,4 +1,4 @@
-"""DashScope's own API over real sockets: forwarded, translated, streamed, and refused inside a stream."""
+"""DashScope's own API over real sockets: forwarded, translated, streamed, and errors inside a stream."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def question(**fields):
 
 
 def events(text: str) -> list[tuple[str, int, dict]]:
-    """Name, status and data of each frame."""
+    """Return name, status and data of each event."""
     found = []
     for event in text.split("\n\n"):
         lines = event.split("\n")
@@ -36,7 +36,7 @@ async def ask(sidecar, body=None, **options):
         return response, await response.text()
 
 
-async def test_the_body_and_the_headers_reach_dashscopes_own_api_untouched(serving, scripted):
+async def test_the_body_and_the_headers_reach_dashscopes_own_api_unchanged(serving, scripted):
     upstream = await scripted()
     sidecar = await serving(dashscope_url=f"{upstream.origin}/compatible-mode/v1", dashscope_api_key="sk-provider")
     body = b'{"model":"m", "input":{"messages":[{"role":"user","content":[{"text":"hi"}]}]},"new": 1.50}'
@@ -50,15 +50,15 @@ async def test_the_body_and_the_headers_reach_dashscopes_own_api_untouched(servi
 
 
 @pytest.mark.parametrize("backend", ["dashscope", "translated", "simulated"])
-async def test_whole_and_streamed_wherever_the_answer_comes_from(serving, provider, backend):
+async def test_whole_and_streamed_answers_of_every_backend(serving, provider, backend):
     url, _ = await provider(answer_tokens=30)
     if backend == "translated":
-        url = url.replace("/compatible-mode", "")  # nothing says that there is a native API beside it
+        url = url.replace("/compatible-mode", "")  # this URL does not show that the provider also has a native API
     sidecar = await serving(**({"backend": "simulated"} if backend == "simulated" else {"dashscope_url": url}))
     response, text = await ask(sidecar)
     answer = json.loads(text)
-    said = answer["output"]["choices"][0]["message"]["content"][0]["text"]
-    assert said
+    text_of_answer = answer["output"]["choices"][0]["message"]["content"][0]["text"]
+    assert text_of_answer
     assert answer["usage"]["output_tokens"] > 0
     assert "total;dur" in response.headers["Server-Timing"]
 
@@ -76,7 +76,7 @@ async def test_whole_and_streamed_wherever_the_answer_comes_from(serving, provid
         assert frames[-1][2]["output"]["choices"][0]["finish_reason"] == "stop"
 
 
-async def test_a_refusal_in_place_of_a_streams_first_content_is_waited_out(serving, provider):
+async def test_after_a_refusal_before_a_streams_first_content_the_request_waits_and_succeeds(serving, provider):
     url, simulated = await provider(requests_per_second=5, burst_requests=1, in_stream_errors=True)
     sidecar = await serving(dashscope_url=url)
     for _ in range(3):
@@ -104,7 +104,7 @@ async def test_an_error_after_a_streams_first_content_reaches_the_caller_once(se
     assert metrics['sidecar_requests_total{api="native",backend="dashscope",outcome="error"}'] == 1
 
 
-async def test_the_providers_own_refusal_passes_through_unchanged(serving, provider):
+async def test_the_providers_own_refusal_reaches_the_caller_unchanged(serving, provider):
     url, _ = await provider(moderation_share=1.0)
     sidecar = await serving(dashscope_url=url)
     response, text = await ask(sidecar)
@@ -112,7 +112,7 @@ async def test_the_providers_own_refusal_passes_through_unchanged(serving, provi
     assert json.loads(text)["code"] == "DataInspectionFailed"
 
 
-async def test_the_sidecars_own_refusals_have_the_native_shape_and_name_the_field(serving):
+async def test_the_sidecars_own_refusals_have_the_native_format_and_name_the_field(serving):
     sidecar = await serving(backend="simulated")
     for body, field in (
         ({"model": "m"}, "input.messages"),
@@ -129,7 +129,7 @@ async def test_the_sidecars_own_refusals_have_the_native_shape_and_name_the_fiel
         assert field in answer["message"]
 
 
-async def test_of_a_big_frame_the_size_is_read_and_a_missing_model_is_put_in(serving, scripted):
+async def test_a_missing_model_is_added_to_a_body_with_a_big_frame(serving, scripted):
     upstream = await scripted()
     sidecar = await serving(dashscope_url=f"{upstream.origin}/compatible-mode/v1", dashscope_model="qwen-vl-max")
     url = "data:image/jpeg;base64," + base64.b64encode(frame(1)).decode()

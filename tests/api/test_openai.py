@@ -1,4 +1,4 @@
-"""The OpenAI-compatible API over real sockets: what passes through, in both directions, and the unmodified client."""
+"""The OpenAI-compatible API over real sockets: bodies and headers in both directions, and the official client."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from scripted_upstream import CHAT_ANSWER, Link, Seen
 
 @pytest.fixture
 def client_of():
-    """The official client, pointed at a sidecar; without retries of its own, so that each error is seen."""
+    """Return a function that creates the official client for a sidecar, without retries, which would hide errors."""
 
     def make(sidecar, **options):
         return openai.AsyncOpenAI(base_url=f"{sidecar.url}/v1", api_key="unused", max_retries=0, **options)
@@ -33,7 +33,7 @@ async def test_the_body_reaches_the_upstream_byte_for_byte(serving, scripted):
 
 
 @pytest.mark.parametrize("named", ["", '"model": null,'])
-async def test_a_body_that_names_no_model_is_given_one_and_nothing_else_changes(serving, scripted, named):
+async def test_a_body_without_a_model_gets_the_default_and_nothing_else_changes(serving, scripted, named):
     upstream = await scripted()
     sidecar = await serving(dashscope_url=f"{upstream.origin}/v1", dashscope_model="qwen-vl-max")
     body = '{%s"messages":[{"role":"user","content":"hi"}],"temperature":1.50}' % named  # noqa: UP031
@@ -44,7 +44,7 @@ async def test_a_body_that_names_no_model_is_given_one_and_nothing_else_changes(
     assert sent == {"messages": [{"role": "user", "content": "hi"}], "temperature": 1.5}
 
 
-async def test_headers_pass_on_or_stay_behind(serving, scripted):
+async def test_only_the_listed_headers_are_forwarded(serving, scripted):
     upstream = await scripted()
     sidecar = await serving(dashscope_url=f"{upstream.origin}/v1", dashscope_api_key="sk-provider")
     trace = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
@@ -64,7 +64,7 @@ async def test_headers_pass_on_or_stay_behind(serving, scripted):
     assert not {"cookie", "x-camera-id", "connection"} & sent.keys()
 
 
-async def test_the_callers_request_id_comes_back_and_not_the_providers_beside_it(serving, scripted):
+async def test_the_answer_has_the_callers_request_id_and_not_the_providers(serving, scripted):
     async def script(link: Link, _: Seen) -> None:
         await link.answer(CHAT_ANSWER, headers="x-request-id: of-the-provider\r\nTraceparent: t\r\n")
 
@@ -74,7 +74,7 @@ async def test_the_callers_request_id_comes_back_and_not_the_providers_beside_it
         assert response.headers.getall("X-Request-Id") == ["r-1"]
 
 
-async def test_compatible_mode_paths_and_models(serving, provider):
+async def test_compatible_mode_paths_and_models_are_answered(serving, provider):
     url, _ = await provider()
     sidecar = await serving(dashscope_url=url)
     async with sidecar.post(path="/compatible-mode/v1/chat/completions") as response:
@@ -84,7 +84,7 @@ async def test_compatible_mode_paths_and_models(serving, provider):
             assert "qwen-vl-plus" in {model["id"] for model in (await response.json())["data"]}
 
 
-async def test_the_openai_client_plain_and_streaming(serving, provider, client_of):
+async def test_the_openai_client_gets_whole_and_streamed_answers(serving, provider, client_of):
     url, _ = await provider(answer_tokens=30)
     client = client_of(await serving(dashscope_url=url))
     whole = await client.chat.completions.create(**chat())
@@ -100,7 +100,7 @@ async def test_the_openai_client_plain_and_streaming(serving, provider, client_o
     assert {model.id async for model in client.models.list()} >= {"qwen-vl-plus"}
 
 
-async def test_the_openai_clients_exceptions_on_our_errors(serving, provider, client_of):
+async def test_the_openai_client_raises_its_own_exceptions_for_our_errors(serving, provider, client_of):
     url, simulated = await provider(latency_seconds=0.5)
     sidecar = await serving(dashscope_url=url, api_key="letmein")
     client = client_of(sidecar)
@@ -120,7 +120,7 @@ async def test_the_openai_clients_exceptions_on_our_errors(serving, provider, cl
     assert (billing.value.status_code, billing.value.code) == (502, "upstream_billing")
 
 
-async def test_a_stream_abandoned_half_way_cancels_the_upstream_within_100_ms(serving, provider, client_of):
+async def test_a_caller_that_leaves_a_stream_cancels_the_upstream_within_100_ms(serving, provider, client_of):
     url, simulated = await provider(answer_tokens=400, stream_tokens_per_second=100)
     sidecar = await serving(dashscope_url=url)
     client = client_of(sidecar)
@@ -139,7 +139,7 @@ async def test_a_stream_abandoned_half_way_cancels_the_upstream_within_100_ms(se
     ] == 1
 
 
-async def test_a_caller_who_hangs_up_while_the_answer_is_awaited_cancels_the_upstream(serving, provider):
+async def test_a_caller_that_disconnects_before_the_answer_cancels_the_upstream(serving, provider):
     url, simulated = await provider(latency_seconds=30)
     sidecar = await serving(dashscope_url=url)
     task = asyncio.ensure_future(sidecar.post().__aenter__())
@@ -149,7 +149,7 @@ async def test_a_caller_who_hangs_up_while_the_answer_is_awaited_cancels_the_ups
     await sidecar.until(sidecar.at_rest)
 
 
-async def test_the_providers_own_error_passes_through_unchanged(serving, scripted):
+async def test_the_providers_own_error_reaches_the_caller_unchanged(serving, scripted):
     error = {"error": {"message": "no such model", "type": "invalid_request_error", "code": "model_not_found"}}
     upstream = await scripted(lambda link, _: link.answer(error, status=404))
     sidecar = await serving(dashscope_url=f"{upstream.origin}/v1")

@@ -1,4 +1,4 @@
-"""What is neither chat nor models: to the upstream when the operator says so, 404 otherwise."""
+"""Paths other than chat and models: forwarded to the upstream if the operator enables it, otherwise 404."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 
-async def test_other_paths_are_404_in_openais_shape_unless_they_pass_through(serving, scripted):
+async def test_without_passthrough_other_paths_are_404_in_openais_format(serving, scripted):
     upstream = await scripted()
     sidecar = await serving(dashscope_url=f"{upstream.origin}/v1")
     async with sidecar.post({}, path="/v1/embeddings") as response:
@@ -17,7 +17,7 @@ async def test_other_paths_are_404_in_openais_shape_unless_they_pass_through(ser
 
 
 @pytest.mark.parametrize("base", ["/v1", "/compatible-mode/v1"])
-async def test_method_path_query_body_and_type_pass_through(serving, scripted, base):
+async def test_method_path_query_body_and_content_type_are_forwarded(serving, scripted, base):
     async def script(link, seen):
         await link.answer(b"raw", content_type="application/octet-stream")
 
@@ -40,7 +40,7 @@ async def test_method_path_query_body_and_type_pass_through(serving, scripted, b
         assert seen.headers["authorization"] == "Bearer sk-provider"
 
 
-async def test_what_passes_through_waits_its_turn_like_everything_else(serving, scripted):
+async def test_a_forwarded_request_waits_and_retries_like_every_other_request(serving, scripted):
     async def script(link, seen):
         if len(upstream.seen) == 1:
             await link.answer({"error": {"code": "limit_requests", "message": "slow down"}}, status=429)
@@ -55,7 +55,7 @@ async def test_what_passes_through_waits_its_turn_like_everything_else(serving, 
 
 
 @pytest.mark.parametrize("path", ["/v1/../admin", "/v1/%2e%2e/admin", "/v1/a/..%2f..%2fadmin"])
-async def test_nothing_leads_out_of_the_upstreams_base(serving, scripted, path):
+async def test_no_path_leaves_the_upstreams_base(serving, scripted, path):
     upstream = await scripted()
     sidecar = await serving(dashscope_url=f"{upstream.origin}/v1", passthrough=True)
     reader, writer = await asyncio.open_connection("127.0.0.1", sidecar.sidecar.data_port)

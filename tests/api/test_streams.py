@@ -1,4 +1,4 @@
-"""Streams that go wrong after their first byte: the caller is told once, in the stream, and nothing is sent twice."""
+"""Streams that fail after their first byte: the caller gets one error in the stream, and no request is sent twice."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ async def stream_of(sidecar):
         return await response.read()
 
 
-async def test_an_error_within_the_stream_is_passed_on_once_and_counted(serving, scripted):
+async def test_an_error_within_the_stream_is_forwarded_once_and_counted(serving, scripted):
     async def script(link, _):
         await link.start_stream()
         await link.chunk(event("A gate."))
@@ -37,11 +37,11 @@ async def test_an_error_within_the_stream_is_passed_on_once_and_counted(serving,
     assert metrics['sidecar_upstream_attempts_total{backend="dashscope",result="server_error"}'] == 1
 
 
-async def test_a_connection_that_breaks_within_the_stream_is_told_and_not_retried(serving, scripted):
+async def test_a_connection_that_breaks_within_the_stream_gives_an_error_and_no_retry(serving, scripted):
     async def script(link, _):
         await link.start_stream()
         await link.chunk(event("A gate."))
-        await asyncio.sleep(0.05)  # so that the first chunk is out before the reset overtakes it
+        await asyncio.sleep(0.05)  # the first chunk must arrive before the reset, which would discard it
         link.reset()
 
     upstream = await scripted(script)
@@ -55,7 +55,7 @@ async def test_a_connection_that_breaks_within_the_stream_is_told_and_not_retrie
 
 
 @pytest.mark.parametrize("code", ["limit_requests", "limit_burst_rate"])
-async def test_a_refusal_in_the_place_of_a_streams_first_content_is_waited_out(serving, scripted, code):
+async def test_after_a_refusal_before_a_streams_first_content_the_request_is_sent_again(serving, scripted, code):
     answers = 0
 
     async def script(link, _):
@@ -76,8 +76,8 @@ async def test_a_refusal_in_the_place_of_a_streams_first_content_is_waited_out(s
     assert len(upstream.seen) == 2
 
 
-async def test_a_slow_reader_slows_the_provider_and_memory_stays(serving, scripted):
-    """A 40 MB stream to a caller who stops reading: the provider can send no more than the sockets' buffers hold."""
+async def test_a_slow_reader_slows_the_provider_and_does_not_fill_memory(serving, scripted):
+    """A caller stops reading a stream of 40 MB: the provider can send only as much as the socket buffers hold."""
     sent = 0
     piece = event("x" * 65_000)
 
@@ -94,7 +94,7 @@ async def test_a_slow_reader_slows_the_provider_and_memory_stays(serving, script
     async with sidecar.post(chat(stream=True)) as response:
         await response.content.readany()
         before = -1
-        while sent > before:  # until the provider's writes stand still
+        while sent > before:  # until the provider can write no more
             before = sent
             await asyncio.sleep(0.3)
         assert sent < 20_000_000
@@ -105,8 +105,8 @@ async def test_a_slow_reader_slows_the_provider_and_memory_stays(serving, script
     await sidecar.until(sidecar.at_rest)
 
 
-async def test_a_stream_whose_reader_has_stopped_ends_at_its_deadline(serving, scripted):
-    """The error is for whoever may yet read; nobody waits for that."""
+async def test_a_stream_whose_caller_stopped_reading_ends_at_its_deadline(serving, scripted):
+    """The error is written for a caller that reads again, but the sidecar does not wait until it is read."""
 
     async def script(link, _):
         await link.start_stream()
@@ -124,8 +124,8 @@ async def test_a_stream_whose_reader_has_stopped_ends_at_its_deadline(serving, s
         assert b"deadline_exceeded" in last
 
 
-async def test_whoever_waits_for_the_last_request_is_told_of_its_end(serving, scripted):
-    """However many wait; and again for the next one."""
+async def test_every_task_that_waits_until_idle_continues_when_the_last_request_ends(serving, scripted):
+    """Two tasks wait at the same time, and again for the next request."""
     more = asyncio.Semaphore(0)
 
     async def script(link, _):
@@ -139,10 +139,10 @@ async def test_whoever_waits_for_the_last_request_is_told_of_its_end(serving, sc
     data = sidecar.sidecar.data
     async with asyncio.timeout(10):
         for _ in range(2):
-            await data.idle()
+            await data.wait_until_idle()
             async with sidecar.post(chat(stream=True)) as response:
                 await response.content.readany()
-                waiting = [asyncio.ensure_future(data.idle()) for _ in range(2)]
+                waiting = [asyncio.ensure_future(data.wait_until_idle()) for _ in range(2)]
                 done, _ = await asyncio.wait(waiting, timeout=0.05)
                 assert not done
                 more.release()

@@ -1,4 +1,4 @@
-"""The one stopwatch: for every way in which a request can end, its parts sum up to what the caller measured."""
+"""The stopwatch: for every outcome of a request, the sum of its parts is the time that the caller measured."""
 
 from __future__ import annotations
 
@@ -8,22 +8,23 @@ import re
 import pytest
 from running import chat
 
+#: Seconds.
 TOLERANCE = 0.002
 
 
 @pytest.fixture
 def tickets(monkeypatch):
-    """Every finished ticket, with its outcome and wall time on the loop's clock."""
+    """Record every finished ticket with its outcome and its total time in seconds, by the event loop's clock."""
     from sidecar.observe.metrics import Metrics  # noqa: PLC0415
 
     finished = []
     real = Metrics.finished
 
-    def noting(self, ticket, api, backend, outcome):
+    def recording(self, ticket, api, backend, outcome):
         finished.append((ticket, outcome, asyncio.get_running_loop().time() - ticket.stopwatch.started))
         real(self, ticket, api, backend, outcome)
 
-    monkeypatch.setattr(Metrics, "finished", noting)
+    monkeypatch.setattr(Metrics, "finished", recording)
     return finished
 
 
@@ -41,7 +42,7 @@ def server_timing(response):
 
 
 async def timed(sidecar, body=None, **options):
-    """Ask; gives status, what Server-Timing says, and the wall time until the answer was whole."""
+    """Send a request. Return status, the parts of Server-Timing, and the time until the complete answer, in seconds."""
     loop = asyncio.get_running_loop()
     begun = loop.time()
     async with sidecar.post(body, **options) as response:
@@ -53,7 +54,7 @@ def assert_header_sums(timing):
     assert timing["queue"] + timing["lock"] + timing["upstream"] == pytest.approx(timing["total"], abs=TOLERANCE)
 
 
-async def test_success(serving, provider, tickets):
+async def test_the_parts_of_a_success_sum_up(serving, provider, tickets):
     url, _ = await provider(latency_seconds=0.3)
     sidecar = await serving(dashscope_url=url)
     status, timing, wall = await timed(sidecar)
@@ -64,8 +65,8 @@ async def test_success(serving, provider, tickets):
     assert_sums(tickets, "ok")
 
 
-async def test_a_refused_request_and_its_requeue(serving, provider, tickets):
-    """All attempts' waits are in the sum, and the wait for another turn is queue, not upstream."""
+async def test_the_parts_of_a_refused_and_repeated_request_sum_up(serving, provider, tickets):
+    """The sum includes the waits of all attempts. The wait for the next attempt counts as queue, not as upstream."""
     url, simulated = await provider(latency_seconds=0.1, requests_per_second=5, burst_requests=2)
     sidecar = await serving(dashscope_url=url)
     answers = await asyncio.gather(*(timed(sidecar) for _ in range(8)))
@@ -77,7 +78,7 @@ async def test_a_refused_request_and_its_requeue(serving, provider, tickets):
     assert max(ticket.attempts for ticket, _, _ in tickets) > 1
 
 
-async def test_the_providers_own_refusal(serving, provider, tickets):
+async def test_the_parts_of_a_moderation_refusal_sum_up(serving, provider, tickets):
     url, _ = await provider(latency_seconds=0.1, moderation_share=1.0)
     sidecar = await serving(dashscope_url=url)
     status, timing, _ = await timed(sidecar)
@@ -86,7 +87,7 @@ async def test_the_providers_own_refusal(serving, provider, tickets):
     assert_sums(tickets, "moderated")
 
 
-async def test_cancelled_in_the_queue_and_upstream(serving, provider, tickets):
+async def test_the_parts_of_cancelled_requests_sum_up(serving, provider, tickets):
     url, simulated = await provider(latency_seconds=30)
     sidecar = await serving(dashscope_url=url, max_concurrency=1)
     tasks = [asyncio.ensure_future(timed(sidecar)) for _ in range(3)]
@@ -99,7 +100,7 @@ async def test_cancelled_in_the_queue_and_upstream(serving, provider, tickets):
     await sidecar.until(sidecar.at_rest)
 
 
-async def test_superseded(serving, provider, tickets):
+async def test_the_parts_of_a_superseded_request_sum_up(serving, provider, tickets):
     url, simulated = await provider(latency_seconds=0.5)
     sidecar = await serving(dashscope_url=url, max_concurrency=1)
     first = asyncio.ensure_future(timed(sidecar))
@@ -112,7 +113,7 @@ async def test_superseded(serving, provider, tickets):
     assert_sums(tickets, "superseded")
 
 
-async def test_deadline(serving, provider, tickets):
+async def test_the_parts_of_a_request_past_its_deadline_sum_up(serving, provider, tickets):
     url, _ = await provider(latency_seconds=30)
     sidecar = await serving(dashscope_url=url)
     status, timing, _ = await timed(sidecar, headers={"X-Request-Timeout": "0.4"})
@@ -122,7 +123,7 @@ async def test_deadline(serving, provider, tickets):
     assert_sums(tickets, "deadline")
 
 
-async def test_shed(serving, provider, tickets):
+async def test_the_parts_of_a_shed_request_sum_up(serving, provider, tickets):
     url, simulated = await provider(latency_seconds=0.6)
     sidecar = await serving(dashscope_url=url, max_concurrency=1, queue_size=1)
     tasks = [asyncio.ensure_future(timed(sidecar))]
@@ -135,19 +136,19 @@ async def test_shed(serving, provider, tickets):
     assert_sums(tickets, "shed")
 
 
-async def test_stream(serving, provider, tickets):
+async def test_the_parts_of_a_stream_sum_up(serving, provider, tickets):
     url, _ = await provider(first_token_seconds=0.2, answer_tokens=40, stream_tokens_per_second=200)
     sidecar = await serving(dashscope_url=url)
     status, timing, wall = await timed(sidecar, chat(stream=True))
     assert status == 200
     assert_header_sums(timing)
-    assert timing["upstream"] == pytest.approx(0.2, abs=0.05)  # what is known at the first byte
+    assert timing["upstream"] == pytest.approx(0.2, abs=0.05)  # the header is sent with the first byte
     assert_sums(tickets, "ok")
     ((ticket, _, _),) = tickets
     assert sum(ticket.stopwatch.seconds.values()) == pytest.approx(wall, abs=0.05)
 
 
-async def test_an_upstream_that_fails(serving, provider, tickets):
+async def test_the_parts_of_a_failed_request_sum_up(serving, provider, tickets):
     url, _ = await provider(latency_seconds=0.1, error_share=1.0)
     sidecar = await serving(dashscope_url=url)
     status, timing, _ = await timed(sidecar)

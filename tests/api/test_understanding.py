@@ -1,4 +1,4 @@
-"""What the sidecar reads from a body is the same whether or not it skips the bulk of an image."""
+"""The sidecar reads the same fields from a body whether or not it shortens the images before parsing."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sidecar.api.errors import InvalidRequest
 from sidecar.cli.demo.frames import HEIGHT, WIDTH, frame
 
 JPEG = frame(0)
-#: The size stands behind 60 KB of EXIF data, as in a photograph with a thumbnail.
+#: Here the image size comes after 60 KB of EXIF data, as in a photograph with a thumbnail.
 PHOTOGRAPH = JPEG[:2] + b"\xff\xe1" + (60_002).to_bytes(2) + bytes(60_000) + JPEG[2:]
 
 
@@ -25,34 +25,34 @@ def body(*images: bytes, text: str = "Describe.", **fields) -> bytes:
 
 
 @pytest.mark.parametrize("images", [(JPEG,), (JPEG, JPEG), (PHOTOGRAPH,), (JPEG, PHOTOGRAPH, JPEG), ()])
-def test_every_image_is_measured_and_what_stands_behind_it_is_read(images):
-    asked = openai.understand(body(*images, stream=True))
-    assert asked.images == [(WIDTH, HEIGHT)] * len(images)
-    assert (asked.model, asked.stream, asked.text_chars) == ("m", True, len("Describe."))
+def test_the_size_of_every_image_and_the_fields_after_it_are_read(images):
+    chat = openai.parse_chat(body(*images, stream=True))
+    assert chat.images == [(WIDTH, HEIGHT)] * len(images)
+    assert (chat.model, chat.stream, chat.text_chars) == ("m", True, len("Describe."))
 
 
-def test_of_a_frame_only_its_beginning_is_parsed(monkeypatch):
+def test_only_the_beginning_of_a_frame_is_parsed(monkeypatch):
     parsed = []
     json_object = bodies.json_object
     monkeypatch.setattr(bodies, "json_object", lambda data: parsed.append(len(data)) or json_object(data))
-    openai.understand(body(JPEG, JPEG))
+    openai.parse_chat(body(JPEG, JPEG))
     assert len(parsed) == 1
     assert parsed[0] < 20_000 < len(JPEG)
 
 
-def test_escaped_quotes_and_slashes_are_no_end_of_a_string():
-    slashed = body(JPEG).replace(b"/", b"\\/")  # as PHP writes JSON
-    assert openai.understand(slashed).images == [(WIDTH, HEIGHT)]
+def test_escaped_quotes_and_slashes_do_not_end_a_string():
+    slashed = body(JPEG).replace(b"/", b"\\/")  # PHP escapes slashes in JSON
+    assert openai.parse_chat(slashed).images == [(WIDTH, HEIGHT)]
     quoting = 'He said ";base64,' + "A" * 20_000 + '" and "no".'
-    asked = openai.understand(body(JPEG, text=quoting))
-    assert (asked.images, asked.text_chars) == ([(WIDTH, HEIGHT)], len(quoting))
+    chat = openai.parse_chat(body(JPEG, text=quoting))
+    assert (chat.images, chat.text_chars) == ([(WIDTH, HEIGHT)], len(quoting))
 
 
-def test_a_body_that_is_cut_off_within_an_image_is_no_json():
+def test_a_body_that_ends_within_an_image_is_refused_as_not_json():
     with pytest.raises(InvalidRequest, match="the body is not JSON"):
-        openai.understand(body(JPEG)[:50_000])
+        openai.parse_chat(body(JPEG)[:50_000])
 
 
-def test_errors_are_told_of_the_whole_body():
+def test_an_error_after_an_image_is_reported():
     with pytest.raises(InvalidRequest, match="max_tokens must be a whole number"):
-        openai.understand(body(JPEG, max_tokens=0))
+        openai.parse_chat(body(JPEG, max_tokens=0))

@@ -1,4 +1,4 @@
-"""Which event loops the tests of this folder run on, and the upstream that most of them ask."""
+"""The event loops for the tests of this folder, and the upstream that most of them use."""
 
 from __future__ import annotations
 
@@ -11,8 +11,11 @@ from scripted_upstream import Upstream
 
 
 def pytest_asyncio_loop_factories(item: pytest.Item) -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]]:
-    """Faults on both loops: production has uvloop, and closing, resetting and cancelling are not alike on the two."""
-    if item.path.name in {"test_connections.py", "test_dashscope_faults.py", "test_simulated_server.py"}:
+    """Run the tests of faults on asyncio and on uvloop.
+
+    Production uses uvloop. Closing, resetting and cancelling behave differently on the two loops.
+    """
+    if item.path.name in {"test_http1_client.py", "test_remote_faults.py", "test_simulated_server.py"}:
         return {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
     return {"asyncio": asyncio.new_event_loop}
 

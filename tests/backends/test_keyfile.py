@@ -1,4 +1,4 @@
-"""A key in a file, as a Kubernetes Secret is mounted and rotated."""
+"""`KeyFile`: a key in a file that is mounted and rotated like a Kubernetes Secret."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from backends.keyfile import KeyFile
 
 @pytest.fixture
 def clock(monkeypatch):
-    """Time as `KeyFile` sees it."""
+    """The time that `KeyFile` reads: a list with one value in seconds."""
     now = [1000.0]
     monkeypatch.setattr("backends.keyfile.time.monotonic", lambda: now[0])
     return now
@@ -29,7 +29,7 @@ def test_a_rotated_secret_is_used_within_a_second(tmp_path, clock):
     assert key() == "sk-2"
 
 
-def test_the_key_file_is_looked_at_once_a_second_at_most(tmp_path, clock):
+def test_the_key_file_is_checked_at_most_once_per_second(tmp_path, clock):
     path = tmp_path / "key"
     path.write_text("sk-1")
     key = KeyFile(path)
@@ -57,7 +57,7 @@ def test_while_the_key_file_is_empty_or_missing_the_last_key_stays_in_use(tmp_pa
     assert key() == "sk-3"
 
 
-def test_a_key_file_that_holds_no_key_is_refused_at_the_start(tmp_path):
+def test_a_key_file_without_a_key_is_refused_at_the_start(tmp_path):
     (tmp_path / "key").write_text("\n")
     with pytest.raises(ValueError, match="key holds no API key"):
         KeyFile(tmp_path / "key")

@@ -1,4 +1,4 @@
-"""A caller who leaves, whenever it does: the provider sees it at once, and permits, tasks and sockets come back."""
+"""A caller can disconnect at any time: the provider sees it at once, and permits, tasks and sockets are released."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from sidecar.admission import Admission, Priority, Ticket, UpstreamSettings
 from sidecar.admission.admission import MAX_POOLS
 from sidecar.admission.queue import FairQueue
 
+#: Seconds. The bound for everything that must happen at once.
 AT_ONCE = 1.0
 EVENT = b'data: {"choices":[{"index":0,"delta":{"content":"A gate."}}]}\n\n'
 SCALE = float(os.environ.get("CHAOS_SCALE", "1"))
 
 
 class Holding:
-    """A provider that answers up to a point and then waits: for its caller to go, or for `release`."""
+    """A provider that sends the bytes `upto` and then waits until its caller disconnects or `release` is set."""
 
     def __init__(self, upto: bytes = b"") -> None:
         self.upto = upto
@@ -70,7 +71,7 @@ async def leave(task):
     ("phase", "upto"),
     [("headers", b""), ("within headers", b"HTTP/1.1 200 OK\r\nContent-Ty"), ("body", HALF_BODY), ("stream", STREAM)],
 )
-async def test_the_provider_sees_its_caller_gone_at_once(serving, scripted, phase, upto, stream):
+async def test_the_provider_sees_at_once_that_its_caller_disconnected(serving, scripted, phase, upto, stream):
     holding = Holding(upto)
     upstream = await scripted(holding)
     sidecar = await serving(dashscope_url=f"{upstream.origin}/v1")
@@ -87,7 +88,9 @@ async def test_the_provider_sees_its_caller_gone_at_once(serving, scripted, phas
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("settings", [{"max_concurrency": 1}, {"requests_per_minute": 60.0}], ids=["queued", "paced"])
-async def test_who_leaves_the_queue_is_out_of_it_at_once_and_never_sent(serving, scripted, settings, stream):
+async def test_a_caller_that_disconnects_while_queued_frees_its_place_and_is_never_sent(
+    serving, scripted, settings, stream
+):
     holding = Holding()
     upstream = await scripted(holding)
     sidecar = await serving(dashscope_url=f"{upstream.origin}/v1", **settings)
@@ -105,17 +108,17 @@ async def test_who_leaves_the_queue_is_out_of_it_at_once_and_never_sent(serving,
     assert len(upstream.seen) == 1
 
 
-async def test_who_vanishes_while_sending_its_body_leaves_nothing_behind(serving, scripted):
+async def test_a_caller_that_disconnects_while_sending_its_body_leaves_nothing_behind(serving, scripted):
     upstream = await scripted()
     sidecar = await serving(dashscope_url=f"{upstream.origin}/v1")
     admission = sidecar.sidecar.admission
     head = b"POST %b HTTP/1.1\r\nHost: x\r\nContent-Length: 100000\r\n\r\n" % CHAT.encode()
-    for said in (head[:40], head, head + b"{" * 50_000):
+    for sent in (head[:40], head, head + b"{" * 50_000):
         _, writer = await asyncio.open_connection("127.0.0.1", sidecar.sidecar.data_port)
-        writer.write(said)
-        if said != head[:40]:
-            await sidecar.until(lambda: sidecar.sidecar.data.under_way == 1)
-        if said.endswith(b"{"):
+        writer.write(sent)
+        if sent != head[:40]:
+            await sidecar.until(lambda: sidecar.sidecar.data.in_progress == 1)
+        if sent.endswith(b"{"):
             await sidecar.until(lambda: admission.arriving_bytes() == 50_000)
         writer.transport.abort()
         async with asyncio.timeout(AT_ONCE):
@@ -124,8 +127,8 @@ async def test_who_vanishes_while_sending_its_body_leaves_nothing_behind(serving
     assert upstream.seen == []
 
 
-async def test_who_leaves_while_everything_is_held_is_out_of_the_queue_at_once(serving, provider):
-    """In an outage one waits to be the probe and the others behind it; probing goes on without those who left."""
+async def test_a_caller_that_disconnects_during_an_outage_frees_its_place_at_once(serving, provider):
+    """In an outage one request is the next probe and the others wait. Probing continues without callers that left."""
     url, simulated = await provider(outages=((0.0, 4.0),), outage_status=503)
     sidecar = await serving(dashscope_url=url)
     admission = sidecar.sidecar.admission
@@ -140,8 +143,8 @@ async def test_who_leaves_while_everything_is_held_is_out_of_the_queue_at_once(s
     await sidecar.until(sidecar.at_rest)
 
 
-async def test_what_is_in_flight_here_is_so_at_a_provider_that_hangs_past_every_timer(serving, provider, monkeypatch):
-    """Timers of connections, addresses and listeners run out, at last the deadline: no permit is freed before that."""
+async def test_a_request_at_a_provider_that_hangs_keeps_its_permit_until_the_deadline(serving, provider, monkeypatch):
+    """The timers of connections, addresses and listeners expire first. None of them may free a permit."""
     for timer in (
         "backends.http1.client.IDLE_SECONDS",
         "backends.http1.client._DNS_SECONDS",
@@ -164,8 +167,8 @@ async def test_what_is_in_flight_here_is_so_at_a_provider_that_hangs_past_every_
     await sidecar.until(sidecar.at_rest)
 
 
-async def test_a_keys_queue_and_a_models_lane_go_only_when_empty_and_idle():
-    """Everybody who waits is served, however many keys and models come and go beside it."""
+async def test_a_queue_of_a_key_and_a_lane_of_a_model_are_removed_only_when_empty_and_idle():
+    """Every waiting ticket is served while many other keys and models come and go."""
     queue, waiting, chance = FairQueue(), [], random.Random(3)
     for number in range(5000):
         one = Ticket(now=0.0, deadline=60.0, key=str(chance.randrange(40)), priority=chance.choice(list(Priority)))
@@ -202,19 +205,19 @@ async def test_a_keys_queue_and_a_models_lane_go_only_when_empty_and_idle():
     assert admission.in_flight() == admission.waiting() == 0
 
 
-async def test_10000_requests_with_every_kind_of_end_leave_nothing_behind():
-    """Cancels, timeouts, 502s and bad bodies at random: then all is at zero and the whole concurrency is of use."""
+async def test_10000_requests_with_every_outcome_leave_nothing_behind():
+    """After random cancels, timeouts, 502s and bad bodies, all counters are zero and all permits can be used."""
     chance = random.Random(9)
 
     async def script(link, _):
-        fate = chance.random()
-        if fate < 0.04:
+        outcome = chance.random()
+        if outcome < 0.04:
             link.reset()
-        elif fate < 0.08:
+        elif outcome < 0.08:
             await link.answer({"error": {"message": "no"}}, status=502)
-        elif fate < 0.10:
+        elif outcome < 0.10:
             await link.gone()  # until the deadline
-        elif fate < 0.14:
+        elif outcome < 0.14:
             await link.answer(b"<html>", content_type="text/html")
         else:
             await link.answer(CHAT_ANSWER)
@@ -228,15 +231,15 @@ async def test_10000_requests_with_every_kind_of_end_leave_nothing_behind():
         running(dashscope_url=f"{upstream.origin}/v1", max_concurrency=16, deadline=5.0) as sidecar,
     ):
         statuses: dict[object, int] = {}
-        room = asyncio.Semaphore(40)
+        concurrency = asyncio.Semaphore(40)
 
         async def one(number):
-            async with room:
+            async with concurrency:
                 body = {"messages": []} if number % 20 == 0 else chat(stream=number % 3 == 0)
-                patience = chance.choice([None] * 6 + [0.0005, 0.002, 0.01])
+                timeout_seconds = chance.choice([None] * 6 + [0.0005, 0.002, 0.01])
                 headers = {"X-Request-Timeout": "0.2", "X-Camera-Id": str(number % 10)}
                 try:
-                    async with asyncio.timeout(patience), sidecar.post(body, headers=headers) as response:
+                    async with asyncio.timeout(timeout_seconds), sidecar.post(body, headers=headers) as response:
                         await response.read()
                         end: object = response.status
                 except TimeoutError:
@@ -252,7 +255,7 @@ async def test_10000_requests_with_every_kind_of_end_leave_nothing_behind():
         assert set(statuses) <= {200, 400, 502, 503, 504, "left"}, statuses
         assert {200, 400, 502, 504, "left"} <= set(statuses), statuses
 
-        # Nothing of the concurrency has leaked: once the last probes have succeeded, all 16 are of use.
+        # No permit has leaked: after the last probes have succeeded, all 16 permits can be used.
         upstream.script = answer = Holding()
         answer.release.set()
         async with asyncio.timeout(20):

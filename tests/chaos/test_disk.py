@@ -1,4 +1,4 @@
-"""A disk that is full or gone under load: serving goes on, it is told once, and nothing half-written is left."""
+"""The disk is full or missing under load: serving continues, one log line reports it, no half-written file remains."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ async def ask(client, url):
         return response.status
 
 
-async def test_a_full_disk_costs_the_memory_and_nothing_else(tmp_path, provider):
-    """No file may grow, as on a full disk: the learned limits cannot be saved when the process is told to stop."""
+async def test_a_full_disk_loses_only_the_learned_limits(tmp_path, provider):
+    """No file can grow, as on a full disk, so the learned limits cannot be saved when the process stops."""
     path = tmp_path / "limits.json"
     url, simulated = await provider(requests_per_second=20, burst_requests=5, latency_seconds=0.02)
     async with (
@@ -25,19 +25,19 @@ async def test_a_full_disk_costs_the_memory_and_nothing_else(tmp_path, provider)
         aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as client,
     ):
         resource.prlimit(process.process.pid, resource.RLIMIT_FSIZE, (0, 0))
-        asked = [asyncio.ensure_future(ask(client, process.url)) for _ in range(40)]
+        tasks = [asyncio.ensure_future(ask(client, process.url)) for _ in range(40)]
         async with asyncio.timeout(10):
             while simulated.counts.ended["answered"] < 20:  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
         process.signal(signal.SIGTERM)
-        assert await asyncio.gather(*asked) == [200] * 40
+        assert await asyncio.gather(*tasks) == [200] * 40
         assert await process.ended() == 0
     assert process.log.count("SIDECAR_STATE_FILE") == 1, process.log
     assert "cannot be written: File too large" in process.log
     assert list(tmp_path.iterdir()) == []
 
 
-async def test_a_folder_that_vanishes_and_comes_back_under_load(tmp_path, serving, provider, monkeypatch):
+async def test_a_missing_folder_that_appears_under_load_gets_the_state_file(tmp_path, serving, provider, monkeypatch):
     monkeypatch.setattr("sidecar.state_file.SAVE_EVERY_SECONDS", 0.02)
     folder = tmp_path / "state"
     path = folder / "limits.json"

@@ -1,4 +1,4 @@
-"""Requests with ids through a mix of faults: both ends' ledgers agree, every request has one answer, and its own."""
+"""Requests with ids through many faults: each gets exactly one answer, its own, and the records of both ends agree."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ def id_of(body: bytes) -> str:
     return json.loads(body)["messages"][0]["content"]
 
 
-async def test_every_request_is_answered_once_with_its_own_answer_and_every_upstream_call_is_accounted_for():
-    chance = random.Random(20)
+async def test_every_request_gets_its_own_answer_once_and_every_upstream_call_is_counted():
+    rng = random.Random(20)
 
     async def script(link, seen):
-        fate = chance.random()
-        if fate < 0.0003:  # which closes admission for half a second
+        outcome = rng.random()
+        if outcome < 0.0003:  # this answer closes admission for half a second
             await link.answer({"error": {"message": "no room", "code": "ModelUnavailable"}}, status=503)
-        elif fate < 0.01:
+        elif outcome < 0.01:
             await link.answer({"error": {"message": "it broke"}}, status=500)
-        elif fate < 0.02:
+        elif outcome < 0.02:
             await link.answer({"error": {"message": "bad image", "code": "invalid_parameter"}}, status=400)
         else:
-            said = {"role": "assistant", "content": id_of(seen.body)}
-            await link.answer({"choices": [{"index": 0, "message": said, "finish_reason": "stop"}]})
+            content = {"role": "assistant", "content": id_of(seen.body)}
+            await link.answer({"choices": [{"index": 0, "message": content, "finish_reason": "stop"}]})
 
     def choose():
-        if chance.random() < 0.3:
+        if rng.random() < 0.3:
             return None
-        return Fault(chance.choice(["reset", "close", "garbage", "stall"]), int(chance.expovariate(1 / 5_000)))
+        return Fault(rng.choice(["reset", "close", "garbage", "stall"]), int(rng.expovariate(1 / 5_000)))
 
     answers: dict[str, tuple[int, str, int]] = {}
     left: set[str] = set()
@@ -56,18 +56,18 @@ async def test_every_request_is_answered_once_with_its_own_answer_and_every_upst
             for number in numbers:
                 ident = f"request-{number}"
                 body = {"model": "qwen-vl-plus", "messages": [{"role": "user", "content": ident}]}
-                patience = 0.004 if number % 50 == 7 else None
+                timeout_seconds = 0.004 if number % 50 == 7 else None
                 headers = {"X-Camera-Id": name, "X-Request-Id": ident}
                 try:
                     async with (
-                        asyncio.timeout(patience),
+                        asyncio.timeout(timeout_seconds),
                         client.post(process.url + CHAT, json=body, headers=headers) as response,
                     ):
                         whole = await response.json()
                         assert ident not in answers
                         assert response.headers["X-Request-Id"] == ident
-                        said = whole["choices"][0]["message"]["content"] if response.status == 200 else ""
-                        answers[ident] = response.status, said, int(response.headers["X-Sidecar-Attempts"])
+                        content = whole["choices"][0]["message"]["content"] if response.status == 200 else ""
+                        answers[ident] = response.status, content, int(response.headers["X-Sidecar-Attempts"])
                 except TimeoutError:
                     left.add(ident)
 
@@ -79,8 +79,8 @@ async def test_every_request_is_answered_once_with_its_own_answer_and_every_upst
         assert "defect" not in process.log
 
     assert len(answers) + len(left) == REQUESTS
-    assert wire.struck > REQUESTS / 200, "the faults must have been many"
-    assert all(said == ident for ident, (status, said, _) in answers.items() if status == 200)
+    assert wire.faults > REQUESTS / 200, "there must be many faults"
+    assert all(content == ident for ident, (status, content, _) in answers.items() if status == 200)
     statuses = Counter(status for status, _, _ in answers.values())
     assert set(statuses) <= {200, 400, 502, 503, 504}, statuses
     assert statuses[200] > 0.9 * REQUESTS, statuses
@@ -92,14 +92,15 @@ async def test_every_request_is_answered_once_with_its_own_answer_and_every_upst
             outcomes[name.partition('outcome="')[2].partition('"')[0]] += int(value)
         if name.startswith("sidecar_upstream_attempts_total"):
             attempts += int(value)
-    # Each request has ended once. Who left may have been answered in that very moment, or not yet have arrived.
+    # Each request has ended once. The request of a caller that left may have been answered just then, or may not have
+    # arrived yet.
     assert statuses[200] <= outcomes["ok"] <= statuses[200] + len(left)
     assert statuses[400] <= outcomes["rejected_upstream"] <= statuses[400] + len(left)
     assert REQUESTS - len(left) <= sum(outcomes.values()) <= REQUESTS
 
-    # Upstream: an answered request was seen there, as often as it says or once more for each connection found dead.
+    # The upstream saw each answered request as often as the answer's attempts, or once more for each dead connection.
     seen = Counter(id_of(request.body) for request in upstream.seen)
     for ident, (status, _, tried) in answers.items():
         if status in (200, 400):
             assert 1 <= seen[ident] <= 2 * tried, (ident, status, seen[ident], tried)
-    assert abs(sum(seen.values()) - attempts) <= wire.struck + len(left)
+    assert abs(sum(seen.values()) - attempts) <= wire.faults + len(left)

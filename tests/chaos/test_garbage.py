@@ -1,4 +1,4 @@
-"""A request that ends badly lets go of its body at once, and not when the garbage is next collected."""
+"""A request that fails releases its body at once, not only at the next garbage collection."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 from running import CHAT, PNG, chat
 
 BODY_BYTES, REQUESTS = 1_400_000, 8
-#: A PNG that is padded behind its end, as no decoder minds.
+#: A PNG with padding after its end, which every decoder ignores.
 URL = "data:image/png;base64," + base64.b64encode(PNG + bytes(BODY_BYTES * 3 // 4)).decode()
 CONTENT = [{"type": "image_url", "image_url": {"url": URL}}]
 FIRST = b'data: {"choices":[{"index":0,"delta":{"content":"A"}}]}\n\n'
@@ -46,16 +46,16 @@ async def hangs(link, _):
 
 
 @pytest.mark.parametrize(
-    ("script", "patience"),
+    ("script", "timeout_seconds"),
     [(refuses, 10), (fails, 10), (throttles, 10), (resets, 10), (breaks, 10), (hangs, 10), (hangs, 0.3)],
     ids=["refused", "failed", "throttled", "reset", "broken", "deadline", "caller gone"],
 )
-async def test_no_body_is_left_for_the_garbage_collector(serving, scripted, script, patience):
+async def test_no_body_waits_for_the_garbage_collector(serving, scripted, script, timeout_seconds):
     upstream = await scripted(script)
     sidecar = await serving(dashscope_url=f"{upstream.origin}/v1", deadline=1)
     fields = {"messages": [{"role": "user", "content": CONTENT}], "stream": script is breaks}
     body = json.dumps(chat(**fields)).encode()
-    bound = aiohttp.ClientTimeout(patience)
+    bound = aiohttp.ClientTimeout(timeout_seconds)
 
     async def ask():
         try:

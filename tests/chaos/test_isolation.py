@@ -1,4 +1,4 @@
-"""One camera that floods, sends monsters or never reads its answers does not harm the others."""
+"""One camera that floods, sends huge requests or never reads its answers does not harm the others."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sidecar.admission.queue import FairQueue
 SECONDS = 5.0
 
 
-async def test_a_camera_at_50_times_the_others_leaves_each_of_the_nine_what_it_gets_alone(serving, provider):
+async def test_a_camera_with_50_times_the_rate_does_not_slow_the_nine_others(serving, provider):
     url, _ = await provider(latency_seconds=0.05)
     sidecar = await serving(dashscope_url=url, requests_per_minute=40 * 60.0)
     ends: Counter[tuple[str, int]] = Counter()
@@ -40,7 +40,7 @@ async def test_a_camera_at_50_times_the_others_leaves_each_of_the_nine_what_it_g
     assert ends["flood", 503] > 100, ends
 
 
-async def test_callers_that_never_read_their_answers_hold_no_permit(serving, provider):
+async def test_callers_that_never_read_their_answers_do_not_hold_permits(serving, provider):
     url, simulated = await provider(answer_tokens=2000)
     sidecar = await serving(dashscope_url=url, max_concurrency=2)
     body = json.dumps(chat()).encode()
@@ -58,7 +58,7 @@ async def test_callers_that_never_read_their_answers_hold_no_permit(serving, pro
     await sidecar.until(sidecar.at_rest)
 
 
-async def test_a_full_queue_fails_no_probe_and_is_told_with_a_wait(serving, provider):
+async def test_a_full_queue_fails_no_probe_and_answers_503_with_retry_after(serving, provider):
     url, _ = await provider(latency_seconds=1.0)
     sidecar = await serving(dashscope_url=url, max_concurrency=1, queue_size=5)
     tasks = [asyncio.ensure_future(sidecar.post().__aenter__()) for _ in range(6)]
@@ -75,8 +75,8 @@ async def test_a_full_queue_fails_no_probe_and_is_told_with_a_wait(serving, prov
     await sidecar.until(sidecar.at_rest)
 
 
-def test_one_cameras_monsters_do_not_let_another_flood_the_rest():
-    """After a ticket of a million LLM tokens every key is still served a typical ticket or two at a time."""
+def test_huge_requests_of_one_camera_do_not_let_another_camera_starve_the_rest():
+    """After a ticket of a million LLM tokens, every key still gets one or two typical tickets per turn."""
     queue = FairQueue()
 
     def add(key, count, tokens):

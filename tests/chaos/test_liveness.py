@@ -1,4 +1,4 @@
-"""The kubelet's question is answered at once, whatever the sidecar is busy with: it must not be killed for that."""
+"""The liveness probe is answered at once, even under full load: the kubelet must not kill a busy sidecar."""
 
 from __future__ import annotations
 
@@ -14,17 +14,18 @@ import aiohttp
 import pytest
 from running import CHAT, IMAGE_URL, PNG, Process, chat
 
-#: The issue's own bound, and how it is measured: the best of a few runs, since the machine is shared.
+#: The bound in seconds (from the issue), the probes per run, and the number of runs. The best run counts, because the
+#: machine is shared.
 P99_SECONDS, PROBES, RUNS = 0.2, 200, 3
 QUEUE = 20
-#: A PNG that is padded behind its end, as no decoder minds: now and then one finds room in the queue.
+#: A PNG with padding after its end, which every decoder ignores: sometimes such a request gets a place in the queue.
 PADDED = "data:image/png;base64," + base64.b64encode(PNG + bytes(10 * 1024 * 1024)).decode()
 BIG = json.dumps(chat()).encode().replace(IMAGE_URL.encode(), PADDED.encode())
 
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory):
-    """A tiny real model, and with it a real engine thread."""
+    """A tiny real model, so that a real engine thread runs."""
     if not all(importlib.util.find_spec(name) for name in ("torch", "transformers")):
         missing = "torch and transformers are not installed: `make test` installs them"
         pytest.fail(missing) if os.environ.get("CI") else pytest.skip(missing)
@@ -36,7 +37,7 @@ def model(tmp_path_factory):
 
 
 class Load:
-    """Callers that fill the queue, and others that send 14 MB each, until told to stop."""
+    """Callers that fill the queue and callers that send 14 MB each, until the block ends."""
 
     def __init__(self, client, url):
         self.client = client
@@ -64,14 +65,14 @@ class Load:
 
 
 async def probe(client, url):
-    """The 99th percentile of so many answers, in seconds."""
+    """Return the 99th percentile of the response time of `PROBES` probes, in seconds."""
     took = []
     clock = asyncio.get_running_loop().time
     for _ in range(PROBES):
-        asked = clock()
+        start = clock()
         async with client.get(url) as response:
             assert (response.status, await response.text()) == (200, "alive\n")
-        took.append(clock() - asked)
+        took.append(clock() - start)
         await asyncio.sleep(0.01)
     return statistics.quantiles(took, n=100)[98]
 

@@ -1,4 +1,4 @@
-"""The upstream's name leads elsewhere, or nowhere for a while: nobody is told, and no restart is needed."""
+"""The upstream's name gets another address, or does not resolve for a while: no request fails, no restart is needed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ NAME = "provider.example"
 
 @pytest.fixture
 def names(monkeypatch):
-    """What names resolve to, for every connection of this process; one that is not in it does not resolve."""
+    """The address of each name, for all connections of this process. Other names do not resolve."""
     known = {}
 
     async def resolve(_, host, port=0, family=socket.AF_INET):
@@ -31,7 +31,7 @@ def names(monkeypatch):
 
 
 class Callers:
-    """Eight callers that ask again and again until the block ends."""
+    """Eight callers that send requests continuously until the block ends."""
 
     def __init__(self, sidecar):
         self.sidecar = sidecar
@@ -67,14 +67,14 @@ async def test_an_upstream_that_moves_to_another_address_is_followed(serving, na
         await sidecar.until(sidecar.at_rest)
 
 
-async def test_a_name_that_does_not_resolve_for_a_while_costs_a_wait_and_no_request(serving, names):
+async def test_while_a_name_does_not_resolve_requests_wait_and_none_fails(serving, names):
     names[NAME] = "127.0.0.1"
     async with Upstream() as upstream:
         sidecar = await serving(dashscope_url=f"http://{NAME}:{upstream.port}/v1")
         async with Callers(sidecar) as callers:
             await sidecar.until(lambda: callers.statuses[200] > 50)
             del names[NAME]
-            await asyncio.sleep(0.4)  # the address is remembered for so long
+            await asyncio.sleep(0.4)  # the address is cached for 0.3 s
             upstream.drop()
             [place] = sidecar.sidecar.admission.pool("qwen-vl-plus").upstreams
             await sidecar.until(lambda: place.circuit.state is not None)
@@ -88,7 +88,7 @@ async def test_a_name_that_does_not_resolve_for_a_while_costs_a_wait_and_no_requ
         await sidecar.until(sidecar.at_rest)
 
 
-async def test_a_name_that_never_resolved_is_told_at_once(serving, names):
+async def test_a_name_that_never_resolved_gives_an_error_at_once(serving, names):
     sidecar = await serving(dashscope_url=f"http://{NAME}/v1")
     async with sidecar.post(chat()) as response:
         assert response.status == 502

@@ -1,6 +1,6 @@
-"""An upstream that fails every call for half a minute under a hundred callers: few attempts, and no herd after it.
+"""An upstream fails every call for half a minute under a hundred callers: few attempts, and no burst afterwards.
 
-In virtual time, around the real dispatcher, admission and simulated provider.
+These tests run in virtual time with the real dispatcher, admission and simulated provider.
 """
 
 from __future__ import annotations
@@ -23,12 +23,13 @@ from sidecar.observe.metrics import Metrics
 
 CALLERS = 100
 FROM, TO, END = 10.0, 40.0, 80.0
-#: Until a probe has found it back: the longest step between two, and a fifth of it.
+#: Seconds from the end of the outage until a probe must have succeeded: the longest interval between two probes plus a
+#: fifth.
 FOUND_SECONDS = 6.0
 
 
-class Told(SimulatedBackend):
-    """Notes when it was called."""
+class RecordingBackend(SimulatedBackend):
+    """Records the time of each call."""
 
     def __init__(self, provider):
         super().__init__(provider)
@@ -40,11 +41,11 @@ class Told(SimulatedBackend):
 
 
 async def outage(seed, **profile):
-    """When requests arrived and how they ended, and when calls were made; in seconds."""
+    """Return arrival time and outcome of each request, and the time of each upstream call; times in seconds."""
     loop = asyncio.get_running_loop()
     began = loop.time()
     provider = Provider(Profile(outages=((FROM, TO),), latency_seconds=0.2, latency_sigma=0.3, seed=seed, **profile))
-    backend, admission = Told(provider), Admission([UpstreamSettings("simulated")], random=Random(seed))
+    backend, admission = RecordingBackend(provider), Admission([UpstreamSettings("simulated")], random=Random(seed))
     dispatcher = Dispatcher(admission, [backend], Metrics(CollectorRegistry()))
     requests = []
 
@@ -69,26 +70,26 @@ async def outage(seed, **profile):
 
 
 def peak(calls, start, end):
-    """The most calls in a tenth of a second."""
+    """Return the highest number of calls in a tenth of a second."""
     return max(Counter(int(at * 10) for at in calls if start <= at < end).values())
 
 
 @pytest.mark.parametrize("limits", [{}, {"requests_per_second": 60, "burst_requests": 20}], ids=["free", "limited"])
 @pytest.mark.parametrize("status", [503, 500, 0])
-def test_half_a_minute_of_failures_is_not_multiplied_and_no_herd_follows(status, limits):
+def test_half_a_minute_of_failures_causes_few_attempts_and_no_burst_afterwards(status, limits):
     for seed in range(2):
         requests, calls = clock.run(outage(seed, outage_status=status, **limits))
         assert len(calls) <= 1.2 * len(requests)
         assert sum(FROM + 1.0 <= at < TO for at in calls) <= TO - FROM, "single probes"
-        # What had come together meanwhile goes out no faster than a first burst to an unknown provider does.
+        # The queued requests are sent no faster than the first burst to an unknown provider.
         assert peak(calls, TO, END) <= 1.25 * peak(calls, 0.0, FROM)
         ends = Counter(end for at, end in requests if at >= TO + FOUND_SECONDS)
         assert ends["ok"] >= 0.95 * ends.total(), ends
         assert ends["ok"] > CALLERS, ends
 
 
-def test_the_first_requests_that_an_outage_meets_wait_for_its_end():
-    """Their attempts may fail before anybody else's has: they are given up only once it is seen that others' do not."""
+def test_the_first_requests_in_an_outage_wait_for_its_end():
+    """Their attempts fail first. A request may fail only after an attempt of another request has succeeded."""
     profile = Profile(latency_seconds=0.5, outages=((5.0, 15.0),))
     scenario = Scenario("", "", profile, poisson(5.0), lambda *_: [], seconds=20.0)
     for seed in range(20):

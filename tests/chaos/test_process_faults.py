@@ -1,4 +1,4 @@
-"""What befalls a whole process: no descriptors left, killed under load, an address that changes hands."""
+"""Faults of a whole process: no descriptors left, killed under load, an upstream that restarts."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ async def ask(client, url):
 
 
 async def status(client, url):
-    """Like `ask`, and 0 for a connection that was refused."""
+    """Send a request. Return the status, or 0 if the connection failed."""
     try:
         return await ask(client, url)
     except aiohttp.ClientError:
         return 0
 
 
-async def test_when_descriptors_run_out_it_waits_and_serves_again(provider):
+async def test_after_running_out_of_descriptors_the_process_serves_again(provider):
     url, _ = await provider()
     async with Process("--dashscope-url", url) as process:
         pid = process.process.pid
@@ -43,7 +43,7 @@ async def test_when_descriptors_run_out_it_waits_and_serves_again(provider):
         assert len(process.log) < 20_000, "one fault must not flood the log"
 
 
-async def test_killed_under_load_and_started_again_it_serves_on_the_same_port(provider):
+async def test_a_process_killed_under_load_can_start_again_on_the_same_port(provider):
     url, simulated = await provider(latency_seconds=0.3)
     connector = aiohttp.TCPConnector(limit=0, force_close=True)
     async with aiohttp.ClientSession(connector=connector) as client:
@@ -57,15 +57,15 @@ async def test_killed_under_load_and_started_again_it_serves_on_the_same_port(pr
             ends = await asyncio.gather(*tasks, return_exceptions=True)
             assert all(isinstance(end, aiohttp.ClientError) for end in ends), ends
             assert await process.ended() == -signal.SIGKILL
-        async with asyncio.timeout(BOUND):  # the provider sees them gone, and does not work for nobody
+        async with asyncio.timeout(BOUND):  # the provider must see that the callers are gone
             while simulated.counts.in_flight:  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
         async with Process("--dashscope-url", url, "--port", port) as process:
             assert await ask(client, process.url) == 200
 
 
-async def test_an_upstream_that_restarts_on_its_port_is_found_again(scripted):
-    """Every pooled connection is dead at once: nobody is told."""
+async def test_after_an_upstream_restarts_on_its_port_no_request_fails(scripted):
+    """All pooled connections break at the same time, and every request still gets its answer."""
     upstream = await scripted()
     async with (
         Process("--dashscope-url", f"{upstream.origin}/v1") as process,

@@ -1,4 +1,4 @@
-"""Who obeys a Retry-After of ours gets in: over real sockets, under more callers than fit."""
+"""A caller that waits for our Retry-After is admitted: over real sockets, with more callers than the queue holds."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from collections import Counter
 SECONDS = 8.0
 
 
-async def test_who_comes_back_as_told_gets_in(serving, provider):
+async def test_a_caller_that_waits_for_retry_after_is_admitted(serving, provider):
     url, simulated = await provider(latency_seconds=0.2)
     sidecar = await serving(dashscope_url=url, max_concurrency=4, queue_size=30)
-    async with sidecar.post() as response:  # which shows how long an answer takes
+    async with sidecar.post() as response:  # the sidecar learns how long an answer takes
         await response.read()
     loop = asyncio.get_running_loop()
     end = loop.time() + SECONDS
     tries: Counter[tuple[bool, int]] = Counter()
 
     async def caller(number):
-        told = False  # to come back, by the answer before
+        obeying = False  # whether this request follows the Retry-After of the previous answer
         while loop.time() < end:
             async with sidecar.post(headers={"X-Camera-Id": f"camera-{number}"}) as response:
                 await response.read()
-                tries[told, response.status] += 1
-                told = response.status == 503
-                wait = float(response.headers["Retry-After"]) if told else 0.0
+                tries[obeying, response.status] += 1
+                obeying = response.status == 503
+                wait = float(response.headers["Retry-After"]) if obeying else 0.0
             await asyncio.sleep(wait)
 
     async with asyncio.TaskGroup() as group:
@@ -33,5 +33,6 @@ async def test_who_comes_back_as_told_gets_in(serving, provider):
     assert {status for _, status in tries} == {200, 503}
     assert tries[True, 200] >= 50, tries
     assert tries[True, 200] >= 0.95 * (tries[True, 200] + tries[True, 503]), tries
-    assert simulated.counts.ended["answered"] >= 0.9 * SECONDS * 4 / 0.2  # and nothing stood idle for it
+    # The provider was never idle because of Retry-After.
+    assert simulated.counts.ended["answered"] >= 0.9 * SECONDS * 4 / 0.2
     await sidecar.until(sidecar.at_rest)

@@ -1,4 +1,4 @@
-"""Ten thousand mistyped models and cameras: neither series nor queues nor lanes grow with them."""
+"""Ten thousand mistyped names of models and cameras do not increase the number of metric series, queues or lanes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CALLERS = 32
 
 async def test_10000_mistyped_models_and_cameras_leave_series_and_status_bounded(scripted):
     async def script(link, seen):
-        if b"mistyped-7" in seen.body:  # some providers answer whatever is named
+        if b"mistyped-7" in seen.body:  # some providers answer for every model name
             return await link.answer(CHAT_ANSWER)
         return await link.answer({"error": {"message": "no such model", "code": "model_not_found"}}, status=404)
 

@@ -1,4 +1,4 @@
-"""A TCP proxy that breaks what passes through it: what networks, load balancers and dying pods do."""
+"""A TCP proxy that breaks connections as networks, load balancers and terminating pods do."""
 
 from __future__ import annotations
 
@@ -14,20 +14,23 @@ STALL_SECONDS = 0.3
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """How a connection ends, and after how many bytes of answers: 0 is before the first, a few within its headers."""
+    """How a connection ends, and after how many bytes of answers.
+
+    0 is before the first byte of the first answer; a small number is within the headers of that answer.
+    """
 
     way: Way
     after_bytes: int
 
 
 class Wire:
-    """Forwards to `port`; `choose` gives each new connection its fault, or None. `struck` counts those that fell."""
+    """Forwards to `port`. `choose` returns the fault of each new connection, or None. `faults` counts the faults."""
 
     def __init__(self, port: int, choose: Callable[[], Fault | None]) -> None:
         self._target = port
         self._choose = choose
         self._tasks: set[asyncio.Task[None]] = set()
-        self.struck = 0
+        self.faults = 0
 
     async def __aenter__(self) -> Wire:
         self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
@@ -73,7 +76,7 @@ class Wire:
             left -= len(data)
         else:
             return None
-        self.struck += 1
+        self.faults += 1
         if fault.way == "garbage":
             writer.write(b"\x00\xffgarbage\r\n\r\n" * 4)
             await writer.drain()

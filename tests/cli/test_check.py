@@ -1,4 +1,4 @@
-"""`vlm-sidecar check` as a process: against a provider that is well, and against each way to be unwell."""
+"""`vlm-sidecar check` as a process: against a working provider, and against each kind of failure."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ KEY = "sk-never-to-be-seen"
 
 
 async def check(*options, **environ):
-    """Run it; gives the exit status and what it printed."""
+    """Run `check`; return the exit status and the output."""
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "sidecar", "check", *options, env=CLEAN | environ,
         stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
@@ -33,7 +33,7 @@ async def check(*options, **environ):
 
 
 async def failing(**environ):
-    """The step that failed, of a check that did."""
+    """Run a check that must fail, and return the failed step."""
     status, printed = await check("--json", **environ)
     report = json.loads(printed)
     assert (status, report["ok"]) == (1, False)
@@ -44,7 +44,7 @@ async def failing(**environ):
     return failed
 
 
-async def test_a_provider_that_is_well(provider):
+async def test_a_working_provider(provider):
     url, simulated = await provider()
     status, printed = await check(DASHSCOPE_API_KEY=KEY, SIDECAR_DASHSCOPE_URL=url)
     assert status == 0, printed
@@ -57,7 +57,7 @@ async def test_a_provider_that_is_well(provider):
     assert simulated.counts.accepted == 1
 
 
-async def test_nothing_configured_is_tried_too():
+async def test_without_configuration_the_simulated_backend_is_tested():
     status, printed = await check("--json")
     report = json.loads(printed)
     assert (status, report["ok"]) == (0, True)
@@ -65,7 +65,7 @@ async def test_nothing_configured_is_tried_too():
     assert [step["name"] for step in report["steps"]] == ["start", "request"]
 
 
-async def test_no_password_of_a_url_is_shown(provider):
+async def test_no_password_of_a_url_is_printed(provider):
     url, _ = await provider()
     with_password = url.replace("http://", "http://somebody:half@hunter2@")
     _, printed = await check(SIDECAR_DASHSCOPE_URL=with_password, SIDECAR_SHARED_URL="redis://:hunter2@localhost")
@@ -80,15 +80,15 @@ async def test_a_name_that_does_not_resolve():
     assert "nowhere.invalid" in failed["detail"]
 
 
-async def test_a_port_where_nobody_listens():
+async def test_a_port_without_a_listener():
     with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))  # bound and not listening: nobody else can have it either
+        taken.bind(("127.0.0.1", 0))  # bound but not listening, so no other process can use it
         failed = await failing(SIDECAR_DASHSCOPE_URL=f"http://127.0.0.1:{taken.getsockname()[1]}/v1")
     assert failed["name"] == "connection"
     assert "refused" in failed["detail"]
 
 
-async def test_https_where_the_server_speaks_http(provider):
+async def test_https_to_a_server_without_tls(provider):
     url, _ = await provider()
     failed = await failing(SIDECAR_DASHSCOPE_URL=url.replace("http://", "https://"))
     assert failed["name"] == "TLS"
@@ -115,28 +115,28 @@ async def test_a_wrong_key():
         ({"moderation_share": 1.0}, "takes pictures"),
     ],
 )
-async def test_a_request_that_fails_says_what_to_do(provider, profile, words):
+async def test_a_failed_request_gives_advice(provider, profile, words):
     url, _ = await provider(**profile)
     failed = await failing(SIDECAR_DASHSCOPE_URL=url, SIDECAR_DASHSCOPE_API_KEY=KEY)
     assert failed["name"] == "request"
     assert words in failed["advice"]
 
 
-async def test_a_throttled_account_is_set_up_right(provider):
+async def test_a_throttled_account_passes_the_check(provider):
     url, _ = await provider(requests_per_second=0.001)
-    await check("--json", SIDECAR_DASHSCOPE_URL=url)  # which takes the one request of the burst
+    await check("--json", SIDECAR_DASHSCOPE_URL=url)  # uses the only request of the burst
     status, printed = await check("--json", SIDECAR_DASHSCOPE_URL=url)
     assert status == 0
     assert "would wait for its turn" in printed
 
 
-async def test_settings_that_cannot_be_used_are_exit_status_2():
+async def test_unusable_settings_give_exit_status_2():
     status, printed = await check(SIDECAR_DEADLINE="soon")
     assert status == 2
     assert printed.startswith("vlm-sidecar: SIDECAR_DEADLINE")
 
 
-async def test_the_detectors_model_is_tried_too(tmp_path):
+async def test_the_model_of_the_detector_is_tested(tmp_path):
     good = yolov10(tmp_path / "good.onnx", [(1, 1, 9, 9, 0.9, 0)])
     status, printed = await check(SIDECAR_BACKEND="simulated", SIDECAR_DETECTOR_MODEL=str(good))
     assert status == 0, printed

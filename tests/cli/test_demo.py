@@ -1,4 +1,4 @@
-"""The demo and the simulated provider as what they are for whoever calls them: commands."""
+"""The commands `vlm-sidecar demo` and `vlm-sidecar simulate`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from sidecar.cli.demo.report import report
 from sidecar.cli.demo.table import Row, percentile, sentence, table
 
 
-def test_a_frame_is_a_jpeg_that_others_decode():
+def test_a_frame_is_a_jpeg_that_pillow_can_decode():
     for camera in range(3):
         with Image.open(io.BytesIO(frame(camera))) as image:
             image.load()
@@ -38,8 +38,8 @@ def test_a_frame_is_a_jpeg_that_others_decode():
     assert frame(0) == frame(0) != frame(1)
 
 
-def test_a_frame_shows_the_brightness_that_was_drawn():
-    """The sky is 220 at the top: the texture on it averages out over the whole width."""
+def test_a_frame_has_the_brightness_that_was_drawn():
+    """The sky has a brightness of 220 at the top. The mean of its texture over the whole width is zero."""
     with Image.open(io.BytesIO(frame(0))) as image:
         top = image.crop((0, 0, WIDTH, 8)).tobytes()
     assert sum(top) / len(top) == pytest.approx(220, abs=8)
@@ -49,13 +49,13 @@ def answered(*totals: float) -> list[Answered]:
     return [Answered(total, total - 1.0, 0.25, 0.75) for total in totals]
 
 
-def test_the_table_holds_what_was_measured():
+def test_the_table_contains_the_measurements():
     row = Row("sidecar", Result(sent=5, lost=1, answered=answered(4.0, 1.0, 3.0, 2.0)), refusals=7)
     figures = table("title", [row]).splitlines()[-1].split()
     assert figures == ["sidecar", "5", "1", "7", "2.50", "2.00", "4.00", "1.50", "0.25", "0.75"]
 
 
-def test_a_way_that_lost_everything_has_no_times():
+def test_a_sender_that_lost_every_frame_has_no_times():
     row = Row("semaphore", Result(sent=5, lost=5), refusals=15)
     assert table("title", [row]).splitlines()[-1].split() == ["semaphore", "5", "5", "15", *["-"] * 6]
     assert "no frame described, and 5 of 5 frames lost" in sentence([row], [row])
@@ -67,14 +67,14 @@ def test_percentiles_are_nearest_ranks():
     assert percentile([3.0], 0.5) == 3.0
 
 
-def test_the_report_shows_every_way_and_asks_nothing_elsewhere():
+def test_the_report_shows_every_sender_and_names_no_other_origin():
     rows = [
         Row("semaphore of 1", Result(sent=4, lost=4), refusals=12),
         Row("semaphore of 16", Result(sent=4, lost=1, answered=answered(1.5, 2.5, 3.0)), refusals=3),
         Row("sidecar", Result(sent=4, lost=0, answered=answered(1.0, 2.0, 3.0, 4.0)), refusals=1),
     ]
     page = report([("no <quota>", rows), ("hidden quota", rows)])
-    tree = ElementTree.fromstring(re.sub(r"<(meta|!doctype)[^>]*>", "", page))  # noqa: S314  it is ours
+    tree = ElementTree.fromstring(re.sub(r"<(meta|!doctype)[^>]*>", "", page))  # noqa: S314  our own text
     assert [title.text for title in tree.iter("h2")] == ["no <quota>", "hidden quota"]
     assert "sidecar: p99 4.00 s, 0 lost" in page
     assert "none described" in page
@@ -83,7 +83,7 @@ def test_the_report_shows_every_way_and_asks_nothing_elsewhere():
     assert not re.search(r"https?://|src=|@import", page)
 
 
-async def test_a_report_that_cannot_be_written_is_told_before_the_demo_begins(tmp_path):
+async def test_a_report_that_cannot_be_written_stops_the_demo_before_it_starts(tmp_path):
     async with command("demo", "--html", str(tmp_path / "nowhere" / "report.html")) as process:
         printed, complaint = await process.communicate()
     assert (process.returncode, printed) == (1, b"")
@@ -121,7 +121,7 @@ async def test_the_demo_runs_end_to_end_and_counts_every_frame():
     assert "semaphore of 1: " in output.splitlines()[-4]
 
 
-async def test_a_process_that_does_not_start_is_told_in_its_own_words():
+async def test_the_error_of_a_process_that_does_not_start_is_shown():
     with pytest.raises(processes.DemoError, match=r"did not start: .*latency_seconds must be at least 0"):
         async with processes.provider("--latency", "-1"):
             pytest.fail("there is no such provider")
@@ -137,7 +137,7 @@ def children_of(pid: int) -> list[int]:
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="only Linux tells a process's children")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-async def test_a_demo_that_is_stopped_leaves_nothing_behind(number):
+async def test_a_stopped_demo_leaves_no_process_behind(number):
     async with command("demo") as process, asyncio.timeout(BOUND):
         assert process.stdout is not None
         while not (await process.stdout.readline()).startswith(b"  no quota, semaphore of 1"):
@@ -152,7 +152,7 @@ async def test_a_demo_that_is_stopped_leaves_nothing_behind(number):
             os.kill(pid, 0)
 
 
-async def test_simulate_says_where_it_is_serves_its_quota_and_ends_well_on_a_signal():
+async def test_simulate_prints_its_url_serves_its_quota_and_exits_with_0_on_a_signal():
     options = ("--port", "0", "--requests-per-second", "0.001", "--burst", "2", "--api-key", "sk-1")
     async with command("simulate", *options) as process, asyncio.timeout(BOUND):
         url = (await process.stdout.readline()).decode().strip()

@@ -1,4 +1,4 @@
-"""`vlm-sidecar top`, on a terminal and on none, and the events that it and the page live on."""
+"""`vlm-sidecar top`, with and without a terminal, and the events that it and the live page use."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from sidecar.observe.time_series import FIELDS
 
 
 async def run_top(port):
-    """Run it with its output in a pipe."""
+    """Run `top` with its output in a pipe."""
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "sidecar", "top", "--admin-port", str(port),
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL,
@@ -33,14 +33,14 @@ async def run_top(port):
     return process.returncode, printed.decode(), complaint.decode()
 
 
-async def test_on_no_terminal_it_prints_once_what_holds_requests(serving, provider):
+async def test_without_a_terminal_it_prints_once_why_requests_wait(serving, provider):
     url, simulated = await provider(latency_seconds=8.0)
     sidecar = await serving(dashscope_url=url, max_concurrency=2)
     asking = [
         asyncio.ensure_future(sidecar.post(headers={"X-Camera-Id": f"gate-{n % 2}"}).__aenter__()) for n in range(6)
     ]
     await sidecar.until(lambda: simulated.counts.in_flight == 2 and sidecar.sidecar.admission.waiting() == 4)
-    sidecar.sidecar.parts.sampler.look()
+    sidecar.sidecar.parts.sampler.sample()
     status, printed, complaint = await run_top(sidecar.sidecar.admin_port)
     assert (status, complaint) == (0, "")
     assert "dashscope qwen-vl-plus" in printed
@@ -52,14 +52,14 @@ async def test_on_no_terminal_it_prints_once_what_holds_requests(serving, provid
     await asyncio.gather(*asking, return_exceptions=True)
 
 
-async def test_without_a_sidecar_it_says_so():
+async def test_without_a_sidecar_it_prints_an_error():
     status, printed, complaint = await run_top(1)
     assert (status, printed) == (1, "")
     assert "no sidecar answers on 127.0.0.1:1: Connection refused" in complaint
 
 
-async def test_on_a_terminal_it_lives_survives_a_restart_and_leaves_with_q():
-    """The sidecar goes away under it and another one comes at the same port; then `q`, and the screen is as it was."""
+async def test_on_a_terminal_it_survives_a_restart_and_quits_with_q():
+    """The sidecar stops, and another one starts at the same port. After `q` the terminal has its old state."""
     master, slave = pty.openpty()
     os.set_blocking(master, False)
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
@@ -73,7 +73,7 @@ async def test_on_a_terminal_it_lives_survives_a_restart_and_leaves_with_q():
 
     async def until(text):
         async with asyncio.timeout(BOUND):
-            while text not in seen:  # noqa: ASYNC110  the screen is all there is to see
+            while text not in seen:  # noqa: ASYNC110  only the screen shows it
                 await asyncio.sleep(0.02)
         seen.clear()
 
@@ -109,7 +109,7 @@ def view(status=None, points=()):
              "requests": {"learned": None}}  # fmt: skip
     queue = {"requests": 0, "bytes": 0, "by_priority": {"high": 0, "normal": 0, "low": 0}}
     backend = {"name": "dashscope", "queue": queue, "models": [model]}
-    told = {
+    fields = {
         "version": "1",
         "uptime_seconds": 7300.0,
         "ready": True,
@@ -118,29 +118,33 @@ def view(status=None, points=()):
         "throttles": [],
     }
     return top.View(
-        {"status": told | {"backends": [backend]}, "fields": FIELDS, "history": {"dashscope": {"recent": list(points)}}}
+        {
+            "status": fields | {"backends": [backend]},
+            "fields": FIELDS,
+            "history": {"dashscope": {"recent": list(points)}},
+        }
     )
 
 
-def test_no_line_is_wider_than_the_terminal_and_no_name_moves_its_cursor():
+def test_no_line_is_wider_than_the_terminal_and_no_name_moves_the_cursor():
     for width in (40, 80, 200):
-        lines = top.picture(view(), width=width)
+        lines = top.render(view(), width=width)
         assert "\x1b" not in "".join(lines)
         assert max(map(len, lines)) <= width
         assert sum(line.count("x") for line in lines) >= min(300, 4 * (width - 2))
 
 
-def test_numbers_and_bars_are_short_and_true():
+def test_numbers_and_bars_are_formatted_correctly():
     assert [number(value) for value in (0, 0.25, 16234, 999_999, 1.3e6)] == ["0", "0.25", "16.2k", "1M", "1.3M"]
     assert [duration(value) for value in (5, 119, 120, 7300, 1e6)] == ["5 s", "119 s", "2 min", "2 h", "12 d"]
     assert top.sparkline([0, 1, 8], 5) == "   ▁█"
     assert top.bar(0.5, 4) == "██··"
 
 
-async def test_events_begin_with_everything_and_go_on_with_each_second(serving):
+async def test_events_start_with_all_data_and_continue_with_each_sample(serving):
     sidecar = await serving()
-    watch = sidecar.sidecar.parts.sampler
-    watch.look()
+    sampler = sidecar.sidecar.parts.sampler
+    sampler.sample()
     async with sidecar.client.get(f"{sidecar.admin_url}/events") as response:
         assert response.content_type == "text/event-stream"
         assert await response.content.readline() == b"retry: 1000\n"
@@ -148,15 +152,15 @@ async def test_events_begin_with_everything_and_go_on_with_each_second(serving):
         start = json.loads((await response.content.readline())[6:])
         assert len(start["history"]["simulated"]["recent"]) == 1
         await response.content.readline()
-        watch.look()
+        sampler.sample()
         assert await response.content.readline() == b"event: tick\n"
         tick = json.loads((await response.content.readline())[6:])
         assert len(tick["points"]["simulated"]) == len(start["fields"])
-        watch.close()
+        sampler.close()
         assert await response.content.read() == b"\n"
 
 
-async def test_live_views_are_bounded_and_one_that_leaves_makes_room(serving):
+async def test_live_views_are_bounded_and_a_closed_one_frees_its_place(serving):
     sidecar = await serving()
     async with contextlib.AsyncExitStack() as stack:
         for _ in range(16):

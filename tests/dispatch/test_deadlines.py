@@ -1,4 +1,4 @@
-"""One timer ends each block at its own deadline, just as `asyncio.timeout_at` with a timer for each does."""
+"""`Deadlines` ends each block at its own deadline with one timer, exactly like one `asyncio.timeout_at` per block."""
 
 import asyncio
 import gc
@@ -16,11 +16,11 @@ SECONDS = st.integers(1, 20).map(lambda tenths: tenths / 10)
 
 
 @given(st.lists(st.tuples(SECONDS, SECONDS, SECONDS, st.none() | SECONDS), max_size=8))
-def test_each_block_ends_as_under_a_timer_of_its_own(blocks):
+def test_each_block_ends_exactly_as_with_asyncio_timeout_at(blocks):
     async def ends(until) -> list[tuple[str, float]]:
         loop = asyncio.get_running_loop()
 
-        async def one(starts, allowed, takes):
+        async def block(starts, allowed, takes):
             await asyncio.sleep(starts)
             try:
                 async with until(loop.time() + allowed):
@@ -33,7 +33,8 @@ def test_each_block_ends_as_under_a_timer_of_its_own(blocks):
 
         tasks = []
         for starts, allowed, takes, cancelled in blocks:
-            task = asyncio.ensure_future(one(starts, allowed, takes + 0.01))  # a tie may go either way
+            # 0.01 s more, so that no block ends exactly at its deadline
+            task = asyncio.ensure_future(block(starts, allowed, takes + 0.01))
             tasks.append(task)
             if cancelled is not None:
                 loop.call_later(starts + cancelled + 0.02, task.cancel)
@@ -63,7 +64,7 @@ async def late(deadlines, seconds):
         await asyncio.sleep(10.0)
 
 
-def test_whoever_cancels_it_in_the_same_instant_sees_it_cancelled():
+def test_a_task_cancelled_by_other_code_at_its_deadline_ends_as_cancelled():
     async def main():
         loop = asyncio.get_running_loop()
         task = asyncio.ensure_future(late(Deadlines(loop), 1.0))
@@ -75,17 +76,17 @@ def test_whoever_cancels_it_in_the_same_instant_sees_it_cancelled():
     clock.run(main())
 
 
-def test_an_error_of_the_block_is_its_own():
+def test_an_exception_of_the_block_passes_through():
     async def main():
         deadlines = Deadlines(asyncio.get_running_loop())
         with pytest.raises(KeyError), deadlines.until(asyncio.get_running_loop().time() + 1.0):
             raise KeyError
-        await late(deadlines, 2.0)  # the first one's time passes, and ends nothing
+        await late(deadlines, 2.0)  # the deadline of the first block passes meanwhile and cancels nothing
 
     clock.run(main())
 
 
-def test_a_block_that_is_over_is_not_kept():
+def test_no_reference_to_a_finished_block_remains():
     async def main():
         deadlines = Deadlines(asyncio.get_running_loop())
 
@@ -97,15 +98,15 @@ def test_a_block_that_is_over_is_not_kept():
         await task
         kept = weakref.ref(task)
         del task
-        await asyncio.sleep(0)  # the loop has it in its hands until then
+        await asyncio.sleep(0)  # until then, the event loop holds a reference to the task
         gc.collect()
         assert kept() is None
 
     clock.run(main())
 
 
-def test_it_ends_a_block_under_uvloop_too():
-    """Which counts in whole milliseconds."""
+def test_deadlines_end_blocks_under_uvloop():
+    """The clock of uvloop has a resolution of one millisecond."""
 
     async def main():
         deadlines = Deadlines(asyncio.get_running_loop())

@@ -1,4 +1,4 @@
-"""`SIDECAR_BACKEND=dashscope,simulated`: a later backend takes over, nothing is lost meanwhile, and traffic returns."""
+"""`SIDECAR_BACKEND=dashscope,simulated`: the second backend serves while the first cannot, and no request is lost."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from scripted_upstream import CHAT_ANSWER
 
 
 class Provider:
-    """What a scripted upstream does at present, changed by the test as it goes."""
+    """A scripted upstream. The test changes its behaviour by setting `act`."""
 
     def __init__(self):
         self.asked = 0
@@ -35,7 +35,7 @@ class Provider:
 
 @pytest.fixture
 async def pair(serving, scripted):
-    """A sidecar with a scripted provider first and the simulated one behind it."""
+    """A sidecar with a scripted provider as its first backend and the simulated one as its second."""
     provider = Provider()
     upstream = await scripted(provider)
 
@@ -45,27 +45,27 @@ async def pair(serving, scripted):
     return start
 
 
-async def who(sidecar, body=None, **options):
-    """Ask; gives the status and who answered."""
+async def ask(sidecar, body=None, **options):
+    """Send a request; return its status and the backend that answered."""
     async with sidecar.post(body, **options) as response:
         await response.read()
         return response.status, response.headers["X-Sidecar-Backend"]
 
 
-async def test_an_outage_loses_nothing_and_traffic_returns_by_itself(pair):
+async def test_an_outage_loses_no_request_and_traffic_returns_afterwards(pair):
     sidecar, provider = await pair()
-    assert await who(sidecar) == (200, "dashscope")
+    assert await ask(sidecar) == (200, "dashscope")
     provider.act = provider.be_down
-    answers = await asyncio.gather(*(who(sidecar, headers={"X-Camera-Id": str(at)}) for at in range(12)))
+    answers = await asyncio.gather(*(ask(sidecar, headers={"X-Camera-Id": str(at)}) for at in range(12)))
     assert answers == [(200, "simulated")] * 12
     before = provider.asked
-    assert await asyncio.gather(*(who(sidecar) for _ in range(20))) == [(200, "simulated")] * 20
-    assert provider.asked - before <= 2  # single probes
+    assert await asyncio.gather(*(ask(sidecar) for _ in range(20))) == [(200, "simulated")] * 20
+    assert provider.asked - before <= 2  # half-open probes
     provider.act = provider.answer
     async with asyncio.timeout(10):
-        while await who(sidecar) != (200, "dashscope"):  # noqa: ASYNC110  it is asking that finds it back
+        while await ask(sidecar) != (200, "dashscope"):  # noqa: ASYNC110  only a request can probe the provider
             await asyncio.sleep(0.05)
-    assert await asyncio.gather(*(who(sidecar) for _ in range(5))) == [(200, "dashscope")] * 5
+    assert await asyncio.gather(*(ask(sidecar) for _ in range(5))) == [(200, "dashscope")] * 5
     metrics = await sidecar.metrics()
     assert metrics['sidecar_requests_total{api="openai",backend="dashscope",outcome="ok"}'] >= 7
     assert metrics['sidecar_requests_total{api="openai",backend="simulated",outcome="ok"}'] >= 32
@@ -76,35 +76,35 @@ async def test_an_outage_loses_nothing_and_traffic_returns_by_itself(pair):
     )
 
 
-async def test_a_provider_that_was_never_there_is_taken_over_from_too(pair):
+async def test_the_second_backend_serves_if_the_first_never_answered(pair):
     sidecar, provider = await pair()
     provider.act = provider.be_down
-    assert await who(sidecar) == (200, "simulated")
+    assert await ask(sidecar) == (200, "simulated")
 
 
 @pytest.mark.parametrize(
     ("status", "code"), [(400, "Arrearage"), (401, "invalid_api_key")], ids=["out of money", "no key"]
 )
-async def test_an_account_that_is_refused_is_left_alone(pair, status, code):
+async def test_a_backend_that_refuses_the_account_gets_no_more_requests(pair, status, code):
     sidecar, provider = await pair()
     provider.refuse(status, code)
-    assert await who(sidecar) == (200, "simulated")
+    assert await ask(sidecar) == (200, "simulated")
     asked = provider.asked
-    assert await asyncio.gather(*(who(sidecar) for _ in range(5))) == [(200, "simulated")] * 5
+    assert await asyncio.gather(*(ask(sidecar) for _ in range(5))) == [(200, "simulated")] * 5
     assert provider.asked == asked
 
 
-async def test_without_a_second_backend_a_wrong_key_is_told(serving, scripted):
+async def test_without_a_second_backend_the_caller_gets_the_401(serving, scripted):
     provider = Provider()
     provider.refuse(401, "invalid_api_key")
     upstream = await scripted(provider)
     sidecar = await serving(dashscope_url=upstream.origin + "/v1")
-    assert await who(sidecar) == (401, "dashscope")
+    assert await ask(sidecar) == (401, "dashscope")
     provider.act = provider.answer  # the key was rotated
-    assert await who(sidecar) == (200, "dashscope")
+    assert await ask(sidecar) == (200, "dashscope")
 
 
-async def test_what_waits_when_a_hold_closes_moves_on(pair):
+async def test_tickets_that_wait_when_a_hold_begins_move_to_the_other_backend(pair):
     sidecar, provider = await pair(max_concurrency=1)
     out_of_room = asyncio.Event()
 
@@ -113,7 +113,7 @@ async def test_what_waits_when_a_hold_closes_moves_on(pair):
         await link.answer({"error": {"code": "ModelServingError", "message": "Too many requests"}}, 503)
 
     provider.act = act
-    asking = [asyncio.create_task(who(sidecar)) for _ in range(4)]
+    asking = [asyncio.create_task(ask(sidecar)) for _ in range(4)]
     await sidecar.until(lambda: sidecar.sidecar.admission.waiting() == 3)
     out_of_room.set()
     assert await asyncio.gather(*asking) == [(200, "simulated")] * 4
@@ -121,7 +121,7 @@ async def test_what_waits_when_a_hold_closes_moves_on(pair):
     assert sidecar.at_rest()
 
 
-async def test_a_request_that_would_wait_past_its_deadline_goes_where_it_need_not(pair):
+async def test_a_request_that_would_miss_its_deadline_goes_to_the_other_backend(pair):
     sidecar, provider = await pair(max_concurrency=1)
     go_on = asyncio.Event()
 
@@ -130,33 +130,33 @@ async def test_a_request_that_would_wait_past_its_deadline_goes_where_it_need_no
         await link.answer(CHAT_ANSWER)
 
     provider.act = act
-    assert await who(sidecar) == (200, "dashscope")  # it takes half a second, as is known from now on
+    assert await ask(sidecar) == (200, "dashscope")  # from now on the sidecar expects answers after 0.5 s
 
     async def wait(link):
         await go_on.wait()
         await link.answer(CHAT_ANSWER)
 
     provider.act = wait
-    busy = asyncio.create_task(who(sidecar))
+    busy = asyncio.create_task(ask(sidecar))
     await sidecar.until(lambda: sidecar.sidecar.admission.in_flight() == 1)
-    assert await who(sidecar, headers={"X-Request-Timeout": "0.8"}) == (200, "simulated")
-    patient = asyncio.create_task(who(sidecar))
+    assert await ask(sidecar, headers={"X-Request-Timeout": "0.8"}) == (200, "simulated")
+    patient = asyncio.create_task(ask(sidecar))
     await sidecar.until(lambda: sidecar.sidecar.admission.waiting() == 1)
     go_on.set()
     assert await asyncio.gather(busy, patient) == [(200, "dashscope")] * 2
 
 
-async def test_throttling_alone_moves_nothing_that_can_wait(pair):
+async def test_throttling_moves_no_request_that_has_time_to_wait(pair):
     sidecar, provider = await pair()
-    assert await who(sidecar) == (200, "dashscope")
+    assert await ask(sidecar) == (200, "dashscope")
     provider.refuse(429, "Throttling.RateQuota")
-    asking = [asyncio.create_task(who(sidecar)) for _ in range(3)]
+    asking = [asyncio.create_task(ask(sidecar)) for _ in range(3)]
     await sidecar.until(lambda: provider.asked >= 5)
     provider.act = provider.answer
     assert await asyncio.gather(*asking) == [(200, "dashscope")] * 3
 
 
-async def test_a_stream_that_has_begun_is_not_moved(pair):
+async def test_a_stream_that_has_begun_stays_at_its_backend(pair):
     sidecar, provider = await pair()
 
     async def act(link):
@@ -173,13 +173,13 @@ async def test_a_stream_that_has_begun_is_not_moved(pair):
     assert provider.asked == 1
 
 
-async def test_a_request_at_fault_is_told_and_not_moved(pair):
+async def test_an_invalid_request_gets_its_error_and_no_second_backend(pair):
     sidecar, provider = await pair()
     provider.refuse(400, "InvalidParameter")
-    assert await who(sidecar) == (400, "dashscope")
+    assert await ask(sidecar) == (400, "dashscope")
 
 
-async def test_the_list_of_models_comes_from_whoever_gives_one(pair):
+async def test_the_list_of_models_comes_from_the_first_backend_that_answers(pair):
     sidecar, provider = await pair()
     provider.act = provider.be_down
     async with sidecar.client.get(f"{sidecar.url}/v1/models") as response:
@@ -187,15 +187,15 @@ async def test_the_list_of_models_comes_from_whoever_gives_one(pair):
         assert (await response.json())["object"] == "list"
 
 
-async def test_cancelling_on_the_way_between_backends_leaves_nothing_behind(pair):
+async def test_cancelling_while_a_request_changes_backends_leaves_nothing_behind(pair):
     sidecar, provider = await pair(max_concurrency=1)
     provider.act = provider.be_down
     for turns in range(40):
-        asking = [asyncio.create_task(who(sidecar)) for _ in range(3)]
+        asking = [asyncio.create_task(ask(sidecar)) for _ in range(3)]
         for _ in range(turns):
             await asyncio.sleep(0)
         for task in asking:
             task.cancel()
         await asyncio.wait(asking)
     await sidecar.until(sidecar.at_rest)
-    assert (await who(sidecar))[0] == 200
+    assert (await ask(sidecar))[0] == 200

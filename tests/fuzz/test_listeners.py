@@ -1,4 +1,4 @@
-"""Anything at all, sent to both listeners: the right shape of error or an answer, never a defect of ours."""
+"""Send arbitrary bytes to both listeners: the result is an answer or an error in the right format, never a defect."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ DESCRIBE, CROPS = "/api/inference/describe", "/api/inference/crop-describe"
 
 @pytest.fixture(scope="module")
 def process():
-    """One sidecar for all of it: what one example breaks, the next one finds."""
+    """Run one sidecar for all tests: if an example breaks the sidecar, the next example fails."""
     with asyncio.Runner() as runner:
         process = runner.run(Process("--max-body-bytes", "200000", "--deadline", "5").__aenter__())
         yield process
@@ -31,14 +31,14 @@ def process():
 
 
 def send(port: int, data: bytes, *, end: bool = False) -> bytes:
-    """Send bytes, with an `end` behind them or not, and read to the end of what comes: it must come."""
+    """Send bytes, close the sending side if `end`, and read until the server closes: it must close within 10 s."""
     with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
         try:
             connection.sendall(data)
             if end:
                 connection.shutdown(socket.SHUT_WR)
         except OSError:
-            pass  # refused and closed while we were sending
+            pass  # the server refused the request and closed while the test was sending
         answer = b""
         try:
             while piece := connection.recv(65536):
@@ -53,8 +53,8 @@ def http(path: str, body: bytes, headers: bytes = b"Content-Type: application/js
     return head % (method, path.encode(), len(body), headers) + body
 
 
-def judged(answer: bytes) -> tuple[int, bytes]:
-    """Status and body of an answer; its head must be one."""
+def parse_answer(answer: bytes) -> tuple[int, bytes]:
+    """Return status and body of an answer. Raises an error if the answer has no status line."""
     head, _, body = answer.partition(b"\r\n\r\n")
     return int(head.split(b" ", 2)[1]), body
 
@@ -98,24 +98,24 @@ BODIES = st.fixed_dictionaries(
 
 @FUZZ
 @given(path=st.sampled_from([CHAT, NATIVE, DESCRIBE, CROPS]), body=BODIES)
-def test_any_json_gets_an_answer_or_an_error_in_the_apis_own_shape(process, path, body):
-    status, answer = judged(send(process.port, http(path, json.dumps(body).encode())))
+def test_any_json_gets_an_answer_or_an_error_in_the_apis_own_format(process, path, body):
+    status, answer = parse_answer(send(process.port, http(path, json.dumps(body).encode())))
     if status == 200:
         return
-    told = json.loads(answer)
-    assert status in (400, 413, 422, 502), told
+    error = json.loads(answer)
+    assert status in (400, 413, 422, 502), error
     shape = {CHAT: {"error"}, NATIVE: {"code", "message"}}.get(path, {"detail"})
-    assert shape <= set(told), told
+    assert shape <= set(error), error
     if path == CHAT:
-        assert isinstance(told["error"]["message"], str)
+        assert isinstance(error["error"]["message"], str)
 
 
 @FUZZ
 @given(path=st.sampled_from([CHAT, NATIVE, DESCRIBE, "/drain", "/status"]), body=st.binary(max_size=300))
-def test_any_bytes_for_a_body(process, path, body):
+def test_any_bytes_as_a_body_get_an_error(process, path, body):
     for port in (process.port, process.admin_port):
         if (port, path) != (process.admin_port, "/drain"):
-            assert judged(send(port, http(path, body)))[0] in range(400, 500)
+            assert parse_answer(send(port, http(path, body)))[0] in range(400, 500)
 
 
 @FUZZ
@@ -126,11 +126,11 @@ def test_any_bytes_for_a_body(process, path, body):
     ),
     value=st.binary(max_size=60),
 )  # fmt: skip
-def test_any_bytes_for_a_header(process, name, value):
+def test_any_bytes_as_a_header_value_get_an_answer_or_an_error(process, name, value):
     data = http(CHAT, json.dumps(chat()).encode(), name.encode() + b": " + value + b"\r\n")
     for port in (process.port, process.admin_port):
         answer = send(port, data)
-        assert judged(answer)[0] in (100, 200, *range(400, 500)), answer
+        assert parse_answer(answer)[0] in (100, 200, *range(400, 500)), answer
 
 
 @FUZZ
@@ -145,7 +145,7 @@ def test_any_bytes_for_a_header(process, name, value):
         max_size=14,
     )
 )  # fmt: skip
-def test_anything_that_looks_like_http(process, pieces):
+def test_random_parts_of_http_get_an_answer_or_an_error(process, pieces):
     for port in (process.port, process.admin_port):
         answer = send(port, b"".join(pieces), end=True)
         for line in answer.splitlines():
@@ -165,7 +165,7 @@ def test_anything_that_looks_like_http(process, pieces):
 
 @FUZZ
 @given(count=st.integers(1, 12), cut=st.integers(1, 400))
-def test_requests_that_come_in_one_write_are_answered_in_turn(process, count, cut):
+def test_pipelined_requests_in_one_write_are_answered_in_order(process, count, cut):
     one = b"GET /health HTTP/1.1\r\nHost: x\r\nX-Request-Id: %d\r\n\r\n"
     data = b"".join(one % number for number in range(count))
     answer = send(process.port, data + (one % count)[: cut % 40], end=True)
@@ -179,8 +179,8 @@ def test_requests_that_come_in_one_write_are_answered_in_turn(process, count, cu
     chunked=st.booleans(),
     pieces=st.lists(st.integers(1, 600), max_size=6),
 )
-def test_a_good_body_is_understood_however_it_is_cut(process, cuts, chunked, pieces):
-    """Into chunks of HTTP's, and into what the network makes of it."""
+def test_a_valid_body_is_accepted_for_every_split_into_pieces(process, cuts, chunked, pieces):
+    """The body is split into HTTP chunks, and the bytes of the request into separate writes."""
     body = json.dumps(chat()).encode()
     if chunked:
         edges = [0, *sorted({cut for cut in cuts if cut < len(body)}), len(body)]
@@ -200,6 +200,6 @@ def test_a_good_body_is_understood_however_it_is_cut(process, cuts, chunked, pie
         answer = b""
         while piece := connection.recv(65536):
             answer += piece
-    status, text = judged(answer)
+    status, text = parse_answer(answer)
     assert status == 200, answer
     assert b'"choices"' in text

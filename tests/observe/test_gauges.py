@@ -1,4 +1,4 @@
-"""What Prometheus sees of limits: nothing before one is known, then the limit and the one state it is in."""
+"""The gauges of limits: no sample before a limit is known, then the limit and exactly one state."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def in_state(metrics, dimension):
     }
 
 
-async def test_a_limit_is_shown_once_a_refusal_has_taught_it(serving, provider):
+async def test_a_limit_has_a_sample_after_the_first_refusal(serving, provider):
     url, simulated = await provider(requests_per_second=20, burst_requests=2)
     sidecar = await serving(dashscope_url=url)
 
@@ -36,7 +36,7 @@ async def test_a_limit_is_shown_once_a_refusal_has_taught_it(serving, provider):
     assert in_state(metrics, "hold") <= {"blackout"}
 
 
-async def test_a_provider_that_is_away_shows_as_an_outage(serving, provider):
+async def test_a_provider_that_is_down_is_in_the_state_outage(serving, provider):
     url, _ = await provider(outages=((0.0, 600.0),))
     sidecar = await serving(dashscope_url=url)
     assert in_state(await sidecar.metrics(), "hold") == set()
@@ -46,7 +46,7 @@ async def test_a_provider_that_is_away_shows_as_an_outage(serving, provider):
     assert in_state(await sidecar.metrics(), "hold") == {"outage"}
 
 
-async def test_the_process_tells_when_it_started(serving):
-    """What the alert on restarts looks at."""
+async def test_the_start_time_of_the_process_is_a_metric(serving):
+    """The alert on restarts uses it."""
     sidecar = await serving()
     assert (await sidecar.metrics())["process_start_time_seconds"] > 0

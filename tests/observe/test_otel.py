@@ -1,4 +1,4 @@
-"""Spans as a collector gets them: OTLP over HTTP on a real socket, decoded from its protobuf."""
+"""The spans that a collector receives: OTLP over HTTP on a real socket, decoded from protobuf."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ KEPT = {"traceparent": f"00-{TRACE}-{CALLER}-01"}
 
 
 class Collector:
-    """What has come to `/v1/traces`."""
+    """A collector that stores the spans it receives at `/v1/traces`."""
 
     def __init__(self) -> None:
         self.raw = b""
@@ -34,15 +34,15 @@ class Collector:
         assert (http.path, http.content_type) == ("/v1/traces", "application/x-protobuf")
         body = await http.read()
         self.raw += body
-        for told in ExportTraceServiceRequest.FromString(body).resource_spans:
-            self.resources.append({one.key: one.value.string_value for one in told.resource.attributes})
-            self.spans += [span for scope in told.scope_spans for span in scope.spans]
+        for group in ExportTraceServiceRequest.FromString(body).resource_spans:
+            self.resources.append({item.key: item.value.string_value for item in group.resource.attributes})
+            self.spans += [span for scope in group.scope_spans for span in scope.spans]
         return web.Response(content_type="application/x-protobuf")
 
 
 @pytest.fixture
 async def collector(monkeypatch):
-    """A collector that sidecars made in this test send to."""
+    """A collector that all sidecars of this test send their spans to."""
     collector = Collector()
     runner = web.ServerRunner(web.Server(collector.take, handler_cancellation=True), shutdown_timeout=0.1)
     await runner.setup()
@@ -53,7 +53,7 @@ async def collector(monkeypatch):
 
 
 async def refuses_once(link, request):
-    """A provider that refuses its first call for its rate."""
+    """A provider that refuses the first call because of its request rate."""
     if link.number == 0 and not hasattr(link, "refused"):
         link.refused = True
         await link.answer({"error": {"code": "limit_requests", "message": "slow down"}}, status=429)
@@ -61,11 +61,11 @@ async def refuses_once(link, request):
         await link.answer(CHAT_ANSWER)
 
 
-def tell(span: Span) -> dict[str, str | int]:
-    return {one.key: one.value.string_value or one.value.int_value for one in span.attributes}
+def attributes(span: Span) -> dict[str, str | int]:
+    return {item.key: item.value.string_value or item.value.int_value for item in span.attributes}
 
 
-async def test_where_a_request_was_is_one_trace_that_the_provider_can_go_on_with(serving, scripted, collector):
+async def test_the_steps_of_a_request_are_one_trace_that_the_provider_can_continue(serving, scripted, collector):
     upstream = await scripted(refuses_once)
     sidecar = await serving(dashscope_url=f"{upstream.origin}/v1", dashscope_api_key="sk-provider-secret")
     async with sidecar.post(chat("SECRET PROMPT"), headers=KEPT | {"X-Camera-Id": "gate"}) as response:
@@ -88,12 +88,12 @@ async def test_where_a_request_was_is_one_trace_that_the_provider_can_go_on_with
     assert inside[-1].end_time_unix_nano <= request.end_time_unix_nano
 
     calls = [span for span in inside if span.name == "upstream"]
-    told = [seen.headers["traceparent"] for seen in upstream.seen]
-    assert told == [f"00-{TRACE}-{span.span_id.hex()}-01" for span in calls]
-    assert [tell(span)["sidecar.result"] for span in calls] == ["throttled", "ok"]
+    sent = [seen.headers["traceparent"] for seen in upstream.seen]
+    assert sent == [f"00-{TRACE}-{span.span_id.hex()}-01" for span in calls]
+    assert [attributes(span)["sidecar.result"] for span in calls] == ["throttled", "ok"]
     assert [span.status.code for span in calls] == [Status.STATUS_CODE_ERROR, Status.STATUS_CODE_UNSET]
     assert (request.kind, calls[0].kind) == (Span.SPAN_KIND_SERVER, Span.SPAN_KIND_CLIENT)
-    assert tell(request) == {
+    assert attributes(request) == {
         "sidecar.api": "openai", "sidecar.outcome": "ok", "sidecar.priority": "normal", "sidecar.attempts": 2,
         "gen_ai.request.model": "qwen-vl-plus",
     }  # fmt: skip
@@ -102,7 +102,7 @@ async def test_where_a_request_was_is_one_trace_that_the_provider_can_go_on_with
         assert secret not in collector.raw
 
 
-async def test_the_spans_say_what_server_timing_says(serving, provider, collector):
+async def test_the_spans_have_the_durations_of_server_timing(serving, provider, collector):
     url, _ = await provider(latency_seconds=0.1)
     sidecar = await serving(dashscope_url=url, max_concurrency=1)
 
@@ -112,17 +112,17 @@ async def test_the_spans_say_what_server_timing_says(serving, provider, collecto
             parts = (part.split(";dur=") for part in response.headers["Server-Timing"].split(", "))
             return {name: float(found) for name, found in parts}
 
-    told = await asyncio.gather(*(ask(number) for number in range(1, 5)))
+    timings = await asyncio.gather(*(ask(number) for number in range(1, 5)))
     await sidecar.sidecar.close()
-    assert sum(timing["queue"] for timing in told) > 500, "they waited for each other"
-    for number, timing in enumerate(told, 1):
+    assert sum(timing["queue"] for timing in timings) > 500, "they waited for each other"
+    for number, timing in enumerate(timings, 1):
         spans = [span for span in collector.spans if span.trace_id == number.to_bytes(16)]
         for part in ("queue", "lock", "upstream"):
             (span,) = (span for span in spans if span.name == part)
             assert (span.end_time_unix_nano - span.start_time_unix_nano) / 1e6 == pytest.approx(timing[part], abs=0.1)
 
 
-async def test_a_stream_is_one_span_upstream_and_a_refused_request_is_an_error(serving, provider, collector):
+async def test_a_stream_has_one_upstream_span_and_a_refused_request_is_an_error(serving, provider, collector):
     url, _ = await provider(latency_seconds=0.05)
     sidecar = await serving(dashscope_url=url, queue_size=1, max_concurrency=1)
     async with sidecar.post(chat(stream=True), headers=KEPT) as response:
@@ -148,7 +148,7 @@ async def test_a_stream_is_one_span_upstream_and_a_refused_request_is_an_error(s
     ],
     ids=["flag off", "none", "version", "no trace id", "no parent id"],
 )
-async def test_what_the_caller_does_not_keep_makes_no_spans_and_passes_unchanged(serving, scripted, collector, headers):
+async def test_a_trace_that_is_not_sampled_makes_no_spans_and_passes_unchanged(serving, scripted, collector, headers):
     upstream = await scripted()
     sidecar = await serving(dashscope_url=f"{upstream.origin}/v1")
     kept = "a" * 32
@@ -160,7 +160,7 @@ async def test_what_the_caller_does_not_keep_makes_no_spans_and_passes_unchanged
     assert upstream.seen[0].headers.get("traceparent") == headers.get("traceparent")
 
 
-async def test_a_collector_that_hangs_holds_neither_requests_nor_the_end(serving, collector, monkeypatch):
+async def test_a_collector_that_hangs_delays_neither_requests_nor_the_stop(serving, collector, monkeypatch):
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "60")
     monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "10")
     collector.hangs = True
@@ -174,7 +174,7 @@ async def test_a_collector_that_hangs_holds_neither_requests_nor_the_end(serving
         await sidecar.sidecar.close()
 
 
-async def test_without_the_extra_it_serves_and_says_what_to_install(serving, collector, monkeypatch, caplog):
+async def test_without_the_extra_the_sidecar_serves_and_logs_what_to_install(serving, collector, monkeypatch, caplog):
     monkeypatch.delitem(sys.modules, "sidecar.observe.otel", raising=False)
     monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace", None)
     sidecar = await serving()

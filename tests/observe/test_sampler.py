@@ -1,4 +1,4 @@
-"""What the watch tells: the same figures as the metrics, one log line for many refusals, and why a limit changed."""
+"""The sampler: the same numbers as the metrics, one log line for many refusals, and the reason of a changed limit."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ async def ask_many(sidecar, count, **options):
 
 
 def column(sidecar, field):
-    return [point[FIELDS.index(field)] for point in sidecar.sidecar.parts.sampler.history["dashscope"].recent]
+    return [point[FIELDS.index(field)] for point in sidecar.sidecar.parts.sampler.time_series["dashscope"].recent]
 
 
 async def test_every_point_is_the_difference_of_the_metrics(serving, provider):
@@ -33,7 +33,7 @@ async def test_every_point_is_the_difference_of_the_metrics(serving, provider):
     sidecar = await serving(dashscope_url=url)
     for count in (3, 12, 1):
         assert await ask_many(sidecar, count) == [200] * count
-        sidecar.sidecar.parts.sampler.look()
+        sidecar.sidecar.parts.sampler.sample()
     counts = simulated.counts
     assert column(sidecar, "answered") == [3, 12, 1]
     assert sum(column(sidecar, "sent")) == counts.ended["answered"] + sum(counts.refused.values())
@@ -44,12 +44,12 @@ async def test_every_point_is_the_difference_of_the_metrics(serving, provider):
     assert sum(column(sidecar, "queue_seconds")) == pytest.approx(waited, abs=0.01)
 
 
-async def test_who_waits_is_counted_by_what_holds_them_and_told_in_words(serving, provider):
+async def test_waiting_requests_are_counted_by_cause_and_described_in_words(serving, provider):
     url, simulated = await provider(latency_seconds=1.0)
     sidecar = await serving(dashscope_url=url, max_concurrency=2)
     asking = asyncio.ensure_future(ask_many(sidecar, 7))
     await sidecar.until(lambda: simulated.counts.in_flight == 2 and sidecar.sidecar.admission.waiting() == 5)
-    sidecar.sidecar.parts.sampler.look()
+    sidecar.sidecar.parts.sampler.sample()
     assert column(sidecar, "waiting.concurrency") == [5]
     assert column(sidecar, "in_flight") == [2]
     async with sidecar.client.get(f"{sidecar.admin_url}/status") as response:
@@ -59,20 +59,20 @@ async def test_who_waits_is_counted_by_what_holds_them_and_told_in_words(serving
     await asking
 
 
-async def test_a_hundred_refusals_are_one_line_and_a_changed_limit_says_why(serving, provider, caplog):
+async def test_many_refusals_are_one_log_line_and_a_changed_limit_is_logged_with_its_reason(serving, provider, caplog):
     url, simulated = await provider(requests_per_second=30, burst_requests=4, latency_seconds=0.02)
     sidecar = await serving(dashscope_url=url)
-    watch = sidecar.sidecar.parts.sampler
+    sampler = sidecar.sidecar.parts.sampler
     with caplog.at_level(logging.INFO, logger="sidecar"):
         await ask_many(sidecar, 20)
         refused = sum(simulated.counts.refused.values())
         assert refused > 3
-        watch._summed = asyncio.get_running_loop().time()
-        watch.look()
+        sampler._last_summary_at = asyncio.get_running_loop().time()
+        sampler.sample()
         assert not [record for record in caplog.records if " attempts in " in record.message]
         for _ in range(2):
-            watch._summed -= 10  # ten seconds later
-            watch.look()
+            sampler._last_summary_at -= 10  # ten seconds later
+            sampler.sample()
     [summary] = [record.message for record in caplog.records if " attempts in " in record.message]
     assert f"dashscope refused {refused} of {refused + 20} attempts" in summary
     assert f"request_rate {refused}" in summary
@@ -83,15 +83,15 @@ async def test_a_hundred_refusals_are_one_line_and_a_changed_limit_says_why(serv
     assert len(changed) <= 3
 
 
-async def test_a_hold_is_told_when_it_begins_and_when_it_ends(serving, provider, caplog):
+async def test_a_hold_is_logged_once(serving, provider, caplog):
     url, _ = await provider(outages=((0.0, 600.0),))
     sidecar = await serving(dashscope_url=url)
     with caplog.at_level(logging.INFO, logger="sidecar"):
         for _ in range(4):
             async with sidecar.post(headers={"X-Request-Timeout": "0.6"}) as response:
                 assert response.status >= 500
-        sidecar.sidecar.parts.sampler.look()
-        sidecar.sidecar.parts.sampler.look()
+        sidecar.sidecar.parts.sampler.sample()
+        sidecar.sidecar.parts.sampler.sample()
     [line] = [record.message for record in caplog.records if "holding qwen-vl-plus back" in record.message]
     assert "(outage)" in line
     async with sidecar.client.get(f"{sidecar.admin_url}/status") as response:
@@ -121,7 +121,7 @@ async def test_the_access_log_has_the_waits_and_both_ids_and_no_prompt(provider)
     assert "secret" not in process.log
 
 
-async def test_nothing_a_caller_says_begins_a_line_of_the_log_or_moves_the_cursor(provider):
+async def test_no_text_of_a_caller_starts_a_log_line_or_moves_the_cursor(provider):
     url, _ = await provider()
     async with Process("--dashscope-url", url, "--access-log") as process, aiohttp.ClientSession() as client:
         async with client.post(process.url + CHAT, json=chat(model="m\n23:59:59 forged \x1b[2J")) as response:
@@ -133,8 +133,8 @@ async def test_nothing_a_caller_says_begins_a_line_of_the_log_or_moves_the_curso
     assert "\\n23:59:59 forged \\x1b[2J" in line
 
 
-async def test_a_camera_whose_name_is_no_text_is_shown_and_logged_all_the_same(provider):
-    """Header bytes that are no UTF-8 must not take `/status`, the live views or the log from the operator."""
+async def test_a_camera_name_that_is_not_utf_8_is_shown_and_logged(provider):
+    """Header bytes that are not UTF-8 must not break `/status`, the live views or the log."""
     url, simulated = await provider(latency_seconds=0.5)
     body = json.dumps(chat()).encode()
     head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\nConnection: close\r\nX-Camera-Id: gate "
@@ -161,22 +161,22 @@ async def test_a_camera_whose_name_is_no_text_is_shown_and_logged_all_the_same(p
     assert [line["key"] for line in lines if line["logger"] == "sidecar.access"] == ["gate \udcff"] * 2
 
 
-async def test_a_live_view_that_is_closed_is_no_event_for_the_log(serving, caplog):
+async def test_a_closed_live_view_logs_nothing(serving, caplog):
     sidecar = await serving()
     caplog.clear()
     with caplog.at_level(logging.INFO):
         async with sidecar.client.get(f"{sidecar.admin_url}/events") as response:
             assert response.status == 200
         for _ in range(3):
-            sidecar.sidecar.parts.sampler.look()
+            sidecar.sidecar.parts.sampler.sample()
             await asyncio.sleep(0.05)
     assert caplog.records == []
 
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(1, 5 * POINTS), st.integers(0, 9))
-def test_however_long_it_runs_history_is_bounded_and_loses_no_count(seconds, each):
-    history = TimeSeries()
+def test_a_time_series_is_bounded_and_loses_no_count(seconds, each):
+    series = TimeSeries()
     for second in range(seconds):
         values = dict.fromkeys(FIELDS, 0.0) | {
             "t": second + 1.0,
@@ -184,16 +184,16 @@ def test_however_long_it_runs_history_is_bounded_and_loses_no_count(seconds, eac
             "sent": each + second % 3,
             "in_flight": each,
         }
-        history.add(tuple(values[field] for field in FIELDS))
-    whole = {field: [point[at] for point in history.whole] for at, field in enumerate(FIELDS)}
-    assert len(history.whole) <= POINTS
-    assert len(history.recent) == min(seconds, POINTS)
+        series.add(tuple(values[field] for field in FIELDS))
+    whole = {field: [point[at] for point in series.whole] for at, field in enumerate(FIELDS)}
+    assert len(series.whole) <= POINTS
+    assert len(series.recent) == min(seconds, POINTS)
     assert sum(whole["span"]) == seconds == whole["t"][-1]
     assert sum(whole["sent"]) == sum(each + second % 3 for second in range(seconds))
     assert set(whole["in_flight"]) == {float(each)}
 
 
-async def test_a_refused_key_is_told_once_until_it_is_taken(serving, scripted, caplog):
+async def test_a_refused_key_is_logged_once_until_the_provider_accepts_it(serving, scripted, caplog):
     statuses = iter((401, 401, 200, 401))
 
     async def script(link, seen):
@@ -201,9 +201,9 @@ async def test_a_refused_key_is_told_once_until_it_is_taken(serving, scripted, c
 
     upstream = await scripted(script)
     sidecar = await serving(dashscope_url=f"{upstream.origin}/v1")
-    told = []
+    logged = []
     for expected in (401, 401, 200, 401):
         async with sidecar.post() as response:
             assert response.status == expected
-        told.append(caplog.text.count("SIDECAR_DASHSCOPE_API_KEY"))
-    assert told == [1, 1, 1, 2]
+        logged.append(caplog.text.count("SIDECAR_DASHSCOPE_API_KEY"))
+    assert logged == [1, 1, 1, 2]

@@ -1,6 +1,7 @@
-"""The requests that trio-core and the sidecar are both asked, and what the provider behind them says each time.
+"""The requests that are sent to both trio-core and the sidecar, and the answers of the provider for each request.
 
-Made by code, the same on every machine: `expected.json` holds what trio-core 1.1.5 answered (`make parity`).
+This code creates the same requests on every machine. `expected.json` holds the answers of trio-core 1.1.5
+(`make parity` records them). Its keys are the case names, and its digests depend on the class `Says` and its fields.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ DESCRIBE = "/api/inference/describe"
 CROP = "/api/inference/crop-describe"
 DETECT = "/api/inference/detect"
 
-#: The intended differences, as docs/trio-core.md describes them.
+#: The intended differences of the sidecar, with the reason. docs/trio-core.md must contain each text word for word.
 DIFFERENCES = {
     "bad image": "data that is not an image gets a 400 that names the field; trio-core returns 503",
     "broken image": "an image that is cut off or broken after its first bytes is left to the provider",
@@ -35,7 +36,7 @@ DIFFERENCES = {
 
 
 def image(kind: str = "JPEG", width: int = 64, height: int = 48) -> bytes:
-    """A small picture."""
+    """Return a small picture."""
     file = BytesIO()
     Image.linear_gradient("L").resize((width, height)).convert("RGB").save(file, kind)
     return file.getvalue()
@@ -83,7 +84,7 @@ class Case:
     method: str = "POST"
     differs: str = ""
     status: int = 0
-    """The sidecar's, where it differs."""
+    """The sidecar's status, if `differs` is not empty."""
 
     @property
     def digest(self) -> str:
@@ -100,11 +101,11 @@ class Case:
         return prompt if isinstance(prompt, str) else ""
 
 
-def every() -> list[Case]:
-    """All cases, each with a name of its own."""
-    made = [*_fields(), *_bodies(), *_images(), *_texts(), *_scenes(), *_crops(), *_detections(), *_failures()]
-    assert len({case.name for case in made}) == len(made)
-    return made
+def all_cases() -> list[Case]:
+    """Return all cases. Each has a unique name."""
+    cases = [*_fields(), *_bodies(), *_images(), *_texts(), *_scenes(), *_crops(), *_detections(), *_failures()]
+    assert len({case.name for case in cases}) == len(cases)
+    return cases
 
 
 def _json(**fields: Any) -> bytes:
@@ -119,7 +120,7 @@ _DIFFERENT_FIELDS = {
 
 
 def _fields() -> list[Case]:
-    """Every field at, below and above its bounds, and of every wrong type."""
+    """Return cases for every field: at, below and above its bounds, and with every wrong type."""
     shared = {
         "response_format": [None, {}, {"type": "json_object"}, [], "x", 5],
         "max_tokens": [0, 1, 16384, 16385, -1, 2.0, 1.5, "5", "x", True, None, [], 10**30],
@@ -157,7 +158,7 @@ def _fields() -> list[Case]:
 
 
 def _bodies() -> list[Case]:
-    """Bodies that are no request at all."""
+    """Return cases whose body is not a valid request."""
     frame = FRAME.encode()
     bodies = {
         "empty": b"", "null": b"null", "list": b"[]", "text": b'"x"', "number": b"5", "true": b"true",
@@ -176,7 +177,7 @@ def _bodies() -> list[Case]:
 
 
 def _images() -> list[Case]:
-    """Images of every kind, and what is none."""
+    """Return cases for images of every format, and for invalid images."""
     jpeg = image()
     made = []
     for kind in ("JPEG", "PNG", "WEBP", "BMP"):
@@ -202,7 +203,7 @@ def _images() -> list[Case]:
 
 
 def _texts() -> list[Case]:
-    """What the model may say, and what describe makes of it."""
+    """Return cases for the possible answers of a model to describe."""
     texts = [
         None, "", "  \n", "Plain.", " spaces around ", "<think>a</think>B", "<think>a</think> <think>b</think> C",
         "<think>never closed", "before <think>never closed", "closed only</think> after", "a</think> b <think> c",
@@ -244,7 +245,7 @@ _DIFFERENT_SCENES = {
 
 
 def _scenes() -> list[Case]:
-    """Answers of every format to crop-describe, and some put together by chance."""
+    """Return cases for answers of every format to crop-describe, and for random combinations of their parts."""
     chance = random.Random(6)
     pieces = (
         "SCENE: A gate at night.", "ACTIVITIES: Two men talk.", "NOTABLE: A bag.", "NOTABLE: none", "DESCRIPTION: D.",
@@ -260,7 +261,7 @@ def _scenes() -> list[Case]:
 
 
 def _crops() -> list[Case]:
-    """Detections of every kind, with an answer that names panels in every spelling."""
+    """Return cases for detections of every kind. The answer names its panels in every accepted spelling."""
     text = (
         "CROPS:\nA: person: in red\n- B: a van\n* C) truck: big\n D . dog\nE - cat\nF:\nSCENE: A yard.\nNOTABLE: none"
     )
@@ -299,7 +300,7 @@ def _crops() -> list[Case]:
     return made
 
 
-#: What the detector of the tests says of every frame and tile: rows of x1, y1, x2, y2, score, class on 64 x 64.
+#: The test detector's result for every frame and tile: rows of x1, y1, x2, y2, score, class on 64 x 64 pixels.
 DETECTOR_ROWS = (
     (4, 4, 24, 60, 0.9, 0), (28, 8, 60, 30, 0.7, 2), (30, 36, 62, 62, 0.6, 7), (5, 5, 24, 60, 0.5, 0),
     (1, 40, 20, 62, 0.45, 16), (10, 10, 12, 12, 0.2, 1), (0, 0, 64, 64, 0.99, 60), (-3, -2, 9, 9, 0.8, 3),
@@ -307,7 +308,7 @@ DETECTOR_ROWS = (
 
 
 def _detections() -> list[Case]:
-    """Frames for the detector, of one colour each: the two scale pictures a little differently."""
+    """Return cases for the detector. Each frame has one colour, because trio-core and the sidecar scale differently."""
     made = []
     for colour in ("white", "black", "grey"):
         for size in ((64, 64), (640, 360), (333, 500)):
@@ -322,7 +323,10 @@ def _detections() -> list[Case]:
 
 
 def _failures() -> list[Case]:
-    """A provider that refuses or fails. Each has a model of its own: the sidecar keeps a model's failures apart."""
+    """Return cases in which the provider refuses or fails.
+
+    Each case has its own model, because the sidecar tracks failures per model.
+    """
     moderated = refusing(400, "data_inspection_failed", "Input data may contain inappropriate content.")
     failures: dict[str, tuple[tuple[Says, ...], str, int]] = {
         "moderated": ((moderated,), "", 0),

@@ -1,4 +1,4 @@
-"""Asks a server every case, and says what came of it in a form that can be compared."""
+"""Send every case to a server, and return the results in a form that can be compared."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import aiohttp
 from cases import Case, Says
 from scripted_upstream import Upstream
 
-#: Texts longer than this are compared by length and beginning: FastAPI repeats whole frames.
+#: Characters. Longer texts are compared only by length and beginning, because FastAPI repeats whole frames.
 _LONG = 200
-#: What the sidecar puts before a provider's own words. In trio-core it depends on the age of its openai client.
+#: The text before the provider's own message. In trio-core this text depends on the version of its openai client.
 _PREFACE = re.compile(r"^(Error code: \d+ - )the provider answered \d+: (?:\w+: )?")
 
 
 class Provider(Upstream):
-    """Says what the case at hand has it say; its last answer again and again."""
+    """Gives the answers of the current case in order, and repeats the last answer."""
 
     def __init__(self) -> None:
         super().__init__(self._say)
@@ -30,7 +30,7 @@ class Provider(Upstream):
 
 
 async def outcomes(url: str, provider: Provider, cases: Sequence[Case]) -> dict[str, Any]:
-    """What the server at `url` makes of each case, one after the other."""
+    """Send the cases to `url`, one after the other. Return status, answer and upstream body for each case name."""
     found = {}
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(force_close=True)) as client:
         for case in cases:
@@ -60,7 +60,7 @@ def _answer(body: bytes) -> Any:
 
 
 def _sent(body: dict[str, Any], case: Case) -> dict[str, Any]:
-    """What reached the provider, without the words of prompts and the pixels, which are each one's own."""
+    """Return the body that reached the provider, without prompt texts and pixels, which differ between the servers."""
     *images, text = body.pop("messages")[0]["content"]
     prompt = text["text"].endswith(case.own_prompt)
     return {**_cut(body), "images": len(images), "own prompt": prompt}

@@ -1,4 +1,4 @@
-"""trio-core's own engine, whole and streaming, with its remote URL at a sidecar. Run by trio-core's Python."""
+"""Run trio-core's own engine, whole and streaming, with a sidecar as its remote URL. Run this in trio-core's Python."""
 
 from __future__ import annotations
 

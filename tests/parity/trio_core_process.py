@@ -1,4 +1,4 @@
-"""trio-core 1.1.5 itself, as a process of its own environment (`make .venv-trio/.ready`)."""
+"""Run trio-core 1.1.5 itself as a process in its own environment (`make .venv-trio/.ready`)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sidecar.cli.demo.processes import free_port
 
 @contextlib.asynccontextmanager
 async def trio_core(python: str, **settings: str) -> AsyncIterator[tuple[str, int]]:
-    """Run its inference server with these `TRIO_` settings; gives its URL and its process id."""
+    """Run its inference server with these `TRIO_` settings. Yield its URL and its process id."""
     port = free_port()
     code = f"from trio_core.api.inference_server import main; main('127.0.0.1', {port}, 'critical')"
     process = subprocess.Popen([python, "-c", code], env=environ_of(settings), stderr=subprocess.DEVNULL)
@@ -31,7 +31,7 @@ async def trio_core(python: str, **settings: str) -> AsyncIterator[tuple[str, in
 
 
 def environ_of(settings: dict[str, str]) -> dict[str, str]:
-    """The environment without other TRIO_ names, and with no model of its own to look for."""
+    """Return an environment with only these `TRIO_` settings, in which trio-core does not look for a local model."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith("TRIO_")}
     settings = {"model": "none", "auto_optimize": "0", **settings}
     return clean | {f"TRIO_{name.upper()}": value for name, value in settings.items()}

@@ -1,4 +1,4 @@
-"""What a hostile caller cannot do: `docs/security.md` names the claim of each test."""
+"""Attacks of a hostile caller that must fail. `docs/security.md` lists the claim for each test."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NOT_UTF8 = b"\xff\xfe"
 
 
 async def raw(port, data: bytes) -> tuple[int, bytes]:
-    """Send bytes, end the sending, and read all that comes: status and the whole answer."""
+    """Send bytes and read until the server closes. Return the status and the whole answer."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     writer.write(data)
     async with asyncio.timeout(10):
@@ -39,19 +39,19 @@ def request(header: bytes, path: bytes = CHAT.encode()) -> bytes:
     ("name", "status"),
     [("Authorization: Bearer ", 401), ("X-Request-Id: ", 400), ("X-Request-Priority: ", 400)],
 )
-async def test_bytes_that_are_no_text_in_a_header_are_refused_by_name(serving, name, status):
+async def test_a_header_with_invalid_text_is_refused_with_its_name(serving, name, status):
     sidecar = await serving(api_key="letmein" if status == 401 else None)
-    told, answer = await raw(sidecar.sidecar.data_port, request(name.encode() + NOT_UTF8))
-    assert told == status, answer
+    actual, answer = await raw(sidecar.sidecar.data_port, request(name.encode() + NOT_UTF8))
+    assert actual == status, answer
     assert name.partition(":")[0].encode() in answer
 
 
 @pytest.mark.parametrize("name", [b"traceparent", b"tracestate", b"X-DashScope-Extra", b"User-Agent"])
-async def test_bytes_that_are_no_text_stop_at_the_sidecar(serving, scripted, name):
+async def test_a_header_with_invalid_text_is_not_forwarded(serving, scripted, name):
     upstream = await scripted()
     sidecar = await serving(dashscope_url=f"{upstream.origin}/v1")
-    told, answer = await raw(sidecar.sidecar.data_port, request(name + b": " + NOT_UTF8))
-    assert told == 200, answer
+    actual, answer = await raw(sidecar.sidecar.data_port, request(name + b": " + NOT_UTF8))
+    assert actual == 200, answer
     assert NOT_UTF8 not in answer
     assert name.decode().lower() not in upstream.seen[0].headers or name == b"User-Agent"
 
@@ -79,7 +79,7 @@ async def test_a_compressed_body_is_refused_and_never_unpacked(serving, path):
         assert "Content-Encoding" in await response.text()
 
 
-async def test_a_picture_that_claims_billions_of_pixels_is_not_decoded(serving, provider):
+async def test_a_picture_whose_header_claims_billions_of_pixels_is_not_decoded(serving, provider):
     def chunk(kind, data):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
@@ -96,7 +96,7 @@ async def test_a_picture_that_claims_billions_of_pixels_is_not_decoded(serving, 
 
 @pytest.mark.parametrize("scheme", ["http://127.0.0.1:{port}/frame.jpg", "file:///etc/passwd"])
 @pytest.mark.parametrize("upstream", [True, False])
-async def test_a_url_that_a_caller_names_is_never_fetched(serving, scripted, scheme, upstream):
+async def test_an_image_url_from_a_caller_is_never_fetched(serving, scripted, scheme, upstream):
     canary, provider = await scripted(), await scripted()
     sidecar = await serving(**({"dashscope_url": f"{provider.origin}/v1"} if upstream else {}))
     url = scheme.format(port=canary.port)
@@ -117,19 +117,19 @@ async def test_a_model_name_cannot_forge_a_metric(serving):
     assert not any(line.startswith("forged_total") for line in text.splitlines())
 
 
-async def test_who_opens_connections_and_says_nothing_is_cut_off(serving, monkeypatch):
+async def test_connections_that_send_no_complete_request_are_closed(serving, monkeypatch):
     monkeypatch.setattr(listener, "FIRST_REQUEST_SECONDS", 0.3)
     sidecar = await serving()
     for port in (sidecar.sidecar.data_port, sidecar.sidecar.admin_port):
-        for said in (b"", b"GET /livez HT", b"GET /livez HTTP/1.1\r\nHost: x\r\nX-A"):
+        for sent in (b"", b"GET /livez HT", b"GET /livez HTTP/1.1\r\nHost: x\r\nX-A"):
             reader, writer = await asyncio.open_connection("127.0.0.1", port)
-            writer.write(said)
+            writer.write(sent)
             async with asyncio.timeout(5):
                 assert await reader.read() == b""
             writer.close()
     async with sidecar.client.get(f"{sidecar.admin_url}/livez") as response:
         await response.read()
-        await asyncio.sleep(0.5)  # a connection that has been of use is kept longer
+        await asyncio.sleep(0.5)  # a connection that has carried a request is kept longer
     connections = len(sidecar.sidecar._admin_listener.connections)
     assert connections == 1
 
@@ -137,7 +137,7 @@ async def test_who_opens_connections_and_says_nothing_is_cut_off(serving, monkey
 @pytest.mark.parametrize(
     ("listener", "bound", "path"), [("data", "_MAX_CALLERS", "/health"), ("admin", "_MAX_WATCHERS", "/livez")]
 )
-async def test_a_listener_takes_so_many_connections_and_serves_on(serving, monkeypatch, listener, bound, path):
+async def test_a_listener_bounds_its_connections_and_still_serves(serving, monkeypatch, listener, bound, path):
     monkeypatch.setattr(f"sidecar.app.{bound}", 5)
     sidecar = await serving()
     port = getattr(sidecar.sidecar, f"{listener}_port")
@@ -156,7 +156,7 @@ async def test_a_listener_takes_so_many_connections_and_serves_on(serving, monke
         assert response.status == 200
 
 
-async def test_a_body_that_trickles_is_given_up_at_the_deadline(serving):
+async def test_a_body_that_is_incomplete_at_the_deadline_is_refused(serving):
     sidecar = await serving(deadline=0.5)
     head = b"POST %b HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n{" % CHAT.encode()
     status, answer = await raw(sidecar.sidecar.data_port, head)
@@ -164,10 +164,10 @@ async def test_a_body_that_trickles_is_given_up_at_the_deadline(serving):
     await sidecar.until(sidecar.at_rest)
 
 
-async def test_drain_is_taken_from_this_machine_only(serving):
+async def test_drain_is_accepted_only_from_this_machine(serving):
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
-            probe.connect(("192.0.2.1", 9))  # sends nothing: asks which address we would have
+            probe.connect(("192.0.2.1", 9))  # sends nothing: it only selects the local address
             address = probe.getsockname()[0]
         except OSError:
             pytest.skip("this machine has no address but loopback")

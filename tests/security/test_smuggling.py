@@ -1,4 +1,7 @@
-"""A request that two readers could understand in two ways is refused and its connection closed, on both listeners."""
+"""An ambiguous request, which two HTTP parsers could read differently, is refused and its connection is closed.
+
+This holds on both listeners.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ CASES = {
     "a signed length": b"Content-Length: +0\r\n\r\n",
     "a negative length": b"Content-Length: -1\r\n\r\n",
     "a hexadecimal length": b"Content-Length: 0x0\r\n\r\n",
-    "an encoding that is none": b"Transfer-Encoding: xchunked\r\n\r\n0\r\n\r\n",
+    "an unknown encoding": b"Transfer-Encoding: xchunked\r\n\r\n0\r\n\r\n",
     "chunked that is not last": b"Transfer-Encoding: chunked, identity\r\n\r\n0\r\n\r\n",
     "two encodings": b"Transfer-Encoding: chunked\r\nTransfer-Encoding: identity\r\n\r\n0\r\n\r\n",
     "a space before the colon": b"Transfer-Encoding : chunked\r\n\r\n0\r\n\r\n",
@@ -24,7 +27,7 @@ CASES = {
     "a bare carriage return": b"X-A: b\rTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
     "a NUL": b"X-A: b\x00c\r\n\r\n",
     "a header without a name": b": b\r\n\r\n",
-    "a chunk size that is none": b"Transfer-Encoding: chunked\r\n\r\n0x0\r\n\r\n",
+    "an invalid chunk size": b"Transfer-Encoding: chunked\r\n\r\n0x0\r\n\r\n",
     "a negative chunk": b"Transfer-Encoding: chunked\r\n\r\n-1\r\n\r\n",
     "a chunk longer than its size": b"Transfer-Encoding: chunked\r\n\r\n1\r\nab\r\n0\r\n\r\n",
     "a chunk size with a bare line feed": b"Transfer-Encoding: chunked\r\n\r\n1\na\r\n0\r\n\r\n",
@@ -33,14 +36,14 @@ CASES = {
 
 @pytest.mark.parametrize("listener", ["data", "admin"])
 @pytest.mark.parametrize("case", CASES)
-async def test_what_can_be_read_two_ways_is_refused(serving, case, listener):
+async def test_an_ambiguous_request_is_refused(serving, case, listener):
     sidecar = await serving()
     port = sidecar.sidecar.data_port if listener == "data" else sidecar.sidecar.admin_port
     target = b"/v1/chat/completions" if listener == "data" else b"/drain"
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     writer.write(b"POST %b HTTP/1.1\r\nHost: x\r\n" % target + CASES[case] + HIDDEN)
     async with asyncio.timeout(10):
-        answer = await reader.read()  # to the end: it must close
+        answer = await reader.read()  # returns only when the server closes the connection
     writer.close()
     assert answer.count(b"HTTP/1.") == 1, answer
     assert answer.split(b" ", 2)[1].startswith(b"4"), answer

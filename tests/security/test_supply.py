@@ -1,4 +1,4 @@
-"""What is installed and shipped is what the lock file says, byte by byte, and all of it is told in the SBOM."""
+"""The installed and shipped packages are those of the lock file, byte by byte, and the SBOM lists all of them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SHIPPED = PACKAGES["vlm-sidecar"]
 
 
 def closure(names):
-    """These packages and all they need."""
+    """Return these packages and all their dependencies."""
     found, todo = set(), list(names)
     while todo:
         name = todo.pop()
@@ -35,10 +35,12 @@ def test_everything_comes_from_one_index_and_every_file_has_its_hash():
         assert all(file["hash"].startswith("sha256:") and len(file["hash"]) == 71 for file in files), name
 
 
-def test_the_sbom_tells_all_that_is_shipped_and_nothing_else(tmp_path):
+def test_the_sbom_lists_exactly_the_shipped_packages(tmp_path):
     file = tmp_path / "sbom.json"
     subprocess.run(["make", "--no-print-directory", "sbom", f"SBOM={file}"], cwd=ROOT, check=True, timeout=120)
-    told = json.loads(file.read_text())["components"]
+    components = json.loads(file.read_text())["components"]
     shipped = closure(needed["name"] for needed in SHIPPED["dependencies"])
-    assert {(one["name"], one["version"]) for one in told} == {(name, PACKAGES[name]["version"]) for name in shipped}
-    assert all(file["hashes"] for one in told for file in one["externalReferences"])
+    assert {(one["name"], one["version"]) for one in components} == {
+        (name, PACKAGES[name]["version"]) for name in shipped
+    }
+    assert all(file["hashes"] for one in components for file in one["externalReferences"])

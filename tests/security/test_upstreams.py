@@ -1,4 +1,4 @@
-"""What a hostile or careless upstream cannot do to callers, logs and whoever watches."""
+"""Attacks and faults of an upstream that must not harm callers, logs, metrics or the admin pages."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ async def failing(link, _):
 
 
 @pytest.mark.parametrize("script", [whole, in_200, in_stream, failing])
-async def test_a_key_that_the_provider_quotes_reaches_nobody(serving, scripted, caplog, script):
+async def test_a_key_in_the_providers_error_is_masked_everywhere(serving, scripted, caplog, script):
     caplog.set_level("DEBUG")
     upstream = await scripted(script)
     sidecar = await serving(dashscope_url=f"{upstream.origin}/v1", dashscope_api_key=KEY, api_key="letmein")
@@ -45,7 +45,7 @@ async def test_a_key_that_the_provider_quotes_reaches_nobody(serving, scripted, 
     assert "letmein" not in text + caplog.text
 
 
-async def test_headers_of_the_upstream_that_mean_nothing_to_the_caller_stay_behind(serving, scripted):
+async def test_only_useful_headers_of_the_upstream_reach_the_caller(serving, scripted):
     async def script(link, _):
         await link.answer(
             {"choices": [{"index": 0, "message": {"role": "assistant", "content": "A gate."}}]},
@@ -64,7 +64,7 @@ async def test_headers_of_the_upstream_that_mean_nothing_to_the_caller_stay_behi
         assert response.headers["x-ratelimit-remaining-requests"] == "3"
 
 
-async def test_no_message_of_the_provider_can_forge_a_log_line(scripted):
+async def test_a_message_of_the_provider_cannot_forge_a_log_line(scripted):
     async def script(link, _):
         message = f"down\n{FORGED}\r\x1b[2J{FORGED}"
         await link.answer({"error": {"message": message, "code": f"code\n{FORGED}"}}, status=429)

@@ -1,1 +1,1 @@
-"""The live page: three files that the admin listener serves as they are. No build step, nothing from elsewhere."""
+"""The live page: three static files that the admin listener serves. No build step, no external resources."""

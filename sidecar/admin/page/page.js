@@ -1,5 +1,5 @@
-// The live page. `events` sends `start` with everything, then `tick` once a second; both hold `status` as it stands.
-// Names of cameras and models come from callers: they reach the page as text only.
+// The live page. `events` sends `start` with all data, then `tick` once a second; both contain the current `status`.
+// Callers choose the names of cameras and models, so the page inserts these names only as text, never as HTML.
 "use strict";
 
 const CAUSES = {request_rate: "orange", token_rate: "blue", growth: "purple", concurrency: "sky", hold: "red", turn: "grey"};
@@ -28,7 +28,7 @@ function rate(field) {
   return (view, point) => view.value(point, field) / (view.value(point, "span") || 1);
 }
 
-/** One backend: its section of the page, its points, its newest status. */
+/** One backend: its section of the page, its points and its latest status. */
 class View {
   constructor(name, fields, told) {
     this.name = name;
@@ -83,7 +83,7 @@ class View {
     this.draw();
   }
 
-  /** Where an answer's time goes: what the page is for. */
+  /** Show how the time of an answer is divided between queue, lock and upstream. */
   showTime() {
     const ended = this.now((view, point) => view.value(point, "answered"));
     const parts = Object.entries(PARTS).map(([part, [text, colour]]) =>
@@ -93,7 +93,7 @@ class View {
     $("figcaption", figure).textContent = ended ? `An answer takes ${whole.toFixed(2)} s, mean of the last 10 s` : "No answer in the last 10 s";
     fill(stack, parts.map(({colour, seconds}) => {
       const piece = element("i", {class: colour});
-      piece.style.flexGrow = 100 * seconds / (whole || 1);  // a sum below 1 would leave room
+      piece.style.flexGrow = 100 * seconds / (whole || 1);  // a sum of the factors below 1 would not fill the bar
       return piece;
     }));
     const told = parts.map(({text, seconds}) => `${text} ${seconds.toFixed(2)} s`);
@@ -104,7 +104,7 @@ class View {
   draw() { for (const chart of this.charts) chart.draw(this.points[range]); }
 }
 
-/** Lines, or areas on top of each other, over time; drawn anew with every point. */
+/** A chart of lines or stacked areas over time. It is drawn again for every point. */
 class Chart {
   constructor(about, view) {
     this.about = about;
@@ -154,7 +154,7 @@ class Chart {
     this.svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
     const last = about.series.map(({name}, at) => `${name} ${quantity(columns[at].at(-1) ?? null, about.unit)}`);
     this.svg.setAttribute("aria-label", `${about.title}, now: ${last.join(", ")}`);
-    // Of areas on top of each other only those that can be seen; there are six causes, and mostly one.
+    // The legend of stacked areas lists only the visible ones: usually one of the six causes.
     const shown = about.series.map(({colour}, at) => [colour, at]).filter(([, at]) => !about.stacked || columns[at].some((value) => value > 0));
     fill(this.legend, shown.map(([colour, at]) => element("li", {class: colour}, element("i", {}), last[at])));
   }
@@ -162,7 +162,7 @@ class Chart {
 
 function sum(values) { return values.reduce((total, value) => total + value, 0); }
 
-/** Three digits that matter: 0.25, 16.2k, 1.3M. */
+/** Three significant digits: 0.25, 16.2k, 1.3M. */
 function number(value) {
   for (const [size, unit] of [[1e6, "M"], [1e3, "k"]]) if (value >= 0.9995 * size) return Number((value / size).toPrecision(3)) + unit;
   return String(Number(value.toPrecision(3)));
@@ -175,7 +175,7 @@ function duration(seconds) {
   return `${Math.round(seconds)} s`;
 }
 
-/** The next round number above. */
+/** Return the next round number that is not smaller. */
 function nice(value) {
   const power = 10 ** Math.floor(Math.log10(value));
   return [1, 2, 3, 4, 5, 6, 8, 10].find((step) => step * power >= value * 0.999) * power;
@@ -220,7 +220,7 @@ function show(status) {
   speak(status);
 }
 
-/** Tell a screen reader what holds requests when that changes, not every second. */
+/** Let a screen reader say why requests wait, but only when the cause changes, not every second. */
 function speak(status) {
   const models = status.backends.flatMap((backend) => backend.models);
   const held = models.map((model) => `${model.model} ${model.hold?.kind ?? model.bound_by}`).join();
@@ -236,13 +236,13 @@ function begin({status, fields, history}) {
   show(status);
 }
 
-/** The view since the start is made by the sidecar, since it merges points; it moves slowly. */
+/** Fetch the points since the start. The sidecar merges them, so the page cannot build them; they change slowly. */
 async function refresh() {
   if (range !== "whole" || document.hidden) return;
   try {
     const {history} = await (await fetch("history")).json();
     for (const [name, view] of views) view.points.whole = history[name].whole;
-  } catch { return; }  // it is away: #lost says so
+  } catch { return; }  // the sidecar does not answer; #lost already says so
   for (const view of views.values()) view.draw();
 }
 

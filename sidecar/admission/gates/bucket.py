@@ -22,6 +22,9 @@ class TokenBucket:
         self._level = capacity
         self._at = now
 
+    def __repr__(self) -> str:
+        return f"<TokenBucket level={self._level:.4g} of {self.capacity:.4g} at={self._at:.3f} rate={self.rate:.4g}/s>"
+
     def level(self, now: float) -> float:
         """Return the units that could be taken at once. Negative while a debt is being paid."""
         if now <= self._at:

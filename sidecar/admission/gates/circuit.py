@@ -88,6 +88,10 @@ class Circuit:
         self._asked = 0.0  # loop time until which a Retry-After asked to wait
         self._confirmed = 0
 
+    def __repr__(self) -> str:
+        opened = self.state and f"open {self.state.value} since={self.since:.3f} next_probe={self.next_probe:.3f}"
+        return f"<Circuit {opened or 'closed'} probing={self.probing}>"
+
     @property
     def probing(self) -> bool:
         """The probe is in flight."""

@@ -65,6 +65,9 @@ class ConcurrencyGate:
         self._taken: Counter[int] = Counter()  # accepted attempts by the number of other attempts in flight
         self._places: dict[Place, None] = {}  # in flight, in the order in which they started
 
+    def __repr__(self) -> str:
+        return f"<ConcurrencyGate in_flight={self.in_flight} allowed={self.allowed} learned={self.learned}>"
+
     @property
     def allowed(self) -> float:
         """Attempts that may be in flight now."""

@@ -73,6 +73,10 @@ class PolicerLearner:
         """See `Learner`."""
         self.estimate.typical += share * (amount - self.estimate.typical)
 
+    def __repr__(self) -> str:
+        estimate = self.estimate
+        return f"<PolicerLearner {estimate.state.value} limit={estimate.limit:.4g}/s unsure={estimate.unsure:.2g}>"
+
     @property
     def state(self) -> State:
         """What the controller is doing."""

@@ -1,1 +1,1 @@
-"""trio-core's inference API, so that its callers need no change."""
+"""trio-core's inference API: callers of trio-core can use the sidecar without a change."""

@@ -1,4 +1,4 @@
-"""A trio-core question as the chat completion that trio-core would send upstream, and the text of its answer."""
+"""Build the chat completion that trio-core would send upstream for a question, and read the text of the answer."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from backends.base import ServerFailed
 
 JsonObject = dict[str, Any]
 
-#: trio-core's engine sends these with every question (`EngineConfig`, 1.1.5); the limit when the caller gives none.
+#: trio-core's engine sends these values with every question. Source: `EngineConfig` of trio-core 1.1.5.
 _SAMPLING = {"temperature": 0.0, "top_p": 1.0}
+#: LLM tokens of the answer if the caller gives no limit. Same source.
 _MAX_TOKENS = 512
 
-#: What cannot be had through this API, which answers at once and whole.
+#: Fields of `extra_body` that are ignored, because this API always returns a complete answer and never a stream.
 _STREAMING = ("stream", "stream_options")
 
 
@@ -27,10 +28,10 @@ def chat_body(
     response_format: JsonObject | None,
     extra_body: JsonObject | None,
 ) -> tuple[bytes, str]:
-    """Give the body of one image and a question, and the model it names.
+    """Return the body of a chat completion with one image and one question, and the model that the body names.
 
-    `extra_body` is laid over it as the openai client does: field by field, and stronger than anything else. The image
-    is copied once and never parsed. Raises `ValueError` for what JSON cannot hold (infinity, half a surrogate pair).
+    Each field of `extra_body` replaces the field of the same name, as in the openai client. The image is copied once
+    and never parsed. Raises `ValueError` for values that JSON cannot represent (infinity, half a surrogate pair).
     """
     fields: JsonObject = {"model": model, "max_tokens": max_tokens or _MAX_TOKENS, **_SAMPLING}
     if response_format is not None:
@@ -54,9 +55,9 @@ def chat_body(
 
 
 def answer_text(body: bytes) -> str:
-    """The text of a chat completion, empty when the model said nothing.
+    """Return the text of a chat completion, or an empty string if the model returned no text.
 
-    Raises `ServerFailed` for a body that is no chat completion.
+    Raises `ServerFailed` if the body is not a chat completion.
     """
     try:
         content: str = json.loads(body)["choices"][0]["message"].get("content") or ""
@@ -66,5 +67,5 @@ def answer_text(body: bytes) -> str:
 
 
 def _json(value: Any) -> bytes:
-    # Not orjson: extra_body may hold integers of any length, which are the provider's to refuse.
+    # Not orjson: extra_body may hold integers of any length. The provider decides whether to accept them.
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()

@@ -1,6 +1,6 @@
-"""The detections a crop-describe request brings: which become zoom panels, and what the model is told of them.
+"""Choose which detections of a crop-describe request become zoom panels, and build the prompt about them.
 
-Pure: no pixels here (`trio_image` draws the panels), and no HTTP.
+Pure functions without pixels (`trio/image.py` draws the panels) and without HTTP.
 """
 
 from __future__ import annotations
@@ -11,18 +11,19 @@ from typing import Any
 
 JsonObject = dict[str, Any]
 Box = tuple[int, int, int, int]
-"""x1, y1, x2, y2 in pixels of the upright frame."""
+"""left, top, right, bottom in pixels of the upright frame."""
 
-#: A crop is cut this share of its sides wider all around, and not shown when it is smaller than this: trio-core's.
+#: Share of the box's own width and height that is added on each side of a crop. Source: trio-core 1.1.5.
 CROP_PADDING = 0.15
+#: Pixels. A crop whose shorter side is below this is not shown. Source: trio-core 1.1.5.
 CROP_MIN_PIXELS = 8
 _LABELS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _MAX_HINTS = 8
 
-#: Opens the hint, and tells one in a caller's own prompt: no second is added then.
+#: First words of the hint. If the caller's own prompt contains them, it already has a hint and gets no second hint.
 _HINT_MARK = "YOLO detections"
 
-#: The same section marks as trio-core's prompt, since they are what the answer is read by; the words are our own.
+#: The section marks are those of trio-core's prompt, because the answer is parsed by them. The wording is our own.
 _SCENE_PROMPT = """\
 You watch one frame of a surveillance camera for people who cannot see it. Work out what is going on, rather than \
 listing things: the situation as a whole, what each person and vehicle is doing and where to, who belongs or reacts to \
@@ -41,7 +42,7 @@ JSON: {"people_count": 0, "vehicle_count": 0, \
 
 @dataclass(frozen=True, slots=True)
 class Panel:
-    """One detection that is shown enlarged beside the frame."""
+    """One detection that is shown enlarged next to the frame."""
 
     label: str
     kind: str
@@ -49,11 +50,14 @@ class Panel:
     confidence: float | None
 
 
-def choose_panels(crops: Sequence[JsonObject], width: int, height: int, most: int) -> list[Panel]:
-    """The `most` surest detections whose box can be shown in a frame of that size, labelled A, B, C, … in turn."""
+def choose_panels(crops: Sequence[JsonObject], width: int, height: int, max_panels: int) -> list[Panel]:
+    """Return up to `max_panels` detections with the highest confidence whose box is visible in a frame of that size.
+
+    They are labelled A, B, C, … in this order.
+    """
     panels: list[Panel] = []
-    for crop in _surest_first(crops):
-        if len(panels) >= min(most, len(_LABELS)):
+    for crop in _by_confidence(crops):
+        if len(panels) >= min(max_panels, len(_LABELS)):
             break
         box = _box(crop)
         if box is None or box[2] <= box[0] or box[3] <= box[1]:
@@ -65,24 +69,28 @@ def choose_panels(crops: Sequence[JsonObject], width: int, height: int, most: in
 
 
 def padded(box: Box, width: int, height: int, share: float) -> Box:
-    """The box grown by a share of its own sides on every side, within the frame. Empty when it lies outside."""
+    """Return the box, enlarged on each side by `share` of its width or height, and clipped to the frame.
+
+    The result is empty if the box is outside the frame.
+    """
     left, top, right, bottom = box
     grow_x, grow_y = int((right - left) * share), int((bottom - top) * share)
     return max(0, left - grow_x), max(0, top - grow_y), min(width, right + grow_x), min(height, bottom + grow_y)
 
 
 def scene_prompt(own: str, crops: Sequence[JsonObject], panels: Sequence[Panel]) -> str:
-    """The prompt for a frame: the caller's `own` or ours, after what there is to say of panels or detections."""
+    """Return the prompt for a frame: a text about the panels or detections, then the caller's `own` prompt or ours."""
     prompt = own or _SCENE_PROMPT
     if panels:
-        return f"{_about_panels(panels)}\n\n{prompt}"
-    hint = "" if _HINT_MARK in prompt else _about_detections(crops)
+        return f"{_panels_prompt(panels)}\n\n{prompt}"
+    hint = "" if _HINT_MARK in prompt else _detections_hint(crops)
     return f"{hint}\n\n{prompt}" if hint else prompt
 
 
-def _about_panels(panels: Sequence[Panel]) -> str:
+def _panels_prompt(panels: Sequence[Panel]) -> str:
     listed = "\n".join(
-        f"- {panel.label}: class={panel.kind}, bbox={list(panel.box)}{_sure(panel.confidence)}" for panel in panels
+        f"- {panel.label}: class={panel.kind}, bbox={list(panel.box)}{_confidence_suffix(panel.confidence)}"
+        for panel in panels
     )
     wanted = "\n".join(f"{panel.label}: {panel.kind}: [a few words on how it looks]" for panel in panels)
     return (
@@ -94,21 +102,21 @@ def _about_panels(panels: Sequence[Panel]) -> str:
     )
 
 
-def _about_detections(crops: Sequence[JsonObject]) -> str:
-    """The surest detections as hints in words; empty when none has a box."""
+def _detections_hint(crops: Sequence[JsonObject]) -> str:
+    """Return a text that lists the detections with the highest confidence, or "" if no detection has a box."""
     lines = []
-    for crop in _surest_first(crops)[:_MAX_HINTS]:
+    for crop in _by_confidence(crops)[:_MAX_HINTS]:
         box = _box(crop)
         if box is not None:
             track = crop.get("track_id")
             tracked = "" if track is None else f"track_id={track}, "
-            lines.append(f"- {tracked}class={_kind(crop)}, bbox={list(box)}{_sure(_confidence(crop))}")
+            lines.append(f"- {tracked}class={_kind(crop)}, bbox={list(box)}{_confidence_suffix(_confidence(crop))}")
     if not lines:
         return ""
     return f"{_HINT_MARK}, which may be wrong: check each against the picture.\n" + "\n".join(lines)
 
 
-def _surest_first(crops: Sequence[JsonObject]) -> list[JsonObject]:
+def _by_confidence(crops: Sequence[JsonObject]) -> list[JsonObject]:
     return sorted(crops, key=lambda crop: _confidence(crop) or 0.0, reverse=True)
 
 
@@ -118,7 +126,7 @@ def _box(crop: JsonObject) -> Box | None:
         return None
     try:
         left, top, right, bottom = (int(corner) for corner in corners)
-    except (TypeError, ValueError, OverflowError):  # what is no number, not a number, or infinite
+    except (TypeError, ValueError, OverflowError):  # another type, NaN, or infinity
         return None
     return left, top, right, bottom
 
@@ -132,5 +140,5 @@ def _confidence(crop: JsonObject) -> float | None:
     return float(value) if isinstance(value, int | float) else None
 
 
-def _sure(confidence: float | None) -> str:
+def _confidence_suffix(confidence: float | None) -> str:
     return "" if confidence is None else f", confidence={confidence:.2f}"

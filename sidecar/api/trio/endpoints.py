@@ -1,6 +1,6 @@
-"""trio-core's inference API, so that its callers need no change: a question about a frame in, text and entities out.
+"""The endpoints of trio-core's inference API: a question about a frame in, text and entities out.
 
-What each answer looks like is trio-core 1.1.5's; what is different is listed, with the reason, in docs/trio-core.md.
+The format of each answer is that of trio-core 1.1.5. docs/trio-core.md lists every difference with its reason.
 """
 
 from __future__ import annotations
@@ -22,42 +22,42 @@ from sidecar.api.errors import InvalidRequest
 from sidecar.api.trio.chat import answer_text, chat_body
 from sidecar.api.trio.crops import scene_prompt
 from sidecar.api.trio.image import compose, media_type, not_an_image
-from sidecar.api.trio.schema import CropDescribeRequest, DescribeRequest, DetectRequest, read
+from sidecar.api.trio.schema import CropDescribeRequest, DescribeRequest, DetectRequest, parse_request
 from sidecar.api.trio.text import crop_descriptions, describe_scene, strip_thinking
 
-_Asked = TypeVar("_Asked", DescribeRequest, CropDescribeRequest, DetectRequest)
+_RequestT = TypeVar("_RequestT", DescribeRequest, CropDescribeRequest, DetectRequest)
 
-#: Bodies above this are checked in a thread: one of 10 MB takes 10 ms, in which the loop would serve nobody.
+#: Bytes. Larger bodies are checked in a thread, because checking 10 MB takes 10 ms and would block the event loop.
 _THREAD_BYTES = 1 << 20
-#: Composites are drawn by two at a time: each decoded frame may take 150 MB, and the loop needs its share of a core.
+#: Draws composites in at most two threads: each decoded frame may take 150 MB, and the event loop needs processor time.
 _DRAWING = ThreadPoolExecutor(2, "composite")
-#: What trio-core counts as one; a bicycle is none.
+#: The classes that trio-core counts as vehicles. A bicycle is not one of them.
 _VEHICLES = ("car", "bus", "truck", "motorcycle")
 _LOADED = time.monotonic()
 
 
 async def describe(call: Call) -> Answer:
-    """`POST /api/inference/describe`: the model's answer to one prompt about one frame."""
-    asked, image = await _read(call, DescribeRequest)
-    request, ticket = _question(call, asked, asked.prompt, image, media_type(image))
-    del image  # a view of the caller's body: the question holds the one copy from here on
+    """Answer `POST /api/inference/describe` with the model's answer to one prompt about one frame."""
+    given, image = await _read(call, DescribeRequest)
+    request, ticket = _question(call, given, given.prompt, image, media_type(image))
+    del image  # it is a view of the caller's body; from here on, only the request holds a copy
     text = await _ask(call, request, ticket)
     return await _respond(call, {"description": text, "elapsed_ms": _elapsed_ms(ticket)})
 
 
 async def crop_describe(call: Call) -> Answer:
-    """`POST /api/inference/crop-describe`: the scene, what is in it, and what each enlarged detection looks like."""
-    asked, image = await _read(call, CropDescribeRequest)
+    """Answer `POST /api/inference/crop-describe` with the scene, its entities and one text for each zoom panel."""
+    given, image = await _read(call, CropDescribeRequest)
     kind = media_type(image)
     composite = None
-    if asked.crops and asked.max_crops:
+    if given.crops and given.max_crops:
         loop = asyncio.get_running_loop()
-        composite = await loop.run_in_executor(_DRAWING, compose, image, asked.crops, asked.max_crops)
+        composite = await loop.run_in_executor(_DRAWING, compose, image, given.crops, given.max_crops)
     panels = composite.panels if composite else []
-    prompt = scene_prompt(asked.scene_prompt, asked.crops, panels)
+    prompt = scene_prompt(given.scene_prompt, given.crops, panels)
     if composite is not None:
         image, kind = memoryview(composite.image_b64), "image/jpeg"
-    request, ticket = _question(call, asked, prompt, image, kind)
+    request, ticket = _question(call, given, prompt, image, kind)
     del image, composite
     text = await _ask(call, request, ticket)
     description, entities = describe_scene(text)
@@ -71,7 +71,7 @@ async def crop_describe(call: Call) -> Answer:
 
 
 async def detect(call: Call) -> Answer:
-    """`POST /api/inference/detect`: what the operator's model finds in a frame."""
+    """Answer `POST /api/inference/detect` with the detections of the operator's model in a frame."""
     _, image = await _read(call, DetectRequest)
     if call.detector is None:
         raise InvalidRequest(
@@ -102,62 +102,67 @@ async def detect(call: Call) -> Answer:
 
 
 async def status(call: Call) -> Answer:
-    """`GET /api/inference/status`: what is loaded. The data listener opens once the backend has started."""
+    """Answer `GET /api/inference/status`: which models are loaded.
+
+    `vlm_loaded` is always true, because the data listener opens only after the backend has started.
+    """
     answer = {"vlm_loaded": True, "vlm_model": call.limits.default_model, "yolo_loaded": call.detector is not None}
     return await _respond(call, answer)
 
 
 async def health(call: Call) -> Answer:
-    """`GET /health`: that this process serves, and for how many seconds it has; 503 in a drain, for load balancers."""
+    """Answer `GET /health` with the uptime in seconds. In a drain, answer 503, so that load balancers send no more."""
     if call.draining:
         raise Draining("the sidecar is shutting down and takes no new work: try again in 1 s", retry_after=1.0)
     uptime = int(time.monotonic() - _LOADED)
     return await _respond(call, {"status": "ok", "service": "trio-core-inference", "uptime_s": uptime})
 
 
-async def _read(call: Call, kind: type[_Asked]) -> tuple[_Asked, memoryview]:
+async def _read(call: Call, kind: type[_RequestT]) -> tuple[_RequestT, memoryview]:
     body, content_type = await call.read(), call.http.headers.get("Content-Type", "")
     if len(body) > _THREAD_BYTES:
-        return await asyncio.to_thread(read, kind, body, content_type)
-    return read(kind, body, content_type)
+        return await asyncio.to_thread(parse_request, kind, body, content_type)
+    return parse_request(kind, body, content_type)
 
 
 def _question(
-    call: Call, asked: DescribeRequest | CropDescribeRequest, prompt: str, image: memoryview, media: str
+    call: Call, given: DescribeRequest | CropDescribeRequest, prompt: str, image: memoryview, media: str
 ) -> tuple[Request, Ticket]:
-    """The chat completion that asks the provider, and its place in the queue."""
+    """Return the chat completion for the provider, and its ticket. Raises `InvalidRequest`."""
     try:
         body, model = chat_body(
             image,
             media,
             prompt,
-            model=asked.model or call.limits.default_model,
-            max_tokens=asked.max_tokens,
-            response_format=asked.response_format,
-            extra_body=asked.extra_body,
+            model=given.model or call.limits.default_model,
+            max_tokens=given.max_tokens,
+            response_format=given.response_format,
+            extra_body=given.extra_body,
         )
     except ValueError as error:
         raise InvalidRequest(f"the body holds what no JSON can: {error}") from None
     size = base64_size(image)
     tokens = len(prompt) / CHARS_PER_TOKEN + (UNKNOWN_IMAGE_TOKENS if size is None else image_tokens(*size, model))
     ticket = call.admit(model=model, tokens=tokens, size_bytes=len(body))
-    request = Request("openai", "/chat/completions", body, model, headers=call.passed_on(), deadline=ticket.deadline)
+    request = Request(
+        "openai", "/chat/completions", body, model, headers=call.forwarded_headers(), deadline=ticket.deadline
+    )
     return request, ticket
 
 
 async def _ask(call: Call, request: Request, ticket: Ticket) -> str:
-    """What the model said, without its thinking."""
+    """Send the request and return the text of the answer without the model's thinking."""
     reply = await call.ask(request, ticket)
     return strip_thinking(answer_text(reply.body))
 
 
 def _elapsed_ms(ticket: Ticket) -> int:
-    """Milliseconds since the work began: like trio-core's, which starts to count behind its semaphore."""
+    """Return the milliseconds since the request left the queue. trio-core also starts its clock after its semaphore."""
     total = ticket.stopwatch.stop(asyncio.get_running_loop().time())
     return int((total - ticket.stopwatch.seconds["queue"]) * 1000)
 
 
 async def _respond(call: Call, answer: dict[str, Any]) -> Answer:
-    # Not orjson: entities hold what a model wrote, integers of any length and halves of characters among it.
+    # Not orjson: entities hold a model's output, which may have integers of any length and half a surrogate pair.
     body = json.dumps(answer, separators=(",", ":")).encode()
     return await call.respond(200, body, {"Content-Type": "application/json"})

@@ -1,6 +1,6 @@
-"""Pixels for trio-core's API: what an image is by its first bytes, and crop-describe's composite.
+"""Images for trio-core's API: detect the format by the first bytes, and draw the composite of crop-describe.
 
-Pillow is imported by the function that needs it, and that function runs in a thread: see `compose`.
+Pillow is imported only by the functions that need it. They run in a thread: see `compose`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from sidecar.api.trio.crops import CROP_PADDING, Box, Panel, choose_panels, padd
 if TYPE_CHECKING:
     from PIL import Image, ImageDraw
 
-#: Frames with more pixels are not decoded: 8K has 33 million, and each costs three bytes several times over.
+#: Frames with more pixels are not decoded. An 8K frame has 33 million pixels; each pixel needs three bytes, and drawing
+#: holds several copies.
 MAX_PIXELS = 50_000_000
 
 _log = logging.getLogger("sidecar")
@@ -34,7 +35,7 @@ _JPEG_QUALITY = 85
 
 
 def media_type(image_b64: memoryview) -> str:
-    """The format of an image in base64, told by its first bytes. Raises `InvalidRequest`."""
+    """Return the media type of a base64 image, by its first bytes. Raises `InvalidRequest`."""
     head = binascii.a2b_base64(bytes(image_b64[:16]))
     for start, name in (
         (b"\xff\xd8\xff", "image/jpeg"),
@@ -52,30 +53,31 @@ def media_type(image_b64: memoryview) -> str:
 
 
 def not_an_image(why: str) -> InvalidRequest:
-    """The refusal of what cannot be shown, in trio-core's words."""
+    """Return the error for an image that cannot be read, in trio-core's wording."""
     return InvalidRequest(f"Invalid image data: {why}", field="image_b64")
 
 
 @dataclass(frozen=True, slots=True)
 class Composite:
-    """A frame with its zoom panels beside it: a JPEG in base64, and the panels in it from top to bottom."""
+    """A frame with its zoom panels: a JPEG in base64, and the panels in it from top to bottom."""
 
     image_b64: bytes
     panels: list[Panel]
 
 
-def compose(image_b64: bytes | memoryview, crops: Sequence[dict[str, Any]], most: int) -> Composite | None:
-    """Draw the surest `most` crops' boxes into the frame, and each enlarged under its label to the right of it.
+def compose(image_b64: bytes | memoryview, crops: Sequence[dict[str, Any]], max_panels: int) -> Composite | None:
+    """Draw boxes for up to `max_panels` crops into the frame, and show each crop enlarged to the right of the frame.
 
-    None when no crop can be shown: the frame is then good as it is. Takes tens of milliseconds of computing: call it in
-    a thread. The frame is turned upright first, as its EXIF orientation says, because boxes are given in that view.
-    None too without Pillow, which the log says once: the model is then told of the crops in words.
-    Raises `InvalidRequest`.
+    The crops with the highest confidence are drawn, each with its label. First, the frame is turned upright by its EXIF
+    orientation, because the boxes refer to the upright frame.
+    Return None if no crop can be shown: the caller then sends the frame unchanged. Also return None if Pillow is not
+    installed, and log that once: the prompt then lists the crops in words.
+    This takes tens of milliseconds of processor time: call it in a thread. Raises `InvalidRequest`.
     """
     try:
-        from PIL import Image, ImageOps  # noqa: PLC0415  Pillow is of no use to whoever sends no crops
+        from PIL import Image, ImageOps  # noqa: PLC0415  only requests with crops need Pillow
     except ModuleNotFoundError:
-        _say_that_pillow_is_missing()
+        _warn_that_pillow_is_missing()
         return None
     try:
         with Image.open(BytesIO(base64.b64decode(image_b64))) as opened:
@@ -85,7 +87,7 @@ def compose(image_b64: bytes | memoryview, crops: Sequence[dict[str, Any]], most
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         # Pillow raises SyntaxError for a broken PNG.
         raise not_an_image(f"image_b64 cannot be decoded: {error}") from error
-    panels = choose_panels(crops, frame.width, frame.height, most)
+    panels = choose_panels(crops, frame.width, frame.height, max_panels)
     if not panels:
         return None
     jpeg = BytesIO()
@@ -94,12 +96,15 @@ def compose(image_b64: bytes | memoryview, crops: Sequence[dict[str, Any]], most
 
 
 @cache
-def _say_that_pillow_is_missing() -> None:
+def _warn_that_pillow_is_missing() -> None:
     _log.warning("crop-describe tells of crops in words only: pip install 'vlm-sidecar[crops]' to show them enlarged")
 
 
 def _draw(frame: Image.Image, panels: Sequence[Panel]) -> Image.Image:
-    """Frame left, a column of panels right: a third of the frame's width within 160..384 pixels, 120 high or more."""
+    """Draw the frame on the left and a column of panels on the right.
+
+    The column is a third as wide as the frame, but 160 to 384 pixels. Each panel is at least 120 pixels high.
+    """
     from PIL import Image, ImageDraw  # noqa: PLC0415
 
     width, height = frame.size
@@ -110,8 +115,8 @@ def _draw(frame: Image.Image, panels: Sequence[Panel]) -> Image.Image:
     draw = ImageDraw.Draw(canvas)
     for index, panel in enumerate(panels):
         colour = _BOX_COLOURS[index % len(_BOX_COLOURS)]
-        left, top = _visible(panel.box, width, height)[:2]
-        draw.rectangle(_visible(panel.box, width, height), outline=colour, width=_BOX_LINE)
+        left, top = _clipped(panel.box, width, height)[:2]
+        draw.rectangle(_clipped(panel.box, width, height), outline=colour, width=_BOX_LINE)
         _caption(draw, panel.label, left, top, colour)
 
         cut = frame.crop(padded(panel.box, width, height, CROP_PADDING))
@@ -128,7 +133,7 @@ def _draw(frame: Image.Image, panels: Sequence[Panel]) -> Image.Image:
     return canvas
 
 
-def _visible(box: Box, width: int, height: int) -> Box:
+def _clipped(box: Box, width: int, height: int) -> Box:
     left, top, right, bottom = box
     return (
         max(0, min(width - 1, left)),
@@ -139,7 +144,7 @@ def _visible(box: Box, width: int, height: int) -> Box:
 
 
 def _caption(draw: ImageDraw.ImageDraw, text: str, x: int, y: int, colour: str) -> None:
-    """Black text on a plate of the colour, its upper left corner at x, y."""
+    """Draw black text on a rectangle of the colour, with its upper left corner at x, y."""
     from PIL import ImageFont  # noqa: PLC0415
 
     font = ImageFont.load_default(_CAPTION_PIXELS)

@@ -1,10 +1,10 @@
-"""What trio-core's inference API accepts, and how it refuses: FastAPI's 422 bodies, without FastAPI.
+"""Parse and validate the requests of trio-core's inference API, with FastAPI's 422 bodies but without FastAPI.
 
-The field names, defaults and bounds are those of trio-core 1.1.5. pydantic (there already, for the settings) makes the
-error entries, so they are FastAPI's by construction; the parity data in `tests/data/` says how closely.
+The field names, defaults and bounds are those of trio-core 1.1.5. pydantic (already installed for the settings) creates
+the error entries, as in FastAPI, so they are the same. `tests/parity/` compares them with trio-core's own answers.
 
-A frame is most of a request, so it is not parsed: the base64 text is found in the body's bytes, checked, and handed on
-as a view of them; only the rest, a few hundred bytes, goes through JSON.
+Most bytes of a request are the frame, so the frame is not parsed as JSON. Its base64 text is found in the body's bytes,
+checked, and returned as a view of these bytes. Only the rest, a few hundred bytes, is parsed as JSON.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pydantic_core import ErrorDetails
 
 from sidecar.api.errors import InvalidRequest
 
-#: A mapping as JSON gives it. What is in it belongs to the provider, so nothing more is known of its values.
+#: A JSON object. Its values are `Any`, because only the provider interprets them.
 JsonObject = dict[str, Any]
 
 _Image = Annotated[str, Field(max_length=14_000_000)]
@@ -32,7 +32,7 @@ _ModelName = Annotated[str, Field(max_length=128)]
 
 
 class DescribeRequest(BaseModel):
-    """Body of `POST /api/inference/describe`. `image_b64` holds no image: see `read`."""
+    """Body of `POST /api/inference/describe`. `image_b64` holds a placeholder, not the image: see `parse_request`."""
 
     image_b64: _Image
     prompt: Annotated[str, Field(max_length=4096)] = (
@@ -46,9 +46,9 @@ class DescribeRequest(BaseModel):
 
 
 class CropDescribeRequest(BaseModel):
-    """Body of `POST /api/inference/crop-describe`. `image_b64` holds no image: see `read`."""
+    """Body of `POST /api/inference/crop-describe`. `image_b64` holds a placeholder: see `parse_request`."""
 
-    # Fields stand in trio-core's order, which is the order of the entries in a 422: do not share a base class.
+    # The fields are in trio-core's order, because a 422 lists its entries in this order. A base class would change it.
     image_b64: _Image
     crops: Annotated[list[JsonObject], Field(max_length=50)] = []
     max_crops: Annotated[int, Field(ge=0, le=20)] = 3
@@ -60,29 +60,29 @@ class CropDescribeRequest(BaseModel):
 
 
 class DetectRequest(BaseModel):
-    """Body of `POST /api/inference/detect`. `image_b64` holds no image: see `read`."""
+    """Body of `POST /api/inference/detect`. `image_b64` holds a placeholder: see `parse_request`."""
 
     image_b64: _Image
     pad_ratio: Annotated[float, Field(ge=0.0, le=1.0)] = 0.15
 
 
-_T = TypeVar("_T", DescribeRequest, CropDescribeRequest, DetectRequest)
+_RequestT = TypeVar("_RequestT", DescribeRequest, CropDescribeRequest, DetectRequest)
 
-#: Stands for the image in the JSON that is parsed. No caller can know it.
+#: Replaces the image in the JSON that is parsed. It is random, so no caller can send it.
 _PLACEHOLDER = f"image stands elsewhere {os.urandom(8).hex()}"
 _IMAGE_KEY = re.compile(rb'"image_b64"[ \t\r\n]*:[ \t\r\n]*"')
 _BASE64_ALPHABET = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
-#: Text is checked in pieces of this many bytes, so that checking 14 MB in a thread never holds the GIL for long.
+#: Bytes. Base64 is checked in pieces of this size, so that checking 14 MB in a thread never holds the GIL for long.
 _PIECE_BYTES = 1 << 18
-#: A 422 repeats what was sent, as FastAPI's does, but no more of a text than this many characters.
+#: Characters. A 422 repeats the caller's input, as in FastAPI, but longer texts are cut.
 _ECHO_CHARACTERS = 8192
 
 
-def read(kind: type[_T], body: bytes, content_type: str) -> tuple[_T, memoryview]:
-    """Parse and validate a request. Returns it, and its image as canonical base64 text.
+def parse_request(kind: type[_RequestT], body: bytes, content_type: str) -> tuple[_RequestT, memoryview]:
+    """Parse and validate a request. Return it, and its image as canonical base64 text.
 
-    The view is of `body` itself where it can be (base64 without line breaks or escapes, as every client sends it).
-    Costs about 0.1 ms for a frame of 100 kB and 10 ms for one of 10 MB.
+    If the base64 has no line breaks and no escapes, as from every usual client, the returned text is a view of `body`.
+    This takes about 0.1 ms for a frame of 100 kB and 10 ms for a frame of 10 MB.
     Raises `InvalidRequest`: 422 with FastAPI's entries, or 400 for a body or an image that cannot be decoded.
     """
     if not body:
@@ -93,8 +93,8 @@ def read(kind: type[_T], body: bytes, content_type: str) -> tuple[_T, memoryview
     image = _find_image(body)
     if image is not None:
         document = _parse(bytes(body[: image.start]) + _PLACEHOLDER.encode() + body[image.stop :], body)
-        # Not so if the key was found in another object or at the end of a longer name, or is there twice: then the
-        # long way.
+        # This check fails if the key was found in another object or at the end of a longer name, or if it occurs twice.
+        # Then the whole body is parsed below.
         if isinstance(document, dict) and document.get("image_b64") == _PLACEHOLDER:
             return _validated(kind, document), memoryview(body)[image.start : image.stop]
     request = _validated(kind, _parse(body, body))
@@ -102,7 +102,10 @@ def read(kind: type[_T], body: bytes, content_type: str) -> tuple[_T, memoryview
 
 
 def _find_image(body: bytes) -> slice | None:
-    """Where the image's text stands in `body`, if it is clean base64 within the bound; None asks for the long way."""
+    """Return the position of the image's text in `body`. Return None if the whole body must be parsed.
+
+    None means that the text was not found, is not canonical base64, or is longer than the bound.
+    """
     key = _IMAGE_KEY.search(body)
     if key is None:
         return None
@@ -117,7 +120,7 @@ def _find_image(body: bytes) -> slice | None:
 
 
 def _parse(text: bytes, body: bytes) -> Any:
-    """JSON as the standard library reads it, as FastAPI does; `body` is what a mistake is located in."""
+    """Parse JSON with the standard library, as FastAPI does. The position in an error refers to `body`."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
@@ -129,9 +132,9 @@ def _parse(text: bytes, body: bytes) -> Any:
         raise InvalidRequest("There was an error parsing the body") from None
 
 
-def _validated(kind: type[_T], document: Any) -> _T:
+def _validated(kind: type[_RequestT], document: Any) -> _RequestT:
     try:
-        # From attributes, because FastAPI asks for that too, and a body that is no object is then refused in its words.
+        # FastAPI also sets `from_attributes`. It determines the error message for a body that is not an object.
         return kind.model_validate(document, from_attributes=True)
     except ValidationError as error:
         raise _unprocessable(*(_entry_of(item) for item in error.errors(include_url=False))) from None
@@ -143,10 +146,10 @@ def _entry_of(item: ErrorDetails) -> JsonObject:
 
 
 def _canonical_base64(text: str) -> bytes:
-    """The image's base64 without line breaks and other characters that are none of base64's, which trio-core skips."""
+    """Return the base64 without line breaks and other characters outside the alphabet, which trio-core also skips."""
     try:
         return base64.b64encode(binascii.a2b_base64(text))
-    except ValueError as error:  # binascii.Error is one; so is text that is not ASCII
+    except ValueError as error:  # includes binascii.Error, and the error for text that is not ASCII
         raise InvalidRequest(f"Invalid image data: image_b64 is not base64: {error}", field="image_b64") from None
 
 
@@ -159,7 +162,7 @@ def _entry(kind: str, location: list[str | int], message: str, sent: Any) -> Jso
 
 
 def _echo(sent: Any) -> Any:
-    """What was sent, made fit for an answer: long texts (a frame) cut, and what JSON has no number for left out."""
+    """Return the caller's input for an answer: cut long texts (a frame), and replace NaN and infinity by None."""
     if isinstance(sent, str):
         cut = sent if len(sent) <= _ECHO_CHARACTERS else f"{sent[:64]}… ({len(sent)} characters)"
         return cut.encode(errors="replace").decode()
@@ -173,7 +176,7 @@ def _echo(sent: Any) -> Any:
 
 
 def _is_json(content_type: str) -> bool:
-    """Whether FastAPI takes a body with this header for JSON. A missing header says no."""
+    """Return whether FastAPI parses a body with this Content-Type as JSON. An empty header means no."""
     if not content_type:
         return False
     header = Message()

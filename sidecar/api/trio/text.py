@@ -1,6 +1,7 @@
-"""Reads a model's answer the way trio-core's callers expect: out of free text, sections, or JSON in any state.
+"""Read a model's answer as trio-core's callers expect: from free text, from sections, or from valid or broken JSON.
 
-Pure functions over text. Their quirks are trio-core 1.1.5's, measured by `tests/parity`: cortex stores what comes out.
+Pure functions over text. They reproduce the quirks of trio-core 1.1.5, because cortex stores the results.
+`tests/parity` compares them with trio-core.
 """
 
 from __future__ import annotations
@@ -15,13 +16,15 @@ JsonObject = dict[str, Any]
 
 _CLOSED_THINKING = re.compile(r"<think>.*?</think>", re.DOTALL)
 
-#: The parts of a described scene in the order in which they are looked for; DESCRIPTION takes SCENE's place.
+#: The sections of a scene answer, in search order. DESCRIPTION replaces SCENE.
 _SECTIONS = ("SCENE:", "ACTIVITIES:", "NOTABLE:", "DESCRIPTION:")
-#: What ends a section. The first of these *in this order* that occurs later does, wherever it stands.
+#: Marks that end a section. The first mark *in this order* that occurs after the section's start ends the section, even
+#: if another mark of the list occurs earlier in the text.
 _SECTION_ENDS = ("SCENE:", "ACTIVITIES:", "NOTABLE:", "JSON:", "```")
 _NOTHING_NOTABLE = frozenset({"nothing unusual", "nothing unusual.", "none", "n/a"})
 
-#: Entities guessed from a description that came without any: field, then value and words in order of precedence.
+#: Entities that are guessed from the words of a description without JSON. For each field: the values in order of
+#: precedence, and the words that select each value.
 _GUESSES: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
     "activity_level": (
         ("busy", ("bustling", "crowded", "busy", "packed", "dense")),
@@ -37,7 +40,7 @@ _GUESSES: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
     "mood": (
         ("tense", ("tense", "aggressive", "alarming")),
         ("active", ("active", "energetic", "bustling")),
-        ("calm", ("",)),  # of every text
+        ("calm", ("",)),  # the default: "" occurs in every text
     ),
 }
 
@@ -46,20 +49,20 @@ _MAX_NAMED_IN_A_SUMMARY = 5
 
 
 def strip_thinking(text: str) -> str:
-    """The answer without the model's thinking: closed `<think>` blocks, and one that was opened and never closed."""
+    """Return the answer without the model's thinking: remove `<think>` blocks, also a block that is not closed."""
     text = _CLOSED_THINKING.sub("", text).strip()
     if "<think>" not in text:
         return text
     _, closed, after = text.rpartition("</think>")
-    # A close that stands before the open: what follows it is kept as it is.
+    # If a `</think>` comes before the `<think>`, the text after the `</think>` is kept unchanged.
     return after.strip() if closed else text.partition("<think>")[0].strip()
 
 
 def crop_descriptions(text: str, panels: Iterable[tuple[str, str]]) -> list[str]:
-    """What the answer says of each zoom panel, given as label and class; a panel without a line is left out.
+    """Return the answer's description of each zoom panel. `panels` holds label and class of each panel.
 
-    A line is `A: ...`, also with a dash or star before, or `.`, `)` or `-` after the label; the class is put in front
-    unless the model did so.
+    The line of a panel is `A: ...`. A dash or star may precede the label, and `.`, `)` or `-` may replace the colon.
+    The class is added in front, unless the model wrote it there. A panel without a line gets no description.
     """
     lines = [line.strip() for line in text.splitlines()]
     described = []
@@ -73,11 +76,11 @@ def crop_descriptions(text: str, panels: Iterable[tuple[str, str]]) -> list[str]
 
 
 def describe_scene(text: str) -> tuple[str, JsonObject]:
-    """Description and entities out of a scene answer whose thinking is already stripped.
+    """Return the description and the entities of a scene answer whose thinking is already removed.
 
-    The description is assembled from the sections; without them it comes from the JSON; without that it is the text's
-    beginning. JSON that is broken or cut off gives no description rather than garbage. Entities are never empty:
-    without JSON they are guessed from the description's words.
+    The description is built from the sections. Without sections it is built from the JSON. Without JSON it is the
+    beginning of the text. Broken or incomplete JSON gives an empty description instead of garbage. Without JSON the
+    entities are guessed from the words of the description, so they are never empty.
     """
     plain = _without_fence(text)
     entities, broken = _find_json(plain)
@@ -90,7 +93,7 @@ def describe_scene(text: str) -> tuple[str, JsonObject]:
 
 
 def _without_fence(text: str) -> str:
-    """The inside of a Markdown code block, if the text begins or ends as one."""
+    """Return the text without the marks that begin and end a Markdown code block."""
     text = text.strip()
     if text.startswith("```"):
         text = text.partition("\n")[2] if "\n" in text else text[3:]
@@ -100,7 +103,7 @@ def _without_fence(text: str) -> str:
 
 
 def _find_json(text: str) -> tuple[JsonObject, bool]:
-    """The normalised object between the first and the last brace, or nothing, and whether there was a broken one."""
+    """Return the normalised object between the first and the last brace, or {}, and whether there is broken JSON."""
     start, end = text.find("{"), text.rfind("}")
     if not 0 <= start < end:
         return {}, text.startswith("{")
@@ -117,7 +120,7 @@ def _finite(number: str) -> float | None:
 
 
 def normalise_entities(entities: Mapping[str, Any]) -> JsonObject:
-    """Persons, vehicles and animals as lists of objects, whatever the model made of them; the rest untouched."""
+    """Return the entities with persons, vehicles and animals as lists of objects. Other fields are unchanged."""
     normal = dict(entities)
     for kind in ("persons", "vehicles", "animals"):
         items = normal.get(kind) or []
@@ -164,7 +167,7 @@ def _from_sections(text: str) -> str:
 
 
 def _from_entities(entities: JsonObject) -> str:
-    """A description out of the JSON alone. DESCRIPTION and SCENE are moved out of it, a summary is left in."""
+    """Build a description from the JSON alone. If it uses DESCRIPTION or SCENE, it removes that from `entities`."""
     for key in ("DESCRIPTION", "SCENE"):
         if isinstance(entities.get(key), str):
             return str(entities.pop(key))
@@ -172,7 +175,7 @@ def _from_entities(entities: JsonObject) -> str:
     if isinstance(summary, str) and summary:
         return summary
     doing = [person.get("action", person.get("attire")) for person in entities["persons"]]
-    named = ["person" if what is None else str(what) for what in doing]
+    named = ["person" if action is None else str(action) for action in doing]
     named += [
         f"{vehicle.get('color', '')} {vehicle.get('make', '')} {vehicle.get('action', vehicle.get('type', ''))}".strip()
         for vehicle in entities["vehicles"]

@@ -1,4 +1,4 @@
-"""`vlm-sidecar demo`: the same ten cameras behind one semaphore of 1, of 16, and the sidecar, all over real HTTP."""
+"""`vlm-sidecar demo`: the same ten cameras with a semaphore of 1, a semaphore of 16 and a sidecar, over real HTTP."""
 
 from sidecar.cli.demo.show import show
 

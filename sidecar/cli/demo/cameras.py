@@ -1,4 +1,4 @@
-"""Ten cameras, and the ways in which their frames reach the provider: behind a semaphore, or through the sidecar."""
+"""Ten cameras, and two kinds of senders for their frames: a client with a semaphore, and a client of the sidecar."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ from sidecar.cli.demo.frames import frame
 
 CAMERAS = 10
 
-#: What the official `openai` client does: 2 retries after 0.5 s, doubled, at most 8 s, each up to a quarter less; of
-#: 408, 409, 429 and 5xx (openai-python, `_base_client.py`, `_constants.py`).
+#: The retries of the official `openai` client: 2 retries after 408, 409, 429 and 5xx. The first wait is 0.5 s, each
+#: next wait is twice as long, at most 8 s; a random part of up to a quarter is subtracted. Source: openai-python,
+#: `_base_client.py` and `_constants.py`.
 _RETRIES, _RETRY_SECONDS, _MAX_RETRY_SECONDS = 2, 0.5, 8.0
 
 
 @dataclass(frozen=True, slots=True)
 class Answered:
-    """One frame that was described, and where its time went. Seconds."""
+    """The times of one described frame, in seconds."""
 
     total: float
     queue: float
@@ -34,17 +35,17 @@ class Answered:
 
 @dataclass(slots=True)
 class Result:
-    """What became of the frames of one run."""
+    """Counts of the frames of one run."""
 
     sent: int = 0
     lost: int = 0
     answered: list[Answered] = field(default_factory=list)
-    before: int = 0
-    """Frames of the round that is not counted, described so far."""
+    uncounted: int = 0
+    """Described frames of the first round, which is not counted."""
 
 
 class Semaphore:
-    """A client whose concurrency was tuned by hand: `openai`'s retries inside a semaphore, as trio-core has them."""
+    """A client with a hand-tuned concurrency: the retries of `openai` inside a semaphore, as in trio-core."""
 
     def __init__(self, client: aiohttp.ClientSession, url: str, size: int, speed: float) -> None:
         self._client = client
@@ -52,12 +53,15 @@ class Semaphore:
         self._permits = asyncio.Semaphore(size)
         self._speed = speed
 
-    async def send(self, camera: int, body: bytes, patience: float) -> Answered | None:
-        """Send one frame; None if it was lost: refused to the end, or not described within `patience` seconds."""
+    async def send(self, camera: int, body: bytes, timeout: float) -> Answered | None:
+        """Send one frame.
+
+        Return None if it is lost: refused in every attempt, or not described within `timeout` seconds.
+        """
         clock = asyncio.get_running_loop().time
         began, upstream = clock(), 0.0
         try:
-            async with asyncio.timeout(patience), self._permits:
+            async with asyncio.timeout(timeout), self._permits:
                 for attempt in range(_RETRIES + 1):
                     sent = clock()
                     status = await self._attempt(camera, body)
@@ -74,7 +78,7 @@ class Semaphore:
         return None
 
     async def _attempt(self, camera: int, body: bytes) -> int:
-        """Make one call; gives its status, 599 for a broken connection."""
+        """Make one call and return its status; 599 for a broken connection."""
         try:
             async with self._client.post(f"{self._url}/chat/completions", data=body, headers=_headers(camera)) as reply:
                 await reply.read()
@@ -84,19 +88,19 @@ class Semaphore:
 
 
 class ThroughSidecar:
-    """A client that sends at once and leaves the rest to the sidecar."""
+    """A client that sends immediately and leaves waiting and retries to the sidecar."""
 
     def __init__(self, client: aiohttp.ClientSession, url: str) -> None:
         self._client = client
         self._url = url
 
-    async def send(self, camera: int, body: bytes, patience: float) -> Answered | None:
-        """Send one frame; None if it was lost. Where its time went is what `Server-Timing` says."""
+    async def send(self, camera: int, body: bytes, timeout: float) -> Answered | None:
+        """Send one frame. Return None if it is lost. `Server-Timing` gives the times in queue, lock and upstream."""
         clock = asyncio.get_running_loop().time
         began = clock()
-        headers = _headers(camera) | {"X-Request-Timeout": f"{patience:.3f}"}
+        headers = _headers(camera) | {"X-Request-Timeout": f"{timeout:.3f}"}
         try:
-            async with asyncio.timeout(patience):
+            async with asyncio.timeout(timeout):
                 async with self._client.post(f"{self._url}/chat/completions", data=body, headers=headers) as reply:
                     await reply.read()
         except (TimeoutError, aiohttp.ClientError):
@@ -115,69 +119,75 @@ def _headers(camera: int) -> dict[str, str]:
 
 
 def bodies() -> list[bytes]:
-    """Give the request of each camera: one frame, and what to say of it."""
+    """Return the request body of each camera: one frame and a question about it."""
     return [body_of(frame(camera)) for camera in range(CAMERAS)]
 
 
 def body_of(jpeg: bytes) -> bytes:
-    """Give the chat completion that asks what a frame shows."""
+    """Return the body of a chat completion that asks for a description of a frame."""
     url = "data:image/jpeg;base64," + base64.b64encode(jpeg).decode()
     content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "Describe this frame."}]
     return orjson.dumps({"model": "qwen-vl-plus", "messages": [{"role": "user", "content": content}]})
 
 
 async def in_turn(
-    way: Semaphore | ThroughSidecar, frames: list[bytes], rounds: int, patience: float, tell: Callable[[Result], None]
+    sender: Semaphore | ThroughSidecar,
+    frames: list[bytes],
+    rounds: int,
+    timeout: float,
+    on_progress: Callable[[Result], None],
 ) -> Result:
-    """Let every camera send its next frame as soon as the last is described, so many times.
+    """Let every camera send `rounds` + 1 frames, each as soon as the frame before is described.
 
-    The first round is not counted: the line is not yet as long as it will be.
+    The first round is not counted, because the queue has not reached its usual length yet.
     """
     result, uncounted = Result(), Result()
 
     async def camera(number: int) -> None:
         for counted in range(rounds + 1):
-            await _one(way, number, frames[number], patience, result if counted else uncounted)
-            result.before = len(uncounted.answered)
-            tell(result)
+            await _send_frame(sender, number, frames[number], timeout, result if counted else uncounted)
+            result.uncounted = len(uncounted.answered)
+            on_progress(result)
 
-    await _all(*(camera(number) for number in range(len(frames))))
+    await _run_cameras(*(camera(number) for number in range(len(frames))))
     return result
 
 
 async def at_once(
-    way: Semaphore | ThroughSidecar,
+    sender: Semaphore | ThroughSidecar,
     frames: list[bytes],
     rounds: int,
-    patience: float,
-    tell: Callable[[Result], None],
+    timeout: float,
+    on_progress: Callable[[Result], None],
     *,
     period: float,
 ) -> Result:
-    """Let all cameras send at the same instant, every `period` seconds, whatever has become of the frames before."""
+    """Let all cameras send at the same instant, every `period` seconds, without waiting for the frames before."""
     result = Result()
     loop = asyncio.get_running_loop()
     began = loop.time()
 
     async def camera(number: int, turn: int) -> None:
         await asyncio.sleep(began + turn * period - loop.time())
-        await _one(way, number, frames[number], patience, result)
-        tell(result)
+        await _send_frame(sender, number, frames[number], timeout, result)
+        on_progress(result)
 
-    await _all(*(camera(number, turn) for turn in range(rounds) for number in range(len(frames))))
+    await _run_cameras(*(camera(number, turn) for turn in range(rounds) for number in range(len(frames))))
     return result
 
 
-async def _one(way: Semaphore | ThroughSidecar, camera: int, body: bytes, patience: float, result: Result) -> None:
+async def _send_frame(
+    sender: Semaphore | ThroughSidecar, camera: int, body: bytes, timeout: float, result: Result
+) -> None:
     result.sent += 1
-    answer = await way.send(camera, body, patience)
+    answer = await sender.send(camera, body, timeout)
     if answer is None:
         result.lost += 1
     else:
         result.answered.append(answer)
 
 
-async def _all(*cameras: Coroutine[Any, Any, None]) -> None:
+async def _run_cameras(*cameras: Coroutine[Any, Any, None]) -> None:
     async with asyncio.TaskGroup() as tasks:
-        for one in cameras:
-            tasks.create_task(one)
+        for camera in cameras:
+            tasks.create_task(camera)

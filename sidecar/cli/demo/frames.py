@@ -1,4 +1,4 @@
-"""Camera frames made on the spot: real baseline JPEGs, written coefficient by coefficient, without an image library."""
+"""Generates camera frames: real baseline JPEGs, written coefficient by coefficient, without an image library."""
 
 from __future__ import annotations
 
@@ -6,21 +6,22 @@ from random import Random
 
 WIDTH, HEIGHT = 1280, 720
 
-#: Huffman tables of one code length each, so that a symbol's code is its place in the table. JPEG (ITU-T T.81, C)
-#: forbids the code of ones only, hence the room left over: 12 of 16 codes, and 4 of 8.
+#: Huffman tables with a single code length, so that the code of a symbol is its index in the table. JPEG forbids a code
+#: of only ones (ITU-T T.81, annex C). These tables do not need it: they use 12 of 16 codes (DC) and 4 of 8 codes (AC).
 _DC_SYMBOLS = bytes(range(12))
 _DC_BITS = 4
 _AC_SYMBOLS = bytes((0x00, 0x01, 0x02, 0x03))
-"""End of block, and a coefficient of 1 to 3 bits with no zeros before it."""
+"""End of block, and a coefficient of 1, 2 or 3 bits without zeros before it."""
 _AC_BITS = 3
-#: A quantization step of 8 for all: a constant block's DC is its brightness less 128, times 8, over the step.
+#: The quantization step of all coefficients. The DC value of a uniform block is (brightness - 128) x 8 / step, so with
+#: a step of 8 it is brightness - 128.
 _STEP = 8
 
 
 def frame(camera: int) -> bytes:
-    """Give the JPEG of what a camera sees: a yard in its own light with one vehicle in it; about 100 KB.
+    """Return a JPEG frame of a camera: a yard with one vehicle, greyscale, `WIDTH` x `HEIGHT` pixels, about 100 KB.
 
-    The same camera always sees the same. `WIDTH` x `HEIGHT` pixels, greyscale.
+    The same camera number always gives the same frame.
     """
     random = Random(camera)  # noqa: S311  a scene, not a secret
     textures = ["".join(_coefficient(random.randint(-6, 6)) for _ in range(8)) + f"{0:03b}" for _ in range(64)]
@@ -43,14 +44,14 @@ def frame(camera: int) -> bytes:
 
 
 def _magnitude(value: int, code_bits: int) -> str:
-    """Give the code of a value's bit length and then the value (T.81, F.1.2.1); a negative one is less by one."""
+    """Return the code of a value's bit length, then the value (T.81, F.1.2.1). A negative value is reduced by 1."""
     size = abs(value).bit_length()
     code = f"{size:0{code_bits}b}"
     return code if size == 0 else code + f"{value if value > 0 else value + (1 << size) - 1:0{size}b}"
 
 
 def _coefficient(value: int) -> str:
-    """Give one AC coefficient. There is no code for 0 alone (it is a run), so 1 stands in."""
+    """Return the code of one AC coefficient. 0 is replaced by 1, because JPEG codes zeros only as runs."""
     return _magnitude(value or 1, _AC_BITS)
 
 
@@ -59,7 +60,7 @@ def _segment(marker: int, payload: bytes) -> bytes:
 
 
 def _huffman(table: int, bits: int, symbols: bytes) -> bytes:
-    """Write a table whose codes are all `bits` long."""
+    """Return a Huffman table in which every code has `bits` bits."""
     return bytes((table, *(len(symbols) if length == bits else 0 for length in range(1, 17)))) + symbols
 
 

@@ -1,4 +1,4 @@
-"""The demo's other processes: the provider and the sidecar, real ones, gone when the demo is."""
+"""Runs the provider and the sidecar of the demo as processes, which end with the demo."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ _STOP_SECONDS = 5.0
 
 
 class DemoError(Exception):
-    """What keeps the demo from going on, in one line."""
+    """The demo cannot continue. The message is one line with the reason."""
 
 
 @contextlib.asynccontextmanager
 async def provider(*options: str) -> AsyncIterator[str]:
-    """Run `vlm-sidecar simulate`; gives its base URL, which ends in `/v1`. Raises `DemoError`."""
+    """Run `vlm-sidecar simulate` and yield its base URL, which ends in `/v1`. Raises `DemoError`."""
     async with _process("simulate", "--port", "0", *options) as process:
-        assert process.stdout is not None  # noqa: S101  a pipe was asked for
+        assert process.stdout is not None  # noqa: S101  the process was started with a pipe
         url = await _started("the simulated provider", process, process.stdout.readline())
         yield url.decode().strip()
 
 
 @contextlib.asynccontextmanager
 async def sidecar(upstream: str, client: aiohttp.ClientSession) -> AsyncIterator[tuple[str, str]]:
-    """Run `vlm-sidecar serve`, as it is out of the box, before an upstream; gives its base and admin URLs.
+    """Run `vlm-sidecar serve` with default settings in front of an upstream. Yield its base URL and its admin URL.
 
     Raises `DemoError`.
     """
@@ -47,18 +47,18 @@ async def sidecar(upstream: str, client: aiohttp.ClientSession) -> AsyncIterator
         yield f"http://127.0.0.1:{port}/v1", admin_url
 
 
-async def _started(name: str, process: Process, sign: Awaitable[T]) -> T:
-    """Wait for a process's sign of life, which is falsy if it has ended instead. Raises `DemoError`."""
+async def _started(name: str, process: Process, started: Awaitable[T]) -> T:
+    """Return the result of `started`, which is falsy if the process ended instead of starting. Raises `DemoError`."""
     try:
         async with asyncio.timeout(_START_SECONDS):
-            given = await sign
+            result = await started
     except TimeoutError:
         raise DemoError(f"{name} did not start within {_START_SECONDS:g} s") from None
-    if not given:
+    if not result:
         _, errors = await process.communicate()
         last = errors.decode(errors="replace").strip().rpartition("\n")[2]
         raise DemoError(f"{name} did not start: {last or 'it did not say why'}")
-    return given
+    return result
 
 
 async def _ready(process: Process, client: aiohttp.ClientSession, url: str) -> bool:
@@ -73,10 +73,10 @@ async def _ready(process: Process, client: aiohttp.ClientSession, url: str) -> b
 
 @contextlib.asynccontextmanager
 async def _process(*arguments: str) -> AsyncIterator[Process]:
-    """Run a command of ours; it is over when the block is.
+    """Run a `vlm-sidecar` command, and stop it at the end of the block.
 
-    In a session of its own, so that Ctrl-C reaches the demo alone, which then ends the others in order. Settings in the
-    environment are for a real sidecar, not for this one.
+    The process has its own session, so that Ctrl-C reaches only the demo, which then stops the processes in order.
+    Settings in the environment are removed: they are for a real sidecar and not for the demo.
     """
     environ = {
         name: value for name, value in os.environ.items() if not name.startswith(("SIDECAR_", "TRIO_", "DASHSCOPE_"))
@@ -102,7 +102,7 @@ async def _stop(process: Process) -> None:
 
 
 def free_port() -> int:
-    """Give a port of the loopback that nobody has at the moment."""
+    """Return a port of the loopback interface that is free at the moment."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

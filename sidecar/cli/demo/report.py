@@ -1,4 +1,4 @@
-"""`vlm-sidecar demo --html FILE`: what was measured as one page with plots that needs no other file and no network."""
+"""`vlm-sidecar demo --html FILE`: the measurements as one page with plots. It needs no other file and no network."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from statistics import fmean
 from sidecar.cli.demo.table import Row, percentile, sentence, table
 
 _STYLE = Path(__file__).parents[2] / "admin" / "page" / "page.css"
-_MORE_STYLE = (
+_EXTRA_STYLE = (
     "svg { height: auto } pre { overflow-x: auto; font-size: .75rem } figure { margin: 1rem 0 } "
     "p { white-space: pre-line }"
 )
@@ -19,17 +19,18 @@ _COLOURS = ("red", "orange", "green")
 _WIDTH, _LEFT, _RIGHT, _BAR, _HEIGHT = 640, 130, 70, 34, 220
 
 
-def report(acts: list[tuple[str, list[Row]]]) -> str:
-    """Give the page. An act is its title and its rows; the ways and their order are the same in all."""
+def report(scenarios: list[tuple[str, list[Row]]]) -> str:
+    """Return the page. A scenario is a title and its rows. All scenarios have the same senders in the same order."""
     sections = "".join(
         f"<section><h2>{escape(title)}</h2>{_bars(rows)}{_shares(rows)}<pre>{escape(_figures(rows))}</pre></section>"
-        for title, rows in acts
+        for title, rows in scenarios
     )
+    summary = escape(sentence(scenarios[0][1], scenarios[-1][1]))
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>vlm-sidecar demo</title>'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<meta name="color-scheme" content="light dark"><style>{_STYLE.read_text()}{_MORE_STYLE}</style></head>'
-        f"<body><h1>vlm-sidecar demo</h1><p>{escape(sentence(acts[0][1], acts[-1][1]))}</p>{sections}</body></html>\n"
+        f'<meta name="color-scheme" content="light dark"><style>{_STYLE.read_text()}{_EXTRA_STYLE}</style></head>'
+        f"<body><h1>vlm-sidecar demo</h1><p>{summary}</p>{sections}</body></html>\n"
     )
 
 
@@ -38,7 +39,7 @@ def _figures(rows: list[Row]) -> str:
 
 
 def _bars(rows: list[Row]) -> str:
-    """Where the mean frame's time went, one bar for each way."""
+    """Draw how the mean time of a described frame is divided: one bar per sender."""
     means = [[_mean(row, part) for part, _ in _PARTS] for row in rows]
     longest = max((sum(parts) for parts in means), default=0.0) or 1.0
     scale = (_WIDTH - _LEFT - _RIGHT) / longest
@@ -46,7 +47,7 @@ def _bars(rows: list[Row]) -> str:
     def drawn() -> Iterator[str]:
         for at, (row, parts) in enumerate(zip(rows, means, strict=True)):
             y, x = at * _BAR, float(_LEFT)
-            yield f'<text x="{_LEFT - 8}" y="{y + 20}" text-anchor="end">{escape(row.way)}</text>'
+            yield f'<text x="{_LEFT - 8}" y="{y + 20}" text-anchor="end">{escape(row.sender)}</text>'
             for seconds, (_, colour) in zip(parts, _PARTS, strict=True):
                 yield f'<rect class="area {colour}" x="{x:.1f}" y="{y + 6}" width="{seconds * scale:.1f}" height="20"/>'
                 x += seconds * scale
@@ -57,7 +58,10 @@ def _bars(rows: list[Row]) -> str:
 
 
 def _shares(rows: list[Row]) -> str:
-    """How many of the frames that were sent had been described after how many seconds: lost ones never."""
+    """Draw the share of sent frames that were described within a given time, as a function of that time.
+
+    Lost frames count as sent but never as described.
+    """
     longest = max((answer.total for row in rows for answer in row.result.answered), default=1.0)
     bottom = _HEIGHT - 24
 
@@ -82,7 +86,7 @@ def _shares(rows: list[Row]) -> str:
             yield f'<path class="line {colour}" d="{path}H{x(longest):.1f}"/>'
 
     legend = [
-        (f"{row.way}: p99 {_p99(row)}, {row.result.lost} lost", colour)
+        (f"{row.sender}: p99 {_p99(row)}, {row.result.lost} lost", colour)
         for row, colour in zip(rows, _COLOURS, strict=True)
     ]
     return _figure("Frames described within so many seconds of being taken", legend, "".join(drawn()), _HEIGHT)

@@ -1,4 +1,4 @@
-"""What the demo ends with: a table of what was measured, and the sentence to take away."""
+"""The result of the demo as text: a table of the measurements, and a summary."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from sidecar.cli.demo.cameras import Answered, Result
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One way through one act."""
+    """The result of one sender in one scenario."""
 
-    way: str
+    sender: str
     result: Result
     refusals: int
-    """429s that the provider sent."""
+    """Number of 429 answers that the provider sent."""
 
 
 def table(title: str, rows: list[Row]) -> str:
-    """Write one act's rows. Times are seconds, of the frames that were described."""
+    """Return the table of one scenario. Times are in seconds, and only of described frames."""
     head = f"{'':16}{'frames':>7}{'lost':>6}{'429s':>6}{'mean':>9}{'p50':>8}{'p99':>8}"
     lines = [title, f"{head}   of the mean:{'queue':>8}{'lock':>7}{'upstream':>10}"]
     for row in rows:
@@ -33,23 +33,26 @@ def table(title: str, rows: list[Row]) -> str:
         cells = [_seconds(value, width) for value, width in zip(times, (9, 8, 8), strict=True)]
         cells += [" " * 15, *(_seconds(value, width) for value, width in zip(where, (8, 7, 10), strict=True))]
         counts = f"{row.result.sent:>7}{row.result.lost:>6}{row.refusals:>6}"
-        lines.append(f"{row.way:16}{counts}{''.join(cells)}")
+        lines.append(f"{row.sender:16}{counts}{''.join(cells)}")
     return "\n".join(lines)
 
 
-def sentence(free: list[Row], limited: list[Row]) -> str:
-    """Say what the figures come to. `free` and `limited` hold the same ways in the same order, the sidecar last."""
+def sentence(no_quota: list[Row], with_quota: list[Row]) -> str:
+    """Return a summary with one line per sender.
+
+    `no_quota` and `with_quota` have the same senders in the same order, the sidecar last.
+    """
     lines = []
-    for row, under_quota in zip(free, limited, strict=True):
+    for row, under_quota in zip(no_quota, with_quota, strict=True):
         mean = _mean([answer.total for answer in row.result.answered])
         shown = "no frame described" if mean is None else f"{mean:.2f} s a frame"
         lost, sent = under_quota.result.lost, under_quota.result.sent
-        lines.append(f"{row.way}: {shown}, and {lost or 'none'} of {sent} frames lost once there is a quota.")
+        lines.append(f"{row.sender}: {shown}, and {lost or 'none'} of {sent} frames lost once there is a quota.")
     return "\n".join([*lines, "The semaphores' numbers were chosen by hand; the sidecar was told none."])
 
 
 def percentile(ordered: list[float], share: float) -> float | None:
-    """Give the value that `share` of the ordered values do not exceed (nearest rank); None of none."""
+    """Return the percentile of ordered values by nearest rank; None if there are no values. `share`: 0 to 1."""
     return ordered[ceil(share * len(ordered)) - 1] if ordered else None
 
 

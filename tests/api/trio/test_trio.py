@@ -1,4 +1,4 @@
-"""trio-core's inference API over real sockets: what cortex sends and what it gets."""
+"""trio-core's inference API over real sockets: the requests of cortex and the answers it gets."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CROP_DESCRIBE = "/api/inference/crop-describe"
 
 
 def frame(width: int = 640, height: int = 360) -> str:
-    """A JPEG in base64."""
+    """Return a JPEG in base64."""
     jpeg = BytesIO()
     Image.linear_gradient("L").resize((width, height)).convert("RGB").save(jpeg, "JPEG")
     return base64.b64encode(jpeg.getvalue()).decode()
@@ -28,7 +28,7 @@ IMAGE = base64.b64encode(PNG).decode()
 
 
 def answering(text: str):
-    """A provider's script that says this."""
+    """Return a provider's script that answers with this text."""
     message = {"role": "assistant", "content": text}
     answer = {**CHAT_ANSWER, "choices": [{"index": 0, "message": message, "finish_reason": "stop"}]}
 
@@ -40,7 +40,10 @@ def answering(text: str):
 
 @pytest.fixture
 async def asking(serving, scripted):
-    """A sidecar in front of a provider that says `text`: gives post(path, body) → (status, JSON), and the provider."""
+    """Return a function that starts a sidecar and a provider that answers with `text`.
+
+    It returns `post` and the provider. `await post(body, path)` returns status and JSON.
+    """
 
     async def start(text: str = "A gate.", script=None, **settings):
         upstream = await scripted(script or answering(text))
@@ -56,7 +59,7 @@ async def asking(serving, scripted):
     return start
 
 
-async def test_describe_sends_the_callers_image_untouched_and_gives_the_text(asking):
+async def test_describe_sends_the_callers_image_unchanged_and_returns_the_text(asking):
     post, upstream = await asking("<think>hm</think> Two people at a gate. ")
     status, answer = await post({"image_b64": FRAME, "prompt": "What is there?"})
     assert status == 200
@@ -69,19 +72,19 @@ async def test_describe_sends_the_callers_image_untouched_and_gives_the_text(ask
     assert sent == {"model": "qwen-vl-plus", "max_tokens": 512, "temperature": 0.0, "top_p": 1.0}
 
 
-async def test_describe_passes_on_what_the_caller_asks_of_the_provider(asking):
+async def test_describe_forwards_the_callers_parameters_to_the_provider(asking):
     post, upstream = await asking()
     schema = {"type": "json_object"}
     extra = {"enable_thinking": False, "seed": 2**70, "stream": True}
-    asked = {"image_b64": FRAME, "model": "qwen-vl-max", "max_tokens": 16384, "response_format": schema}
-    assert (await post({**asked, "extra_body": extra}))[0] == 200
+    body = {"image_b64": FRAME, "model": "qwen-vl-max", "max_tokens": 16384, "response_format": schema}
+    assert (await post({**body, "extra_body": extra}))[0] == 200
     sent = json.loads(upstream.seen[0].body)
     assert (sent["model"], sent["max_tokens"], sent["response_format"]) == ("qwen-vl-max", 16384, schema)
     assert (sent["enable_thinking"], sent["seed"]) == (False, 2**70)
     assert "stream" not in sent
 
 
-async def test_a_throttling_429_is_waited_out_and_never_a_422(serving, provider):
+async def test_a_throttling_429_causes_a_wait_and_never_a_422(serving, provider):
     url, simulated = await provider(requests_per_second=20, burst_requests=1)
     sidecar = await serving(dashscope_url=url)
 
@@ -93,7 +96,7 @@ async def test_a_throttling_429_is_waited_out_and_never_a_422(serving, provider)
     assert simulated.counts.refused["request_rate"] > 0
 
 
-async def test_a_refusal_of_the_request_itself_is_422_with_what_cortex_looks_for(serving, provider):
+async def test_a_refusal_of_the_request_itself_is_422_with_the_fields_that_cortex_reads(serving, provider):
     url, _ = await provider(moderation_share=1.0)
     sidecar = await serving(dashscope_url=url)
     async with sidecar.post({"image_b64": IMAGE}, path=DESCRIBE) as response:
@@ -117,7 +120,7 @@ async def test_a_refusal_of_the_request_itself_is_422_with_what_cortex_looks_for
         ([], 422, ["body"]),
     ],
 )
-async def test_what_does_not_validate_is_422_in_fastapis_shape(asking, body, status, where):
+async def test_an_invalid_body_is_422_in_fastapis_format(asking, body, status, where):
     post, upstream = await asking()
     got, answer = await post(body)
     assert got == status
@@ -129,7 +132,7 @@ async def test_what_does_not_validate_is_422_in_fastapis_shape(asking, body, sta
 
 @pytest.mark.parametrize("path", [DESCRIBE, CROP_DESCRIBE])
 @pytest.mark.parametrize("image", ["", "A", "AAAA", base64.b64encode(b"<html>no image</html>").decode()])
-async def test_what_is_no_image_is_400_and_says_so(asking, path, image):
+async def test_an_invalid_image_is_400_and_the_error_says_so(asking, path, image):
     post, upstream = await asking()
     status, answer = await post({"image_b64": image}, path)
     assert status == 400
@@ -137,7 +140,7 @@ async def test_what_is_no_image_is_400_and_says_so(asking, path, image):
     assert upstream.seen == []
 
 
-async def test_json_that_is_none_and_a_body_that_is_too_large(asking):
+async def test_invalid_json_is_422_and_a_body_that_is_too_large_is_413(asking):
     post, _ = await asking(max_body_bytes=100_000)
     sidecar = post.sidecar
     json_header = {"Content-Type": "application/json"}
@@ -150,7 +153,7 @@ async def test_json_that_is_none_and_a_body_that_is_too_large(asking):
     assert answer["detail"] == answer["message"]
 
 
-async def test_errors_of_the_sidecar_are_a_detail_and_carry_retry_after(asking):
+async def test_errors_of_the_sidecar_have_a_detail_and_retry_after(asking):
     async def silent(link, seen):
         await link.gone()
 
@@ -164,7 +167,7 @@ async def test_errors_of_the_sidecar_are_a_detail_and_carry_retry_after(asking):
         assert "shutting down" in (await response.json())["detail"]
 
 
-async def test_health_answers_without_the_key_and_status_only_with_it(asking):
+async def test_health_answers_without_the_key_and_status_only_with_the_key(asking):
     post, _ = await asking(api_key="letmein", dashscope_model="qwen-vl-max")
     sidecar = post.sidecar
     async with sidecar.client.get(f"{sidecar.url}/health") as response:
@@ -179,7 +182,7 @@ async def test_health_answers_without_the_key_and_status_only_with_it(asking):
         assert await response.json() == {"vlm_loaded": True, "vlm_model": "qwen-vl-max", "yolo_loaded": False}
 
 
-async def test_elapsed_is_the_work_and_not_the_queue(asking):
+async def test_elapsed_ms_excludes_the_wait_in_the_queue(asking):
     async def slow(link, seen):
         await asyncio.sleep(0.15)
         await link.answer(CHAT_ANSWER)
@@ -191,13 +194,13 @@ async def test_elapsed_is_the_work_and_not_the_queue(asking):
             timing = dict(part.split(";dur=") for part in response.headers["Server-Timing"].split(", "))
             return (await response.json())["elapsed_ms"], float(timing["queue"]), float(timing["total"])
 
-    told = await asyncio.gather(*(parts() for _ in range(3)))
-    assert max(queue for _, queue, _ in told) > 250
-    for elapsed, queue, total in told:
-        assert abs(total - queue - elapsed) < 2, told
+    timings = await asyncio.gather(*(parts() for _ in range(3)))
+    assert max(queue for _, queue, _ in timings) > 250
+    for elapsed, queue, total in timings:
+        assert abs(total - queue - elapsed) < 2, timings
 
 
-async def test_a_frame_of_10_mb_passes(asking):
+async def test_a_frame_of_10_mb_is_answered(asking):
     post, upstream = await asking()
     image = base64.b64encode(base64.b64decode(FRAME) + bytes(9_900_000)).decode()
     status, _ = await post({"image_b64": image})

@@ -1,4 +1,4 @@
-"""crop-describe's composite, as it reaches the provider: frame left, enlarged detections right, boxes drawn in."""
+"""The composite of crop-describe at the provider: frame left, enlarged detections right, boxes in the frame."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 from scripted_upstream import CHAT_ANSWER
 
-from sidecar.api.trio import endpoints as trio
-from sidecar.api.trio.image import _say_that_pillow_is_missing
+from sidecar.api.trio import endpoints
+from sidecar.api.trio.image import _warn_that_pillow_is_missing
 
 CROP_DESCRIBE = "/api/inference/crop-describe"
 PERSON = {"class": "person", "bbox": [100, 100, 200, 300], "confidence": 0.91}
@@ -22,7 +22,7 @@ CAR = {"class": "car", "bbox": [400, 200, 600, 340], "confidence": 0.95}
 
 
 def picture(width: int = 640, height: int = 360, *, exif: int = 0) -> str:
-    """A black frame with a red person and a green car, in base64."""
+    """Return a black frame with a red person and a green car, in base64."""
     image = Image.new("RGB", (width, height))
     image.paste("red", (100, 100, 200, 300))
     image.paste("lime", (400, 200, 600, 340))
@@ -36,13 +36,13 @@ def picture(width: int = 640, height: int = 360, *, exif: int = 0) -> str:
     return base64.b64encode(file.getvalue()).decode()
 
 
-#: Made before a test takes Pillow away.
+#: Created at import, before a test makes Pillow unavailable.
 FRAME = picture()
 
 
 @pytest.fixture
 async def sent(serving, scripted):
-    """Ask crop-describe; gives the picture and the prompt that the provider got."""
+    """Return a function that calls crop-describe and returns the image and the prompt that the provider got."""
     upstream = await scripted()
     sidecar = await serving(dashscope_url=f"{upstream.origin}/v1")
 
@@ -61,7 +61,7 @@ def is_mostly(colour: str, pixel: tuple[int, ...]) -> bool:
     return {"red": red > 150 > max(green, blue), "lime": green > 150 > max(red, blue)}[colour]
 
 
-async def test_the_frame_keeps_its_place_and_the_surest_detection_is_panel_a(sent):
+async def test_the_frame_is_on_the_left_and_panel_a_shows_the_detection_with_the_highest_confidence(sent):
     image, prompt = await sent(crops=[PERSON, CAR])
     assert image.width == 640 + 213  # a third of the frame's width
     assert image.height == 360
@@ -85,14 +85,14 @@ async def test_boxes_are_drawn_in_the_frame_in_the_colour_of_their_panel(sent):
         assert plain.getpixel((box[0] + 1, box[1] - 20)) != drawn
 
 
-async def test_no_more_panels_than_asked_for_and_none_without_a_box(sent):
+async def test_at_most_max_crops_panels_are_drawn_and_none_without_a_box(sent):
     image, prompt = await sent(crops=[PERSON, CAR, {"class": "cat"}], max_crops=1)
     assert image.width == 640 + 213
     assert "- A: class=car" in prompt
     assert "- B:" not in prompt
 
 
-async def test_without_panels_the_frame_goes_as_it_is_and_the_detections_as_hints(sent):
+async def test_without_panels_the_frame_is_sent_unchanged_with_the_detections_as_hints(sent):
     image, prompt = await sent(crops=[{**PERSON, "track_id": 4}, CAR], max_crops=0)
     assert image.size == (640, 360)
     assert prompt.startswith("YOLO detections")
@@ -101,14 +101,14 @@ async def test_without_panels_the_frame_goes_as_it_is_and_the_detections_as_hint
     assert own == "My own YOLO detections: none"
 
 
-async def test_without_pillow_crops_go_as_hints_and_the_log_says_once_what_to_install(
+async def test_without_pillow_crops_are_sent_as_hints_and_the_log_says_once_what_to_install(
     serving, scripted, monkeypatch, caplog
 ):
     upstream = await scripted()
     sidecar = await serving(dashscope_url=f"{upstream.origin}/v1")
     frame = picture()
     monkeypatch.setitem(sys.modules, "PIL", None)
-    _say_that_pillow_is_missing.cache_clear()
+    _warn_that_pillow_is_missing.cache_clear()
     for _ in range(2):
         async with sidecar.post({"image_b64": frame, "crops": [PERSON]}, path=CROP_DESCRIBE) as response:
             assert response.status == 200
@@ -116,14 +116,14 @@ async def test_without_pillow_crops_go_as_hints_and_the_log_says_once_what_to_in
     assert caplog.text.count("vlm-sidecar[crops]") == 1
 
 
-async def test_boxes_are_of_the_upright_frame(sent):
+async def test_boxes_refer_to_the_upright_frame(sent):
     image, _ = await sent(image_b64=picture(exif=6), crops=[CAR], max_crops=1)
     assert image.height == 360
     assert is_mostly("lime", image.getpixel((500, 300)))
     assert is_mostly("lime", image.getpixel((640 + 213 // 2, 200)))
 
 
-async def test_a_picture_that_is_broken_inside_is_400(serving, scripted):
+async def test_a_picture_with_broken_data_is_400(serving, scripted):
     upstream = await scripted()
     sidecar = await serving(dashscope_url=f"{upstream.origin}/v1")
     broken = base64.b64encode(base64.b64decode(picture())[:300]).decode()
@@ -133,16 +133,16 @@ async def test_a_picture_that_is_broken_inside_is_400(serving, scripted):
     assert upstream.seen == []
 
 
-async def test_it_is_drawn_off_the_event_loop(serving, scripted, monkeypatch):
+async def test_the_composite_is_drawn_outside_the_event_loop(serving, scripted, monkeypatch):
     upstream = await scripted()
     sidecar = await serving(dashscope_url=f"{upstream.origin}/v1")
     threads = []
 
-    def noting(*args, compose=trio.compose):
+    def recording(*args, compose=endpoints.compose):
         threads.append(threading.current_thread())
         return compose(*args)
 
-    monkeypatch.setattr(trio, "compose", noting)
+    monkeypatch.setattr(endpoints, "compose", recording)
     async with sidecar.post({"image_b64": picture(), "crops": [PERSON]}, path=CROP_DESCRIBE) as response:
         assert response.status == 200
     assert len(threads) == 1
@@ -158,8 +158,8 @@ async def test_crop_lines_of_the_answer_become_crop_descriptions(serving, script
 
     upstream = await scripted(script)
     sidecar = await serving(dashscope_url=f"{upstream.origin}/v1")
-    asked = {"image_b64": picture(), "crops": [PERSON, CAR]}
-    answers = await asyncio.gather(*(_answer(sidecar, asked) for _ in range(5)))
+    body = {"image_b64": picture(), "crops": [PERSON, CAR]}
+    answers = await asyncio.gather(*(_answer(sidecar, body) for _ in range(5)))
     for answer in answers:
         assert answer["description"] == "A yard at night."
         assert answer["crop_descriptions"] == ["car: a green car, parked", "person: in a red coat"]

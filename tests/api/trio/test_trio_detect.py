@@ -13,7 +13,7 @@ from tiny_onnx import save, yolov10
 from sidecar.assembly import StartError
 
 DETECT = "/api/inference/detect"
-#: Over the left half of a frame 64 wide, and a car below right; x1, y1, x2, y2.
+#: x1, y1, x2, y2 in a frame of 64 x 64 pixels: a person in the left half, and a car below on the right.
 PERSON, CAR = (0, 0, 32, 64), (40, 32, 64, 64)
 
 
@@ -29,7 +29,7 @@ def centred(box):
 
 
 def rows(scale: float, *, logits: bool = False):
-    """Boxes and scores of three classes for four anchors: a person, a car, and two of nothing."""
+    """Return boxes and scores of three classes for four anchors: a person, a car, and two anchors without an object."""
     low = -9.0 if logits else 0.01
     scores = [[2.0 if logits else 0.9, low, low], [low, low, 1.0 if logits else 0.7], [low] * 3, [low] * 3]
     boxes = [centred(PERSON), centred(CAR), [32, 32, 8, 8], [16, 16, 8, 8]]
@@ -43,14 +43,14 @@ def model(layout: str, path):
     if layout == "rtdetr-pair":
         outputs = {"logits": scores, "pred_boxes": boxes}
     else:
-        # More rows than columns, as the real ones have.
+        # The extra rows give more rows than columns, as in real models.
         joined = [[*box, *score] for box, score in zip(boxes, scores, strict=True)] + [[0.0] * 7] * 8
         outputs = {"output0": [list(column) for column in zip(*joined, strict=True)] if layout == "yolov8" else joined}
     return save(path, {name: (rows, [[0.0] * len(rows[0])] * len(rows)) for name, rows in outputs.items()})
 
 
 @pytest.mark.parametrize("layout", ["yolov10", "yolov8", "rtdetr", "rtdetr-pair"])
-async def test_every_layout_is_told_by_its_outputs_and_read(serving, tmp_path, layout):
+async def test_every_model_layout_is_recognised_by_its_outputs(serving, tmp_path, layout):
     sidecar = await serving(backend="simulated", detector_model=str(model(layout, tmp_path / "m.onnx")))
     async with sidecar.post({"image_b64": frame()}, path=DETECT) as response:
         assert response.status == 200, await response.text()
@@ -58,7 +58,8 @@ async def test_every_layout_is_told_by_its_outputs_and_read(serving, tmp_path, l
         answer = await response.json()
     assert answer.pop("elapsed_ms") >= 0
     found = answer["crops_b64"]
-    # The model sees the same in the whole frame and in each of four tiles: the frame's own box is among them.
+    # The model gives the same boxes for the whole frame and for each of four tiles. The box of the whole frame must be
+    # among the detections.
     whole = {tuple(detection["bbox"]) for detection in found if detection["class"] == "person"}
     assert any(abs(left) <= 1 and abs(right - 320) <= 1 and bottom >= 319 for left, _, right, bottom in whole), found
     assert answer["by_class"].keys() == {"person", "car"}
@@ -69,15 +70,15 @@ async def test_every_layout_is_told_by_its_outputs_and_read(serving, tmp_path, l
     )
 
 
-async def test_the_frames_own_pixels_decide(serving, tmp_path):
+async def test_the_pixels_of_the_frame_change_the_result(serving, tmp_path):
     path = yolov10(tmp_path / "m.onnx", [[*PERSON, 0.4, 0]])
     sidecar = await serving(backend="simulated", detector_model=str(path))
-    for colour, found in (("white", True), ("black", False)):  # 0.4 and 0.2, of which only the first is enough
+    for colour, found in (("white", True), ("black", False)):  # scores 0.4 and 0.2; only 0.4 is above the threshold
         async with sidecar.post({"image_b64": frame(colour)}, path=DETECT) as response:
             assert ((await response.json())["people_count"] > 0) is found
 
 
-async def test_without_a_model_503_says_what_to_set_and_status_tells(serving, tmp_path):
+async def test_without_a_model_503_names_the_setting_and_status_shows_it(serving, tmp_path):
     sidecar = await serving(backend="simulated")
     async with sidecar.post({"image_b64": frame()}, path=DETECT) as response:
         assert response.status == 503
@@ -90,14 +91,14 @@ async def test_without_a_model_503_says_what_to_set_and_status_tells(serving, tm
 
 
 @pytest.mark.parametrize("image", ["AAAA", base64.b64encode(b"\xff\xd8\xff garbage").decode()])
-async def test_what_is_no_image_is_400(serving, tmp_path, image):
+async def test_an_invalid_image_is_400(serving, tmp_path, image):
     sidecar = await serving(backend="simulated", detector_model=str(model("yolov10", tmp_path / "m.onnx")))
     async with sidecar.post({"image_b64": image}, path=DETECT) as response:
         assert response.status == 400
         assert (await response.json())["detail"].startswith("Invalid image data")
 
 
-async def test_it_has_a_queue_and_a_lock_wait_of_its_own(serving, tmp_path):
+async def test_the_detector_has_its_own_queue_and_lock_wait(serving, tmp_path):
     sidecar = await serving(backend="simulated", detector_model=str(model("yolov10", tmp_path / "m.onnx")))
 
     async def detect() -> int:
@@ -111,7 +112,7 @@ async def test_it_has_a_queue_and_a_lock_wait_of_its_own(serving, tmp_path):
     assert metrics['sidecar_queue_requests{backend="detector",priority="normal"}'] == 0
 
 
-async def test_more_frames_than_its_queue_holds_are_shed_with_retry_after(serving, tmp_path):
+async def test_frames_above_the_queue_bound_are_shed_with_retry_after(serving, tmp_path):
     sidecar = await serving(backend="simulated", detector_model=str(model("yolov10", tmp_path / "m.onnx")))
     detector = sidecar.sidecar.parts.detector
     shed = []
@@ -122,14 +123,14 @@ async def test_more_frames_than_its_queue_holds_are_shed_with_retry_after(servin
                 shed.append(response.headers["Retry-After"])
             return response.status
 
-    async with asyncio.TaskGroup() as callers, detector._lock:  # as if one frame took long
-        asked = [callers.create_task(detect()) for _ in range(100)]
+    async with asyncio.TaskGroup() as callers, detector._lock:  # simulates a frame that takes long
+        tasks = [callers.create_task(detect()) for _ in range(100)]
         await sidecar.until(lambda: len(shed) == 100 - 64 - detector.slots)
-    assert [task.result() for task in asked].count(200) == 64 + detector.slots
+    assert [task.result() for task in tasks].count(200) == 64 + detector.slots
 
 
 @pytest.mark.parametrize("content", ["missing", "garbage", "unknown layout"])
-async def test_a_model_that_cannot_be_used_stops_the_start_and_names_the_setting(serving, tmp_path, content):
+async def test_an_unusable_model_stops_the_start_with_an_error_that_names_the_setting(serving, tmp_path, content):
     path = tmp_path / "m.onnx"
     if content == "garbage":
         path.write_bytes(b"no model")

@@ -1,4 +1,4 @@
-"""The frame is cut out of a body without parsing it: that must never be seen in what is read."""
+"""The frame is cut out of a body without parsing it. The result must be the same as when all of the body is parsed."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from sidecar.api.errors import InvalidRequest
 from sidecar.api.trio import schema as trio_schema
-from sidecar.api.trio.schema import CropDescribeRequest, DescribeRequest, DetectRequest, read
+from sidecar.api.trio.schema import CropDescribeRequest, DescribeRequest, DetectRequest, parse_request
 
 FRAME = base64.b64encode(b"\xff\xd8\xff" + bytes(range(60))).decode()
-#: Texts that look like the key, its end, or what stands in for the frame.
+#: Texts that look like the key, the end of the key, or the placeholder of the frame.
 TRAPS = st.sampled_from(
     ["image_b64", '"image_b64": "AAAA"', '\\"image_b64":"AAAA"', "image stands elsewhere", 'x"', "\\", "é🚗", "", "A"]
 )
@@ -45,7 +45,7 @@ PAIRS = st.lists(
 
 def outcome(kind, body: bytes):
     try:
-        request, image = read(kind, body, "application/json")
+        request, image = parse_request(kind, body, "application/json")
     except InvalidRequest as error:
         return error.status, error.message, error.detail
     return request.model_dump(exclude={"image_b64"}), bytes(image)
@@ -53,7 +53,7 @@ def outcome(kind, body: bytes):
 
 @settings(max_examples=400, deadline=None)
 @given(PAIRS, st.sampled_from([(",", ":"), (", ", ": "), (" ,\n", "\t:\r\n ")]), st.booleans())
-def test_what_is_read_is_the_same_as_by_parsing_all_of_it(pairs, separators, ascii_only):
+def test_the_result_is_the_same_as_when_all_of_the_body_is_parsed(pairs, separators, ascii_only):
     comma, colon = separators
     texts = [json.dumps(name) + colon + json.dumps(value, ensure_ascii=ascii_only) for name, value in pairs]
     body = ("{" + comma.join(texts) + "}").encode()
@@ -64,8 +64,8 @@ def test_what_is_read_is_the_same_as_by_parsing_all_of_it(pairs, separators, asc
             assert quick == outcome(kind, body)
 
 
-def test_the_frame_is_a_view_of_the_body_and_nothing_is_copied():
+def test_the_frame_is_a_view_of_the_body_and_not_a_copy():
     body = json.dumps({"prompt": "What?", "image_b64": FRAME}).encode()
-    _, image = read(DescribeRequest, body, "application/json")
+    _, image = parse_request(DescribeRequest, body, "application/json")
     assert image.obj is body
     assert bytes(image).decode() == FRAME

@@ -1,5 +1,5 @@
-"""A tiny real model for the tests of the local backend, built once a session, and a tap on its decode loop."""
-# ruff: noqa: PLC0415 - torch and PIL are imported where they are known to be there
+"""A tiny real model for the tests of the local backend, built once per session, and control over its decode loop."""
+# ruff: noqa: PLC0415 - torch and PIL are imported only where they are installed
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _GET_TORCH = (
 
 
 def _need_torch() -> None:
-    """Without torch there is nothing to test: said aloud, and in CI a failure."""
+    """Skip the test with a message if torch is not installed. In CI, fail instead."""
     if all(importlib.util.find_spec(name) for name in ("torch", "transformers")):
         return
     if os.environ.get("CI"):
@@ -29,7 +29,7 @@ def _need_torch() -> None:
 
 @pytest.fixture(scope="session")
 def model_of(tmp_path_factory):
-    """Build a tiny model of a family, once: its folder."""
+    """Build a tiny model of a family, once per session, and return its folder."""
     _need_torch()
     from backends.local.tiny import build
 
@@ -46,7 +46,7 @@ def model_of(tmp_path_factory):
 
 @pytest.fixture(params=["idefics3", "llava", "qwen2_5_vl"])
 def family(request):
-    """Each family of models; Qwen's processor needs torchvision, which does not import beside every CPU torch."""
+    """Each family of models. Qwen's processor needs torchvision, whose import fails with some CPU builds of torch."""
     if request.param == "qwen2_5_vl":
         pytest.importorskip("torchvision", reason="Qwen-VL's processor needs torchvision", exc_type=Exception)
     return request.param
@@ -54,22 +54,22 @@ def family(request):
 
 @pytest.fixture
 def tap(model_of, monkeypatch):
-    """See `Tap`. Opened at the end, so that no thread is left behind it."""
+    """A `Tap`. At the end it allows all steps, so that no thread stays blocked."""
     from backends.local.model import VisionModel
 
     tapped = Tap(VisionModel.generate)
     monkeypatch.setattr(
         VisionModel,
         "generate",
-        lambda *call: tapped.generate(*call),  # noqa: PLW0108 - a function binds, a method does not
+        lambda *call: tapped.generate(*call),  # noqa: PLW0108 - only a function gets the model as `self`
     )
     yield tapped
-    tapped.let(10**6)
+    tapped.allow(10**6)
 
 
 @pytest.fixture
 async def serve(model_of):
-    """Start backends: `await serve(max_batch=1)`; closed at the end, and no thread is left."""
+    """Start backends with `await serve(max_batch=1)`. They are closed at the end of the test."""
     started: list[LocalBackend] = []
 
     async def start(family: str = "idefics3", queued=lambda: 0, **options) -> LocalBackend:

@@ -1,5 +1,5 @@
-"""What the tests of the local backend say to it, and how they hold its decode loop still."""
-# ruff: noqa: PLC0415 - torch and PIL are imported where they are known to be there
+"""Requests for the tests of the local backend, and a `Tap` that pauses its decode loop."""
+# ruff: noqa: PLC0415 - torch and PIL are imported only where they are installed
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 from backends.base import BackendError, Request, Timings, Usage
 from backends.local import LocalBackend
 
-#: Seconds after which a test that waits for something says that it will not come.
+#: Seconds after which a wait in a test fails.
 BOUND = 30
 
 
@@ -39,7 +39,7 @@ def chat(
     deadline: float | None = None,
     **fields: Any,
 ) -> Request:
-    """A request about one small image, unless `images` names others."""
+    """Return a request about one small image, or about the images with the URLs in `images`."""
     urls = [data_url(picture())] if images is None else images
     parts = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
     message = {"role": "user", "content": [*parts, {"type": "text", "text": text}]}
@@ -49,7 +49,7 @@ def chat(
 
 
 def various(count: int, **fields: Any) -> list[Request]:
-    """Requests that differ in their prompts' lengths and their images' sizes and contents."""
+    """Return requests with prompts of different lengths, and images of different sizes and contents."""
     return [
         chat(
             "Describe the street. " * (1 + at * 2 % 5),
@@ -71,7 +71,7 @@ class Answer:
 
 
 async def ask(backend: LocalBackend, request: Request) -> Answer:
-    """The answer to a request, whole or streamed."""
+    """Send a request and return its answer, whole or streamed."""
     timings = Timings()
     async with asyncio.timeout(BOUND):
         reply = await backend.send(request, timings)
@@ -86,7 +86,7 @@ async def ask(backend: LocalBackend, request: Request) -> Answer:
 
 
 def read_events(raw: bytes) -> tuple[list[str], str | None]:
-    """The texts in a stream's events, and its finish reason."""
+    """Return the texts in a stream's events, and its finish reason."""
     pieces, reason = [], None
     for event in events(raw):
         for choice in event.get("choices", []):
@@ -101,37 +101,38 @@ def events(raw: bytes) -> list[dict[str, Any]]:
 
 
 async def until(condition: Callable[[], object]) -> None:
-    """Wait for a condition."""
+    """Wait until a condition is true."""
     async with asyncio.timeout(BOUND):
-        while not condition():  # noqa: ASYNC110 - what it waits for is often set by another thread
+        while not condition():  # noqa: ASYNC110 - often another thread makes the condition true
             await asyncio.sleep(0.002)
 
 
 class Tap:
-    """Sits on `VisionModel.generate`: counts decode steps, holds them, and breaks batches.
+    """Wraps `VisionModel.generate`: it counts decode steps, pauses them, and makes batches fail.
 
-    Open at first. `hold()` stops the loop before its next step is looked at, and counts from there; `let(n)` lets n
-    steps pass.
+    At first all steps run. `hold()` pauses the loop before the next step and resets the count. `allow(n)` lets n more
+    steps run.
     """
 
     def __init__(self, generate: Callable[..., None]) -> None:
         self.steps = 0
-        """Decode steps that were looked at."""
+        """Decode steps that have run since `hold`."""
         self.running = False
-        """A batch is in the decode loop."""
+        """Whether a batch is in the decode loop."""
         self.fault: Callable[[list[int], int], BaseException | None] = lambda seeds, step: None
-        """What breaks a batch of rows with these seeds before this of its steps, counted from 0."""
+        """Returns the error that a batch raises, or None. The arguments are the seeds of the batch's rows, and the
+        number of its next step, counted from 0."""
         self._generate = generate
         self._held = False
         self._passes = threading.Semaphore(0)
 
     async def hold(self) -> None:
-        await until(lambda: not self.running)  # a row is answered a moment before its batch has ended
+        await until(lambda: not self.running)  # a row is answered shortly before its batch ends
         self._passes = threading.Semaphore(0)
         self._held = True
         self.steps = 0
 
-    def let(self, steps: int) -> None:
+    def allow(self, steps: int) -> None:
         self._passes.release(steps)
 
     def generate(self, model, batch, draws, max_tokens, step) -> None:

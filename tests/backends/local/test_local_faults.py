@@ -1,5 +1,5 @@
-"""Faults while it serves: memory runs out, a row breaks its batch, the engine dies."""
-# ruff: noqa: PLC0415 - torch and PIL are imported where they are known to be there
+"""Faults of the running engine: the memory runs out, a row breaks its batch, the engine dies."""
+# ruff: noqa: PLC0415 - torch and PIL are imported only where they are installed
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ def out_of_memory(allocator: str) -> BaseException:
 
 
 async def gather_behind(backend, tap, requests):
-    """Send `requests` so that they wait together; the outcomes, errors among them."""
+    """Send `requests` so that they wait together. Returns their answers or errors."""
     await tap.hold()
     first = asyncio.create_task(ask(backend, chat(max_tokens=1)))
     await until(lambda: tap.running)
     rest = [asyncio.create_task(ask(backend, request)) for request in requests]
     await until(lambda: len(backend._rows) == len(requests) + 1)
     backend.batches.clear()
-    tap.let(10**6)
+    tap.allow(10**6)
     await first
     return await asyncio.gather(*rest, return_exceptions=True)
 
 
 @pytest.mark.parametrize("allocator", ["cuda", "mps", "cpu", "python"])
-async def test_out_of_memory_halves_the_batch_and_everybody_is_served(serve, tap, allocator):
+async def test_out_of_memory_halves_the_batch_and_every_row_is_answered(serve, tap, allocator):
     backend = await serve()
     requests = various(8)
     alone = [(await ask(backend, request)).text for request in requests]
@@ -57,7 +57,7 @@ async def test_the_smaller_batch_is_remembered(serve, tap):
     assert backend.batches == [4, 4]
 
 
-async def test_an_answer_that_had_begun_when_memory_ran_out_goes_on_where_it_was(serve, tap):
+async def test_an_answer_continues_where_it_was_when_the_memory_ran_out(serve, tap):
     backend = await serve()
     requests = various(4, max_tokens=30, stream=True, temperature=0)
     alone = [(await ask(backend, request)).text for request in requests]
@@ -67,7 +67,7 @@ async def test_an_answer_that_had_begun_when_memory_ran_out_goes_on_where_it_was
     assert {answer.usage.output_tokens for answer in answers} == {30}
 
 
-async def test_an_answer_that_was_sampled_goes_on_where_it_was_too(serve, tap):
+async def test_a_sampled_answer_continues_where_it_was_when_the_memory_ran_out(serve, tap):
     backend = await serve()
     requests = [chat(max_tokens=30, stream=True, temperature=1, seed=seed) for seed in range(4)]
     alone = [(await ask(backend, request)).text for request in requests]
@@ -76,7 +76,7 @@ async def test_an_answer_that_was_sampled_goes_on_where_it_was_too(serve, tap):
     assert [answer.text for answer in answers] == alone
 
 
-async def test_memory_that_stays_out_is_told_and_the_engine_lives(serve, tap):
+async def test_permanently_exhausted_memory_is_reported_and_the_engine_survives(serve, tap):
     backend = await serve()
     tap.fault = lambda *_: out_of_memory("cuda")
     with pytest.raises(ServerFailed, match="ran out of memory") as caught:
@@ -87,7 +87,7 @@ async def test_memory_that_stays_out_is_told_and_the_engine_lives(serve, tap):
     assert backend.batches == [1, 1, 1]  # it was tried twice
 
 
-async def test_a_row_too_large_by_itself_fails_alone_and_shrinks_no_batch(serve, tap):
+async def test_a_row_that_is_too_large_alone_fails_alone_and_does_not_shrink_the_batches(serve, tap):
     backend = await serve(max_batch=4)
     tap.fault = lambda seeds, _: out_of_memory("cuda") if 2 in seeds else None
     outcomes = await gather_behind(backend, tap, [chat(seed=seed) for seed in range(4)])
@@ -97,7 +97,7 @@ async def test_a_row_too_large_by_itself_fails_alone_and_shrinks_no_batch(serve,
     assert backend.batches == [4]
 
 
-async def test_rows_that_had_ended_when_memory_ran_out_count_for_the_size_that_was_too_large(serve, tap):
+async def test_rows_that_ended_before_the_memory_ran_out_count_towards_the_batch_size(serve, tap):
     backend = await serve()
     tap.fault = lambda seeds, step: out_of_memory("cuda") if len(seeds) == 8 and step == 6 else None
     outcomes = await gather_behind(backend, tap, [chat(max_tokens=tokens) for tokens in (3, 3, 3, 3, 3, 3, 9, 9)])
@@ -107,7 +107,7 @@ async def test_rows_that_had_ended_when_memory_ran_out_count_for_the_size_that_w
     assert backend.batches == [4, 4]
 
 
-async def test_a_poisoned_row_fails_alone_and_the_others_are_served(serve, tap):
+async def test_a_row_that_breaks_its_batch_fails_alone_and_the_others_are_answered(serve, tap):
     backend = await serve()
     requests = [chat(f"Camera {at}", seed=at) for at in range(8)]
     alone = [(await ask(backend, request)).text for request in requests]
@@ -116,13 +116,13 @@ async def test_a_poisoned_row_fails_alone_and_the_others_are_served(serve, tap):
     poisoned = outcomes[5]
     assert isinstance(poisoned, ServerFailed)
     assert poisoned.code == "local_model_failed"
-    assert "Camera" not in poisoned.message  # what the model's code says may quote a prompt
+    assert "Camera" not in poisoned.message  # an error message of the model's code may quote a prompt
     assert [answer.text for at, answer in enumerate(outcomes) if at != 5] == alone[:5] + alone[6:]
     assert backend.batches == [8, 4, 4, 2, 1, 1, 2]
     assert backend.ready_reason() is None
 
 
-async def test_a_row_that_the_processor_refuses_is_its_own_fault_and_the_others_are_served(serve, tap, monkeypatch):
+async def test_a_row_that_the_processor_refuses_is_rejected_and_the_others_are_answered(serve, tap, monkeypatch):
     backend = await serve()
     kind = type(backend._engine._model._processor)
     real = kind.__call__
@@ -140,7 +140,7 @@ async def test_a_row_that_the_processor_refuses_is_its_own_fault_and_the_others_
     assert backend.batches == [4, 2, 2, 1, 1]
 
 
-async def test_a_poisoned_prompt_is_in_no_log(serve, tap, caplog):
+async def test_a_prompt_that_breaks_the_model_is_not_logged(serve, tap, caplog):
     backend = await serve()
     tap.fault = lambda *_: ValueError("cannot process 'a secret prompt'")
     with caplog.at_level("DEBUG"), pytest.raises(ServerFailed):
@@ -149,7 +149,7 @@ async def test_a_poisoned_prompt_is_in_no_log(serve, tap, caplog):
     assert "secret" not in caplog.text
 
 
-async def test_an_engine_that_dies_is_started_again_at_once(serve, tap):
+async def test_a_dead_engine_is_restarted_at_once(serve, tap):
     backend = await serve()
     expected = (await ask(backend, chat())).text
     tap.fault = lambda seeds, _: SystemExit(3) if len(seeds) == 3 else None
@@ -163,7 +163,7 @@ async def test_an_engine_that_dies_is_started_again_at_once(serve, tap):
     assert (await ask(backend, chat())).text == expected
 
 
-async def test_a_stream_that_had_begun_when_the_engine_died_ends_with_the_error(serve, tap):
+async def test_a_started_stream_ends_with_the_error_when_the_engine_dies(serve, tap):
     backend = await serve()
     tap.fault = lambda _, step: SystemExit() if step == 12 else None
     answer = await ask(backend, chat(stream=True, max_tokens=50))
@@ -172,7 +172,7 @@ async def test_a_stream_that_had_begun_when_the_engine_died_ends_with_the_error(
     assert answer.usage is None
 
 
-async def test_a_device_that_failed_ends_the_engine(serve, tap):
+async def test_a_failed_device_ends_the_engine(serve, tap):
     import torch
 
     backend = await serve()
@@ -183,7 +183,7 @@ async def test_a_device_that_failed_ends_the_engine(serve, tap):
     await until(lambda: backend.ready_reason() is None)
 
 
-async def test_an_engine_that_dies_again_within_a_minute_waits_and_readiness_says_so(serve, tap, monkeypatch):
+async def test_an_engine_that_dies_twice_in_a_minute_waits_and_readiness_says_so(serve, tap, monkeypatch):
     backend = await serve()
     for _ in range(2):
         await until(lambda: backend.ready_reason() is None)
@@ -196,13 +196,13 @@ async def test_an_engine_that_dies_again_within_a_minute_waits_and_readiness_say
     assert backend_module.RESTART_INTERVAL_SECONDS / 2 < seconds <= backend_module.RESTART_INTERVAL_SECONDS
 
 
-async def test_an_engine_that_cannot_be_started_again_is_tried_until_it_can(serve, tap, monkeypatch):
+async def test_an_engine_that_cannot_be_restarted_is_tried_until_it_starts(serve, tap, monkeypatch):
     monkeypatch.setattr(backend_module, "RESTART_INTERVAL_SECONDS", 0.01)
     backend = await serve()
     tap.fault = lambda *_: SystemExit()
     with pytest.raises(Unreachable):
         await ask(backend, chat())
-    tap.fault = lambda *_: ValueError("still broken")  # meets the warm-up of every new engine
+    tap.fault = lambda *_: ValueError("still broken")  # also breaks the warm-up of every new engine
     await until(lambda: "cannot answer: ValueError" in (backend.ready_reason() or ""))
     tap.fault = lambda *_: None
     await until(lambda: backend.ready_reason() is None)
@@ -225,7 +225,7 @@ async def test_close_ends_a_batch_at_its_next_step(serve, tap):
     await until(lambda: tap.running)
     closing = asyncio.create_task(backend.close())
     await until(lambda: backend.ready_reason() == "closed")
-    tap.let(2)
+    tap.allow(2)
     await closing
     await asyncio.wait([asking])
     assert isinstance(asking.exception(), Unreachable)

@@ -1,5 +1,5 @@
-"""Images: where they may come from, and what becomes of those that are too large, damaged, or none at all."""
-# ruff: noqa: PLC0415 - torch and PIL are imported where they are known to be there
+"""Images: their allowed sources, and the errors for images that are too large, damaged, or not images."""
+# ruff: noqa: PLC0415 - torch and PIL are imported only where they are installed
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FIELD = "messages[0].content[0].image_url.url"
 
 
 def png_that_claims(width: int, height: int) -> bytes:
-    """A PNG whose header promises so many pixels, with next to nothing behind it."""
+    """Return a PNG whose header names this size, with almost no data after it."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -27,13 +27,13 @@ def png_that_claims(width: int, height: int) -> bytes:
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP"])
-async def test_the_formats_of_cameras_and_browsers_are_answered(serve, kind):
+async def test_the_image_formats_of_cameras_and_browsers_are_accepted(serve, kind):
     backend = await serve()
     assert (await ask(backend, chat(images=[data_url(picture(kind=kind))]))).text
 
 
 @pytest.mark.parametrize(
-    ("url", "says"),
+    ("url", "expected"),
     [
         ("data:image/png;base64,not base64!", "is not base64"),
         ("data:image/png,abc", "data:image/jpeg;base64"),
@@ -49,9 +49,9 @@ async def test_the_formats_of_cameras_and_browsers_are_answered(serve, kind):
         ("http://[broken", r"not a URL|not allowed"),
     ],
 )
-async def test_an_image_that_cannot_be_taken_is_refused_by_the_name_of_its_field(serve, url, says):
+async def test_an_invalid_image_is_refused_with_the_name_of_its_field(serve, url, expected):
     backend = await serve()
-    with pytest.raises(Rejected, match=says) as caught:
+    with pytest.raises(Rejected, match=expected) as caught:
         await ask(backend, chat(images=[url]))
     error = caught.value
     assert (error.status, error.code) == (400, "invalid_request")
@@ -60,14 +60,14 @@ async def test_an_image_that_cannot_be_taken_is_refused_by_the_name_of_its_field
     assert (await ask(backend, chat())).text
 
 
-async def test_the_pixels_of_all_images_of_a_request_count_together(serve):
+async def test_the_pixel_limit_applies_to_all_images_of_a_request_together(serve):
     backend = await serve()
     with pytest.raises(Rejected, match="too large") as caught:
         await ask(backend, chat(images=[data_url(png_that_claims(5000, 5000))] * 2))
     assert caught.value.message.startswith("messages[0].content[1].image_url.url")
 
 
-async def test_an_image_is_seen_upright_and_whatever_its_mode(serve):
+async def test_an_image_is_rotated_upright_and_converted_from_every_mode(serve):
     from io import BytesIO
 
     from PIL import Image
@@ -79,7 +79,7 @@ async def test_an_image_is_seen_upright_and_whatever_its_mode(serve):
         file = BytesIO()
         tags = Image.Exif()
         if exif:
-            tags[0x0112] = exif  # turn clockwise to see it upright
+            tags[0x0112] = exif  # EXIF orientation 6: rotate clockwise to see it upright
         image.save(file, "PNG", exif=tags)
         files.append(file.getvalue())
     first, second = [await ask(backend, chat(images=[data_url(file)])) for file in files]
@@ -91,7 +91,7 @@ async def test_an_image_is_seen_upright_and_whatever_its_mode(serve):
 
 @pytest.fixture
 async def camera(aiohttp_server):
-    """A server with a picture, and with an address that leads elsewhere."""
+    """A server with an image, a redirect and an endless answer."""
 
     async def frame(_: web.Request) -> web.Response:
         return web.Response(body=picture(), content_type="image/jpeg")
@@ -113,7 +113,7 @@ async def camera(aiohttp_server):
     return await aiohttp_server(app)
 
 
-async def test_an_allowed_url_is_fetched_and_nothing_beside_it(serve, camera):
+async def test_only_urls_below_an_allowed_url_are_fetched(serve, camera):
     backend = await serve(image_urls=[str(camera.make_url("/cameras"))])
     direct = await ask(backend, chat())
     fetched = await ask(backend, chat(images=[str(camera.make_url("/cameras/frame.jpg"))]))
@@ -127,20 +127,20 @@ async def test_an_allowed_url_is_fetched_and_nothing_beside_it(serve, camera):
         "/cameras/none.jpg": "status 404",
         "/cameras/endless.jpg": "larger than",
     }
-    for path, says in refused.items():
-        with pytest.raises(Rejected, match=says):
+    for path, expected in refused.items():
+        with pytest.raises(Rejected, match=expected):
             await ask(backend, chat(images=[f"http://{camera.host}:{camera.port}{path}"]))
     with pytest.raises(Rejected, match="not allowed"):
         await ask(backend, chat(images=[f"http://{camera.host}:{camera.port + 1}/cameras/frame.jpg"]))
 
 
-async def test_an_allowed_host_that_is_gone_is_told(serve, unused_tcp_port):
+async def test_an_allowed_host_that_is_unreachable_is_reported(serve, unused_tcp_port):
     backend = await serve(image_urls=[f"http://127.0.0.1:{unused_tcp_port}/"])
     with pytest.raises(Rejected, match="could not be fetched"):
         await ask(backend, chat(images=[f"http://127.0.0.1:{unused_tcp_port}/frame.jpg"]))
 
 
-async def test_files_are_read_from_an_allowed_folder_and_no_link_leads_out_of_it(serve, tmp_path):
+async def test_files_are_read_from_an_allowed_folder_but_not_through_links_out_of_it(serve, tmp_path):
     frames = tmp_path / "frames"
     frames.mkdir()
     (frames / "a.jpg").write_bytes(picture())
@@ -155,6 +155,6 @@ async def test_files_are_read_from_an_allowed_folder_and_no_link_leads_out_of_it
 
 
 @pytest.mark.parametrize("url", ["ftp://host/", "host/folder", "https:///folder"])
-def test_an_allow_list_that_means_nothing_is_refused(url):
+def test_an_invalid_allowed_url_is_refused(url):
     with pytest.raises(ValueError, match="images may be allowed from"):
         LocalBackend("any", image_urls=[url])

@@ -1,5 +1,5 @@
-"""What a request may say to the local backend, and the errors that name the field when it may not."""
-# ruff: noqa: PLC0415 - torch and PIL are imported where they are known to be there
+"""Requests to the local backend: the accepted fields, and the errors that name an invalid field."""
+# ruff: noqa: PLC0415 - torch and PIL are imported only where they are installed
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def body(**fields: object) -> bytes:
         (body(stream_options=True), "stream_options"),
     ],
 )
-def test_a_request_that_cannot_be_understood_is_refused_by_the_name_of_the_field(sent, field):
+def test_an_invalid_request_is_refused_with_the_name_of_the_field(sent, field):
     with pytest.raises(Rejected) as caught:
         parse(sent)
     error = json.loads(caught.value.body)["error"]
@@ -61,22 +61,22 @@ def test_a_request_that_cannot_be_understood_is_refused_by_the_name_of_the_field
     assert error["message"].startswith(f"{field}: ")
 
 
-def test_what_a_request_leaves_out_has_a_default():
+def test_missing_fields_have_defaults():
     prompt = parse(body())
     assert (prompt.max_tokens, prompt.temperature, prompt.top_p, prompt.seed) == (DEFAULT_MAX_TOKENS, 0, 1, None)
     assert (prompt.stop, prompt.stream, prompt.include_usage) == ((), False, False)
 
 
-def test_values_that_ask_for_nothing_are_taken():
+def test_values_that_use_no_unsupported_feature_are_accepted():
     prompt = parse(body(n=1, tools=[], response_format={"type": "text"}, logprobs=False, stop=None, user="camera 1"))
     assert prompt.messages == [{"role": "user", "content": [{"type": "text", "text": "hello"}]}]
 
 
-def test_max_completion_tokens_goes_before_max_tokens():
+def test_max_completion_tokens_has_precedence_over_max_tokens():
     assert parse(body(max_completion_tokens=7, max_tokens=9)).max_tokens == 7
 
 
-async def test_a_prompt_that_leaves_no_room_in_the_context_is_refused_and_its_batch_is_served(serve, tap):
+async def test_a_prompt_that_fills_the_context_is_refused_and_its_batch_is_answered(serve, tap):
     import asyncio
 
     from local_calls import until
@@ -87,14 +87,14 @@ async def test_a_prompt_that_leaves_no_room_in_the_context_is_refused_and_its_ba
     await until(lambda: tap.running)
     long, short = (asyncio.create_task(ask(backend, chat("x y " * count))) for count in (4096, 1))
     await until(lambda: len(backend._rows) == 3)
-    tap.let(10**6)
+    tap.allow(10**6)
     await first
     with pytest.raises(Rejected, match=r"messages: \d+ LLM tokens, the model takes 4096"):
         await long
     assert (await short).text
 
 
-async def test_an_answer_ends_where_the_context_ends(serve):
+async def test_an_answer_ends_when_the_context_is_full(serve):
     backend = await serve()
     backend._engine._model.context_tokens = 60
     answer = await ask(backend, chat(max_tokens=1000))
@@ -102,13 +102,13 @@ async def test_an_answer_ends_where_the_context_ends(serve):
     assert answer.finish_reason == "length"
 
 
-async def test_the_models_own_image_mark_in_a_text_is_refused(serve):
+async def test_the_models_image_token_in_a_text_is_refused(serve):
     backend = await serve()
     with pytest.raises(Rejected, match=r"messages\[0\].*<image>"):
         await ask(backend, chat("look: <image>"))
 
 
-async def test_what_the_chat_template_refuses_is_the_requests_fault(serve):
+async def test_a_request_that_the_chat_template_refuses_is_rejected(serve):
     backend = await serve()
     backend._engine._model._processor.chat_template = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(Rejected, match="roles must alternate"):
@@ -122,7 +122,7 @@ async def test_other_paths_are_refused(serve):
     assert caught.value.status == 404
 
 
-async def test_the_whole_answer_is_in_openais_shape(serve):
+async def test_the_whole_answer_has_openais_format(serve):
     backend = await serve()
     reply = await backend.send(chat(), Timings())
     answer = json.loads(reply.body)
@@ -134,7 +134,7 @@ async def test_the_whole_answer_is_in_openais_shape(serve):
     assert json.loads(await backend.models())["data"][0]["id"] == "idefics3"
 
 
-async def test_native_requests_are_answered_in_their_own_words(serve):
+async def test_native_requests_are_answered_in_the_native_format(serve):
     backend = await serve()
     text = {"text": "Describe the street."}
     content = [{"image": data_url(picture())}, text]

@@ -1,4 +1,4 @@
-"""Streams and their ends: pieces out of a batch, hang-ups, deadlines, stop sequences."""
+"""Streams: pieces from a batch, disconnected callers, deadlines, and stop sequences."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from local_calls import BOUND, ask, chat, events, read_events, until, various
 from backends.base import Timings
 
 
-async def test_a_stream_says_what_a_whole_answer_says(serve, family):
+async def test_a_stream_contains_the_text_of_the_whole_answer(serve, family):
     backend = await serve(family)
     for request, streamed in zip(various(3, max_tokens=40), various(3, max_tokens=40, stream=True), strict=True):
         whole = await ask(backend, request)
@@ -20,7 +20,7 @@ async def test_a_stream_says_what_a_whole_answer_says(serve, family):
         assert len(pieces.pieces) > 3
 
 
-async def test_the_events_are_in_openais_shape_and_bring_the_usage_if_asked(serve):
+async def test_the_events_have_openais_format_and_contain_the_usage_on_request(serve):
     backend = await serve()
     raw = {}
     for include in (False, True):
@@ -39,24 +39,24 @@ async def test_the_events_are_in_openais_shape_and_bring_the_usage_if_asked(serv
     assert {event["object"] for event in asked} == {"chat.completion.chunk"}
 
 
-async def test_a_streams_first_byte_comes_before_its_batch_ends(serve, tap):
+async def test_the_first_byte_of_a_stream_arrives_before_its_batch_ends(serve, tap):
     backend = await serve()
     await tap.hold()
     timings = Timings()
     sending = asyncio.create_task(backend.send(chat(stream=True, max_tokens=200), timings))
     await until(lambda: tap.running)
-    tap.let(8)
+    tap.allow(8)
     reply = await asyncio.wait_for(sending, BOUND)
     first = await asyncio.wait_for(anext(reply.chunks), BOUND)
     assert tap.running
     assert tap.steps <= 8
     assert read_events(first)[0]
     assert timings.work_started <= timings.first_byte
-    tap.let(10**6)
+    tap.allow(10**6)
     await reply.aclose()
 
 
-async def test_a_caller_that_hangs_up_frees_its_row_within_two_steps_and_its_neighbour_goes_on(serve, tap):
+async def test_a_cancelled_request_frees_its_row_within_two_steps_and_the_other_row_continues(serve, tap):
     backend = await serve()
     alone = await ask(backend, chat("Who stays?", max_tokens=30))
     await tap.hold()
@@ -65,12 +65,12 @@ async def test_a_caller_that_hangs_up_frees_its_row_within_two_steps_and_its_nei
     leaver = asyncio.create_task(ask(backend, chat("Who leaves?", max_tokens=10**6)))
     stayer = asyncio.create_task(ask(backend, chat("Who stays?", max_tokens=30)))
     await until(lambda: len(backend._rows) == 3)
-    tap.let(1 + 5)
+    tap.allow(1 + 5)
     await first
     await until(lambda: tap.steps == 6)
     leaver.cancel()
     await asyncio.wait([leaver])
-    tap.let(25)  # what the neighbour still needs: with it the batch must end
+    tap.allow(25)  # the other row needs 25 more steps; the batch must end with it
     assert (await stayer).text == alone.text
     await until(lambda: not tap.running)
 
@@ -83,14 +83,14 @@ async def test_an_abandoned_batch_ends_within_two_steps(serve, tap):
     sending = [asyncio.create_task(backend.send(chat(stream=True, max_tokens=10**6), Timings())) for _ in range(3)]
     await until(lambda: len(backend._rows) == 4)
     while not all(task.done() for task in sending):
-        tap.let(1)
+        tap.allow(1)
         await asyncio.sleep(0.01)
     await first
     assert backend.batches == [1, 3]
     for task in sending:
         await task.result().aclose()
     tap.steps = 0
-    tap.let(10**6)
+    tap.allow(10**6)
     await until(lambda: not tap.running)
     assert tap.steps <= 2
     assert not backend._rows
@@ -101,12 +101,12 @@ async def test_a_row_whose_deadline_passes_ends_within_two_steps(serve, tap):
     loop = asyncio.get_running_loop()
     await tap.hold()
     deadline = loop.time() + 0.3
-    # Nobody cancels this `send`: the backend itself keeps to the deadline.
+    # This test does not cancel `send`: the backend itself must enforce the deadline.
     reply = asyncio.create_task(ask(backend, chat(stream=True, max_tokens=10**6, deadline=deadline)))
     await until(lambda: tap.running)
-    tap.let(3)
+    tap.allow(3)
     await until(lambda: tap.steps == 3 and loop.time() > deadline)
-    tap.let(2)
+    tap.allow(2)
     await until(lambda: not tap.running)
     assert tap.steps <= 5
     (outcome,) = await asyncio.gather(reply, return_exceptions=True)
@@ -114,7 +114,7 @@ async def test_a_row_whose_deadline_passes_ends_within_two_steps(serve, tap):
     assert (failure.status, failure.code) == (504, "deadline_exceeded")
 
 
-async def test_rows_that_nobody_waits_for_are_never_begun(serve, tap):
+async def test_abandoned_rows_are_never_started(serve, tap):
     backend = await serve(max_batch=1)
     await tap.hold()
     first = asyncio.create_task(ask(backend, chat(max_tokens=2)))
@@ -126,7 +126,7 @@ async def test_rows_that_nobody_waits_for_are_never_begun(serve, tap):
     for task in waiting:
         task.cancel()
     await asyncio.wait(waiting)
-    tap.let(10**6)
+    tap.allow(10**6)
     await first
     await asyncio.wait([late])
     assert late.exception().status == 504
@@ -134,7 +134,7 @@ async def test_rows_that_nobody_waits_for_are_never_begun(serve, tap):
     assert backend.batches == [1, 1]
 
 
-async def test_an_answer_ends_before_a_stop_sequence_whole_or_streamed(serve):
+async def test_a_whole_or_streamed_answer_ends_before_a_stop_sequence(serve):
     backend = await serve()
     full = (await ask(backend, chat(max_tokens=40))).text
     stop = full[20:23]

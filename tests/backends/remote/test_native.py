@@ -1,4 +1,4 @@
-"""Native requests translated for a backend that speaks OpenAI's dialect: what goes there, and what comes back."""
+"""The translation between native requests and a backend for OpenAI's dialect: requests, answers, streams and errors."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ async def simulated():
 
 
 def frames(raw: bytes) -> list[tuple[int, str, int, dict]]:
-    """(id, event, status, data) of each frame."""
+    """Return (id, event, status, data) of each frame."""
     read = []
     for frame in raw.decode().split("\n\n"):
         if frame:
@@ -49,12 +49,12 @@ def text_of(answer: dict) -> str:
     return "".join(part["text"] for part in choice["message"]["content"])
 
 
-async def test_the_request_says_the_same_in_openais_words():
+async def test_the_request_is_translated_to_openais_format():
     sent: list[Request] = []
 
     async def send(request: Request, timings: Timings) -> Reply:
         sent.append(request)
-        raise ServerFailed("enough seen")
+        raise ServerFailed("the test needs no answer")
 
     with pytest.raises(ServerFailed):
         await send_native(send, native(stream=True, max_tokens=9, top_p=0.5, incremental_output=True), Timings())
@@ -72,7 +72,7 @@ async def test_the_request_says_the_same_in_openais_words():
     }
 
 
-async def test_a_whole_answer_comes_back_in_the_native_shape(simulated):
+async def test_a_whole_answer_is_translated_to_the_native_format(simulated):
     reply = await send_native(simulated.send, native(), Timings())
     answer = json.loads(reply.body)
     assert len(text_of(answer)) > 10
@@ -84,7 +84,7 @@ async def test_a_whole_answer_comes_back_in_the_native_shape(simulated):
 
 
 @pytest.mark.parametrize("incremental", [True, False])
-async def test_a_stream_comes_back_in_native_frames(simulated, incremental):
+async def test_a_stream_is_translated_to_native_frames(simulated, incremental):
     whole = json.loads((await send_native(simulated.send, native(), Timings())).body)
     request = native(stream=True, incremental_output=incremental)
     reply = await send_native(simulated.send, request, Timings())
@@ -105,7 +105,7 @@ async def test_a_stream_comes_back_in_native_frames(simulated, incremental):
     assert read[-1][3]["usage"].keys() == whole["usage"].keys()
 
 
-async def test_events_cut_anywhere_are_put_together_and_an_error_in_the_stream_becomes_an_error_frame():
+async def test_events_split_anywhere_are_joined_and_an_error_in_the_stream_becomes_an_error_frame():
     failure = ServerFailed("the engine died", status=503, code="engine_down")
     raw = b'data: {"choices":[{"delta":{"content":"a \\u00e9"},"finish_reason":null}]}\r\n\r\ndata: {"error":{}}\n\n'
     inner = Reply(200, {})
@@ -128,7 +128,7 @@ async def test_events_cut_anywhere_are_put_together_and_an_error_in_the_stream_b
     assert (reply.failure, reply.usage) == (failure, Usage(1, 2))
 
 
-async def test_an_error_comes_back_in_the_native_shape_and_names_the_native_field():
+async def test_an_error_has_the_native_format_and_names_the_native_field():
     async def send(request: Request, timings: Timings) -> Reply:
         field = "messages[0].content[0].image_url.url"
         raise Rejected(f"{field}: is not base64", status=400, code="invalid_request", body=b"{}")
@@ -142,22 +142,22 @@ async def test_an_error_comes_back_in_the_native_shape_and_names_the_native_fiel
 
 
 @pytest.mark.parametrize(
-    ("messages", "says"),
+    ("messages", "expected"),
     [
         ("hello", "input.messages: must be a list"),
         (["hello"], r"input.messages\[0\]: must be an object"),
         ([{"role": "user", "content": [{"video": "x"}]}], r"input.messages\[0\].content\[0\]: must hold text or image"),
     ],
 )
-async def test_a_request_that_cannot_be_translated_is_refused_by_the_name_of_the_field(simulated, messages, says):
-    with pytest.raises(BackendError, match=says) as caught:
+async def test_a_request_that_cannot_be_translated_is_refused_with_the_name_of_the_field(simulated, messages, expected):
+    with pytest.raises(BackendError, match=expected) as caught:
         await send_native(simulated.send, native(messages=messages), Timings())
     assert caught.value.status == 400
     assert json.loads(caught.value.body)["code"] == "InvalidParameter"
 
 
 @pytest.mark.parametrize("body", [b"<html>", b"[]", b"{}", b'{"choices": [{}]}'])
-async def test_an_answer_that_is_no_completion_is_the_servers_failure(body):
+async def test_an_answer_that_is_not_a_completion_is_a_server_failure(body):
     async def send(request: Request, timings: Timings) -> Reply:
         return Reply(200, {}, body)
 

@@ -1,4 +1,4 @@
-"""The upstream backend in ordinary weather: what goes out, what comes back, which connections and which key it uses."""
+"""The HTTP backend without faults: the requests it sends, the replies it returns, its connections and its key."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ async def test_the_callers_bytes_reach_the_provider_untouched(backend, upstream)
     assert reply.status == 200
 
 
-async def test_our_key_and_the_callers_headers_go_out_and_nothing_invented(backend, upstream):
+async def test_only_our_key_and_the_callers_headers_are_sent(backend, upstream):
     headers = {"X-DashScope-DataInspection": '{"input":"cip"}', "x-request-id": "r-1", "traceparent": "00-a-b-01"}
     await backend.send(chat(headers=headers), Timings())
     sent = upstream.seen[0].headers
@@ -70,7 +70,7 @@ async def test_without_a_key_no_authorization_is_sent(upstream):
     assert "authorization" not in upstream.seen[0].headers
 
 
-async def test_of_the_providers_headers_only_meaningful_ones_come_back(backend, upstream):
+async def test_only_useful_headers_of_the_provider_are_returned(backend, upstream):
     async def script(link: Link, _: Seen) -> None:
         await link.answer(
             CHAT_ANSWER,
@@ -103,7 +103,7 @@ async def test_usage_is_read_from_answers_in_both_dialects(backend, upstream):
 
 
 @pytest.mark.parametrize("usage", [None, {}, {"prompt_tokens": "7"}, {"prompt_tokens": -1}, {"prompt_tokens": 2**63}])
-async def test_usage_that_makes_no_sense_is_none(backend, upstream, usage):
+async def test_implausible_usage_is_none(backend, upstream, usage):
     async def script(link: Link, _: Seen) -> None:
         await link.answer({"choices": [], "usage": usage})
 
@@ -111,13 +111,13 @@ async def test_usage_that_makes_no_sense_is_none(backend, upstream, usage):
     assert (await backend.send(chat(), Timings())).usage is None
 
 
-async def test_native_requests_go_to_the_api_beside_the_compatible_one(backend, upstream):
+async def test_native_requests_go_to_the_native_api_of_the_same_host(backend, upstream):
     await backend.send(native(), Timings())
     assert upstream.seen[0].path == "/api/v1" + NATIVE_PATH
     assert "x-dashscope-sse" not in upstream.seen[0].headers
 
 
-async def test_a_native_url_of_its_own_wins_over_the_derived_one(upstream):
+async def test_an_explicit_native_url_replaces_the_derived_one(upstream):
     backend = DashScopeBackend(base_url=f"{upstream.origin}/compatible-mode/v1", native_url=f"{upstream.origin}/own/")
     await backend.start()
     await backend.send(native(), Timings())
@@ -125,7 +125,7 @@ async def test_a_native_url_of_its_own_wins_over_the_derived_one(upstream):
     assert upstream.seen[0].path == "/own" + NATIVE_PATH
 
 
-async def test_native_requests_are_translated_where_the_server_has_no_native_api(upstream):
+async def test_native_requests_are_translated_if_the_server_has_no_native_api(upstream):
     backend = DashScopeBackend(base_url=f"{upstream.origin}/v1")
     await backend.start()
     body = b'{"input": {"messages": [{"role": "user", "content": [{"text": "hi"}]}]}}'
@@ -135,7 +135,7 @@ async def test_native_requests_are_translated_where_the_server_has_no_native_api
     assert json.loads(reply.body)["output"]["choices"][0]["message"]["content"] == [{"text": "A gate."}]
 
 
-async def test_dashscope_is_told_how_long_it_may_queue_a_request_itself(backend, upstream):
+async def test_the_wait_timeout_for_dashscope_follows_the_deadline(backend, upstream):
     now = asyncio.get_running_loop().time()
     await backend.send(chat(deadline=now + 30.5), Timings())
     await backend.send(chat(deadline=now + 1000), Timings())
@@ -147,7 +147,7 @@ async def test_dashscope_is_told_how_long_it_may_queue_a_request_itself(backend,
     assert waits[1:] == ["120", None, None, "9"]
 
 
-async def test_servers_that_are_not_dashscope_are_told_nothing_about_waiting(upstream):
+async def test_other_servers_get_no_wait_timeout(upstream):
     backend = DashScopeBackend(base_url=f"{upstream.origin}/v1")
     await backend.start()
     await backend.send(chat(deadline=asyncio.get_running_loop().time() + 30), Timings())
@@ -179,7 +179,7 @@ async def test_refusals_are_raised_with_the_providers_body_and_the_connection_st
     assert len(upstream.links) == 1
 
 
-async def test_an_error_inside_a_200_is_raised_like_any_other(backend, upstream):
+async def test_an_error_inside_a_200_is_raised_like_any_other_error(backend, upstream):
     async def script(link: Link, _: Seen) -> None:
         await link.answer(
             {"code": "Throttling.AllocationQuota", "message": "Allocated quota exceeded", "request_id": "r"}
@@ -191,7 +191,7 @@ async def test_an_error_inside_a_200_is_raised_like_any_other(backend, upstream)
     assert (throttled.value.kind, throttled.value.status) == ("token_rate", 429)
 
 
-async def test_a_key_that_the_provider_quotes_back_is_shown_to_nobody(backend, upstream):
+async def test_a_key_that_the_provider_quotes_is_removed_from_the_error(backend, upstream):
     async def script(link: Link, _: Seen) -> None:
         await link.answer({"error": {"message": "Incorrect API key provided: sk-secret", "code": "x"}}, status=401)
 
@@ -203,7 +203,7 @@ async def test_a_key_that_the_provider_quotes_back_is_shown_to_nobody(backend, u
     assert rejected.value.status == 401
 
 
-async def test_the_list_of_models_is_the_providers_own(backend, upstream):
+async def test_the_list_of_models_comes_from_the_provider(backend, upstream):
     async def script(link: Link, _: Seen) -> None:
         await link.answer({"object": "list", "data": [{"id": "qwen-vl-plus"}]})
 
@@ -212,7 +212,7 @@ async def test_the_list_of_models_is_the_providers_own(backend, upstream):
     assert (upstream.seen[0].method, upstream.seen[0].path) == ("GET", "/compatible-mode/v1/models")
 
 
-async def test_a_list_of_models_that_is_refused_raises_like_send(backend, upstream):
+async def test_a_refused_list_of_models_raises_like_send(backend, upstream):
     async def script(link: Link, _: Seen) -> None:
         await link.answer({"error": {"code": "limit_requests"}}, status=429)
 
@@ -221,7 +221,7 @@ async def test_a_list_of_models_that_is_refused_raises_like_send(backend, upstre
         await backend.models()
 
 
-async def test_timings_tell_the_wait_for_a_connection_from_the_wait_for_an_answer(backend, upstream):
+async def test_timings_separate_the_wait_for_a_connection_from_the_wait_for_an_answer(backend, upstream):
     released = asyncio.Event()
 
     async def script(link: Link, _: Seen) -> None:
@@ -244,11 +244,11 @@ async def test_timings_tell_the_wait_for_a_connection_from_the_wait_for_an_answe
     assert timings.first_byte >= answered
 
 
-async def test_sixty_four_requests_are_with_the_provider_at_once(backend, upstream):
-    everyone_is_here = asyncio.Barrier(64)
+async def test_sixty_four_requests_are_in_flight_at_the_same_time(backend, upstream):
+    all_have_arrived = asyncio.Barrier(64)
 
     async def script(link: Link, _: Seen) -> None:
-        await everyone_is_here.wait()
+        await all_have_arrived.wait()
         await link.answer(CHAT_ANSWER)
 
     upstream.script = script
@@ -257,13 +257,13 @@ async def test_sixty_four_requests_are_with_the_provider_at_once(backend, upstre
     assert len(upstream.links) == 64
 
 
-async def test_one_after_the_other_requests_share_a_connection(backend, upstream):
+async def test_sequential_requests_share_a_connection(backend, upstream):
     for _ in range(5):
         await backend.send(chat(), Timings())
     assert len(upstream.links) == 1
 
 
-async def test_a_ten_megabyte_frame_passes_without_a_second_copy_of_it():
+async def test_a_ten_megabyte_frame_is_sent_without_a_second_copy():
     frame = os.urandom(5_000_000).hex().encode()
     received = 0
 
@@ -302,7 +302,7 @@ async def test_a_path_that_could_smuggle_a_request_is_not_sent(backend, upstream
     assert upstream.seen == []
 
 
-async def test_an_idle_connection_is_closed_by_us_before_a_load_balancer_does(upstream, monkeypatch):
+async def test_an_idle_connection_is_closed_before_a_load_balancer_closes_it(upstream, monkeypatch):
     monkeypatch.setattr("backends.http1.client.IDLE_SECONDS", 0.05)
     gone = asyncio.Event()
 
@@ -321,7 +321,7 @@ async def test_an_idle_connection_is_closed_by_us_before_a_load_balancer_does(up
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the options have other names elsewhere")
-async def test_connections_are_probed_while_an_answer_is_awaited(upstream, backend, monkeypatch):
+async def test_tcp_keepalive_probes_the_connection_during_the_wait_for_an_answer(upstream, backend, monkeypatch):
     made = []
 
     class Recorded(socket.socket):
@@ -338,18 +338,18 @@ async def test_connections_are_probed_while_an_answer_is_awaited(upstream, backe
 
 
 @pytest.mark.parametrize("url", ["dashscope.aliyuncs.com", "ftp://host/v1", "http://", ""])
-def test_a_base_url_that_is_none_is_refused_by_name(url):
+def test_an_invalid_base_url_is_refused_and_named(url):
     with pytest.raises(ValueError, match=r"is no http:// or https:// URL"):
         DashScopeBackend(base_url=url)
 
 
-def test_a_base_url_with_a_query_is_refused_and_not_shown():
+def test_a_base_url_with_a_query_is_refused_and_not_quoted():
     with pytest.raises(ValueError, match="no query") as caught:
         DashScopeBackend(base_url="https://host/v1?api_key=secret")
     assert "secret" not in str(caught.value)
 
 
-async def test_the_proxy_of_the_environment_is_used_as_the_official_sdks_do(upstream, monkeypatch):
+async def test_the_proxy_of_the_environment_is_used_as_in_the_official_sdks(upstream, monkeypatch):
     monkeypatch.setenv("http_proxy", upstream.origin)
     monkeypatch.setenv("no_proxy", "direct.example")
     backend = DashScopeBackend(base_url="http://provider.example/v1")
@@ -359,7 +359,7 @@ async def test_the_proxy_of_the_environment_is_used_as_the_official_sdks_do(upst
     assert upstream.seen[0].path == "http://provider.example/v1/chat/completions"
 
 
-async def test_this_machine_is_never_reached_through_a_proxy(upstream, monkeypatch):
+async def test_requests_to_this_machine_never_use_a_proxy(upstream, monkeypatch):
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     monkeypatch.delenv("no_proxy", raising=False)
     backend = DashScopeBackend(base_url=f"{upstream.origin}/v1")
@@ -369,7 +369,7 @@ async def test_this_machine_is_never_reached_through_a_proxy(upstream, monkeypat
     assert upstream.seen[0].path == "/v1/chat/completions"
 
 
-async def test_a_proxy_that_cannot_be_spoken_to_stops_the_start_by_name(monkeypatch):
+async def test_an_unsupported_proxy_makes_the_start_fail_and_is_named(monkeypatch):
     monkeypatch.setenv("https_proxy", "socks5://127.0.0.1:1080")
     monkeypatch.delenv("no_proxy", raising=False)
     backend = DashScopeBackend(base_url="https://provider.example/v1")

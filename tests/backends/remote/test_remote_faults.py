@@ -1,4 +1,4 @@
-"""The upstream backend in bad weather: each fault is told as what it is, once, and leaves no connection behind."""
+"""The HTTP backend with faults: each fault raises the right error once, and leaves no open connection."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ async def upstream():
 
 @pytest.fixture
 async def connected():
-    """Makes started backends, and closes them when the test is over."""
+    """Create and start backends. They are closed at the end of the test."""
     made = []
 
     async def connect(base_url: str) -> DashScopeBackend:
@@ -43,7 +43,10 @@ async def backend(upstream, connected):
 
 
 async def failure_of(backend: DashScopeBackend, kind: type[Exception], request: Request = CHAT) -> str:
-    """Send and return the message of the error, which must be of exactly this kind and keep every secret."""
+    """Send a request and return the message of its error.
+
+    The error must be of exactly this type, and must not contain a secret.
+    """
     async with asyncio.timeout(BOUND):
         with pytest.raises(kind) as caught:
             await backend.send(request, Timings())
@@ -64,7 +67,7 @@ def raw(data: bytes, *, then: str = "close"):
     return script
 
 
-async def test_a_refused_connection_is_unreachable_and_says_so(connected):
+async def test_a_refused_connection_is_unreachable(connected):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         backend = await connected(f"http://127.0.0.1:{taken.getsockname()[1]}/v1")
@@ -81,12 +84,12 @@ async def test_a_name_that_does_not_resolve_is_unreachable_and_named(connected, 
     assert "the name provider.example cannot be resolved" in await failure_of(backend, Unreachable)
 
 
-async def test_a_server_that_speaks_no_tls_is_unreachable(connected):
-    upstream_says = b"HTTP/1.1 400 Bad Request\r\n\r\n"
+async def test_a_server_without_tls_is_unreachable(connected):
+    plain_answer = b"HTTP/1.1 400 Bad Request\r\n\r\n"
 
     async def plain(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.read(1)
-        writer.write(upstream_says)
+        writer.write(plain_answer)
         writer.close()
 
     server = await asyncio.start_server(plain, "127.0.0.1", 0)
@@ -95,17 +98,17 @@ async def test_a_server_that_speaks_no_tls_is_unreachable(connected):
     server.close()
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="how a full accept queue behaves is Linux's own")
-async def test_a_host_that_never_completes_the_connection_is_given_up(connected, monkeypatch):
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux drops connections when the accept queue is full")
+async def test_a_connection_that_is_never_accepted_times_out(connected, monkeypatch):
     monkeypatch.setattr("backends.http1.client._CONNECT_SECONDS", 0.2)
-    with socket.socket() as deaf:
-        deaf.bind(("127.0.0.1", 0))
-        deaf.listen(0)
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(0)
         waiting = [socket.socket() for _ in range(4)]
-        for client in waiting:  # fill the accept queue: what comes after is dropped, as by a firewall
+        for client in waiting:  # fill the accept queue; later connections are dropped, as by a firewall
             client.setblocking(False)
-            client.connect_ex(deaf.getsockname())
-        backend = await connected(f"http://127.0.0.1:{deaf.getsockname()[1]}/v1")
+            client.connect_ex(listener.getsockname())
+        backend = await connected(f"http://127.0.0.1:{listener.getsockname()[1]}/v1")
         timings = Timings()
         async with asyncio.timeout(BOUND):
             with pytest.raises(Unreachable, match=r"no connection to 127\.0\.0\.1 within 0\.2 s"):
@@ -116,14 +119,14 @@ async def test_a_host_that_never_completes_the_connection_is_given_up(connected,
 
 
 @pytest.mark.parametrize("then", ["close", "reset"])
-async def test_a_new_connection_that_breaks_before_the_answer_is_not_tried_again(backend, upstream, then):
+async def test_a_request_on_a_new_connection_that_breaks_before_the_answer_is_not_sent_again(backend, upstream, then):
     upstream.script = raw(b"", then=then)
     assert "broke before the answer" in await failure_of(backend, Unreachable)
     assert len(upstream.seen) == 1
 
 
 @pytest.mark.parametrize("then", ["close", "reset"])
-async def test_a_reused_connection_that_breaks_before_the_answer_is_replaced_once_unseen(backend, upstream, then):
+async def test_a_reused_connection_that_breaks_before_the_answer_is_replaced_once(backend, upstream, then):
     async def script(link: Link, request: Seen) -> None:
         if len(upstream.seen) == 2:
             await raw(b"", then=then)(link, request)
@@ -140,7 +143,7 @@ async def test_a_reused_connection_that_breaks_before_the_answer_is_replaced_onc
     assert timings.work_started is not None
 
 
-async def test_the_replacement_is_a_new_connection_even_if_others_idle_in_the_pool(backend, upstream):
+async def test_the_replacement_is_a_new_connection_even_if_the_pool_has_idle_ones(backend, upstream):
     together = asyncio.Barrier(4)
 
     async def fill_the_pool(link: Link, _: Seen) -> None:
@@ -150,13 +153,13 @@ async def test_the_replacement_is_a_new_connection_even_if_others_idle_in_the_po
     upstream.script = fill_the_pool
     await asyncio.gather(*(backend.send(CHAT, Timings()) for _ in range(4)))
 
-    async def every_pooled_one_is_dead(link: Link, _: Seen) -> None:
+    async def reset_pooled_connections(link: Link, _: Seen) -> None:
         if link.number < 4:
             link.reset()
         else:
             await link.answer(CHAT_ANSWER)
 
-    upstream.script = every_pooled_one_is_dead
+    upstream.script = reset_pooled_connections
     async with asyncio.timeout(BOUND):
         assert (await backend.send(CHAT, Timings())).status == 200
     assert len(upstream.seen) == 6
@@ -196,7 +199,7 @@ async def test_an_answer_cut_short_is_unreachable_and_never_sent_again(backend, 
         assert len(upstream.seen) == before + 1
 
 
-async def test_a_reused_connection_that_breaks_within_the_headers_is_not_sent_again(backend, upstream):
+async def test_a_request_is_not_sent_again_if_its_reused_connection_breaks_within_the_headers(backend, upstream):
     await backend.send(CHAT, Timings())
     upstream.script = raw(b"HTTP/1.1 200 OK\r\nContent-Type: applic")
     await failure_of(backend, Unreachable)
@@ -204,7 +207,7 @@ async def test_a_reused_connection_that_breaks_within_the_headers_is_not_sent_ag
 
 
 @pytest.mark.parametrize("garbage", [b"SSH-2.0-OpenSSH_9.2\r\n\r\n", b"HTTP/1.1 two hundred\r\n\r\n", b"\x00" * 5000])
-async def test_what_is_not_http_is_no_answer(backend, upstream, garbage):
+async def test_an_answer_that_is_not_http_is_a_server_failure(backend, upstream, garbage):
     upstream.script = raw(garbage)
     assert "not HTTP" in await failure_of(backend, ServerFailed)
 
@@ -213,7 +216,7 @@ async def test_what_is_not_http_is_no_answer(backend, upstream, garbage):
     ("body", "content_type"),
     [(b"<html>login</html>", "text/html"), (b"", "application/json"), (b'{"a":', "application/json"), (b"[]", "a/b")],
 )
-async def test_a_200_that_holds_no_json_is_no_answer(backend, upstream, body, content_type):
+async def test_a_200_without_json_is_a_server_failure(backend, upstream, body, content_type):
     async def script(link: Link, _: Seen) -> None:
         await link.answer(body, content_type=content_type)
 
@@ -221,7 +224,7 @@ async def test_a_200_that_holds_no_json_is_no_answer(backend, upstream, body, co
     assert f"200 with {content_type}, which is not JSON" in await failure_of(backend, ServerFailed)
 
 
-async def test_a_list_of_models_that_is_no_json_is_no_answer(backend, upstream):
+async def test_a_list_of_models_without_json_is_a_server_failure(backend, upstream):
     async def script(link: Link, _: Seen) -> None:
         await link.answer(b"<html>", content_type="text/html")
 
@@ -230,7 +233,7 @@ async def test_a_list_of_models_that_is_no_json_is_no_answer(backend, upstream):
         await backend.models()
 
 
-async def test_other_paths_may_answer_in_other_types(backend, upstream):
+async def test_other_paths_may_return_other_content_types(backend, upstream):
     async def script(link: Link, _: Seen) -> None:
         await link.answer(b"RIFF....", content_type="audio/wav")
 
@@ -266,7 +269,7 @@ async def test_a_cancelled_wait_for_an_answer_closes_the_connection_at_the_provi
         await gone.wait()
 
 
-async def test_a_deadline_that_passes_while_the_body_comes_in_closes_the_connection(backend, upstream):
+async def test_a_deadline_that_passes_during_the_body_closes_the_connection(backend, upstream):
     gone = asyncio.Event()
 
     async def stalls(link: Link, _: Seen) -> None:
@@ -286,11 +289,11 @@ async def test_a_deadline_that_passes_while_the_body_comes_in_closes_the_connect
 async def test_a_cancelled_upload_to_a_provider_that_does_not_read_closes_the_connection_at_once(connected):
     connection = asyncio.get_running_loop().create_future()
 
-    async def deaf(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def never_reads(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.transport.pause_reading()
         connection.set_result((reader, writer))
 
-    server = await asyncio.start_server(deaf, "127.0.0.1", 0)
+    server = await asyncio.start_server(never_reads, "127.0.0.1", 0)
     backend = await connected(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1")
     big = Request(dialect="openai", path="/chat/completions", body=b"x" * 50_000_000, model="m")
     sending = asyncio.create_task(backend.send(big, Timings()))
@@ -311,14 +314,14 @@ async def test_a_cancelled_upload_to_a_provider_that_does_not_read_closes_the_co
     server.close()
 
 
-async def test_every_cancelled_request_is_cut_and_the_backend_works_on(backend, upstream):
+async def test_every_cancelled_request_closes_its_connection_and_the_backend_continues(backend, upstream):
     gone = 0
     all_gone = asyncio.Event()
-    all_here = asyncio.Barrier(21)
+    all_have_arrived = asyncio.Barrier(21)
 
     async def never_answers(link: Link, _: Seen) -> None:
         nonlocal gone
-        await all_here.wait()
+        await all_have_arrived.wait()
         await link.gone()
         gone += 1
         if gone == 20:
@@ -327,7 +330,7 @@ async def test_every_cancelled_request_is_cut_and_the_backend_works_on(backend, 
     upstream.script = never_answers
     sending = [asyncio.create_task(backend.send(CHAT, Timings())) for _ in range(20)]
     async with asyncio.timeout(BOUND):
-        await all_here.wait()
+        await all_have_arrived.wait()
         for task in sending:
             task.cancel()
         await asyncio.gather(*sending, return_exceptions=True)
@@ -341,7 +344,7 @@ async def test_every_cancelled_request_is_cut_and_the_backend_works_on(backend, 
     assert upstream.seen[-1].connection == 20
 
 
-async def test_a_refusal_whose_body_never_ends_is_a_refusal_all_the_same(backend, upstream, monkeypatch):
+async def test_a_refusal_with_an_endless_body_is_still_a_refusal(backend, upstream, monkeypatch):
     monkeypatch.setattr("backends.remote.backend._ERROR_BODY_SECONDS", 0.05)
     gone = asyncio.Event()
 
@@ -356,12 +359,12 @@ async def test_a_refusal_whose_body_never_ends_is_a_refusal_all_the_same(backend
         await gone.wait()
 
 
-async def test_a_refusal_whose_body_is_cut_is_a_refusal_all_the_same(backend, upstream):
+async def test_a_refusal_with_an_incomplete_body_is_still_a_refusal(backend, upstream):
     upstream.script = raw(b"HTTP/1.1 429 Too Many\r\nContent-Length: 100\r\n\r\n{")
     await failure_of(backend, Throttled)
 
 
-async def test_a_refusal_with_an_enormous_body_is_not_read_whole(backend, upstream):
+async def test_only_a_part_of_an_enormous_error_body_is_read(backend, upstream):
     sent = 0
 
     async def script(link: Link, _: Seen) -> None:
@@ -376,7 +379,7 @@ async def test_a_refusal_with_an_enormous_body_is_not_read_whole(backend, upstre
     assert sent < 40_000_000
 
 
-async def test_an_enormous_answer_is_not_read_whole(backend, upstream, monkeypatch):
+async def test_only_a_part_of_an_enormous_answer_is_read(backend, upstream, monkeypatch):
     monkeypatch.setattr("backends.remote.backend._BODY_LIMIT", 1_000_000)
 
     async def script(link: Link, _: Seen) -> None:
@@ -386,7 +389,7 @@ async def test_an_enormous_answer_is_not_read_whole(backend, upstream, monkeypat
     assert "longer than 1000000 bytes" in await failure_of(backend, ServerFailed)
 
 
-async def test_an_answer_before_the_request_was_read_is_taken_and_its_connection_closed(connected):
+async def test_an_answer_before_the_end_of_the_request_is_used_and_its_connection_closed(connected):
     closed = asyncio.Queue[int]()
 
     async def too_large(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

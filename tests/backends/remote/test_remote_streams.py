@@ -1,4 +1,4 @@
-"""Streams: the bytes pass as they came, refusals inside them are found, and whoever lets go frees the connection."""
+"""Streams: the bytes are forwarded unchanged, refusals inside them are raised, and closing frees the connection."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ async def read_all(reply: Reply) -> bytes:
 
 
 async def pour_all(reply: Reply) -> bytes:
-    """The other way to read, by one who wants a pause after every second piece."""
+    """Read a stream with `pour`, and pause it after every second piece."""
     taken: list[bytes] = []
 
     def take(piece: bytes) -> bool:
@@ -101,7 +101,7 @@ either_way = pytest.mark.parametrize("read", [read_all, pour_all])
 
 
 @pytest.mark.parametrize(("request_", "pieces"), [(OPENAI, OPENAI_STREAM), (NATIVE, NATIVE_STREAM)])
-async def test_the_bytes_of_a_stream_pass_as_they_came(backend, upstream, request_, pieces):
+async def test_the_bytes_of_a_stream_are_forwarded_unchanged(backend, upstream, request_, pieces):
     upstream.script = streaming(b": ping\n\n", *pieces)
     reply = await backend.send(request_, Timings())
     assert await read_all(reply) == b": ping\n\n" + b"".join(pieces)
@@ -117,7 +117,7 @@ async def test_the_bytes_of_a_stream_pass_as_they_came(backend, upstream, reques
         (OPENAI, OPENAI_STREAM[:2], None),
     ],
 )
-async def test_usage_is_known_when_the_stream_is_over(backend, upstream, request_, pieces, usage):
+async def test_the_usage_is_set_at_the_end_of_the_stream(backend, upstream, request_, pieces, usage):
     upstream.script = streaming(*pieces)
     reply = await backend.send(request_, Timings())
     assert reply.usage is None
@@ -126,7 +126,7 @@ async def test_usage_is_known_when_the_stream_is_over(backend, upstream, request
     assert reply.failure is None
 
 
-async def test_native_streams_are_asked_for_as_dashscope_wants_it(backend, upstream):
+async def test_native_streams_are_requested_with_dashscopes_header(backend, upstream):
     upstream.script = streaming(*NATIVE_STREAM)
     await read_all(await backend.send(NATIVE, Timings()))
     upstream.script = streaming(*OPENAI_STREAM)
@@ -134,7 +134,7 @@ async def test_native_streams_are_asked_for_as_dashscope_wants_it(backend, upstr
     assert [request.headers.get("x-dashscope-sse") for request in upstream.seen] == ["enable", None]
 
 
-async def test_send_returns_with_the_first_content_while_the_stream_goes_on(backend, upstream):
+async def test_send_returns_at_the_first_content_while_the_stream_continues(backend, upstream):
     more = asyncio.Event()
 
     async def script(link: Link, _: Seen) -> None:
@@ -153,7 +153,7 @@ async def test_send_returns_with_the_first_content_while_the_stream_goes_on(back
     assert await read_all(reply) == b": ping\n\n" + b"".join(OPENAI_STREAM)
 
 
-async def test_a_piece_is_handed_on_when_it_arrives_and_not_later(backend, upstream):
+async def test_a_piece_is_forwarded_as_soon_as_it_arrives(backend, upstream):
     taken = asyncio.Semaphore(0)
 
     async def script(link: Link, _: Seen) -> None:
@@ -178,7 +178,7 @@ async def test_a_piece_is_handed_on_when_it_arrives_and_not_later(backend, upstr
 @pytest.mark.parametrize(
     ("request_", "refusal", "kind"), [(OPENAI, OPENAI_REFUSAL, "token_rate"), (NATIVE, NATIVE_REFUSAL, "request_rate")]
 )
-async def test_a_refusal_in_place_of_the_first_content_is_raised(backend, upstream, request_, refusal, kind):
+async def test_a_refusal_instead_of_the_first_content_is_raised(backend, upstream, request_, refusal, kind):
     upstream.script = streaming(b": ping\n\n", refusal)
     with pytest.raises(Throttled) as throttled:
         await backend.send(request_, Timings())
@@ -186,7 +186,7 @@ async def test_a_refusal_in_place_of_the_first_content_is_raised(backend, upstre
     assert json.loads(throttled.value.body)["request_id"] == "r"
 
 
-async def test_a_moderated_native_stream_is_the_requests_own_fault(backend, upstream):
+async def test_a_moderated_native_stream_is_rejected(backend, upstream):
     upstream.script = streaming(
         b'id:1\nevent:error\n:HTTP_STATUS/400\ndata:{"code":"DataInspectionFailed","message":"no","request_id":"r"}\n\n'
     )
@@ -200,7 +200,9 @@ async def test_a_moderated_native_stream_is_the_requests_own_fault(backend, upst
     ("request_", "content", "refusal"),
     [(OPENAI, OPENAI_STREAM[1], OPENAI_REFUSAL), (NATIVE, NATIVE_STREAM[0], NATIVE_REFUSAL)],
 )
-async def test_an_error_after_the_first_content_is_passed_on_and_noted(backend, upstream, request_, content, refusal):
+async def test_an_error_after_the_first_content_is_forwarded_and_recorded(
+    backend, upstream, request_, content, refusal
+):
     upstream.script = streaming(content, refusal)
     reply = await backend.send(request_, Timings())
     assert await read_all(reply) == content + refusal
@@ -221,19 +223,19 @@ async def test_a_refusal_followed_by_content_in_one_piece_is_still_a_refusal(bac
 
 
 @pytest.mark.parametrize("pieces", [[], [b": ping\n\n"], [b"data: [DONE]\n\n"]])
-async def test_a_stream_without_content_is_no_answer(backend, upstream, pieces):
+async def test_a_stream_without_content_is_a_server_failure(backend, upstream, pieces):
     upstream.script = streaming(*pieces)
     with pytest.raises(ServerFailed, match="ended before any content"):
         await backend.send(OPENAI, Timings())
 
 
-async def test_a_refusal_that_no_empty_line_ends_is_found(backend, upstream):
+async def test_a_refusal_without_an_empty_line_at_its_end_is_found(backend, upstream):
     upstream.script = streaming(NATIVE_REFUSAL.rstrip())
     with pytest.raises(Throttled):
         await backend.send(NATIVE, Timings())
 
 
-async def test_a_stream_that_is_answered_with_json_is_judged_as_json(backend, upstream):
+async def test_a_json_answer_to_a_streaming_request_is_read_as_json(backend, upstream):
     async def script(link: Link, _: Seen) -> None:
         answers = [{"code": "Throttling", "message": "", "request_id": "r"}, {"choices": [], "usage": None}]
         await link.answer(answers[len(upstream.seen) - 1])
@@ -247,7 +249,7 @@ async def test_a_stream_that_is_answered_with_json_is_judged_as_json(backend, up
     await reply.aclose()
 
 
-async def test_a_stream_that_is_answered_with_a_web_page_is_no_answer(backend, upstream):
+async def test_a_web_page_as_the_answer_to_a_streaming_request_is_a_server_failure(backend, upstream):
     async def script(link: Link, _: Seen) -> None:
         await link.answer(b"<html>login</html>", content_type="text/html")
 
@@ -256,7 +258,7 @@ async def test_a_stream_that_is_answered_with_a_web_page_is_no_answer(backend, u
         await backend.send(OPENAI, Timings())
 
 
-async def test_endless_pings_before_the_first_content_are_not_hoarded(backend, upstream):
+async def test_endless_pings_before_the_first_content_are_not_all_stored(backend, upstream):
     async def script(link: Link, _: Seen) -> None:
         await link.start_stream()
         while True:
@@ -269,7 +271,7 @@ async def test_endless_pings_before_the_first_content_are_not_hoarded(backend, u
         await upstream.links[0].gone()
 
 
-async def test_poured_it_is_the_same_stream(backend, upstream):
+async def test_pour_returns_the_same_stream(backend, upstream):
     upstream.script = streaming(b": ping\n\n", *NATIVE_STREAM, NATIVE_REFUSAL)
     reply = await backend.send(NATIVE, Timings())
     assert await pour_all(reply) == b": ping\n\n" + b"".join(NATIVE_STREAM) + NATIVE_REFUSAL
@@ -278,14 +280,14 @@ async def test_poured_it_is_the_same_stream(backend, upstream):
 
 
 @either_way
-async def test_an_exhausted_stream_gives_its_connection_back(backend, upstream, read):
+async def test_an_exhausted_stream_returns_its_connection_to_the_pool(backend, upstream, read):
     upstream.script = streaming(*OPENAI_STREAM)
     for _ in range(3):
         await read(await backend.send(OPENAI, Timings()))
     assert len(upstream.links) == 1
 
 
-async def test_closing_an_exhausted_stream_leaves_the_next_user_of_its_connection_alone(backend, upstream):
+async def test_closing_an_exhausted_stream_does_not_disturb_the_next_request_on_its_connection(backend, upstream):
     upstream.script = streaming(*OPENAI_STREAM)
     first = await backend.send(OPENAI, Timings())
     async for _ in first.chunks:
@@ -297,7 +299,7 @@ async def test_closing_an_exhausted_stream_leaves_the_next_user_of_its_connectio
 
 
 @pytest.mark.parametrize("pieces_read", [0, 1])
-async def test_a_stream_let_go_half_way_is_cut_at_the_provider(backend, upstream, pieces_read):
+async def test_closing_an_unfinished_stream_closes_its_connection(backend, upstream, pieces_read):
     gone = asyncio.Event()
 
     async def script(link: Link, _: Seen) -> None:
@@ -315,7 +317,7 @@ async def test_a_stream_let_go_half_way_is_cut_at_the_provider(backend, upstream
         await gone.wait()
 
 
-async def test_a_cancelled_reader_that_closes_cuts_the_stream(backend, upstream):
+async def test_a_cancelled_reader_that_closes_the_stream_closes_its_connection(backend, upstream):
     gone = asyncio.Event()
 
     async def script(link: Link, _: Seen) -> None:
@@ -337,7 +339,7 @@ async def test_a_cancelled_reader_that_closes_cuts_the_stream(backend, upstream)
         await gone.wait()
 
 
-async def test_a_send_cancelled_before_the_first_content_cuts_the_stream(backend, upstream):
+async def test_a_send_that_is_cancelled_before_the_first_content_closes_the_connection(backend, upstream):
     gone = asyncio.Event()
     started = asyncio.Event()
 
@@ -359,7 +361,7 @@ async def test_a_send_cancelled_before_the_first_content_cuts_the_stream(backend
 
 
 @either_way
-async def test_a_stream_that_breaks_off_raises_and_keeps_the_usage_so_far(backend, upstream, read):
+async def test_a_stream_that_breaks_raises_and_keeps_the_usage_so_far(backend, upstream, read):
     broken = asyncio.Event()
 
     async def script(link: Link, _: Seen) -> None:
@@ -371,15 +373,16 @@ async def test_a_stream_that_breaks_off_raises_and_keeps_the_usage_so_far(backen
 
     upstream.script = script
     reply = await backend.send(NATIVE, Timings())
-    asyncio.get_running_loop().call_later(0.05, broken.set)  # what has come before is read: a reset takes the rest away
+    # The delay lets the reader read the received data first: a reset discards unread data.
+    asyncio.get_running_loop().call_later(0.05, broken.set)
     with pytest.raises(Unreachable):
         await read(reply)
     assert reply.usage == Usage(1225, 2)
     await reply.aclose()
 
 
-async def test_a_burst_is_poured_in_order_and_to_its_last_byte(backend, upstream):
-    """More than is read ahead at once: the rest is let in while what was there is being given away."""
+async def test_pour_keeps_the_order_of_a_burst_and_returns_all_its_bytes(backend, upstream):
+    """The burst is larger than the read-ahead buffer: more data arrives while the callback gets the buffered data."""
     sent = b"".join(delta(f"{number} " + "x" * 5000) for number in range(240))
     begun, done = asyncio.Event(), asyncio.get_running_loop().create_future()
     taken = bytearray()
@@ -390,7 +393,7 @@ async def test_a_burst_is_poured_in_order_and_to_its_last_byte(backend, upstream
         await begun.wait()
         for start in range(0, len(sent), 50_000):
             await link.chunk(sent[start : start + 50_000])
-        await link.gone()  # and no end, which would bring along what was forgotten
+        await link.gone()  # no end of the stream, because it would also flush bytes that `pour` left behind
 
     def take(piece: bytes) -> bool:
         taken.extend(piece)
@@ -410,8 +413,8 @@ async def test_a_burst_is_poured_in_order_and_to_its_last_byte(backend, upstream
     await reply.aclose()
 
 
-async def test_nothing_is_poured_that_is_not_taken(backend, upstream):
-    """Not after a pause was asked for, and not after who took has failed or was cancelled."""
+async def test_pour_passes_on_nothing_during_a_pause_or_after_an_error(backend, upstream):
+    """Nothing is passed on after a pause, after an error of the callback, and after a cancellation."""
     more = asyncio.Semaphore(0)
 
     async def script(link: Link, _: Seen) -> None:
@@ -458,7 +461,7 @@ async def test_nothing_is_poured_that_is_not_taken(backend, upstream):
     await reply.aclose()
 
 
-async def test_what_the_reader_does_not_take_stays_with_the_provider(backend, upstream):
+async def test_a_slow_reader_slows_down_the_provider(backend, upstream):
     sent = 0
     piece = delta("x" * 60_000)
 
@@ -480,7 +483,7 @@ async def test_what_the_reader_does_not_take_stays_with_the_provider(backend, up
     async with asyncio.timeout(BOUND):
         await stalled.wait()
     await reply.aclose()
-    assert sent < 40_000_000  # the kernel's socket buffers and ours, not the 400 MB on offer
+    assert sent < 40_000_000  # as much as fits into the kernel's buffers and ours, not the whole 400 MB
 
 
 def pieces_of(data: bytes, cuts: list[int]) -> list[bytes]:
@@ -500,7 +503,7 @@ STREAMS = [
 
 
 @given(stream=st.sampled_from(STREAMS), cuts=st.lists(st.integers(0, 10_000), max_size=60))
-def test_a_stream_is_understood_however_the_network_cuts_it(stream, cuts):
+def test_a_stream_is_understood_wherever_the_network_splits_it(stream, cuts):
     data, usage, kind = stream
     watch = StreamWatch()
     for piece in pieces_of(data, cuts):
@@ -520,7 +523,7 @@ def test_a_stream_is_understood_however_the_network_cuts_it(stream, cuts):
         st.binary(max_size=50) | st.sampled_from([b"\n\n", b"data:", b'"usage"', b"event:error", b'{"error"'])
     )
 )
-def test_no_bytes_disturb_the_watch(pieces):
+def test_the_watch_accepts_all_bytes(pieces):
     watch = StreamWatch()
     for piece in pieces:
         watch.feed(piece)
@@ -528,7 +531,7 @@ def test_no_bytes_disturb_the_watch(pieces):
     assert watch.usage is None or isinstance(watch.usage, Usage)
 
 
-def test_an_event_without_an_end_is_not_hoarded():
+def test_an_endless_event_is_not_stored():
     watch = StreamWatch()
     for _ in range(1000):
         watch.feed(b"x" * 10_000)

@@ -1,4 +1,4 @@
-"""How a profile is written down: as options, as JSON, and what is refused."""
+"""Profiles: how they are read from options and from JSON, and which values are refused."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_options_of_every_kind_reach_the_profile():
         ({"changes": ((1.0, {"latency_seconds": -1}),)}, "latency_seconds must be at least 0"),
     ],
 )
-def test_what_makes_no_sense_is_refused_by_name(fields, named):
+def test_invalid_values_are_refused_with_the_name_of_the_field(fields, named):
     with pytest.raises(ValueError, match=named):
         Profile(**fields)
 
@@ -71,13 +71,13 @@ def test_what_makes_no_sense_is_refused_by_name(fields, named):
         ({"changes": ["30:burst_requests"]}, "changes cannot be"),
     ],
 )
-def test_what_cannot_be_read_is_refused_by_name(values, named):
+def test_unreadable_values_are_refused_with_the_name_of_the_field(values, named):
     with pytest.raises(ValueError, match=named):
         changed(Profile(), values)
 
 
-def test_a_profile_survives_json_and_null_is_the_default():
+def test_a_profile_can_be_restored_from_json_and_null_means_the_default():
     profile = Profile(concurrency=4, outages=((1, 2),), changes=((3.0, {"burst_requests": 2}),), billing_refused=True)
     values = orjson.loads(orjson.dumps(asdict(profile)))
-    assert values["requests_per_second"] is None  # JSON knows no infinity
+    assert values["requests_per_second"] is None  # JSON has no infinity
     assert changed(Profile(requests_per_second=5), values) == profile

@@ -1,4 +1,4 @@
-"""The provider in this process, as a backend: what it answers in both dialects, how it refuses, fails and counts."""
+"""The provider as a backend in this process: its answers in both dialects, its refusals, failures and counts."""
 
 from __future__ import annotations
 
@@ -51,25 +51,25 @@ def data_of(frame: bytes) -> dict:
     return orjson.loads(frame.partition(b"data:")[2])
 
 
-async def test_both_dialects_tell_the_same_answer_and_the_same_usage():
+async def test_both_dialects_return_the_same_answer_and_the_same_usage():
     made = await backend(answer_tokens=30)
-    compatible, own = await made.send(openai(), Timings()), await made.send(native(), Timings())
-    told, said = orjson.loads(compatible.body), orjson.loads(own.body)
-    assert compatible.usage == own.usage == Usage(told["usage"]["prompt_tokens"], 30)
-    assert said["usage"]["input_tokens"] == told["usage"]["prompt_tokens"] > 1000  # mostly the image
-    assert told["usage"]["prompt_tokens_details"]["image_tokens"] == said["usage"]["image_tokens"]
-    assert told["choices"][0]["finish_reason"] == said["output"]["choices"][0]["finish_reason"] == "stop"
-    assert told["choices"][0]["message"]["content"]
-    assert said["output"]["choices"][0]["message"]["content"][0]["text"]
+    openai_reply, native_reply = await made.send(openai(), Timings()), await made.send(native(), Timings())
+    in_openai, in_native = orjson.loads(openai_reply.body), orjson.loads(native_reply.body)
+    assert openai_reply.usage == native_reply.usage == Usage(in_openai["usage"]["prompt_tokens"], 30)
+    assert in_native["usage"]["input_tokens"] == in_openai["usage"]["prompt_tokens"] > 1000  # mostly the image
+    assert in_openai["usage"]["prompt_tokens_details"]["image_tokens"] == in_native["usage"]["image_tokens"]
+    assert in_openai["choices"][0]["finish_reason"] == in_native["output"]["choices"][0]["finish_reason"] == "stop"
+    assert in_openai["choices"][0]["message"]["content"]
+    assert in_native["output"]["choices"][0]["message"]["content"][0]["text"]
 
 
-async def test_max_tokens_cuts_the_answer():
+async def test_max_tokens_limits_the_answer():
     reply = await (await backend()).send(openai(max_tokens=5), Timings())
     assert reply.usage.output_tokens == 5
     assert orjson.loads(reply.body)["choices"][0]["finish_reason"] == "length"
 
 
-async def test_an_openai_stream_says_what_the_whole_answer_says():
+async def test_an_openai_stream_contains_the_text_of_the_whole_answer():
     made = await backend()
     request = {"seed": 1, "stream_options": {"include_usage": True}}
     reply = await made.send(openai(stream=True, **request), Timings())
@@ -84,7 +84,7 @@ async def test_an_openai_stream_says_what_the_whole_answer_says():
 
 
 @pytest.mark.parametrize("incremental", [True, False])
-async def test_a_native_stream_holds_what_is_new_or_all_there_is_so_far(incremental):
+async def test_a_native_frame_contains_the_new_text_or_the_whole_text_so_far(incremental):
     reply = await (await backend()).send(native(stream=True, incremental_output=incremental), Timings())
     sent = await frames(reply)
     assert [frame.split(b"\n")[0] for frame in sent] == [b"id:%d" % number for number in range(1, len(sent) + 1)]
@@ -113,10 +113,10 @@ async def test_a_native_stream_holds_what_is_new_or_all_there_is_so_far(incremen
         ({"moderation_share": 1.0}, Rejected, None),
     ],
 )
-async def test_each_way_to_refuse_or_fail_is_understood_for_what_it_is(dialect, profile, error, kind):
+async def test_each_refusal_and_each_failure_raises_the_right_error(dialect, profile, error, kind):
     made = await backend(**profile)
     with pytest.raises(error) as raised:
-        for _ in range(2):  # quotas let the first one through
+        for _ in range(2):  # the quotas accept the first request
             await made.send(REQUESTS[dialect](), Timings())
     if kind is not None:
         assert raised.value.kind == kind
@@ -124,7 +124,7 @@ async def test_each_way_to_refuse_or_fail_is_understood_for_what_it_is(dialect, 
 
 
 @pytest.mark.parametrize("dialect", REQUESTS)
-async def test_concurrency_is_refused_while_others_are_in_flight_and_cancelling_frees_it_at_once(dialect):
+async def test_a_request_above_the_concurrency_is_refused_and_cancelling_frees_the_permit_at_once(dialect):
     made = await backend(concurrency=1, latency_seconds=60)
     first = asyncio.create_task(made.send(REQUESTS[dialect](), Timings()))
     await asyncio.sleep(0)
@@ -139,7 +139,7 @@ async def test_concurrency_is_refused_while_others_are_in_flight_and_cancelling_
 
 
 @pytest.mark.parametrize("dialect", REQUESTS)
-async def test_a_refusal_inside_a_200_stream_is_raised_like_any_other(dialect):
+async def test_a_refusal_inside_a_200_stream_is_raised_like_any_other_refusal(dialect):
     made = await backend(requests_per_second=0.001, in_stream_errors=True)
     await frames(await made.send(REQUESTS[dialect](stream=True), Timings()))
     with pytest.raises(Throttled) as raised:
@@ -148,7 +148,7 @@ async def test_a_refusal_inside_a_200_stream_is_raised_like_any_other(dialect):
 
 
 @pytest.mark.parametrize("dialect", REQUESTS)
-async def test_an_error_after_some_content_is_passed_on_and_told_in_the_reply(dialect):
+async def test_an_error_after_some_content_is_forwarded_and_recorded(dialect):
     made = await backend(error_share=1.0, in_stream_errors=True)
     reply = await made.send(REQUESTS[dialect](stream=True), Timings())
     sent = await frames(reply)
@@ -158,7 +158,7 @@ async def test_an_error_after_some_content_is_passed_on_and_told_in_the_reply(di
     assert made.provider.counts.ended == {"error": 1}
 
 
-async def test_a_stream_that_is_reset_half_way_says_so():
+async def test_a_stream_that_is_reset_half_way_raises_unreachable():
     made = await backend(reset_share=1.0)
     reply = await made.send(openai(stream=True), Timings())
     with pytest.raises(Unreachable):
@@ -167,7 +167,7 @@ async def test_a_stream_that_is_reset_half_way_says_so():
 
 
 @pytest.mark.parametrize("begun", [True, False])
-async def test_a_stream_that_is_let_go_gives_its_permit_back(begun):
+async def test_closing_an_unfinished_stream_returns_its_permit(begun):
     made = await backend()
     reply = await made.send(openai(stream=True), Timings())
     if begun:
@@ -178,16 +178,16 @@ async def test_a_stream_that_is_let_go_gives_its_permit_back(begun):
     assert made.provider.counts.ended == {"cancelled": 1}
 
 
-async def test_an_honest_retry_after_and_one_that_lies():
-    for told, seconds in (("honest", 100.0), ("1665", 1665.0)):
-        made = await backend(requests_per_second=0.01, retry_after=told)
+async def test_retry_after_can_be_honest_or_wrong():
+    for retry_after, seconds in (("honest", 100.0), ("1665", 1665.0)):
+        made = await backend(requests_per_second=0.01, retry_after=retry_after)
         await made.send(openai(), Timings())
         with pytest.raises(Throttled) as raised:
             await made.send(openai(), Timings())
         assert raised.value.retry_after == seconds
 
 
-async def test_a_growth_refusal_waits_at_the_provider_when_it_is_asked_to():
+async def test_a_request_waits_at_the_provider_instead_of_a_growth_refusal_if_its_header_asks_for_it():
     made = await backend(growth_base_per_second=1.0)
     await made.send(native(), Timings())
     with pytest.raises(Throttled):
@@ -196,17 +196,17 @@ async def test_a_growth_refusal_waits_at_the_provider_when_it_is_asked_to():
     assert reply.status == 200
 
 
-async def test_quotas_hold_for_each_model_apart_and_several_backends_share_one_account():
+async def test_each_model_has_its_own_quota_and_several_backends_can_share_one_account():
     provider = Provider(Profile(requests_per_second=0.001), history=10)
     first, second = SimulatedBackend(provider), SimulatedBackend(provider)
     await first.send(openai(), Timings())
     await first.send(openai(model="qwen-vl-max"), Timings())
     with pytest.raises(Throttled):
         await second.send(openai(), Timings())
-    assert [fate for _, fate in provider.history] == ["accepted", "accepted", "request_rate"]
+    assert [decision for _, decision in provider.history] == ["accepted", "accepted", "request_rate"]
 
 
-async def test_a_changed_profile_is_in_force_at_once_and_what_was_used_up_stays_used_up():
+async def test_a_changed_profile_applies_at_once_and_the_used_quota_stays_used():
     made = await backend(requests_per_second=0.001)
     await made.send(openai(), Timings())
     made.provider.change(Profile(requests_per_second=0.002))
@@ -216,7 +216,7 @@ async def test_a_changed_profile_is_in_force_at_once_and_what_was_used_up_stays_
     assert (await made.send(openai(), Timings())).status == 200
 
 
-async def test_an_echo_tells_what_came_through_but_never_the_key():
+async def test_an_echo_reports_the_received_request_without_the_key():
     request = openai(simulate={"echo": True, "input_tokens": 7, "output_tokens": 3})
     request = Request("openai", "/x", request.body, "m", headers={"Authorization": "Bearer sk-secret", "X-A": "1"})
     reply = await (await backend()).send(request, Timings())
@@ -237,7 +237,7 @@ async def test_an_echo_tells_what_came_through_but_never_the_key():
         b'{"model":"m","messages":"hello"}',
     ],
 )
-async def test_a_body_that_is_no_request_is_rejected(body):
+async def test_an_invalid_body_is_rejected(body):
     made = await backend()
     with pytest.raises(Rejected):
         await made.send(Request("openai", "/x", body, ""), Timings())
@@ -254,14 +254,14 @@ async def test_a_body_that_is_no_request_is_rejected(body):
         {"max_tokens": "all"},
     ],
 )
-async def test_what_it_does_not_understand_in_a_body_does_not_break_it(fields):
+async def test_unknown_values_in_a_body_are_ignored(fields):
     assert (await (await backend()).send(openai(**fields), Timings())).status == 200
 
 
-async def test_the_same_seed_meets_the_same_fate():
-    async def fates(seed: int) -> list[str]:
+async def test_the_same_seed_gives_the_same_outcomes():
+    async def outcomes(seed: int) -> list[str]:
         made = await backend(error_share=0.5, seed=seed)
         results = await asyncio.gather(*(made.send(openai(), Timings()) for _ in range(40)), return_exceptions=True)
         return [type(result).__name__ for result in results]
 
-    assert await fates(1) == await fates(1) != await fates(2)
+    assert await outcomes(1) == await outcomes(1) != await outcomes(2)

@@ -1,4 +1,4 @@
-"""The provider over real sockets, on both event loops: what faults look like there, and the side door for tests."""
+"""The provider over real sockets, on both event loops: its faults, and the control interface for tests."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Served:
 
     async def until(self, condition) -> None:
         async with asyncio.timeout(BOUND):
-            while not condition():  # noqa: ASYNC110  there is nothing to wait on but the state itself
+            while not condition():  # noqa: ASYNC110  no event reports the condition
                 await asyncio.sleep(0.005)
 
 
@@ -50,14 +50,14 @@ async def served():
 
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/compatible-mode/v1/chat/completions"])
-async def test_openai_requests_are_answered_under_both_bases(served, path):
+async def test_openai_requests_are_answered_below_both_base_paths(served, path):
     provider = await served()
     async with provider.post(path) as reply:
         assert (reply.status, reply.content_type) == (200, "application/json")
         assert (await reply.json())["object"] == "chat.completion"
 
 
-async def test_native_requests_and_streams(served):
+async def test_native_requests_and_native_streams_are_answered(served):
     provider = await served()
     async with provider.post(NATIVE_PATH, NATIVE) as reply:
         assert (await reply.json())["output"]["choices"][0]["finish_reason"] == "stop"
@@ -66,7 +66,7 @@ async def test_native_requests_and_streams(served):
         assert (await reply.read()).startswith(b"id:1\nevent:result\n:HTTP_STATUS/200\ndata:")
 
 
-async def test_a_caller_that_hangs_up_ends_its_call_and_is_counted(served):
+async def test_a_disconnected_caller_ends_its_call_and_is_counted(served):
     provider = await served(latency_seconds=60)
     asked = asyncio.create_task(provider.post().__aenter__())
     await provider.until(lambda: provider.counts.in_flight == 1)
@@ -83,7 +83,7 @@ async def test_an_outage_without_a_status_breaks_the_connection(served):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_a_reset_comes_in_the_middle_of_the_answer_as_an_rst(served, stream):
+async def test_a_reset_sends_an_rst_in_the_middle_of_the_answer(served, stream):
     provider = await served(reset_share=1)
     body = orjson.dumps({**CHAT, "stream": stream})
     reader, writer = await asyncio.open_connection("127.0.0.1", provider.port)
@@ -96,7 +96,7 @@ async def test_a_reset_comes_in_the_middle_of_the_answer_as_an_rst(served, strea
     assert provider.counts.ended == {"reset": 1}
 
 
-async def test_stats_say_what_came(served):
+async def test_the_statistics_count_all_calls(served):
     provider = await served(requests_per_second=0.001, burst_requests=2)
     for _ in range(5):
         async with provider.post() as reply:
@@ -109,7 +109,7 @@ async def test_stats_say_what_came(served):
     }  # fmt: skip
 
 
-async def test_a_profile_can_be_changed_from_outside_field_by_field(served):
+async def test_a_profile_can_be_changed_over_http_field_by_field(served):
     provider = await served(requests_per_second=0.001, answer_tokens=9)
     async with provider.post() as reply:
         assert reply.status == 200
@@ -122,7 +122,7 @@ async def test_a_profile_can_be_changed_from_outside_field_by_field(served):
 
 
 @pytest.mark.parametrize("values", [[], {"speed": 1}, {"error_share": 2}, {"outages": 3}])
-async def test_a_profile_that_makes_no_sense_is_refused_and_changes_nothing(served, values):
+async def test_an_invalid_profile_is_refused_and_changes_nothing(served, values):
     provider = await served()
     async with provider.post("/_simulate/profile", values) as reply:
         assert reply.status == 400
@@ -131,7 +131,7 @@ async def test_a_profile_that_makes_no_sense_is_refused_and_changes_nothing(serv
         assert reply.status == 200
 
 
-async def test_a_wrong_key_is_refused_in_the_words_of_the_api(served):
+async def test_a_wrong_key_is_refused_in_the_format_of_the_api(served):
     provider = await served(api_key="sk-1")
     async with provider.post(headers={"Authorization": "Bearer sk-2"}) as reply:
         assert (reply.status, (await reply.json())["error"]["code"]) == (401, "invalid_api_key")
@@ -144,7 +144,7 @@ async def test_a_wrong_key_is_refused_in_the_words_of_the_api(served):
     assert provider.counts.calls == 0
 
 
-async def test_the_pace_of_a_stream_is_that_of_its_tokens(served):
+async def test_a_stream_is_sent_at_the_pace_of_its_tokens(served):
     provider = await served(stream_tokens_per_second=200, answer_tokens=40)
     loop, times = asyncio.get_running_loop(), []
     async with provider.post(json={**CHAT, "stream": True}) as reply:
