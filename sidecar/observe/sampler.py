@@ -50,6 +50,7 @@ class Sampler:
         self.throttles: deque[dict[str, Any]] = deque(maxlen=MAX_THROTTLES)
         """Refusals by sample, backend and kind, newest last. `t`: seconds since the start; `count`: refusals."""
         self._logged_limits: dict[tuple[str, str, str], tuple[str, float]] = {}  # state and limit, as last logged
+        self._unlogged: dict[tuple[str, str, str], list[Change]] = {}  # since the last sample
         self.changes: deque[tuple[str, str, Change]] = deque(maxlen=MAX_CHANGES)
         """The upstream, the model and what changed; newest last."""
         for admission in admissions:
@@ -102,6 +103,7 @@ class Sampler:
                     self.throttles.append(
                         {"t": round(now - self._started_at, 1), "backend": name, "kind": kind, "count": int(count)}
                     )
+        self._log_limits()
         if now - self._last_summary_at >= SUMMARY_SECONDS:
             self._log_summary(now)
         self._sampled.set()
@@ -144,10 +146,13 @@ class Sampler:
     # -- the log -------------------------------------------------------------------------------------------------------
 
     def _on_change(self, backend: str, model: str, change: Change) -> None:
-        """Log a change and keep it for the views. It is pushed when it happens, so none is lost between two samples."""
+        """Keep a change for the views, and log it: a circuit at once, a limit with the next sample.
+
+        Changes are pushed when they happen, so a value that changes and changes back between two samples is not lost.
+        """
         self.changes.append((backend, model, change))
         if change.dimension != "hold":
-            self._log_limit(backend, model, change)
+            self._unlogged.setdefault((backend, model, change.dimension), []).append(change)
         elif change.state:
             log.warning(
                 "%s: holding %s back but for single probes (%s): %s", backend, model, change.state, change.reason
@@ -155,19 +160,25 @@ class Sampler:
         else:
             log.info("%s: %s takes work again", backend, model)
 
-    def _log_limit(self, backend: str, model: str, change: Change) -> None:
-        """Log a limit with the reason, if it is new, has changed enough, or has another learning state."""
-        place = (backend, model, change.dimension)
-        old_state, old_limit = self._logged_limits.get(place, ("start", inf))
-        moved = change.new != old_limit and not abs(change.new - old_limit) < _MIN_LOGGED_CHANGE * old_limit
-        routine = change.state == old_state or {change.state, old_state} <= _ROUTINE_STATES
-        if moved or not routine:
-            if len(self._logged_limits) >= _MAX_LOGGED_LIMITS:
-                self._logged_limits.clear()
-            self._logged_limits[place] = (change.state, change.new)
-            unit = "tokens" if change.dimension == "token_rate" else "requests"
-            limit = "unknown" if change.new == inf else f"{change.new:.3g} {unit}/s"
-            log.info("%s: the limit of %s is %s (%s): %s", backend, model, limit, change.state, change.reason)
+    def _log_limits(self) -> None:
+        """Log each limit once that is new, has changed enough since the last log line, or is in another state."""
+        unlogged, self._unlogged = self._unlogged, {}
+        for place, changes in unlogged.items():
+            backend, model, dimension = place
+            old_state, old_limit = self._logged_limits.get(place, ("start", inf))
+            latest = changes[-1]
+            moved = any(
+                one.new != old_limit and not abs(one.new - old_limit) < _MIN_LOGGED_CHANGE * old_limit
+                for one in changes
+            )
+            routine = latest.state == old_state or {latest.state, old_state} <= _ROUTINE_STATES
+            if moved or not routine:
+                if len(self._logged_limits) >= _MAX_LOGGED_LIMITS:
+                    self._logged_limits.clear()
+                self._logged_limits[place] = (latest.state, latest.new)
+                unit = "tokens" if dimension == "token_rate" else "requests"
+                limit = "unknown" if latest.new == inf else f"{latest.new:.3g} {unit}/s"
+                log.info("%s: the limit of %s is %s (%s): %s", backend, model, limit, latest.state, latest.reason)
 
     def _log_summary(self, now: float) -> None:
         """Log one line per backend for all refusals since the last such line."""
