@@ -195,7 +195,7 @@ def test_a_restart_under_load_costs_few_refusals_and_little_time():
         await Run(first, 60.0).saturate(40)
         taken, refused = provider.counts.accepted, provider.counts.refused.total()
         second = Sidecar(provider)
-        second.admission.recall(first.admission.learned(), 0.8)
+        second.admission.recall("simulated", first.admission.learned("simulated"), 0.8)
         await Run(second, 10.0).saturate(40)
         return provider.counts.accepted - taken, provider.counts.refused.total() - refused
 
