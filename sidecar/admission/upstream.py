@@ -155,6 +155,7 @@ class Upstream:
             window_ends=self.requests.learner.window_ends,
             refusal_seconds=lambda: self.requests.learner.refusal_seconds,
             random=(random or Random()).random,  # noqa: S311  jitter, not a secret
+            cold=paced,
             on_change=on_change,
         )
         self._rates: list[Gate] = [self.requests, self.growth, self.tokens] if paced else []
@@ -179,7 +180,7 @@ class Upstream:
             at = circuit.opens_at(now, 0.0)
             if at > now:
                 return at, "hold"
-            if not circuit.dormant:
+            if circuit.state is not None:
                 return now, None  # the probe passes every other gate
         if concurrency.opens_at(now, 0.0) > now:
             return inf, "concurrency"
@@ -272,7 +273,7 @@ class Upstream:
             self._cost.counted(permit.ticket.tokens, *verdict.usage)
         seconds = now - permit.sent_at
         self.latency += (0.1 if self._latencies else 1.0) * (seconds - self.latency)
-        self.concurrency.answer_seconds = self.latency
+        self.concurrency.answer_seconds = self.circuit.answer_seconds = self.latency
         self._latencies.append(seconds)
         self._answers += 1
         if self._answers % 16 == 1:

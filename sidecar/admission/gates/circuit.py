@@ -33,21 +33,54 @@ FAILING_TICKETS = 2
 FIRST_STEP, GROWTH, SHORT_STEP, SLOW_GROWTH, MAX_STEP = 0.5, 2.0, 4.0, 1.25, 5.0
 BILLING_STEP = 30.0
 #: Seconds by which a Retry-After may delay the next probe: normally, and after it was twice found to be true.
-LITTLE_TRUST, MUCH_TRUST = 5.0, 120.0
+LITTLE_TRUST, MUCH_TRUST = 5.0, 30.0
 #: Longest estimate, in seconds, of the time for which admission stays closed.
 MAX_GUESS = 60.0
 #: A probe counts as accepted if it is not refused within this many seconds, or within three times the usual time of a
 #: refusal if that is longer.
 PATIENCE_SECONDS = 0.5
+#: After the circuit has closed, attempts may be unanswered: 2, 4, 8, … up to this many, then any number. The number
+#: doubles with each round of answers. An attempt counts as answered after so many seconds without a refusal or a
+#: failure, so that long answers do not delay the rise.
+MAX_RISING, ANSWERED_SECONDS = 64, 2.0
+#: Seconds between the first attempts at a provider of which nothing is known, so that a first refusal (which takes
+#: about 50 ms) stops the rest of the first burst.
+COLD_STEP_SECONDS = 0.01
 
 
 class Circuit:
     """Closed while `state` is None. While open, one probe at a time may go, at `next_probe`."""
 
     __slots__ = (
-        "_asked", "_confirmed", "_failed", "_failures", "_on_change", "_on_close", "_probe", "_probed_at", "_random",
-        "_refusal_seconds", "_silent", "_step", "_vain", "_window_ends", "dormant", "gap", "last_refused", "name",
-        "next_probe", "passes", "reason", "since", "state",
+        "_answered",
+        "_asked",
+        "_cold",
+        "_confirmed",
+        "_failed",
+        "_failures",
+        "_on_change",
+        "_on_close",
+        "_probe",
+        "_probed_at",
+        "_random",
+        "_refusal_seconds",
+        "_rising",
+        "_sent_at",
+        "_silent",
+        "_step",
+        "_unanswered",
+        "_vain",
+        "_window_ends",
+        "answer_seconds",
+        "dormant",
+        "gap",
+        "last_refused",
+        "name",
+        "next_probe",
+        "passes",
+        "reason",
+        "since",
+        "state",
     )  # fmt: skip
 
     def __init__(
@@ -57,14 +90,16 @@ class Circuit:
         window_ends: Callable[[float], float],
         refusal_seconds: Callable[[], float],
         random: Callable[[], float],
+        cold: bool = False,
         on_change: Callable[[Change], None] = lambda _: None,
     ) -> None:
         """`on_close` is called when a probe was accepted, with the state that ends; `on_change` with every new state.
 
-        `window_ends` and `refusal_seconds` are the request rate's learner's. `random` gives the jitter, 0 to 1.
+        `window_ends` and `refusal_seconds` are the request rate's learner's. `random` gives the jitter, 0 to 1. `cold`:
+        the first attempts are spaced, since nothing is known of the provider.
         """
         self.name: Cause = "hold"
-        self.dormant = True
+        self.dormant = not cold
         self.state: CircuitState | None = None
         self.reason = ""
         self.since = 0.0
@@ -74,13 +109,20 @@ class Circuit:
         """Seconds from the last refusal to the successful probe in the previous blackout: this wait was long enough."""
         self.passes = False
         """True: blackouts end by themselves, for example with a quota window, however often probes are sent."""
+        self.answer_seconds = 0.0
+        """Seconds that an answer takes, set by the upstream; 0 while none is known."""
         self._on_close = on_close
         self._window_ends = window_ends
         self._refusal_seconds = refusal_seconds
         self._random = random
         self._on_change = on_change
         self._probe: Ticket | None = None  # whose attempt is the probe
-        self._probed_at = 0.0
+        self._probed_at = -inf
+        self._cold = cold  # no attempt has had a verdict
+        self._sent_at = -inf
+        self._rising = 0  # attempts that may be unanswered while the load rises; 0: any number
+        self._unanswered: dict[Ticket, float] = {}  # of those sent at first and while the load rises: when
+        self._answered = 0  # of the present round
         self._failures = self._silent = 0
         self._failed: set[Ticket] = set()
         self._step = FIRST_STEP
@@ -103,33 +145,50 @@ class Circuit:
         return self.state is not None or len(self._failed) >= FAILING_TICKETS
 
     def may_probe(self, now: float) -> bool:
-        """While open: the probe may go now."""
-        return self._probe is None and now >= self.next_probe
+        """While open: the probe may go now. A probe that hangs does not keep the next one back for ever."""
+        return now >= self.next_probe and (self._probe is None or now >= self._probed_at + MAX_STEP)
 
     # -- the gate ------------------------------------------------------------------------------------------------------
 
     def advance(self, now: float) -> None:
-        """Count a probe that was not refused for long enough as accepted."""
+        """Count attempts as answered that were not refused for long enough."""
         if self._probe is not None and self._patience(now) <= 0:
             self._close(now)
+        while self._unanswered and now >= next(iter(self._unanswered.values())) + ANSWERED_SECONDS:
+            del self._unanswered[next(iter(self._unanswered))]
+            if self._rising:
+                self._rise()
 
     def opens_at(self, now: float, cost: float) -> float:
         """See `Gate`: `now` also if the half-open probe may go."""
-        if self.state is None:
+        if self.state is not None:
+            if self._probe is None:
+                return max(now, self.next_probe)
+            return min(now + self._patience(now), max(now, self.next_probe, self._probed_at + MAX_STEP))
+        if self._cold:
+            return max(now, self._sent_at + COLD_STEP_SECONDS)
+        if not self._rising:
             return now
-        if self._probe is not None:
-            return now + self._patience(now)
-        return max(now, self.next_probe)
+        if self._rising <= len(self._unanswered):
+            return next(iter(self._unanswered.values())) + ANSWERED_SECONDS
+        # A round is spread over the time of an answer: a burst would tell the provider's burst, and not its rate.
+        answer_seconds = min(self.answer_seconds or ANSWERED_SECONDS, ANSWERED_SECONDS)
+        return max(now, self._sent_at + answer_seconds / self._rising)
 
     def reserve(self, now: float, ticket: Ticket, cost: float, *, held: bool) -> Ticket:
-        """See `Gate`. While the circuit is open, this attempt is the probe. A closed one need not be asked."""
+        """See `Gate`. While the circuit is open, this attempt is the probe. A dormant circuit need not be asked."""
         if self.state is not None:
             self._probe, self._probed_at = ticket, now
+        elif self._rising or self._cold:
+            self._unanswered[ticket] = now
+        self._sent_at = now
         return ticket
 
     def settle(self, now: float, reservation: Ticket, verdict: Verdict, *, blamed: Cause | None) -> None:
         """See `Gate`."""
         is_probe = reservation is self._probe
+        if not self.dormant:
+            self._rise_by(reservation, verdict)
         match verdict.outcome:
             case "accepted":
                 self._forget_failures()
@@ -212,7 +271,7 @@ class Circuit:
             self._on_change(Change(now, "hold", 0.0, 0.0, state.value, reason))
         step = BILLING_STEP if state is CircuitState.BILLING else self._step * jitter
         if 0.0 < expected - now < 2.0 * step:
-            step = expected - now
+            step = min(expected - now, 1.2 * MAX_STEP)
         self.next_probe = now + step
         self._heed(now, retry_after)
 
@@ -234,7 +293,9 @@ class Circuit:
             elif early <= 0 and self.last_refused < self._asked:
                 self._confirmed += 1
         self.state = None
-        self.dormant = True
+        self._cold = False
+        self._unanswered.clear()
+        self._start_rising(2)  # the probe was the first round
         self.reason = ""
         self.next_probe = -inf
         self._probe = None
@@ -265,6 +326,34 @@ class Circuit:
         if self._probe is None or self.state is not CircuitState.BLACKOUT:
             return inf
         return self._probed_at + max(PATIENCE_SECONDS, 3 * self._refusal_seconds()) - now
+
+    # -- rising slowly -------------------------------------------------------------------------------------------------
+
+    def _rise_by(self, ticket: Ticket, verdict: Verdict) -> None:
+        """Let more attempts be unanswered if this one was answered, and fewer if it was refused or failed."""
+        was_sent = self._unanswered.pop(ticket, None) is not None
+        good, bad = verdict.outcome == "accepted", verdict.outcome in ("refused", "failed")
+        if self._cold and (good or bad):
+            self._cold = False
+            self._start_rising(1 if bad else 0)
+        elif was_sent and good:
+            self._rise()
+        elif was_sent and verdict.outcome == "refused" and verdict.named != "capacity":
+            self._start_rising(0)  # from now on the gate that learns from this refusal sets the pace
+        elif was_sent and bad:
+            self._start_rising(1)
+
+    def _rise(self) -> None:
+        """One attempt was answered. Each round of answers doubles the number."""
+        self._answered += 1
+        if self._answered >= self._rising:
+            self._start_rising(2 * self._rising if self._rising < MAX_RISING else 0)
+
+    def _start_rising(self, unanswered: int) -> None:
+        self._rising, self._answered = unanswered, 0
+        if not unanswered:
+            self._unanswered.clear()
+        self.dormant = self.state is None and not self._rising and not self._cold
 
     def _forget_failures(self) -> None:
         self._failures = self._silent = 0
