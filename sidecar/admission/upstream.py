@@ -26,6 +26,8 @@ OUTAGE_SHARE = 0.4
 UNTRIED_SHARE = 0.25
 #: Seconds that an answer is taken to last until there was one.
 USUAL_SECONDS = 1.0
+#: So many refusals in a row, with nothing accepted between, open the circuit whatever they name.
+MIN_REFUSED = 2
 #: Send times that the growth gate keeps before it forgets old ones.
 MAX_REMEMBERED = 4096
 #: An attempt without a byte is given up after so many times the 99th percentile of an answer's time, at least so many
@@ -165,6 +167,8 @@ class Upstream:
         self._p90 = self._p99 = 0.0  # of the latencies
         self._cost = TokenCost()
         self._held_by: Cause | None = None  # since the last start
+        self._refused_at = inf  # when the last refusal came that was not named for a rate
+        self._sent_since = self._refused_since = 0  # attempts since then, and those of them that were refused
 
     def __repr__(self) -> str:
         learners = f"{self.requests.learner!r} {self.tokens.learner!r}"
@@ -208,6 +212,7 @@ class Upstream:
     def start(self, now: float, ticket: Ticket, on_end: Callable[[Permit], None]) -> Permit:
         """One attempt goes out."""
         ticket.attempts += 1
+        self._sent_since += 1
         held, self._held_by = self._held_by, None
         circuit, growth = self.circuit, self.growth
         if not circuit.dormant:
@@ -249,7 +254,17 @@ class Upstream:
                 gate = self.requests if blamed == "request_rate" else self.tokens
                 if gate.nothing_accepted:
                     self.circuit.open(now, CircuitState.BLACKOUT, verdict.reason, verdict.retry_after)
+            elif blamed in ("growth", "concurrency") and self._nothing_accepted(permit, verdict):
+                self.circuit.open(now, CircuitState.BLACKOUT, verdict.reason, verdict.retry_after)
         self.last_used = now
+
+    def _nothing_accepted(self, permit: Permit, verdict: Verdict) -> bool:
+        """Whether every attempt since the last such refusal was refused: the circuit must find out when that ends."""
+        if permit.sent_at < self._refused_at:
+            self._refused_at, self._sent_since, self._refused_since = verdict.at, 0, 0
+            return False
+        self._refused_since += 1
+        return self._refused_since >= max(self._sent_since, MIN_REFUSED)
 
     def _blamed(self, now: float, reservations: tuple[Any, ...], verdict: Verdict) -> Cause | None:
         """Return the cause of a refusal: the dimension that it names, unless another dimension explains it better."""
@@ -269,6 +284,8 @@ class Upstream:
 
     def _answered(self, now: float, permit: Permit, verdict: Verdict) -> None:
         self.has_answered = True
+        if permit.sent_at >= self._refused_at:
+            self._refused_at = inf
         if self._paced and verdict.usage is not None:
             self._cost.counted(permit.ticket.tokens, *verdict.usage)
         seconds = now - permit.sent_at

@@ -20,14 +20,19 @@ from sidecar.admission.ticket import Cause, Ticket
 MEMORIES = (8.0, 12.0)
 FACTOR = 2.5
 MIN_BASE = 1.0
-#: Each further refusal multiplies the factor by this.
-CUT = 0.85
+#: Each further refusal multiplies the factor by CUT. While the gate delays calls and no further refusal comes, base and
+#: factor grow by RECOVERY per second, up to RECOVERED of what was refused last: a cut that was too deep, or the sum of
+#: many, is made good within seconds. Beyond that the refusal budget pays for each step.
+CUT, RECOVERY, RECOVERED = 0.85, 0.1, 0.93
 
 
 class GrowthGate:
     """Limit how quickly the rate of calls rises. Inactive, and without cost, until the first refusal for growth."""
 
-    __slots__ = ("_bound", "_budget", "_changed_at", "_cut_at", "_first", "base", "dormant", "factor", "log", "name")
+    __slots__ = (
+        "_bound", "_budget", "_changed_at", "_cut_at", "_first", "_grown_at", "_refused_at_level", "base", "dormant",
+        "factor", "log", "name",
+    )  # fmt: skip
 
     def __init__(self, budget: float = 0.005) -> None:
         self.base = inf
@@ -41,6 +46,8 @@ class GrowthGate:
         self._changed_at = -inf
         self._cut_at = -inf
         self._first = False
+        self._refused_at_level = (0.0, 0.0)  # factor and base at the last refusal
+        self._grown_at = -inf
         self._bound = 0
 
     def advance(self, now: float) -> None:
@@ -102,9 +109,16 @@ class GrowthGate:
 
     def allowed(self, now: float) -> float:
         """Return the number of calls that are allowed in the second before `now`."""
+        return max(self.base + self.factor * self._rate_before(now), 1.0)
+
+    def _rate_before(self, now: float) -> float:
+        """Return the calls per second before the last second: the lower one of those over both memories."""
         before = bisect_right(self.log, now - 1.0)
-        rates = [(before - bisect_left(self.log, now - 1.0 - memory)) / memory for memory in MEMORIES]
-        return max(self.base + self.factor * min(rates), 1.0)
+        return min((before - bisect_left(self.log, now - 1.0 - memory)) / memory for memory in MEMORIES)
+
+    def _accepted(self, now: float) -> int:
+        """Return the calls of the last second that were not refused."""
+        return bisect_right(self.log, now) - bisect_right(self.log, now - 1.0)
 
     def _sent(self, now: float, bound: bool) -> None:
         """Record one sent attempt. `bound`: it had to wait for this gate."""
@@ -112,6 +126,12 @@ class GrowthGate:
             self.trim(now)
         self.log.append(now)
         if bound:
+            seconds, self._grown_at = min(now - self._grown_at, 0.5), now
+            factor, base = self._refused_at_level
+            if self.factor < RECOVERED * factor:
+                self.factor *= 1.0 + RECOVERY * seconds
+            if self.base < RECOVERED * base:
+                self.base *= 1.0 + RECOVERY * seconds
             self._bound += 1
             if self._bound * self._budget >= 1.0:  # the budget allows one refusal: test whether more is allowed
                 self._bound = 0
@@ -130,7 +150,10 @@ class GrowthGate:
         if sent_at > self._cut_at:
             self._first = self.dormant
             if not self.dormant:
-                self.factor *= CUT
+                self._refused_at_level = (self.factor, self.base)
+                # The calls accepted in the last second show the factor, but one refusal counts for no more than CUT.
+                shown = (self._accepted(sent_at) - self.base) / max(self._rate_before(sent_at), 1e-6)
+                self.factor = max(CUT * self.factor, min(shown, self.factor))
                 self.base = max(self.base * 0.97, MIN_BASE)
             self._cut_at = now
             self._bound = 0
