@@ -4,12 +4,12 @@ from dataclasses import replace
 from statistics import median
 
 import pytest
+from gate_calls import accepted, make_circuit, probe
 
 from backends.simulated import Profile
 from bench.sim.systems import Sidecar
 from bench.sim.table import Scenario, play, saturated
-from sidecar.admission import Ticket, Verdict
-from sidecar.admission.gates.circuit import MAX_GUESS, Circuit, CircuitState
+from sidecar.admission.gates.circuit import MAX_GUESS, CircuitState
 
 PROFILE = Profile(latency_seconds=0.5, latency_sigma=0.3, refusal_latency_seconds=0.05)
 GATES = {
@@ -36,22 +36,6 @@ def test_served_tickets_wait_as_long_as_predicted(gate):
     assert errors[int(0.9 * len(errors))] <= 0.3 * median_wait + max(0.6, 0.5 * seconds_between_starts)
 
 
-def make_circuit():
-    """A circuit that no learner reads, without jitter."""
-    return Circuit(
-        on_close=lambda now, state, recovery: None,
-        window_ends=lambda now: now,
-        refusal_seconds=lambda: 0.05,
-        random=lambda: 0.0,
-    )
-
-
-def close(circuit, now):
-    """Send a probe that is accepted at once."""
-    ticket = Ticket(now=now, deadline=now + 60.0)
-    circuit.settle(now, circuit.reserve(now, ticket, 0.0, held=False), Verdict("accepted", now), blamed=None)
-
-
 def test_a_circuit_is_estimated_to_stay_open_as_long_again_as_it_has_been_open():
     circuit = make_circuit()
     assert circuit.seconds_left(5.0) == 0.0
@@ -64,6 +48,6 @@ def test_a_circuit_is_estimated_to_stay_open_as_long_again_as_it_has_been_open()
 def test_a_blackout_is_estimated_to_last_as_long_as_the_previous_blackout():
     circuit = make_circuit()
     circuit.open(10.0, CircuitState.BLACKOUT, "refused")
-    close(circuit, 12.5)
+    probe(circuit, 12.5, accepted(12.5))
     circuit.open(20.0, CircuitState.BLACKOUT, "refused")
     assert circuit.seconds_left(20.0) == pytest.approx(2.5)

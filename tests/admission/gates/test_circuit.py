@@ -76,7 +76,7 @@ def test_an_attempt_from_before_the_circuit_opened_does_not_end_the_probe():
     circuit = make_circuit()
     early = [circuit.reserve(0.0, TICKET, 0.0, held=False) for _ in range(3)]
     circuit.open(0.0, CircuitState.OUTAGE, "down")
-    one = circuit.reserve(0.5, TICKET, 0.0, held=False)
+    one = circuit.reserve(0.5, Ticket(now=0.5, deadline=60.0), 0.0, held=False)
     for attempt, outcome in zip(early, ("abandoned", "accepted", "timed_out"), strict=True):
         circuit.settle(0.6, attempt, Verdict(outcome, 0.6), blamed=None)
         assert circuit.probing
