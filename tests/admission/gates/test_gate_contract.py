@@ -24,13 +24,13 @@ GATES = {
     "token rate": lambda: make_upstream().tokens,
     "token rate with a ceiling": lambda: make_upstream(tokens_per_second=2000.0).tokens,
     "growth": GrowthGate,
-    "concurrency": lambda: concurrency_gate(),
+    "concurrency": lambda: concurrency_gate(0.5),
 }
 
 
-def concurrency_gate():
+def concurrency_gate(answer_seconds):
     gate = ConcurrencyGate(4)
-    gate.answer_seconds = 0.5
+    gate.answer_seconds = answer_seconds
     return gate
 
 
