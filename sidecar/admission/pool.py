@@ -177,9 +177,10 @@ class Pool:
         while self._later and self._later[0][0] <= now:
             ticket = heappop(self._later)[2]
             self._end_pause(now, ticket)
+            if ticket.permit is None or ticket.permit.done():
+                continue  # its caller left in this loop iteration
             if ticket.only_while_failing and not any(one.circuit.failing for _, one in self._places(ticket)):
-                if ticket.permit is not None and not ticket.permit.done():
-                    ticket.permit.set_exception(StillFailing("the other requests are answered"))
+                ticket.permit.set_exception(StillFailing("the other requests are answered"))
                 continue
             self._enqueue(now, ticket)
 
