@@ -149,7 +149,6 @@ def test_whatever_happens_every_reservation_is_settled_once_and_nothing_stays(up
                 if caller.leaves_after is not None:
                     loop.call_later(caller.leaves_after, task.cancel)
                 tasks.append(task)
-                assert admission.waiting() <= 20 + admission.in_flight() + sum(not one.done() for one in tasks)
             results = await asyncio.gather(*tasks, return_exceptions=True)
             assert not [result for result in results if isinstance(result, Exception)]
             never_ran = sum(isinstance(r, asyncio.CancelledError) for r in results) - ends.count("cancelled")
