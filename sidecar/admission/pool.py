@@ -26,6 +26,9 @@ SERVABLE_SHARE = 0.5
 SOON_SECONDS, KEPT_SHARE = 4.0, 0.5
 #: A higher tier takes tickets while the last place in the queue is predicted to wait longer than so many seconds.
 SPILL_SECONDS = 2.0
+#: A higher tier takes tickets while one of them has less time left than this many usual answers of that tier, or than
+#: this share of its whole time while no answer is known: the prediction for the lower tiers was wrong then.
+LAST_CALL_ANSWERS, LAST_CALL_SHARE = 1.5, 0.25
 _WAY_OUT = (
     "ask less often, allow more time (X-Request-Timeout), or let a newer frame take an older one's place "
     "(X-Queue-Policy: latest)"
@@ -158,9 +161,33 @@ class Pool:
         else:
             queue = self._restricted[left] = FairQueue()
         queue.add(ticket)
-        if self._one is None and self._is_late_below(now, ticket):
-            self._urgent.add(ticket)
+        if self._one is None:
+            if self._is_late_below(now, ticket):
+                self._urgent.add(ticket)
+            elif (last_call := self._last_call(ticket, left)) < inf:
+                ticket.expiry = self._loop.call_at(max(last_call, now), self._hurry, ticket)
+                return
+        self._set_expiry(now, ticket, left)
+
+    def _set_expiry(self, now: float, ticket: Ticket, left: int) -> None:
         ticket.expiry = self._loop.call_at(max(ticket.deadline - self._latency(left), now), self._expire, ticket)
+
+    def _last_call(self, ticket: Ticket, left: int) -> float:
+        """The latest time at which a higher tier should take the ticket; inf if no higher tier is left for it."""
+        lowest = self.upstreams[0].tier
+        seconds = [
+            LAST_CALL_ANSWERS * one.latency or LAST_CALL_SHARE * (ticket.deadline - ticket.stopwatch.started)
+            for bit, one in enumerate(self.upstreams)
+            if left >> bit & 1 and one.tier > lowest
+        ]
+        return ticket.deadline - max(seconds, default=-inf)
+
+    def _hurry(self, ticket: Ticket) -> None:
+        """The ticket still waits, and soon no upstream could answer it in time."""
+        now = self._loop.time()
+        self._urgent.add(ticket)
+        self._set_expiry(now, ticket, self._left_for(ticket))
+        self.admit(now)
 
     def _enter_later(self, now: float, ticket: Ticket) -> asyncio.Future[Permit]:
         """Keep a retry until its time comes."""
