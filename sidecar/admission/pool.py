@@ -348,25 +348,31 @@ class Pool:
     # -- accounts that are refused -------------------------------------------------------------------------------------
 
     def _check_accounts(self, now: float, left: int) -> None:
-        """Raise `AccountClosed` if each upstream that is left refuses the account, and none may be probed."""
+        """Raise `AccountClosed` if each upstream that is left refuses the account."""
+        if (closed := self._refusing(now, left)) is not None:
+            raise self._account_closed(now, closed)
+
+    def _refusing(self, now: float, left: int) -> Upstream | None:
+        """Return an upstream that refuses the account if none that is left may be asked: not even for a probe."""
+        closed: Upstream | None = None
         for bit, upstream in enumerate(self.upstreams):
             if left >> bit & 1:
                 circuit = upstream.circuit
-                if circuit.state is not CircuitState.BILLING or circuit.may_probe(now):
-                    return
-        first = next((one for bit, one in enumerate(self.upstreams) if left >> bit & 1), self.upstreams[0])
-        raise self._account_closed(now, first)
+                if circuit.state is CircuitState.BILLING and not circuit.may_probe(now):
+                    closed = closed or upstream
+                elif self._one is not None or upstream.ready_reason() is None:
+                    return None
+        return closed
 
     def _refuse_for_account(self, now: float) -> None:
         """Refuse every ticket for which only upstreams are left that refuse the account."""
         for left, queue in [(self._all, self.queue), *self._restricted.items()]:
-            closed = [one for bit, one in enumerate(self.upstreams) if left >> bit & 1]
-            if all(one.circuit.state is CircuitState.BILLING for one in closed):
+            if (closed := self._refusing(now, left)) is not None:
                 while (ticket := queue.head()) is not None:
-                    self.refuse(ticket, self._account_closed(now, closed[0]))
+                    self.refuse(ticket, self._account_closed(now, closed))
         for ticket in [entry[2] for entry in self._later]:
-            if all(one.circuit.state is CircuitState.BILLING for _, one in self._places(ticket)):
-                self.refuse(ticket, self._account_closed(now, self.upstreams[0]))
+            if (closed := self._refusing(now, self._left_for(ticket))) is not None:
+                self.refuse(ticket, self._account_closed(now, closed))
 
     @staticmethod
     def _account_closed(now: float, upstream: Upstream) -> AccountClosed:
