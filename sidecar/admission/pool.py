@@ -290,7 +290,10 @@ class Pool:
         soonest, why = inf, None
         tier, least = 0, inf
         for bit, upstream in enumerate(self.upstreams):
-            if not left >> bit & 1 or upstream.ready_reason() is not None:
+            if not left >> bit & 1:
+                continue
+            if upstream.ready_reason() is not None:
+                soonest = min(soonest, now + LOOK_AGAIN_SECONDS)  # nothing reports that it is ready again
                 continue
             if upstream.tier > tier:
                 if best is not None or (tier and not self._spills(now, ticket, upstream.tier)):
@@ -298,8 +301,9 @@ class Pool:
                 tier = upstream.tier
             opens_at, cause = upstream.opening(now, ticket)
             if cause is not None:
-                if opens_at < soonest or why is None:
-                    soonest, why = opens_at, cause
+                if why is None or opens_at < soonest:
+                    why = cause
+                soonest = min(soonest, opens_at)
                 continue
             load = upstream.concurrency.in_flight / upstream.concurrency.allowed
             if load < least:

@@ -172,6 +172,20 @@ async def test_an_upstream_that_is_not_ready_gets_nothing():
 
 
 @virtual
+async def test_a_ticket_goes_on_when_the_only_upstream_that_is_left_becomes_ready_again():
+    reasons = {}
+    bench = Bench(UpstreamSettings("a"), UpstreamSettings("b", ready_reason=lambda: reasons.get("b")))
+    reasons["b"] = "its worker restarts"
+    entry = bench.enter(bench.returned("a"))
+    assert not entry.done()
+    await asyncio.sleep(3.0)
+    reasons.clear()
+    async with asyncio.timeout(1.0):
+        permit = await entry
+    assert permit.upstream is bench.upstreams["b"]
+
+
+@virtual
 async def test_upstreams_of_one_tier_share_by_their_load():
     bench = Bench(UpstreamSettings("a", concurrency=4), UpstreamSettings("b", concurrency=2))
     names = [bench.at_once(key=str(number)).upstream.name for number in range(6)]
