@@ -29,6 +29,8 @@ SPILL_SECONDS = 2.0
 #: A higher tier takes tickets while one of them has less time left than this many usual answers of that tier, or than
 #: this share of its whole time while no answer is known: the prediction for the lower tiers was wrong then.
 LAST_CALL_ANSWERS, LAST_CALL_SHARE = 1.5, 0.25
+#: Added to the load (attempts in flight as a share of the allowed ones) of an upstream that would answer too late.
+LATE = 1e6
 _WAY_OUT = (
     "ask less often, allow more time (X-Request-Timeout), or let a newer frame take an older one's place "
     "(X-Queue-Policy: latest)"
@@ -296,7 +298,7 @@ class Pool:
                 soonest = min(soonest, now + LOOK_AGAIN_SECONDS)  # nothing reports that it is ready again
                 continue
             if upstream.tier > tier:
-                if best is not None or (tier and not self._spills(now, ticket, upstream.tier)):
+                if least < LATE or (best is None and tier and not self._spills(now, ticket, upstream.tier)):
                     break
                 tier = upstream.tier
             opens_at, cause = upstream.opening(now, ticket)
@@ -306,6 +308,8 @@ class Pool:
                 soonest = min(soonest, opens_at)
                 continue
             load = upstream.concurrency.in_flight / upstream.concurrency.allowed
+            if now + upstream.latency > ticket.deadline:
+                load += LATE  # only if no other one is open that can answer in time
             if load < least:
                 best, least = upstream, load
         return best, soonest if best is None else now, why if best is None else None
