@@ -26,9 +26,10 @@ SERVABLE_SHARE = 0.5
 SOON_SECONDS, KEPT_SHARE = 4.0, 0.5
 #: A higher tier takes tickets while the last place in the queue is predicted to wait longer than so many seconds.
 SPILL_SECONDS = 2.0
-#: A higher tier takes tickets while one of them has less time left than this many usual answers of that tier, or than
-#: this share of its whole time while no answer is known: the prediction for the lower tiers was wrong then.
-LAST_CALL_ANSWERS, LAST_CALL_SHARE = 1.5, 0.25
+#: For an answer, an upstream should have this many times its usual seconds, and at least so many seconds; at most this
+#: share of the ticket's whole time while no answer is known. Before less is left, a ticket goes to a higher tier, or
+#: leaves an attempt without a byte for another upstream: the prediction for the present one was wrong then.
+LAST_CALL_ANSWERS, MIN_LAST_CALL_SECONDS, LAST_CALL_SHARE = 1.5, 0.5, 0.25
 #: Added to the load (attempts in flight as a share of the allowed ones) of an upstream that would answer too late.
 LATE = 1e6
 _WAY_OUT = (
@@ -177,12 +178,8 @@ class Pool:
     def _last_call(self, ticket: Ticket, left: int) -> float:
         """The latest time at which a higher tier should take the ticket; inf if no higher tier is left for it."""
         lowest = self.upstreams[0].tier
-        seconds = [
-            LAST_CALL_ANSWERS * one.latency or LAST_CALL_SHARE * (ticket.deadline - ticket.stopwatch.started)
-            for bit, one in enumerate(self.upstreams)
-            if left >> bit & 1 and one.tier > lowest
-        ]
-        return ticket.deadline - max(seconds, default=-inf)
+        higher = [one for bit, one in enumerate(self.upstreams) if left >> bit & 1 and one.tier > lowest]
+        return ticket.deadline - max((_seconds_needed(ticket, one) for one in higher), default=-inf)
 
     def _hurry(self, ticket: Ticket) -> None:
         """The ticket still waits, and soon no upstream could answer it in time."""
@@ -401,13 +398,26 @@ class Pool:
         """Whether an upstream that the ticket has not tried, beside this one, could take it."""
         if self._one is not None:
             return False
-        return any(
-            one is not upstream
-            and one not in ticket.tried
-            and one.ready_reason() is None
-            and one.circuit.state is not CircuitState.BILLING
-            for one in self.upstreams
-        )
+        return any(one is not upstream and self._may_take(ticket, one) for one in self.upstreams)
+
+    def patience(self, now: float, ticket: Ticket, upstream: Upstream) -> float:
+        """Return the seconds without a byte after which an attempt at `upstream` is given up; inf if no other is left.
+
+        The upstream's own patience, but no longer than another one could still answer in time after it. For that, no
+        attempt is given up before it has taken longer than the upstream's answers do.
+        """
+        others = [one for one in self.upstreams if one is not upstream and self._may_take(ticket, one)]
+        if not others:
+            return inf
+        last_call = ticket.deadline - min(_seconds_needed(ticket, one) for one in others) - now
+        usual = max(_seconds_needed(ticket, upstream), LAST_CALL_ANSWERS * upstream.slow_seconds)
+        return min(upstream.patience(ticket), max(last_call, usual))
+
+    @staticmethod
+    def _may_take(ticket: Ticket, upstream: Upstream) -> bool:
+        """Whether the ticket has not tried the upstream, which is ready and does not refuse the account."""
+        refused = upstream.circuit.state is CircuitState.BILLING
+        return upstream not in ticket.tried and not refused and upstream.ready_reason() is None
 
     def _left_for(self, ticket: Ticket) -> int:
         """The upstreams that the ticket has not tried, as a set of bits; all of them again once it has tried each."""
@@ -527,3 +537,9 @@ class Pool:
         if self.queue.tickets or self._restricted:
             self._held_seconds[CAUSES.index(self.cause or "turn")] += now - self._cause_since
         self._cause_since = now
+
+
+def _seconds_needed(ticket: Ticket, upstream: Upstream) -> float:
+    """Return the seconds that an upstream should have for its answer."""
+    share = LAST_CALL_SHARE * (ticket.deadline - ticket.stopwatch.started)
+    return max(LAST_CALL_ANSWERS * upstream.latency, min(share, MIN_LAST_CALL_SECONDS)) if upstream.latency else share

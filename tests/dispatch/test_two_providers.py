@@ -2,8 +2,11 @@
 
 import asyncio
 from collections import Counter
+from math import inf
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from pairs import Pair, Place
 
 from bench.sim import clock
@@ -162,6 +165,80 @@ def test_a_single_request_that_fails_everywhere_is_told_once_and_opens_no_circui
         assert answer.seconds < 20.0
         (status,) = pair.admission.status()
         assert all(not one.circuit.state for one in status.upstreams)
+        assert pair.at_rest()
+
+    clock.run(main())
+
+
+@both_tiers
+@pytest.mark.parametrize("deadline", [2.0, 4.0, 8.0])
+def test_nothing_is_lost_while_one_provider_hangs_and_callers_allow_little_time(tiers, deadline):
+    """An attempt is given up before 5 s have passed, if the other provider could not answer in time after them."""
+
+    async def main():
+        first = Place("first", latency_seconds=0.2)
+        first.going.clear()
+        pair = Pair(first, Place("second", latency_seconds=0.2), tiers)
+        await pair.arrive(5.0, 60.0, deadline=deadline)
+        assert not pair.lost
+        assert sum(one.seconds > 1.0 for one in pair.answers) <= 0.25 * len(pair.answers)  # the circuit opens
+        first.going.set()
+        await pair.arrive(5.0, 20.0, deadline=deadline)
+        assert not pair.lost
+        assert {one.backend for one in pair.answers[-20:]} >= {"first"}
+        assert pair.at_rest()
+
+    clock.run(main())
+
+
+def test_an_attempt_that_takes_no_longer_than_usual_is_not_given_up_for_another_provider():
+    async def main():
+        first = Place("first", latency_seconds=9.0)
+        pair = Pair(first, Place("second", latency_seconds=0.2), (1, 2))
+        await pair.arrive(1.0, 60.0, deadline=30.0)
+        assert not pair.lost
+        before = first.provider.counts.ended["cancelled"]
+        await pair.arrive(1.0, 60.0, deadline=10.0)
+        assert not pair.lost
+        assert first.provider.counts.ended["cancelled"] == before
+
+    clock.run(main())
+
+
+@settings(max_examples=100, derandomize=True)
+@given(
+    rate=st.sampled_from((0.1, 0.5, 1.0, 3.0, 10.0)),
+    burst=st.sampled_from((1.0, 3.0, 10.0)),
+    concurrency=st.sampled_from((inf, 1.0, 4.0)),
+    latency=st.sampled_from((0.05, 0.3, 2.0)),
+    second_latency=st.sampled_from((0.05, 0.3, 1.0)),
+    refusal=st.sampled_from((0.01, 0.3)),
+    vague=st.booleans(),
+    slack=st.sampled_from((1.5, 3.0, 10.0)),
+    tiers=st.sampled_from(((1, 1), (1, 2))),
+    gaps=st.lists(st.sampled_from((0.0, 0.0, 0.0, 0.05, 0.5, 3.0)), min_size=1, max_size=40),
+)
+def test_nothing_is_lost_whatever_the_first_provider_limits_while_the_second_has_room(
+    rate, burst, concurrency, latency, second_latency, refusal, vague, slack, tiers, gaps
+):
+    async def main():
+        first = Place(
+            "first",
+            requests_per_second=rate,
+            burst_requests=burst,
+            concurrency=concurrency,
+            latency_seconds=latency,
+            refusal_latency_seconds=refusal,
+            vague_refusals=vague,
+        )
+        pair = Pair(first, Place("second", latency_seconds=second_latency), tiers)
+        # A quarter of the time is kept for a provider that has not answered yet: that must be enough for its answer.
+        deadline = max(latency + refusal, 4.5 * second_latency + refusal) + slack
+        async with asyncio.TaskGroup() as tasks:
+            for number, gap in enumerate(gaps):
+                await asyncio.sleep(gap)
+                tasks.create_task(pair.ask(f"camera-{number % 4}", deadline))
+        assert not pair.lost
         assert pair.at_rest()
 
     clock.run(main())
