@@ -219,7 +219,7 @@ def test_an_attempt_that_takes_no_longer_than_usual_is_not_given_up_for_another_
     gaps=st.lists(st.sampled_from((0.0, 0.0, 0.0, 0.05, 0.5, 3.0)), min_size=1, max_size=40),
 )
 def test_nothing_is_lost_whatever_the_first_provider_limits_while_the_second_has_room(
-    rate, burst, concurrency, latency, second_latency, refusal, vague, slack, tiers, gaps
+    *, rate, burst, concurrency, latency, second_latency, refusal, vague, slack, tiers, gaps
 ):
     async def main():
         first = Place(
