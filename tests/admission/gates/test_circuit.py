@@ -57,8 +57,22 @@ def test_one_probe_at_a_time():
     assert circuit.opens_at(0.5, 0.0) == 0.5
     circuit.reserve(0.5, TICKET, 0.0, held=False)
     assert circuit.probing
-    assert not circuit.may_probe(100.0)
-    assert circuit.opens_at(100.0, 0.0) == inf
+    assert not circuit.may_probe(0.49 + MAX_STEP)
+    assert circuit.opens_at(0.5, 0.0) == 0.5 + MAX_STEP
+
+
+def test_a_probe_that_hangs_does_not_prevent_the_next_one():
+    circuit = make_circuit()
+    circuit.open(0.0, CircuitState.OUTAGE, "down")
+    first, second = (Ticket(now=0.0, deadline=60.0) for _ in range(2))
+    circuit.reserve(0.5, first, 0.0, held=False)
+    assert circuit.may_probe(0.5 + MAX_STEP)
+    circuit.reserve(0.5 + MAX_STEP, second, 0.0, held=False)
+    assert not circuit.may_probe(0.6 + MAX_STEP)
+    circuit.settle(0.7 + MAX_STEP, first, Verdict("abandoned", 0.7 + MAX_STEP), blamed=None)
+    assert circuit.probing
+    circuit.settle(0.8 + MAX_STEP, second, accepted(0.8 + MAX_STEP), blamed=None)
+    assert circuit.state is None
 
 
 @pytest.mark.parametrize("outcome", ["abandoned", "failed", "timed_out", "account", "refused"])
@@ -185,7 +199,7 @@ def test_a_retry_after_is_believed_after_it_was_true_twice_and_until_it_is_false
     confirm(circuit, 100.0, 4.0, 4.5)
     assert trust(circuit) == MUCH_TRUST
     circuit.open(200.0, CircuitState.CAPACITY, "busy", retry_after=60.0)
-    assert circuit.next_probe == 260.0
+    assert circuit.next_probe == 200.0 + MUCH_TRUST
     close(circuit, 205.0)  # the probe was accepted long before the end of the Retry-After
     assert trust(circuit) == LITTLE_TRUST
 

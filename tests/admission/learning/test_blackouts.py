@@ -150,12 +150,12 @@ def test_a_ramp_begins_below_the_limit_only_rises_and_comes_to_its_end(
 ):
     ramp = Ramp(0.005)
     ramp.begin(known(limit, max(limit * burst_seconds, 1.0), unsure), refusal_seconds, lost=lost)
-    height = ramp.height()
+    height = ramp.height
     assert height == pytest.approx(1.0 - unsure)
     for _ in range(20_000):
-        before = ramp.height()
+        before = ramp.height
         ramp.grow(min(1.0 / (limit * before), 0.5), 1.0, 1.0)
-        assert ramp.height() >= before - 1e-9
+        assert ramp.height >= before - 1e-9
         if ramp.rise > 2.0:
             return
     assert lost  # only where refusals are punished may it take longer than that
