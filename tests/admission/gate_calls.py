@@ -16,13 +16,14 @@ def refused(at, named=None, retry_after=None):
     return Verdict("refused", at, named, retry_after=retry_after, reason="busy")
 
 
-def make_circuit(jitter=0.0):
+def make_circuit(jitter=0.0, *, cold=False):
     """A circuit that no learner reads; `jitter` (0 to 1) takes the place of the random numbers."""
     return Circuit(
         on_close=lambda now, state, recovery: None,
         window_ends=lambda now: now,
         refusal_seconds=lambda: 0.05,
         random=lambda: jitter,
+        cold=cold,
     )
 
 

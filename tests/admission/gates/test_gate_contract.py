@@ -17,6 +17,7 @@ def make_upstream(**settings):
 
 GATES = {
     "circuit": make_circuit,
+    "cold circuit": lambda: make_circuit(cold=True),
     "open circuit": lambda: opened(CircuitState.OUTAGE),
     "blackout": lambda: opened(CircuitState.BLACKOUT),
     "request rate": lambda: make_upstream().requests,
