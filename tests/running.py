@@ -130,3 +130,21 @@ class Process:
         if self.process.returncode is None:
             self.signal(signal.SIGKILL)
         await self.ended()
+
+
+class SimulatedProcess(Process):
+    """`vlm-sidecar simulate` as a separate process. `url` is its base URL, up to and including `/v1`."""
+
+    async def __aenter__(self) -> SimulatedProcess:
+        self.process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "sidecar", "simulate", *self._options,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=self._environ,
+        )  # fmt: skip
+        self._ready = asyncio.Event()
+        self._reader = asyncio.create_task(self._read())
+        assert self.process.stdout is not None
+        async with asyncio.timeout(BOUND):
+            self.url = (await self.process.stdout.readline()).decode().strip()
+        assert self.url, self.log
+        self.port = int(self.url.rsplit(":", 1)[1].split("/")[0])
+        return self

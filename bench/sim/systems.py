@@ -61,9 +61,9 @@ class Sidecar:
         # The pauses before retries are random too. With a fixed seed, every run is the same.
         self._dispatcher._random.seed(provider.profile.seed)
 
-    def _admission(self, provider: Provider, **settings: Any) -> Admission:
+    def _admission(self, provider: Provider, *, queue_size: int = 2000, **settings: Any) -> Admission:
         upstream = UpstreamSettings("simulated", **settings)
-        return Admission([upstream], random=random.Random(provider.profile.seed))
+        return Admission([upstream], queue_size=queue_size, random=random.Random(provider.profile.seed))
 
     async def ask(self, ask: Ask) -> None:
         now = self._loop.time()

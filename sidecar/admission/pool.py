@@ -26,6 +26,12 @@ SERVABLE_SHARE = 0.5
 SOON_SECONDS, KEPT_SHARE = 4.0, 0.5
 #: A higher tier takes tickets while the last place in the queue is predicted to wait longer than so many seconds.
 SPILL_SECONDS = 2.0
+#: For an answer, an upstream should have this many times its usual seconds, and at least so many seconds; at most this
+#: share of the ticket's whole time while no answer is known. Before less is left, a ticket goes to a higher tier, or
+#: leaves an attempt without a byte for another upstream: the prediction for the present one was wrong then.
+LAST_CALL_ANSWERS, MIN_LAST_CALL_SECONDS, LAST_CALL_SHARE = 1.5, 0.5, 0.25
+#: Added to the load (attempts in flight as a share of the allowed ones) of an upstream that would answer too late.
+LATE = 1e6
 _WAY_OUT = (
     "ask less often, allow more time (X-Request-Timeout), or let a newer frame take an older one's place "
     "(X-Queue-Policy: latest)"
@@ -158,9 +164,29 @@ class Pool:
         else:
             queue = self._restricted[left] = FairQueue()
         queue.add(ticket)
-        if self._one is None and self._is_late_below(now, ticket):
-            self._urgent.add(ticket)
+        if self._one is None:
+            if self._is_late_below(now, ticket):
+                self._urgent.add(ticket)
+            elif (last_call := self._last_call(ticket, left)) < inf:
+                ticket.expiry = self._loop.call_at(max(last_call, now), self._hurry, ticket)
+                return
+        self._set_expiry(now, ticket, left)
+
+    def _set_expiry(self, now: float, ticket: Ticket, left: int) -> None:
         ticket.expiry = self._loop.call_at(max(ticket.deadline - self._latency(left), now), self._expire, ticket)
+
+    def _last_call(self, ticket: Ticket, left: int) -> float:
+        """The latest time at which a higher tier should take the ticket; inf if no higher tier is left for it."""
+        lowest = self.upstreams[0].tier
+        higher = [one for bit, one in enumerate(self.upstreams) if left >> bit & 1 and one.tier > lowest]
+        return ticket.deadline - max((_seconds_needed(ticket, one) for one in higher), default=-inf)
+
+    def _hurry(self, ticket: Ticket) -> None:
+        """The ticket still waits, and soon no upstream could answer it in time."""
+        now = self._loop.time()
+        self._urgent.add(ticket)
+        self._set_expiry(now, ticket, self._left_for(ticket))
+        self.admit(now)
 
     def _enter_later(self, now: float, ticket: Ticket) -> asyncio.Future[Permit]:
         """Keep a retry until its time comes."""
@@ -177,9 +203,10 @@ class Pool:
         while self._later and self._later[0][0] <= now:
             ticket = heappop(self._later)[2]
             self._end_pause(now, ticket)
+            if ticket.permit is None or ticket.permit.done():
+                continue  # its caller left in this loop iteration
             if ticket.only_while_failing and not any(one.circuit.failing for _, one in self._places(ticket)):
-                if ticket.permit is not None and not ticket.permit.done():
-                    ticket.permit.set_exception(StillFailing("the other requests are answered"))
+                ticket.permit.set_exception(StillFailing("the other requests are answered"))
                 continue
             self._enqueue(now, ticket)
 
@@ -262,18 +289,24 @@ class Pool:
         soonest, why = inf, None
         tier, least = 0, inf
         for bit, upstream in enumerate(self.upstreams):
-            if not left >> bit & 1 or upstream.ready_reason() is not None:
+            if not left >> bit & 1:
+                continue
+            if upstream.ready_reason() is not None:
+                soonest = min(soonest, now + LOOK_AGAIN_SECONDS)  # nothing reports that it is ready again
                 continue
             if upstream.tier > tier:
-                if best is not None or (tier and not self._spills(now, ticket, upstream.tier)):
+                if least < LATE or (best is None and tier and not self._spills(now, ticket, upstream.tier)):
                     break
                 tier = upstream.tier
             opens_at, cause = upstream.opening(now, ticket)
             if cause is not None:
-                if opens_at < soonest or why is None:
-                    soonest, why = opens_at, cause
+                if why is None or opens_at < soonest:
+                    why = cause
+                soonest = min(soonest, opens_at)
                 continue
             load = upstream.concurrency.in_flight / upstream.concurrency.allowed
+            if now + upstream.latency > ticket.deadline:
+                load += LATE  # only if no other one is open that can answer in time
             if load < least:
                 best, least = upstream, load
         return best, soonest if best is None else now, why if best is None else None
@@ -320,25 +353,31 @@ class Pool:
     # -- accounts that are refused -------------------------------------------------------------------------------------
 
     def _check_accounts(self, now: float, left: int) -> None:
-        """Raise `AccountClosed` if each upstream that is left refuses the account, and none may be probed."""
+        """Raise `AccountClosed` if each upstream that is left refuses the account."""
+        if (closed := self._refusing(now, left)) is not None:
+            raise self._account_closed(now, closed)
+
+    def _refusing(self, now: float, left: int) -> Upstream | None:
+        """Return an upstream that refuses the account if none that is left may be asked: not even for a probe."""
+        closed: Upstream | None = None
         for bit, upstream in enumerate(self.upstreams):
             if left >> bit & 1:
                 circuit = upstream.circuit
-                if circuit.state is not CircuitState.BILLING or circuit.may_probe(now):
-                    return
-        first = next((one for bit, one in enumerate(self.upstreams) if left >> bit & 1), self.upstreams[0])
-        raise self._account_closed(now, first)
+                if circuit.state is CircuitState.BILLING and not circuit.may_probe(now):
+                    closed = closed or upstream
+                elif self._one is not None or upstream.ready_reason() is None:
+                    return None
+        return closed
 
     def _refuse_for_account(self, now: float) -> None:
         """Refuse every ticket for which only upstreams are left that refuse the account."""
         for left, queue in [(self._all, self.queue), *self._restricted.items()]:
-            closed = [one for bit, one in enumerate(self.upstreams) if left >> bit & 1]
-            if all(one.circuit.state is CircuitState.BILLING for one in closed):
+            if (closed := self._refusing(now, left)) is not None:
                 while (ticket := queue.head()) is not None:
-                    self.refuse(ticket, self._account_closed(now, closed[0]))
+                    self.refuse(ticket, self._account_closed(now, closed))
         for ticket in [entry[2] for entry in self._later]:
-            if all(one.circuit.state is CircuitState.BILLING for _, one in self._places(ticket)):
-                self.refuse(ticket, self._account_closed(now, self.upstreams[0]))
+            if (closed := self._refusing(now, self._left_for(ticket))) is not None:
+                self.refuse(ticket, self._account_closed(now, closed))
 
     @staticmethod
     def _account_closed(now: float, upstream: Upstream) -> AccountClosed:
@@ -359,13 +398,26 @@ class Pool:
         """Whether an upstream that the ticket has not tried, beside this one, could take it."""
         if self._one is not None:
             return False
-        return any(
-            one is not upstream
-            and one not in ticket.tried
-            and one.ready_reason() is None
-            and one.circuit.state is not CircuitState.BILLING
-            for one in self.upstreams
-        )
+        return any(one is not upstream and self._may_take(ticket, one) for one in self.upstreams)
+
+    def patience(self, now: float, ticket: Ticket, upstream: Upstream) -> float:
+        """Return the seconds without a byte after which an attempt at `upstream` is given up; inf if no other is left.
+
+        The upstream's own patience, but no longer than another one could still answer in time after it. For that, no
+        attempt is given up before it has taken longer than the upstream's answers do.
+        """
+        others = [one for one in self.upstreams if one is not upstream and self._may_take(ticket, one)]
+        if not others:
+            return inf
+        last_call = ticket.deadline - min(_seconds_needed(ticket, one) for one in others) - now
+        usual = max(_seconds_needed(ticket, upstream), LAST_CALL_ANSWERS * upstream.slow_seconds)
+        return min(upstream.patience(ticket), max(last_call, usual))
+
+    @staticmethod
+    def _may_take(ticket: Ticket, upstream: Upstream) -> bool:
+        """Whether the ticket has not tried the upstream, which is ready and does not refuse the account."""
+        refused = upstream.circuit.state is CircuitState.BILLING
+        return upstream not in ticket.tried and not refused and upstream.ready_reason() is None
 
     def _left_for(self, ticket: Ticket) -> int:
         """The upstreams that the ticket has not tried, as a set of bits; all of them again once it has tried each."""
@@ -485,3 +537,9 @@ class Pool:
         if self.queue.tickets or self._restricted:
             self._held_seconds[CAUSES.index(self.cause or "turn")] += now - self._cause_since
         self._cause_since = now
+
+
+def _seconds_needed(ticket: Ticket, upstream: Upstream) -> float:
+    """Return the seconds that an upstream should have for its answer."""
+    share = LAST_CALL_SHARE * (ticket.deadline - ticket.stopwatch.started)
+    return max(LAST_CALL_ANSWERS * upstream.latency, min(share, MIN_LAST_CALL_SECONDS)) if upstream.latency else share

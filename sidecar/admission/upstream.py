@@ -342,6 +342,11 @@ class Upstream:
             return max(MIN_PATIENCE_SECONDS, (ticket.deadline - ticket.stopwatch.started) / 2)
         return max(MIN_PATIENCE_SECONDS, PATIENCE_P99S * self._p99)
 
+    @property
+    def slow_seconds(self) -> float:
+        """The 90th percentile of the seconds that its answers take; 0 while none is known."""
+        return self._p90
+
     def next_probe_in(self, now: float) -> float:
         """Return the seconds until the next probe, before which no attempt can start; 0 while admission is open."""
         return max(self.circuit.next_probe - now, 0.0) if self.circuit.state is not None else 0.0

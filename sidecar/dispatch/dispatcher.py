@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Awaitable, Callable, Sequence
+from math import inf
 
 from backends.base import (
     Backend,
@@ -217,9 +218,9 @@ class Dispatcher:
         """Send; stop an attempt that gets no byte in time, if another upstream could take the request."""
         ticket, upstream = permit.ticket, permit.upstream
         backend = self.backends[upstream.name]
-        if not self.admission.pool(ticket.model).has_another(ticket, upstream):
+        patience = self.admission.pool(ticket.model).patience(self.now(), ticket, upstream)
+        if patience == inf:
             return await backend.send(request, timings)
-        patience = upstream.patience(ticket)
         try:
             with self._deadlines.until(self.now() + patience, unless=lambda: timings.first_byte is not None):
                 return await backend.send(request, timings)

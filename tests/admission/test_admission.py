@@ -1,4 +1,4 @@
-"""Tickets pass through a real lane on virtual time: each ticket ends exactly once, and every permit is released."""
+"""Tickets pass through a real pool on virtual time: each ticket ends exactly once, and every permit is released."""
 
 import asyncio
 from itertools import pairwise
@@ -7,9 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bench.sim import clock
-from sidecar.admission import Admission, NotAdmitted, Ticket
+from sidecar.admission import Admission, NotAdmitted, Ticket, UpstreamSettings, Verdict
 
-VERDICTS = ("accepted", "request_rate", "token_rate", "growth", "concurrency", "capacity", "unknown", "failed", "none")
+VERDICTS = (
+    "accepted", "request_rate", "token_rate", "growth", "concurrency", "capacity", "unknown", "failed", "timed_out",
+    "none",
+)  # fmt: skip
 
 USAGES = (None, (120, 30), (0, 0), (10_000_000, 10_000_000))
 
@@ -19,16 +22,17 @@ async def run_ticket(admission, number, verdict, seconds, ends):
     ticket = Ticket(now=loop.time(), deadline=loop.time() + 5.0, key=f"camera-{number % 3}", model="m", tokens=100.0)
     try:
         with await admission.permit(ticket) as permit:
-            lane = admission.lane("m")
-            if lane.limits.hold.kind is not None:
-                assert lane.limits.permits.in_flight >= 1
+            (pool,) = admission.status()
+            if pool.upstreams[0].circuit.state:
+                assert pool.upstreams[0].concurrency.in_flight >= 1
             await asyncio.sleep(seconds)
             if verdict == "accepted":
-                permit.accepted(loop.time(), USAGES[number % len(USAGES)])
-            elif verdict == "failed":
-                permit.failed(loop.time(), "broken")
+                permit.report(Verdict("accepted", loop.time(), usage=USAGES[number % len(USAGES)]))
+            elif verdict in ("failed", "timed_out"):
+                permit.report(Verdict(verdict, loop.time(), reason="broken"))
             elif verdict != "none":
-                permit.throttled(loop.time(), verdict, "refused", 3.0)
+                named = None if verdict == "unknown" else verdict
+                permit.report(Verdict("refused", loop.time(), named, retry_after=3.0, reason="refused"))
         ends.append("through")
     except NotAdmitted:
         ends.append("refused")
@@ -57,7 +61,7 @@ TICKETS = st.lists(
 def test_every_ticket_ends_once_and_every_permit_is_released_whenever_callers_leave(tickets, concurrency):
     async def main():
         loop = asyncio.get_running_loop()
-        admission = Admission(concurrency=concurrency)
+        admission = Admission([UpstreamSettings(concurrency=concurrency)])
         ends, tasks = [], []
         for number, (gap, verdict, seconds, leaves_after) in enumerate(tickets):
             await asyncio.sleep(gap)
@@ -87,10 +91,11 @@ def test_a_provider_that_reports_zero_tokens_but_refuses_by_token_rate_breaks_no
             with await admission.permit(ticket) as permit:
                 await asyncio.sleep(0.1)
                 if number in (10, 20):
-                    permit.throttled(loop.time(), "token_rate", "refused")
+                    permit.report(Verdict("refused", loop.time(), "token_rate", reason="refused"))
                 else:
-                    permit.accepted(loop.time(), (0, 0))
-        assert admission.lane("m").limits.tokens.limit > 0
+                    permit.report(Verdict("accepted", loop.time(), usage=(0, 0)))
+        (pool,) = admission.status()
+        assert pool.upstreams[0].tokens.limit > 0
 
     clock.run(main())
 
@@ -109,7 +114,7 @@ def test_while_every_attempt_fails_only_one_probe_is_sent_at_a_time():
                 with await admission.permit(ticket) as permit:
                     attempts.append(loop.time())
                     await asyncio.sleep(0.05)
-                    permit.failed(loop.time(), "down")
+                    permit.report(Verdict("failed", loop.time(), reason="down"))
                 await asyncio.sleep(0.01)
 
         tasks = [loop.create_task(caller(number)) for number in range(5)]

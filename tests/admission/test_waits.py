@@ -4,11 +4,12 @@ from dataclasses import replace
 from statistics import median
 
 import pytest
+from gate_calls import accepted, make_circuit, probe
 
 from backends.simulated import Profile
 from bench.sim.systems import Sidecar
 from bench.sim.table import Scenario, play, saturated
-from sidecar.admission.gates.circuit import MAX_GUESS, Hold, HoldKind
+from sidecar.admission.gates.circuit import MAX_GUESS, CircuitState
 
 PROFILE = Profile(latency_seconds=0.5, latency_sigma=0.3, refusal_latency_seconds=0.05)
 GATES = {
@@ -35,18 +36,18 @@ def test_served_tickets_wait_as_long_as_predicted(gate):
     assert errors[int(0.9 * len(errors))] <= 0.3 * median_wait + max(0.6, 0.5 * seconds_between_starts)
 
 
-def test_a_hold_is_estimated_to_last_as_long_again_as_it_has_lasted():
-    hold = Hold()
-    assert hold.seconds_left(5.0) == 0.0
-    hold.close(10.0, HoldKind.OUTAGE, "down")
-    assert 0.0 < hold.seconds_left(10.0) < 1.0
-    assert hold.seconds_left(40.0) == 30.0
-    assert hold.seconds_left(1000.0) == MAX_GUESS
+def test_a_circuit_is_estimated_to_stay_open_as_long_again_as_it_has_been_open():
+    circuit = make_circuit()
+    assert circuit.seconds_left(5.0) == 0.0
+    circuit.open(10.0, CircuitState.OUTAGE, "down")
+    assert 0.0 < circuit.seconds_left(10.0) < 1.0
+    assert circuit.seconds_left(40.0) == 30.0
+    assert circuit.seconds_left(1000.0) == MAX_GUESS
 
 
 def test_a_blackout_is_estimated_to_last_as_long_as_the_previous_blackout():
-    hold = Hold()
-    hold.close(10.0, HoldKind.BLACKOUT, "refused")
-    hold.open(12.5)
-    hold.close(20.0, HoldKind.BLACKOUT, "refused")
-    assert hold.seconds_left(20.0) == pytest.approx(2.5)
+    circuit = make_circuit()
+    circuit.open(10.0, CircuitState.BLACKOUT, "refused")
+    probe(circuit, 12.5, accepted(12.5))
+    circuit.open(20.0, CircuitState.BLACKOUT, "refused")
+    assert circuit.seconds_left(20.0) == pytest.approx(2.5)

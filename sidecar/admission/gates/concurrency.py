@@ -110,7 +110,7 @@ class ConcurrencyGate:
         """See `Gate`: places become free at the rate of answers."""
         if self.answer_seconds <= 0:
             return 0.0
-        return (ahead.requests - (self.allowed - self.in_flight)) * self.answer_seconds / self.allowed
+        return max(ahead.requests - (self.allowed - self.in_flight), 0.0) * self.answer_seconds / self.allowed
 
     def status(self, now: float) -> GateStatus:
         """See `Gate`."""

@@ -9,13 +9,13 @@ from hypothesis import strategies as st
 
 from backends.simulated import Profile
 from bench.sim.table import SYSTEMS, Scenario, play, poisson, saturated, share
-from sidecar.admission.learning.bins import History
 from sidecar.admission.learning.blackout import Blackouts
-from sidecar.admission.learning.estimate import UNSUREST, Estimate
+from sidecar.admission.learning.estimate import Estimate
 from sidecar.admission.learning.first import FirstBurst
-from sidecar.admission.learning.learner import RateController
 from sidecar.admission.learning.policer import Sent
+from sidecar.admission.learning.policer_learner import PolicerLearner
 from sidecar.admission.learning.ramp import Ramp
+from sidecar.admission.learning.tuning import ESTIMATE_UNSUREST, HISTORY_BIN_SECONDS
 
 
 def known(limit, burst, unsure):
@@ -85,8 +85,8 @@ def test_windows_of_any_length_are_known_after_two_of_them(held, seconds, pace, 
         blackouts.history.add(start, -1.0)  # sent again as the first of its window, above
     assert blackouts.windowed
     assert blackouts.window == held
-    assert blackouts.unsure <= (1.1 * late + History.BIN) / seconds
-    assert blackouts.rate == pytest.approx(held / seconds, rel=2 * (late + History.BIN) / seconds)
+    assert blackouts.unsure <= (1.1 * late + HISTORY_BIN_SECONDS) / seconds
+    assert blackouts.rate == pytest.approx(held / seconds, rel=2 * (late + HISTORY_BIN_SECONDS) / seconds)
 
 
 @given(held=st.integers(8, 300), seconds=st.floats(2.0, 60.0), excess=st.floats(0.01, 0.1))
@@ -131,17 +131,17 @@ def test_a_penalty_is_no_window():
 
 
 def test_what_is_refused_within_a_hold_counts_as_refused():
-    control = RateController(0.0)
-    sent = [control.sent(0.1 * number, 1.0, bound=False) for number in range(10)]
+    learner = PolicerLearner(0.0)
+    sent = [learner.sent(0.1 * number, 1.0, held=False, pace=inf) for number in range(10)]
     for one in sent[6:]:
-        control.refused_too(2.0, one)
-    assert control._blackouts.history.since(0.0) == 6.0
+        learner.refused_too(2.0, one)
+    assert learner._blackouts.history.since(0.0) == 6.0
 
 
 @given(
     limit=st.floats(0.3, 200.0),
     burst_seconds=st.floats(0.0, 5.0),
-    unsure=st.floats(0.01, UNSUREST),
+    unsure=st.floats(0.01, ESTIMATE_UNSUREST),
     refusal_seconds=st.floats(0.0, 2.0),
     lost=st.floats(0.0, 50.0),
 )
@@ -150,12 +150,12 @@ def test_a_ramp_begins_below_the_limit_only_rises_and_comes_to_its_end(
 ):
     ramp = Ramp(0.005)
     ramp.begin(known(limit, max(limit * burst_seconds, 1.0), unsure), refusal_seconds, lost=lost)
-    height = ramp.height()
+    height = ramp.height
     assert height == pytest.approx(1.0 - unsure)
     for _ in range(20_000):
-        before = ramp.height()
+        before = ramp.height
         ramp.grow(min(1.0 / (limit * before), 0.5), 1.0, 1.0)
-        assert ramp.height() >= before - 1e-9
+        assert ramp.height >= before - 1e-9
         if ramp.rise > 2.0:
             return
     assert lost  # only where refusals are punished may it take longer than that

@@ -1,57 +1,16 @@
-"""The controller's table: which event leads from which state to which."""
+"""Today's learner: which event leads from which state to which, and how well it learns a provider's limit."""
 
-from math import inf
 from random import Random
 
 import pytest
+import worlds
+from worlds import Bucket, accept, make_gate, refuse, remember, send, wait
 
-from sidecar.admission.learning.learner import RateController
 from sidecar.admission.learning.states import State
 
 
-class Bucket:
-    """The provider, seen from the controller: a token bucket of its own."""
-
-    def __init__(self, rate, burst):
-        self.rate, self.burst, self.level, self.at = rate, burst, burst, 0.0
-
-    def takes(self, now):
-        self.level = min(self.burst, self.level + self.rate * (now - self.at))
-        self.at = now
-        if self.level < 1.0 - 1e-9:
-            return False
-        self.level -= 1.0
-        return True
-
-
-class World:
-    """A saturated queue in front of one controller and one bucket; verdicts come 50 ms after the sending."""
-
-    def __init__(self, rate=10.0, burst=10.0, **settings):
-        self.control = RateController(0.0, **settings)
-        self.bucket = Bucket(rate, burst)
-        self.now = 0.0
-        self.calls = self.refused = 0
-        self._answers = []
-
-    def run(self, seconds):
-        end = self.now + seconds
-        while self.now < end:
-            wait = self.control.wait(self.now, 1.0)
-            if wait == 0.0:
-                sent = self.control.sent(self.now, 1.0, bound=self.calls > 0)
-                self.calls += 1
-                self._answers.append((self.now + 0.05, sent, self.bucket.takes(self.now)))
-                continue
-            due = self._answers[0][0] if self._answers else inf
-            self.now = min(self.now + wait, due)
-            while self._answers and self._answers[0][0] <= self.now:
-                _, sent, accepted = self._answers.pop(0)
-                if accepted:
-                    self.control.accepted(self.now, sent)
-                else:
-                    self.refused += 1
-                    self.control.refused(self.now, sent)
+class World(worlds.World):
+    """A saturated queue in front of today's learner."""
 
     def until(self, state, most=300.0):
         end = self.now + most
@@ -61,13 +20,13 @@ class World:
 
 
 def test_nothing_is_paced_before_the_first_refusal_but_for_what_is_unanswered():
-    control = RateController(0.0)
-    assert control.state is State.START
+    gate = make_gate()
+    assert gate.learner.state is State.START
     for _ in range(16):
-        assert control.wait(0.0, 1.0) == 0.0
-        control.sent(0.0, 1.0, bound=False)
-    assert control.wait(0.0, 1.0) > 0.0
-    assert control.wait(0.3, 1.0) == 0.0
+        assert wait(gate, 0.0) == 0.0
+        send(gate, 0.0)
+    assert wait(gate, 0.0) > 0.0
+    assert wait(gate, 0.3) == 0.0
 
 
 def test_the_first_refusal_leads_from_start_to_assess_and_shows_the_burst():
@@ -119,39 +78,39 @@ def test_a_risen_limit_is_found():
 
 
 def test_a_burst_of_refusals_counts_once_by_its_send_times():
-    control = RateController(0.0)
-    burst = [control.sent(0.0, 1.0, bound=False) for _ in range(16)]
+    gate = make_gate()
+    burst = [send(gate, 0.0) for _ in range(16)]
     for sent in burst[10:]:
-        control.refused(0.05, sent)
-    assert control.estimate.burst == pytest.approx(10.0)
-    limit = control.limit
-    late = control.sent(0.06, 1.0, bound=False)
-    control.accepted(0.5, late)
-    assert control.limit == limit
+        refuse(gate, 0.05, sent)
+    assert gate.learner.estimate.burst == pytest.approx(10.0)
+    limit = gate.learner.limit
+    late = send(gate, 0.06)
+    accept(gate, 0.5, late)
+    assert gate.learner.limit == limit
 
 
 def after_a_first_burst(taken):
-    control = RateController(0.0)
-    for sent in [control.sent(0.0, 1.0, bound=False) for _ in range(16)][taken:]:
-        control.refused(0.05, sent)
-    return control
+    gate = make_gate()
+    for sent in [send(gate, 0.0) for _ in range(16)][taken:]:
+        refuse(gate, 0.05, sent)
+    return gate
 
 
 def test_after_a_small_first_burst_the_pace_rises_quickly_while_nothing_contradicts_it():
-    control, now = after_a_first_burst(taken=1), 0.05
+    gate, now = after_a_first_burst(taken=1), 0.05
     while now < 1.0:
-        now += control.wait(now, 1.0) + 1e-6
-        control.accepted(now, control.sent(now, 1.0, bound=True))
-    assert control.pace(now) > 50.0
+        now += wait(gate, now) + 1e-6
+        accept(gate, now, send(gate, now, held=True))
+    assert gate.learner.pace(now) > 50.0
 
 
 def test_where_nothing_was_taken_since_the_first_refusal_the_limit_is_below_one_in_that_time():
-    control = after_a_first_burst(taken=1)
-    assert control.limit > 5.0
-    control.refused(0.25, control.sent(0.2, 1.0, bound=True))
-    assert control.limit == pytest.approx(5.0)
-    control.refused(0.65, control.sent(0.6, 1.0, bound=True))
-    assert control.limit == pytest.approx(1 / 0.6)
+    gate = after_a_first_burst(taken=1)
+    assert gate.learner.limit > 5.0
+    refuse(gate, 0.25, send(gate, 0.2, held=True))
+    assert gate.learner.limit == pytest.approx(5.0)
+    refuse(gate, 0.65, send(gate, 0.6, held=True))
+    assert gate.learner.limit == pytest.approx(1 / 0.6)
 
 
 def test_the_ceiling_is_kept_and_a_lower_limit_is_learned_below_it():
@@ -165,7 +124,7 @@ def test_the_ceiling_is_kept_and_a_lower_limit_is_learned_below_it():
 def test_a_limit_remembered_from_before_is_used_at_once_and_corrected():
     world = World(rate=10.0, burst=10.0)
     world.bucket.level = 0.0
-    world.control.recall(0.0, 8.0, 10.0)
+    remember(world.gate, 8.0, 10.0)
     world.run(2.0)
     assert world.refused <= 1
     world.run(60.0)
@@ -176,7 +135,7 @@ def test_a_bucket_with_credit_that_was_taken_for_one_without_is_found_out():
     """Else the pace is raised by what was saved, refused, cut and saved for again, with no end."""
     world = World(rate=1.2, burst=6.0)
     world.bucket.level = 0.0
-    world.control.recall(0.0, 1.2, 1.0)
+    remember(world.gate, 1.2, 1.0)
     world.run(1800.0)
     assert world.control.estimate.burst > 1.2
     assert world.refused <= 0.01 * world.calls
@@ -184,14 +143,14 @@ def test_a_bucket_with_credit_that_was_taken_for_one_without_is_found_out():
 
 
 def test_a_blackout_is_told_from_a_refusal():
-    control = RateController(0.0)
-    control.recall(0.0, 10.0, 10.0)
-    now, told = 1.0, False
+    gate = make_gate()
+    remember(gate, 10.0, 10.0)
+    now = 1.0
     for _ in range(4):
         now += 0.2
-        told = control.refused(now + 0.05, control.sent(now, 1.0, bound=True))
+        refuse(gate, now + 0.05, send(gate, now, held=True))
         now += 0.06
-    assert told
+    assert gate.nothing_accepted
 
 
 @pytest.mark.parametrize(("rate", "burst"), [(0.64, 1.28), (0.8, 3.2), (1.5, 2.5)])

@@ -1,10 +1,11 @@
-"""The growth governor is run against providers with a growth rule."""
+"""The growth gate is run against providers with a growth rule."""
 
 import pytest
+from gate_calls import TICKET, refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sidecar.admission.gates.growth import GrowthGovernor
+from sidecar.admission.gates.growth import GrowthGate
 
 
 class Provider:
@@ -22,70 +23,81 @@ class Provider:
         return True
 
 
-def volley(governor, provider, now, calls, max_seconds=60.0):
+def wait_of(gate, now):
+    """Return the seconds until one more call may be sent; 0 means now."""
+    gate.advance(now)
+    return gate.opens_at(now, 0.0) - now
+
+
+def send(gate, now):
+    return gate.reserve(now, TICKET, 0.0, held=False)
+
+
+def refuse(gate, now, sent):
+    gate.settle(now, sent, refused(now, "growth"), blamed="growth")
+
+
+def volley(gate, provider, now, calls, max_seconds=60.0):
     """Send `calls` calls as fast as allowed; return the number of refusals and the time of the last accepted call."""
     refused, end = 0, now + max_seconds
     while calls and now < end:
-        wait = governor.wait(now)
+        wait = wait_of(gate, now)
         if wait > 0:
             now += wait
             continue
-        governor.sent(now, bound=False)
+        sent = send(gate, now)
         if provider.accepts(now):
             calls -= 1
         else:
             refused += 1
-            governor.refused(now, now)
+            refuse(gate, now, sent)
             now += 0.05
         now += 1e-4
     return refused, now
 
 
 def test_no_call_waits_before_the_first_refusal_for_growth():
-    governor = GrowthGovernor()
+    gate = GrowthGate()
     for _ in range(1000):
-        assert governor.wait(0.0) == 0.0
-        governor.sent(0.0, bound=False)
+        assert wait_of(gate, 0.0) == 0.0
+        send(gate, 0.0)
 
 
 @pytest.mark.parametrize("base", [2.0, 4.0, 10.0])
 def test_the_first_volley_shows_the_base_and_later_volleys_are_rarely_refused(base):
-    governor, provider = GrowthGovernor(), Provider(base)
-    volley(governor, provider, 0.0, 60)
-    refused = sum(volley(governor, provider, 100.0 * number, 60)[0] for number in range(1, 20))
+    gate, provider = GrowthGate(), Provider(base)
+    volley(gate, provider, 0.0, 60)
+    refused = sum(volley(gate, provider, 100.0 * number, 60)[0] for number in range(1, 20))
     assert refused <= 0.006 * 19 * 60 + 2
-    assert base * 0.7 <= governor.base <= base * 1.3
+    assert base * 0.7 <= gate.base <= base * 1.3
 
 
 @pytest.mark.parametrize("rate", [3.0, 10.0])
 def test_a_steady_stream_does_not_wait(rate):
-    governor, provider = GrowthGovernor(), Provider(2.0)
-    volley(governor, provider, 0.0, 20)
+    gate, provider = GrowthGate(), Provider(2.0)
+    volley(gate, provider, 0.0, 20)
     now, waited = 20.0, 0.0
     for number in range(600):
         due = 20.0 + number / rate
         now = max(now, due)
-        while (wait := governor.wait(now)) > 0:
+        while (wait := wait_of(gate, now)) > 0:
             now += wait
         if number >= 300:
             waited = max(waited, now - due)
-        governor.sent(now, bound=False)
+        sent = send(gate, now)
         if not provider.accepts(now):
-            governor.refused(now, now)
+            refuse(gate, now, sent)
     assert waited < 0.5
 
 
 def test_a_burst_of_refusals_counts_once():
-    governor = GrowthGovernor()
-    governor.sent(0.0, bound=False)
-    governor.refused(0.1, 0.0)
-    sent = [20.0 + 0.001 * number for number in range(8)]
-    for at in sent:
-        governor.sent(at, bound=False)
-    factor = governor.factor
-    for at in sent:
-        governor.refused(20.1, at)
-    assert governor.factor == pytest.approx(factor * 0.85)
+    gate = GrowthGate()
+    refuse(gate, 0.1, send(gate, 0.0))
+    burst = [send(gate, 20.0 + 0.001 * number) for number in range(8)]
+    factor = gate.factor
+    for sent in burst:
+        refuse(gate, 20.1, sent)
+    assert gate.factor == pytest.approx(factor * 0.85)
 
 
 @settings(max_examples=60)
@@ -95,21 +107,20 @@ def test_a_burst_of_refusals_counts_once():
     acceptances=st.lists(st.booleans(), min_size=1, max_size=20),
 )
 def test_calls_sent_stay_within_the_allowed_number_and_every_wait_ends(base, gaps, acceptances):
-    governor, now = GrowthGovernor(), 0.0
-    governor.sent(0.0, bound=False)
-    governor.refused(0.0, 0.0)
-    governor.base = base
+    gate, now = GrowthGate(), 0.0
+    refuse(gate, 0.0, send(gate, 0.0))
+    gate.base = base
     sent = []
     for number, gap in enumerate(gaps):
         now += gap
         wait_start = now
-        while (wait := governor.wait(now)) > 0:
+        while (wait := wait_of(gate, now)) > 0:
             now += wait
             assert now - wait_start < 5.0
-        allowed = governor.allowed(now)
-        governor.sent(now, bound=False)
+        allowed = gate.allowed(now)
+        attempt = send(gate, now)
         sent.append(now)
         assert sum(at > now - 1.0 for at in sent) <= allowed + 1e-9
         if not acceptances[number % len(acceptances)]:
-            governor.refused(now, now)
+            refuse(gate, now, attempt)
             sent.pop()

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from bench.obedient import CASES, play
 from bench.sim import clock
-from sidecar.admission import Admission, QueueFull, Ticket
+from sidecar.admission import Admission, QueueFull, Ticket, UpstreamSettings
 from sidecar.admission.retry_after import LATE_SECONDS, MAX_SECONDS, SHARE, Promises
 
 #: Cases in which the capacity is known or soon learned. They cover the queue's bounds, deadlines, both orders within a
@@ -98,7 +98,7 @@ def test_every_reserved_place_is_redeemed_by_its_key_or_expires(moves):
 def test_a_new_caller_leaves_the_last_places_to_callers_that_return_soon():
     async def main():
         loop = asyncio.get_running_loop()
-        admission = Admission(concurrency=1, queue_size=4)
+        admission = Admission([UpstreamSettings(concurrency=1)], queue_size=4)
 
         def enter(key):
             return admission.enter(Ticket(now=loop.time(), deadline=loop.time() + 1e6, key=key, model="m"))

@@ -1,0 +1,471 @@
+"""One queue above several upstreams: who gets which permit, and what a retry in the queue is subject to."""
+
+import asyncio
+from math import inf
+
+import pytest
+
+from bench.sim import clock
+from sidecar.admission import (
+    AccountClosed,
+    Admission,
+    CircuitState,
+    DeadlineUnreachable,
+    Draining,
+    QueueFull,
+    StillFailing,
+    Superseded,
+    Ticket,
+    UpstreamSettings,
+    Verdict,
+)
+
+MODEL = "m"
+
+
+class Bench:
+    """An admission with its upstreams, and what tests do with tickets. Names of upstreams: "a", "b", …"""
+
+    def __init__(self, *upstreams, **settings):
+        self.loop = asyncio.get_running_loop()
+        self.admission = Admission(upstreams, **settings)
+        self.upstreams = {one.name: one for one in self.admission.pool(MODEL).upstreams}
+        for upstream in self.upstreams.values():  # until the first answer, attempts are spaced
+            upstream.start(self.loop.time(), self.ticket(), lambda permit: None).report(
+                Verdict("accepted", self.loop.time())
+            )
+
+    def ticket(self, key="camera", seconds=60.0, model=MODEL, **options):
+        now = self.loop.time()
+        return Ticket(now=now, deadline=now + seconds, key=key, model=model, **options)
+
+    def enter(self, ticket=None, **options):
+        """Enter a ticket; return its permit, or the future of its permit."""
+        return self.admission.enter(ticket or self.ticket(**options))
+
+    def at_once(self, ticket=None, **options):
+        """Enter a ticket that must get its permit in the same call."""
+        entry = self.enter(ticket, **options)
+        if isinstance(entry, asyncio.Future):
+            assert entry.done(), "it has to wait"
+            entry = entry.result()
+        return entry
+
+    def report(self, permit, outcome, **details):
+        permit.report(Verdict(outcome, self.loop.time(), **details))
+
+    def fail(self, name, state=CircuitState.OUTAGE):
+        """Make an upstream's circuit open."""
+        self.upstreams[name].circuit.open(self.loop.time(), state, "down")
+
+    def fill(self, name):
+        """Occupy every place of an upstream; return the permits."""
+        upstream, permits = self.upstreams[name], []
+        while upstream.concurrency.in_flight < upstream.concurrency.allowed:
+            permits.append(upstream.start(self.loop.time(), self.ticket(), self.admission.pool(MODEL)._ended))
+        return permits
+
+    def returned(self, *tried, seconds=60.0, pause=0.0, **options):
+        """A ticket that comes back from an attempt, and must not go to the upstreams in `tried`."""
+        ticket = self.ticket(seconds=seconds, **options)
+        ticket.returned, ticket.not_before = True, self.loop.time() + pause
+        ticket.tried = tuple(self.upstreams[name] for name in tried)
+        return ticket
+
+    def at_rest(self):
+        return (self.admission.in_flight(), self.admission.waiting(), self.admission.waiting_bytes()) == (0, 0, 0)
+
+
+def virtual(test):
+    """Run a test on virtual time."""
+
+    def run(**arguments):
+        clock.run(test(**arguments))
+
+    run.__name__, run.__doc__ = test.__name__, test.__doc__
+    return run
+
+
+# -- a ticket that may go only to one upstream -----------------------------------------------------------------------
+
+
+@virtual
+async def test_a_ticket_that_only_a_closed_upstream_may_take_delays_no_other_ticket():
+    bench = Bench(UpstreamSettings("a"), UpstreamSettings("b"))
+    bench.fail("a")
+    waiting = bench.enter(bench.returned("b"))
+    assert not waiting.done()
+    for number in range(10):
+        permit = bench.at_once(key=f"camera-{number}")
+        assert permit.upstream is bench.upstreams["b"]
+        bench.report(permit, "accepted")
+        assert not waiting.done()
+    await asyncio.sleep(0.7)
+    permit = await waiting  # the half-open probe
+    assert permit.upstream is bench.upstreams["a"]
+    bench.report(permit, "accepted")
+    assert bench.at_rest()
+
+
+@virtual
+async def test_tickets_of_the_same_camera_are_not_delayed_by_it_either():
+    bench = Bench(UpstreamSettings("a"), UpstreamSettings("b", concurrency=1))
+    bench.fail("a", CircuitState.CAPACITY)
+    waiting = bench.enter(bench.returned("b"))
+    first = bench.at_once()
+    entries = [bench.enter() for _ in range(5)]
+    bench.report(first, "accepted")
+    for entry in entries:
+        assert entry.done()  # the freed place went to the next ticket in the same call
+        assert entry.result().upstream is bench.upstreams["b"]
+        bench.report(entry.result(), "accepted")
+    assert not waiting.done()
+    bench.admission.pool(MODEL).leave(_ticket_of(bench, waiting))
+    assert bench.at_rest()
+
+
+def _ticket_of(bench, entry):
+    pool = bench.admission.pool(MODEL)
+    return next(ticket for queue in pool.queues() for ticket in queue.tickets if ticket.permit is entry)
+
+
+@virtual
+async def test_a_ticket_that_may_go_only_to_one_upstream_goes_before_tickets_that_may_go_to_others():
+    bench = Bench(UpstreamSettings("a", concurrency=1), UpstreamSettings("b", concurrency=1))
+    (a,), (b,) = bench.fill("a"), bench.fill("b")
+    anywhere = [bench.enter(key=str(number)) for number in range(3)]
+    only_b = bench.enter(bench.returned("a"))
+    bench.report(a, "accepted")
+    assert [entry.done() for entry in anywhere] == [True, False, False]
+    assert not only_b.done()
+    bench.report(b, "accepted")
+    assert only_b.done()
+    assert only_b.result().upstream is bench.upstreams["b"]
+
+
+@virtual
+async def test_an_open_upstream_that_failed_the_ticket_before_does_not_get_it_again():
+    bench = Bench(UpstreamSettings("a"), UpstreamSettings("b"))
+    bench.fail("b")
+    entry = bench.enter(bench.returned("a"))
+    assert not entry.done()
+    permit = await entry
+    assert permit.upstream is bench.upstreams["b"]
+    bench.report(permit, "accepted")
+
+
+@virtual
+async def test_when_an_upstream_closes_the_tickets_that_waited_for_it_go_to_the_other():
+    bench = Bench(UpstreamSettings("a", concurrency=1), UpstreamSettings("b", concurrency=2, tier=2))
+    (permit,) = bench.fill("a")
+    entries = [bench.enter(key=str(number)) for number in range(2)]
+    assert not any(entry.done() for entry in entries)  # a usual wait is no reason to use the higher tier
+    bench.report(permit, "refused", named="capacity", reason="no room")
+    assert all(entry.done() for entry in entries)
+    assert {entry.result().upstream for entry in entries} == {bench.upstreams["b"]}
+
+
+@virtual
+async def test_an_upstream_that_is_not_ready_gets_nothing():
+    reasons = {"a": "the model is loading"}
+    bench = Bench(UpstreamSettings("a", ready_reason=lambda: reasons.get("a")), UpstreamSettings("b"))
+    assert bench.at_once().upstream is bench.upstreams["b"]
+    reasons.clear()
+    assert bench.at_once().upstream is bench.upstreams["a"]
+
+
+@virtual
+async def test_a_ticket_goes_on_when_the_only_upstream_that_is_left_becomes_ready_again():
+    reasons = {}
+    bench = Bench(UpstreamSettings("a"), UpstreamSettings("b", ready_reason=lambda: reasons.get("b")))
+    reasons["b"] = "its worker restarts"
+    entry = bench.enter(bench.returned("a"))
+    assert not entry.done()
+    await asyncio.sleep(3.0)
+    reasons.clear()
+    async with asyncio.timeout(1.0):
+        permit = await entry
+    assert permit.upstream is bench.upstreams["b"]
+
+
+@virtual
+async def test_upstreams_of_one_tier_share_by_their_load():
+    bench = Bench(UpstreamSettings("a", concurrency=4), UpstreamSettings("b", concurrency=2))
+    names = [bench.at_once(key=str(number)).upstream.name for number in range(6)]
+    assert (names.count("a"), names.count("b")) == (4, 2)
+    assert names[:2] == ["a", "b"]
+
+
+# -- a retry is a ticket in the queue --------------------------------------------------------------------------------
+
+
+@virtual
+async def test_a_retry_is_sent_at_its_time_and_delays_nobody_until_then():
+    bench = Bench(UpstreamSettings("a"))
+    began = bench.loop.time()
+    retry = bench.enter(bench.returned(pause=3.0))
+    bench.report(bench.at_once(), "accepted")
+    permit = await retry
+    assert bench.loop.time() - began == pytest.approx(3.0)
+    assert permit.ticket.cause_seconds["hold"] == pytest.approx(3.0)
+
+
+@virtual
+async def test_a_retry_counts_in_the_bounds_of_the_queue():
+    bench = Bench(UpstreamSettings("a", concurrency=1), queue_size=1)
+    retry = bench.enter(bench.returned(pause=3.0, size_bytes=500))
+    assert (bench.admission.waiting(), bench.admission.waiting_bytes()) == (1, 500)
+    with pytest.raises(QueueFull):
+        bench.enter()
+    (status,) = bench.admission.status()
+    assert sum(status.waiting.values()) == 1
+    bench.report(await retry, "accepted")
+    assert bench.at_rest()
+    bench.report(bench.at_once(), "accepted")
+
+
+@virtual
+async def test_the_bytes_of_a_retry_count_in_the_bound_on_bytes():
+    bench = Bench(UpstreamSettings("a"), queue_bytes=1000)
+    retry = bench.enter(bench.returned(pause=3.0, size_bytes=600))
+    with pytest.raises(QueueFull, match="bytes"):
+        bench.enter(size_bytes=600)
+    bench.report(await retry, "accepted")
+    bench.report(bench.at_once(size_bytes=600), "accepted")
+
+
+@virtual
+async def test_a_newer_frame_supersedes_a_retry():
+    bench = Bench(UpstreamSettings("a"))
+    retry = bench.enter(bench.returned(pause=3.0, latest=True))
+    other = bench.enter(bench.returned(pause=3.0, latest=True, key="another camera"))
+    await asyncio.sleep(1.0)
+    bench.report(bench.at_once(latest=True), "accepted")
+    with pytest.raises(Superseded):
+        await retry
+    assert not other.done()
+    bench.report(await other, "accepted")
+    assert bench.at_rest()
+
+
+@virtual
+async def test_a_retry_is_refused_at_its_deadline():
+    bench = Bench(UpstreamSettings("a"))
+    began = bench.loop.time()
+    retry = bench.enter(bench.returned(pause=30.0, seconds=2.0))
+    with pytest.raises(DeadlineUnreachable):
+        await retry
+    assert bench.loop.time() - began == pytest.approx(2.0)
+    assert bench.at_rest()
+
+
+@virtual
+async def test_a_retry_that_waits_for_a_closed_upstream_is_refused_at_its_deadline():
+    bench = Bench(UpstreamSettings("a", concurrency=1))
+    (permit,) = bench.fill("a")
+    retry = bench.enter(bench.returned(pause=1.0, seconds=5.0))
+    with pytest.raises(DeadlineUnreachable):
+        await retry
+    bench.report(permit, "accepted")
+    assert bench.at_rest()
+
+
+@virtual
+async def test_while_the_sidecar_drains_a_retry_is_finished_and_a_new_request_is_refused():
+    bench = Bench(UpstreamSettings("a"))
+    retry = bench.enter(bench.returned(pause=3.0))
+    bench.admission.draining = True
+    with pytest.raises(Draining):
+        bench.enter()
+    bench.report(await retry, "accepted")
+    again = bench.enter(bench.returned(pause=1.0))
+    bench.report(await again, "accepted")
+    assert bench.at_rest()
+
+
+@virtual
+async def test_a_retry_whose_caller_leaves_waits_no_longer():
+    bench = Bench(UpstreamSettings("a"))
+    task = bench.loop.create_task(bench.admission.permit(bench.returned(pause=3.0)))
+    await asyncio.sleep(1.0)
+    assert bench.admission.waiting() == 1
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert bench.at_rest()
+
+
+@virtual
+async def test_a_retry_whose_caller_leaves_in_the_moment_of_its_time_takes_no_permit():
+    bench = Bench(UpstreamSettings("a"))
+    task = bench.loop.create_task(bench.admission.permit(bench.returned(pause=3.0)))
+    bench.loop.call_later(3.0, task.cancel)  # set before the pool's own timer, for the same time
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    await asyncio.sleep(1.0)
+    assert bench.at_rest()
+
+
+@virtual
+async def test_a_retry_for_an_account_that_is_refused_meanwhile_is_refused_with_that():
+    bench = Bench(UpstreamSettings("a"))
+    retry = bench.enter(bench.returned(pause=3.0))
+    bench.report(bench.at_once(), "account", reason="no money")
+    with pytest.raises(AccountClosed, match="no money"):
+        await retry
+    assert bench.at_rest()
+
+
+@virtual
+async def test_a_last_retry_goes_only_if_the_upstream_still_fails_other_requests():
+    bench = Bench(UpstreamSettings("a"))
+    last = bench.returned(pause=1.0)
+    last.only_while_failing = True
+    for outcome, goes in (("failed", True), ("accepted", False)):
+        bench.report(bench.at_once(), "failed")
+        bench.report(bench.at_once(), outcome)
+        last.not_before = bench.loop.time() + 1.0
+        entry = bench.enter(last)
+        if goes:
+            bench.report(await entry, "accepted")
+        else:
+            with pytest.raises(StillFailing):
+                await entry
+    assert bench.at_rest()
+
+
+# -- no 503 while another upstream could take it ---------------------------------------------------------------------
+
+
+@virtual
+async def test_a_ticket_whose_tier_hangs_goes_to_the_next_tier_before_its_deadline():
+    bench = Bench(UpstreamSettings("a", concurrency=1), UpstreamSettings("b", tier=2))
+    permit = bench.at_once()
+    await asyncio.sleep(0.5)
+    bench.report(permit, "accepted")  # an answer is known to take half a second
+    (hung,) = bench.fill("a")
+    entry = bench.enter(seconds=10.0)
+    got = await entry
+    assert got.upstream is bench.upstreams["b"]
+    hung.release(bench.loop.time())
+
+
+@virtual
+async def test_a_ticket_goes_to_the_next_tier_while_that_still_has_the_time_to_answer():
+    """The higher tier takes longer for an answer than the lower one: only the time of the higher tier counts."""
+    bench = Bench(UpstreamSettings("a", concurrency=1), UpstreamSettings("b", tier=2))
+    for name, seconds in 50 * [("a", 0.2), ("b", 1.5)]:
+        permit = bench.upstreams[name].start(bench.loop.time(), bench.ticket(), lambda permit: None)
+        await asyncio.sleep(seconds)
+        bench.report(permit, "accepted")
+    (hung,) = bench.fill("a")
+    ticket = bench.ticket(seconds=10.0)
+    permit = await bench.enter(ticket)
+    assert permit.upstream is bench.upstreams["b"]
+    assert ticket.deadline - bench.loop.time() >= 1.5
+    hung.release(bench.loop.time())
+
+
+@virtual
+async def test_a_ticket_behind_the_head_of_the_queue_goes_to_the_next_tier_before_its_deadline():
+    bench = Bench(UpstreamSettings("a", concurrency=1), UpstreamSettings("b", tier=2, concurrency=3))
+    permit = bench.at_once()
+    await asyncio.sleep(0.2)
+    bench.report(permit, "accepted")
+    (hung,) = bench.fill("a")
+    patient = bench.enter(key="patient", seconds=1000.0)
+    urgent = bench.enter(key="urgent", seconds=5.0)
+    permit = await urgent
+    assert permit.upstream is bench.upstreams["b"]
+    hung.release(bench.loop.time())
+    await patient
+
+
+@virtual
+async def test_nobody_waits_for_an_upstream_that_is_not_ready_when_the_other_refuses_the_account():
+    bench = Bench(UpstreamSettings("a"), UpstreamSettings("b", tier=2, ready_reason=lambda: "the model is broken"))
+    bench.report(bench.at_once(), "account", reason="no money")
+    with pytest.raises(AccountClosed, match="no money"):
+        bench.enter()
+    assert bench.at_rest()
+
+
+@virtual
+async def test_while_every_account_is_refused_every_waiting_ticket_is_refused_and_new_ones_too():
+    bench = Bench(UpstreamSettings("a", concurrency=1), UpstreamSettings("b", concurrency=1))
+    (a,), (b,) = bench.fill("a"), bench.fill("b")
+    anywhere, only_b, later = bench.enter(), bench.enter(bench.returned("a")), bench.enter(bench.returned(pause=9.0))
+    bench.report(a, "account", reason="no money at a")
+    assert not anywhere.done()
+    assert not only_b.done()
+    bench.report(b, "account", reason="no money at b")
+    for entry in (anywhere, only_b, later):
+        with pytest.raises(AccountClosed, match="no money"):
+            await entry
+    with pytest.raises(AccountClosed):
+        bench.enter()
+    assert bench.at_rest()
+    await asyncio.sleep(35.0)
+    permit = bench.at_once()  # the half-open probe
+    bench.report(permit, "accepted")
+    assert bench.at_once() is not None
+
+
+@virtual
+async def test_a_ticket_that_only_a_refused_account_may_take_is_refused_though_another_upstream_answers():
+    bench = Bench(UpstreamSettings("a"), UpstreamSettings("b"))
+    bench.fail("a")
+    waiting = bench.enter(bench.returned("b"))
+    bench.upstreams["a"].circuit.open(bench.loop.time(), CircuitState.BILLING, "no money")
+    bench.report(bench.at_once(), "accepted")
+    with pytest.raises(AccountClosed, match="no money"):
+        await waiting
+    assert bench.at_rest()
+
+
+# -- an upstream that several models share -----------------------------------------------------------------------------
+
+
+@virtual
+async def test_a_permit_that_becomes_free_reaches_the_queue_of_another_model():
+    bench = Bench(
+        UpstreamSettings("dashscope"),
+        UpstreamSettings("local", tier=2, concurrency=1, paced=False, only_model="local"),
+    )
+    admission = bench.admission
+    first, second = (admission.pool(model).upstreams for model in ("x", "y"))
+    assert first[0] is not second[0]
+    assert first[1] is second[1]
+
+    def enter(model):
+        ticket = bench.ticket(model=model)
+        ticket.returned, ticket.tried = True, (admission.pool(model).upstreams[0],)
+        return bench.enter(ticket)
+
+    permit = enter("x")
+    if isinstance(permit, asyncio.Future):
+        permit = permit.result()
+    entries = [enter("y"), enter("x"), enter("y"), enter("x")]
+    assert not any(entry.done() for entry in entries)
+    served = []
+    while entries:
+        permit.release(bench.loop.time())
+        (entry,) = [entry for entry in entries if entry.done()]
+        entries.remove(entry)
+        permit = entry.result()
+        assert permit.upstream is first[1]
+        served.append(permit.ticket.model)
+    assert sorted(served[:2]) == sorted(served[2:]) == ["x", "y"]  # in turn
+    permit.release(bench.loop.time())
+    assert bench.at_rest()
+
+
+@virtual
+async def test_models_that_are_forgotten_let_go_of_the_shared_upstream():
+    bench = Bench(UpstreamSettings("dashscope"), UpstreamSettings("local", tier=2, only_model="local"))
+    for number in range(200):
+        bench.report(bench.at_once(model=f"model-{number}"), "accepted")
+    local = bench.admission.pool("model-199").upstreams[1]
+    assert len(local.on_end) <= 64
+    assert len(list(bench.admission.status())) <= 64
+    assert inf > len(bench.admission._upstreams) - 64 <= 1
