@@ -94,7 +94,7 @@ class OracleUpstream(Upstream):
             return now, None
         return min(quota.next_accept_at(now, tokens), now + 0.05), "request_rate"
 
-    def seconds_for(self, now: float, ticket: Ticket, requests: float, tokens: float) -> float:
+    def seconds_for(self, now: float, ticket: Ticket, requests: float, tokens: float, *, guess: bool = True) -> float:
         mean = (tokens + ticket.tokens) / (requests + 1)
         return (requests + 1) / max(self._provider.quota(MODEL).true_rate(now, mean), 0.05)
 

@@ -464,7 +464,7 @@ class Pool:
         rate = 0.0
         for one in upstreams:
             seconds = one.circuit.seconds_left(now) if guess else one.next_probe_in(now)
-            seconds += one.seconds_for(now, ticket, requests, cost)
+            seconds += one.seconds_for(now, ticket, requests, cost, guess=guess)
             if len(upstreams) == 1 or seconds <= 0:
                 return seconds
             rate += 1.0 / seconds

@@ -247,6 +247,9 @@ class Upstream:
             self.circuit.settle(now, reservations[0], verdict, blamed=blamed)
         if accepted:
             self._answered(now, permit, verdict)
+            if self._paced and (self.requests.forgot or self.tokens.forgot):
+                self.requests.forgot = self.tokens.forgot = False
+                self.circuit.rise(now)
         elif refused:
             if self.concurrency.discovered:
                 self.requests.resume(now, 1.0)  # what was taken for its limit was none
@@ -324,16 +327,17 @@ class Upstream:
         """
         return self.circuit.state not in (None, CircuitState.BLACKOUT)
 
-    def seconds_for(self, now: float, ticket: Ticket, requests: float, tokens: float) -> float:
+    def seconds_for(self, now: float, ticket: Ticket, requests: float, tokens: float, *, guess: bool = True) -> float:
         """Seconds until this ticket could start behind so many others, of so many LLM tokens as tickets tell them.
 
-        The circuit is taken to be closed.
+        The circuit is taken to be closed. `guess` False: limits that are only a guess are left out.
         """
         cost = self._cost.of(tokens, requests) + self.cost(ticket) if self._paced else 0.0
         ahead = Ahead(requests + 1, cost)
         wait = 0.0
         for gate in self._gates:
-            wait = max(wait, gate.seconds_for(now, ahead))
+            if guess or gate.certain:
+                wait = max(wait, gate.seconds_for(now, ahead))
         return wait
 
     def patience(self, ticket: Ticket) -> float:

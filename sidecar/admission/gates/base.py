@@ -87,6 +87,11 @@ class Gate(Protocol):
 
     name: Cause
 
+    @property
+    def certain(self) -> bool:
+        """What the gate has learned was confirmed by accepted calls. A guess never refuses a request on arrival."""
+        ...
+
     dormant: bool
     """The gate never closes at present: it need not be asked."""
 

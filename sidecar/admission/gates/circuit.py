@@ -150,6 +150,11 @@ class Circuit:
 
     # -- the gate ------------------------------------------------------------------------------------------------------
 
+    @property
+    def certain(self) -> bool:
+        """See `Gate`."""
+        return True
+
     def advance(self, now: float) -> None:
         """Count attempts as answered that were not refused for long enough."""
         if self._probe is not None and self._patience(now) <= 0:
@@ -335,13 +340,21 @@ class Circuit:
         good, bad = verdict.outcome == "accepted", verdict.outcome in ("refused", "failed")
         if self._cold and (good or bad):
             self._cold = False
-            self._start_rising(1 if bad else 0)
+            # After a refusal the gate that learns from it raises the load slowly: by up to 1.4 with each accepted call.
+            learned = verdict.outcome == "refused" and verdict.named != "capacity"
+            self._start_rising(1 if bad and not learned else 0)
         elif was_sent and good:
             self._rise()
         elif was_sent and verdict.outcome == "refused" and verdict.named != "capacity":
             self._start_rising(0)  # from now on the gate that learns from this refusal sets the pace
         elif was_sent and bad:
             self._start_rising(1)
+
+    def rise(self, now: float) -> None:
+        """Let the load rise slowly from now on: what was learned turned out to be wrong."""
+        if self.state is None:
+            self._unanswered.clear()
+            self._start_rising(2)
 
     def _rise(self) -> None:
         """One attempt was answered. Each round of answers doubles the number."""

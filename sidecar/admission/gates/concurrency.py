@@ -75,6 +75,11 @@ class ConcurrencyGate:
 
     # -- the gate ------------------------------------------------------------------------------------------------------
 
+    @property
+    def certain(self) -> bool:
+        """See `Gate`."""
+        return True
+
     def advance(self, now: float) -> None:
         """See `Gate`."""
 

@@ -50,6 +50,11 @@ class GrowthGate:
         self._grown_at = -inf
         self._bound = 0
 
+    @property
+    def certain(self) -> bool:
+        """See `Gate`."""
+        return True
+
     def advance(self, now: float) -> None:
         """See `Gate`."""
 

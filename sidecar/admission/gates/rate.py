@@ -7,20 +7,23 @@ from math import inf
 
 from sidecar.admission.gates.base import Ahead, Change, GateStatus, Verdict
 from sidecar.admission.gates.bucket import TokenBucket
-from sidecar.admission.learning.learner import Effect, Learner, Recovery, Remembered
+from sidecar.admission.learning.learner import UNKNOWN, Effect, Learner, Recovery, Remembered, Unknown
 from sidecar.admission.learning.policer import Sent
 from sidecar.admission.ticket import Cause, Ticket
 
 #: A limit that grows while nothing is refused is reported each time it has grown by this share.
 REPORTED_SHARE = 0.1
+#: While requests wait, an attempt goes out at least this often, whatever was learned: a limit that is far too low can
+#: only be found out by asking. An operator's ceiling may allow fewer.
+PROBE_SECONDS = 5.0
 
 
 class RateGate:
     """Paces one dimension of one upstream. Amounts are 1 for each request, or the LLM tokens of an attempt."""
 
     __slots__ = (
-        "_bucket", "_filled_at", "_in_tokens", "_limit", "_on_change", "_state", "dormant", "learner", "name",
-        "nothing_accepted",
+        "_accepted_at", "_bucket", "_filled_at", "_in_tokens", "_limit", "_on_change", "_probe_seconds", "_sent_at",
+        "_state", "dormant", "forgot", "learner", "name", "nothing_accepted",
     )  # fmt: skip
 
     def __init__(
@@ -34,9 +37,18 @@ class RateGate:
         """The last refusal showed that everything is refused, whatever the pace."""
         self._in_tokens = name == "token_rate"
         self._bucket = TokenBucket(now, inf, learner.capacity)
+        self.forgot = False
+        """The last accepted attempt showed that the limit was far too low."""
         self._filled_at = -inf
+        self._sent_at = self._accepted_at = now
+        self._probe_seconds = max(PROBE_SECONDS, learner.ceiling_seconds)
         self._on_change = on_change
         self._limit, self._state = learner.limit, learner.snapshot().state  # as last reported
+
+    @property
+    def certain(self) -> bool:
+        """See `Gate`."""
+        return self.learner.certain
 
     def advance(self, now: float) -> None:
         """Let the bucket fill, at the pace of now from now on."""
@@ -47,12 +59,14 @@ class RateGate:
     def opens_at(self, now: float, cost: float) -> float:
         """See `Gate`."""
         wait = self._bucket.wait(now, cost if self._in_tokens else 1.0)
-        return now + wait if wait > 0 else now
+        if wait <= 0:
+            return now
+        return min(now + wait, max(now, self._sent_at + self._probe_seconds))
 
     def reserve(self, now: float, ticket: Ticket, cost: float, *, held: bool) -> Sent:
         """See `Gate`."""
         amount = cost if self._in_tokens else 1.0
-        learner = self.learner
+        learner, self._sent_at = self.learner, now
         if self.dormant:
             return learner.sent(now, amount, held=held, pace=self._bucket.rate)
         if now != self._filled_at:  # `opening` has advanced it, except for a probe
@@ -68,6 +82,8 @@ class RateGate:
         learner = self.learner
         if verdict.outcome == "accepted":
             learner.accepted(now, reservation)
+            if not self.dormant:
+                self._doubt(now, reservation)
             if self._in_tokens and verdict.usage is not None:  # what it cost takes the place of what was reserved
                 self._correct(now, reservation, max(float(sum(verdict.usage)), 1.0))
         elif verdict.outcome != "refused" or verdict.named == "capacity":
@@ -90,8 +106,9 @@ class RateGate:
         amount = ahead.tokens if self._in_tokens else ahead.requests
         return max(amount - self._bucket.level(now), 0.0) / self.learner.pace(now)
 
-    def resume(self, now: float, after: Recovery | Remembered | float) -> None:
+    def resume(self, now: float, after: Recovery | Remembered | Unknown | float) -> None:
         """Sending goes on after a pause; see `Learner.resumed`."""
+        self._accepted_at = now
         self._apply(now, self.learner.resumed(now, after))
 
     def status(self, now: float) -> GateStatus:
@@ -109,6 +126,17 @@ class RateGate:
             burst=known.burst if learned else None,
             error=known.error if learned else None,
         )
+
+    def _doubt(self, now: float, accepted: Sent) -> None:
+        """Forget a limit of which a probe has shown that it is far too low.
+
+        The limit let no call pass for so long that a probe went out, and the provider accepted it: its real limit is
+        unknown, and is looked for as at the start, but slowly.
+        """
+        seconds, self._accepted_at = accepted.at - self._accepted_at, max(accepted.at, self._accepted_at)
+        self.forgot = self._probe_seconds <= seconds and 1.25 * self.learner.limit * seconds < accepted.amount
+        if self.forgot:
+            self._apply(now, self.learner.resumed(now, UNKNOWN))
 
     def _correct(self, now: float, reservation: Sent, amount: float) -> None:
         if not self.dormant:

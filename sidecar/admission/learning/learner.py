@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum
 from typing import NamedTuple, Protocol
 
 from sidecar.admission.learning.policer import Sent
@@ -29,6 +30,15 @@ class Recovery:
     """When the accepted probe was sent."""
     step: float
     """Seconds before it in which nothing was sent."""
+
+
+class Unknown(Enum):
+    """What was learned turned out to be wrong: the provider is as unknown as at the start."""
+
+    UNKNOWN = "unknown"
+
+
+UNKNOWN = Unknown.UNKNOWN
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +75,16 @@ class Learner(Protocol):
     @property
     def limit(self) -> float:
         """The learned limit per second; infinite while none is known."""
+        ...
+
+    @property
+    def certain(self) -> bool:
+        """The limit was measured with calls that were accepted; False while it is a guess or only remembered."""
+        ...
+
+    @property
+    def ceiling_seconds(self) -> float:
+        """Seconds between two usual attempts at the operator's ceiling; 0 without one."""
         ...
 
     @property
@@ -114,8 +134,8 @@ class Learner(Protocol):
         """It ended in a way that says nothing about this rate."""
         ...
 
-    def resumed(self, now: float, after: Recovery | Remembered | float) -> Effect:
-        """Sending goes on after a blackout, after a restart of the process, or at this share of the limit."""
+    def resumed(self, now: float, after: Recovery | Remembered | Unknown | float) -> Effect:
+        """Sending goes on after a blackout, after a restart, as at the start, or at this share of the limit."""
         ...
 
     def window_ends(self, now: float) -> float:

@@ -15,14 +15,23 @@ and PROBE only name where on which ramp the pace is.
 
 from __future__ import annotations
 
-from math import inf
+from math import exp, inf
 
 from sidecar.admission.learning.blackout import Blackouts
 from sidecar.admission.learning.early import EarlyRefusals
 from sidecar.admission.learning.estimate import Estimate
 from sidecar.admission.learning.first import FirstBurst
 from sidecar.admission.learning.fit import Fit
-from sidecar.admission.learning.learner import EMPTY, NO_EFFECT, Effect, Recovery, Remembered, Snapshot
+from sidecar.admission.learning.learner import (
+    EMPTY,
+    NO_EFFECT,
+    UNKNOWN,
+    Effect,
+    Recovery,
+    Remembered,
+    Snapshot,
+    Unknown,
+)
 from sidecar.admission.learning.policer import Interval, Sent, Trace
 from sidecar.admission.learning.ramp import Ramp
 from sidecar.admission.learning.shared import Share
@@ -40,6 +49,7 @@ from sidecar.admission.learning.tuning import (
     LEARNER_OFF,
     LEARNER_SOON,
     POLICER_MAX_REMEMBERED,
+    RAMP_RISE,
     SHARED_KEPT,
     START_CREDIT,
 )
@@ -58,6 +68,9 @@ class PolicerLearner:
         """How long a refusal takes to come back, smoothed."""
         self.unpaced = dormant and ceiling == inf
         """Whatever comes may go: nothing need be counted yet."""
+        self._budget, self._dormant = budget, dormant
+        self._remembered = False  # the limit is from before a restart, and nothing was refused since
+        self._confirmed = False  # a call was accepted since the limit was a mere guess
         self._grown_at = now
         self._cut_at = -inf  # what was sent until then, and is refused, is of the last event
         self._trace = Trace(now)
@@ -86,6 +99,16 @@ class PolicerLearner:
     def limit(self) -> float:
         """The learned limit, a second; infinite while nothing was ever refused."""
         return self.estimate.limit
+
+    @property
+    def certain(self) -> bool:
+        """See `Learner`."""
+        return self._confirmed and self._first is None
+
+    @property
+    def ceiling_seconds(self) -> float:
+        """See `Learner`."""
+        return self.estimate.typical / self.ceiling
 
     @property
     def guessed(self) -> bool:
@@ -140,7 +163,8 @@ class PolicerLearner:
     # -- verdicts ------------------------------------------------------------------------------------------------------
 
     def accepted(self, now: float, sent: Sent) -> None:
-        """The provider took it."""
+        """See `Learner`."""
+        self._confirmed = True
         self._start.answered(now, sent.amount)
         if self._share.climb is not None:
             self._share.climb.accepted()
@@ -165,6 +189,7 @@ class PolicerLearner:
     def refused(self, now: float, sent: Sent) -> Effect:
         """See `Learner`. One burst of refusals, told by their send times, is one event."""
         self.refused_too(now, sent)
+        self._remembered = False
         self.refusal_seconds += 0.3 * (now - sent.at - self.refusal_seconds)
         if sent.at <= self._cut_at:
             if self._first is None or not self._first.open:
@@ -300,8 +325,20 @@ class PolicerLearner:
         """When the present window ends; `now` where there are none."""
         return self._blackouts.ends(now, self.estimate.typical)
 
-    def resumed(self, now: float, after: Recovery | Remembered | float) -> Effect:
+    def resumed(self, now: float, after: Recovery | Remembered | Unknown | float) -> Effect:
         """See `Learner`."""
+        if after is UNKNOWN or (isinstance(after, Recovery) and not self._confirmed):
+            refusal_seconds = self.refusal_seconds
+            # Called anew: no part of what was learned may be left.
+            self.__init__(  # type: ignore[misc]
+                now,
+                ceiling=self.ceiling,
+                budget=self._budget,
+                typical=self.estimate.typical,
+                dormant=self._dormant,
+            )
+            self.refusal_seconds = refusal_seconds
+            return Effect(0.0)
         if isinstance(after, Recovery):
             if self.state is State.START:
                 return NO_EFFECT
@@ -370,6 +407,8 @@ class PolicerLearner:
         estimate, blackouts, seconds = self.estimate, self._blackouts, min(now - self._grown_at, 0.5)
         if self.state is State.START:
             self._start.grow(seconds)
+        elif self._remembered and self._confirmed:  # nothing was refused yet: it may be far higher
+            estimate.limit *= exp(RAMP_RISE * min(now - self._grown_at, 1.0))
         elif self._first is not None and self._first.searching:
             estimate.limit *= self._first.growth(seconds, self.refusal_seconds)
         elif self.state is State.SHARED:
@@ -395,7 +434,8 @@ class PolicerLearner:
         self.estimate.recall(known.limit, known.burst, known.error)
         self._trace.emptied(now)
         self._cut_at = now
-        self.unpaced = False
+        self.unpaced = self._confirmed = False
+        self._remembered = True
         self.estimate.to(now, State.ASSESS, "remembered from before the restart")
         self._begin()
 
