@@ -26,8 +26,8 @@ OUTAGE_SHARE = 0.4
 UNTRIED_SHARE = 0.25
 #: Seconds that an answer is taken to last until there was one.
 USUAL_SECONDS = 1.0
-#: So many refusals in a row, with nothing accepted between, open the circuit whatever they name.
-MIN_REFUSED = 2
+#: So many refusals in a row, each of the first attempt after the refusal before, open the circuit whatever they name.
+MAX_REFUSED_IN_ROW = 2
 #: Send times that the growth gate keeps before it forgets old ones.
 MAX_REMEMBERED = 4096
 #: An attempt without a byte is given up after so many times the 99th percentile of an answer's time, at least so many
@@ -42,7 +42,7 @@ class Permit:
     without a verdict (its caller left): it was sent all the same, and counts as sent.
     """
 
-    __slots__ = ("_on_end", "_reservations", "sent_at", "ticket", "upstream")
+    __slots__ = ("_on_end", "_reservations", "number", "sent_at", "ticket", "upstream")
 
     def __init__(
         self,
@@ -55,6 +55,8 @@ class Permit:
         self.upstream = upstream
         self.ticket = ticket
         self.sent_at = now
+        self.number = upstream.started
+        """Its place among the attempts of the upstream, from 1."""
         self._reservations: tuple[Any, ...] | None = reservations
         self._on_end = on_end
 
@@ -167,8 +169,12 @@ class Upstream:
         self._p90 = self._p99 = 0.0  # of the latencies
         self._cost = TokenCost()
         self._held_by: Cause | None = None  # since the last start
-        self._refused_at = inf  # when the last refusal came that was not named for a rate
-        self._sent_since = self._refused_since = 0  # attempts since then, and those of them that were refused
+        self.started = 0
+        """Attempts so far."""
+        # Of refusals for growth or concurrency: the attempts that had started at the last one, and how many were refused in
+        # a row of those that started first after one.
+        self._started_before = 0
+        self._refused_in_row = 0
 
     def __repr__(self) -> str:
         learners = f"{self.requests.learner!r} {self.tokens.learner!r}"
@@ -212,7 +218,7 @@ class Upstream:
     def start(self, now: float, ticket: Ticket, on_end: Callable[[Permit], None]) -> Permit:
         """One attempt goes out."""
         ticket.attempts += 1
-        self._sent_since += 1
+        self.started += 1
         held, self._held_by = self._held_by, None
         circuit, growth = self.circuit, self.growth
         if not circuit.dormant:
@@ -257,17 +263,18 @@ class Upstream:
                 gate = self.requests if blamed == "request_rate" else self.tokens
                 if gate.nothing_accepted:
                     self.circuit.open(now, CircuitState.BLACKOUT, verdict.reason, verdict.retry_after)
-            elif blamed in ("growth", "concurrency") and self._nothing_accepted(permit, verdict):
+            elif blamed in ("growth", "concurrency") and self._nothing_accepted(permit):
                 self.circuit.open(now, CircuitState.BLACKOUT, verdict.reason, verdict.retry_after)
         self.last_used = now
 
-    def _nothing_accepted(self, permit: Permit, verdict: Verdict) -> bool:
-        """Whether every attempt since the last such refusal was refused: the circuit must find out when that ends."""
-        if permit.sent_at < self._refused_at:
-            self._refused_at, self._sent_since, self._refused_since = verdict.at, 0, 0
+    def _nothing_accepted(self, refused: Permit) -> bool:
+        """Whether the first attempts after the latest refusals were all refused: then only probes help."""
+        after = refused.number - self._started_before
+        if after <= 0:  # it had started before the last refusal was known
             return False
-        self._refused_since += 1
-        return self._refused_since >= max(self._sent_since, MIN_REFUSED)
+        self._refused_in_row = self._refused_in_row + 1 if after == 1 else 0
+        self._started_before = self.started
+        return self._refused_in_row >= MAX_REFUSED_IN_ROW
 
     def _blamed(self, now: float, reservations: tuple[Any, ...], verdict: Verdict) -> Cause | None:
         """Return the cause of a refusal: the dimension that it names, unless another dimension explains it better."""
@@ -287,8 +294,8 @@ class Upstream:
 
     def _answered(self, now: float, permit: Permit, verdict: Verdict) -> None:
         self.has_answered = True
-        if permit.sent_at >= self._refused_at:
-            self._refused_at = inf
+        if permit.number > self._started_before:
+            self._refused_in_row = 0
         if self._paced and verdict.usage is not None:
             self._cost.counted(permit.ticket.tokens, *verdict.usage)
         seconds = now - permit.sent_at

@@ -20,10 +20,13 @@ from sidecar.admission.ticket import Cause, Ticket
 MEMORIES = (8.0, 12.0)
 FACTOR = 2.5
 MIN_BASE = 1.0
-#: Each further refusal multiplies the factor by CUT. While the gate delays calls and no further refusal comes, base and
-#: factor grow by RECOVERY per second, up to RECOVERED of what was refused last: a cut that was too deep, or the sum of
-#: many, is made good within seconds. Beyond that the refusal budget pays for each step.
-CUT, RECOVERY, RECOVERED = 0.85, 0.1, 0.93
+#: Calls within so many seconds count as sent together: the first attempts at a provider are spaced by some ms.
+TOGETHER_SECONDS = 0.1
+#: A further refusal shows the factor, by the calls that were accepted in the second before it, but takes no more off than
+#: down to CUT. While the gate delays calls and no further refusal comes, base and factor grow by RECOVERY per second, up
+#: to RECOVERED of what was refused last: a cut that was too deep is made good within seconds. Beyond that the refusal
+#: budget pays for each step.
+CUT, RECOVERY, RECOVERED = 0.6, 0.1, 0.93
 
 
 class GrowthGate:
@@ -97,6 +100,8 @@ class GrowthGate:
             return 0.0
         # wait until `over` calls (rounded up) of the last second are older than one second
         index = min(last + max(int(over + 0.999) - 1, 0), len(self.log) - 1)
+        if index >= 0:  # ... and those sent with them: in small steps, each call would meet the edge of the rule
+            index = max(bisect_right(self.log, self.log[index] + TOGETHER_SECONDS) - 1, index)
         return max(self.log[index] + 1.0 - now, 1e-3) if index >= 0 else 0.1
 
     def seconds_for(self, now: float, ahead: Ahead) -> float:
@@ -156,7 +161,6 @@ class GrowthGate:
             self._first = self.dormant
             if not self.dormant:
                 self._refused_at_level = (self.factor, self.base)
-                # The calls accepted in the last second show the factor, but one refusal counts for no more than CUT.
                 shown = (self._accepted(sent_at) - self.base) / max(self._rate_before(sent_at), 1e-6)
                 self.factor = max(CUT * self.factor, min(shown, self.factor))
                 self.base = max(self.base * 0.97, MIN_BASE)

@@ -190,7 +190,8 @@ class PolicerLearner:
         """See `Learner`. One burst of refusals, told by their send times, is one event."""
         self.refused_too(now, sent)
         self._remembered = False
-        self.refusal_seconds += 0.3 * (now - sent.at - self.refusal_seconds)
+        weight = 1.0 if self.state is START else 0.3  # the first one takes the place of what was assumed
+        self.refusal_seconds = max(self.refusal_seconds + weight * (now - sent.at - self.refusal_seconds), 1e-3)
         if sent.at <= self._cut_at:
             if self._first is None or not self._first.open:
                 self._ramp.refused()
