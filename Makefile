@@ -53,7 +53,7 @@ $(UV):
 	@$(UV) pip install --quiet --python .venv-spy/bin/python py-spy==0.4.3
 	@touch $@
 
-.PHONY: audit dashboard image-local test-pod-local soak sbom setup demo demo-local test run lint parity bench bench-check flame scenarios live docs image test-pod clean
+.PHONY: aiohttp-rows audit dashboard image-local test-pod-local soak sbom setup demo demo-local test run lint parity bench bench-check flame scenarios live docs image test-pod clean
 setup: .venv/.ready ## set up .venv from the lock file
 
 demo: .venv/.ready ## show the main job end to end: no key, no GPU, no network service
@@ -123,6 +123,9 @@ test-pod-local: .venv/.ready ## the same with a tiny model in the sidecar, on th
 soak: .venv/.ready ## three minutes under everything at once; what grows fails it (SECONDS=3600: an hour)
 	@PYTHONPATH=tests $(RUN)python bench/soak.py --seconds $(or $(SECONDS),180)
 
+aiohttp-rows: | $(UV) ## run the tests of HTTP with the lowest, the newest and the newest pre-release of aiohttp
+	@.ci/aiohttp-rows
+
 sbom: .venv/.ready ## dist/sbom.json: what is shipped, from the lock file with its hashes, as CycloneDX
 	@mkdir -p $(dir $(SBOM))
 	@$(UV) export --quiet --locked --no-dev --format cyclonedx1.5 --output-file $(SBOM) >/dev/null
@@ -134,5 +137,5 @@ dashboard: .venv/.ready ## build the Grafana dashboard, k8s/monitoring/dashboard
 	$(RUN)python k8s/monitoring/dashboard.py
 
 clean: ## remove what the targets above made
-	rm -rf site .uv .venv .venv-docs .tiny-model .venv-sdk .venv-trio .venv-compose .venv-spy .peers .parts .wheels .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis dist
+	rm -rf site .uv .venv .venv-docs .tiny-model .venv-sdk .venv-trio .venv-compose .venv-spy .venv-rows .peers .parts .wheels .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

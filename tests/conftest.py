@@ -9,11 +9,31 @@ from hypothesis import settings
 from running import running
 from scripted_upstream import Upstream
 
+from backends.http1 import implementation
 from backends.simulated import PROVIDER, Profile, serve
 
 # No example has a deadline: other jobs on the machine may slow it down.
 settings.register_profile("shared machine", deadline=None)
 settings.load_profile("shared machine")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test marked `http` runs on both implementations of HTTP, or on the internal one if it is marked for it."""
+    marked = metafunc.definition.get_closest_marker
+    if marked("http") is not None:
+        internal = pytest.param("internal", marks=pytest.mark.internal_http)
+        both = [internal] if marked("internal_http") else [internal, "documented"]
+        metafunc.parametrize("http", both, indirect=True)
+
+
+@pytest.fixture(autouse=True)
+def http(request, monkeypatch):
+    """The implementation of HTTP of a test that is marked for it. In any other test the start chooses, as in use."""
+    if not hasattr(request, "param"):
+        return None
+    chosen = getattr(implementation, request.param)()
+    monkeypatch.setattr(implementation._Chosen, "implementation", chosen)
+    return chosen
 
 
 @pytest.fixture

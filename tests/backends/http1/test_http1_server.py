@@ -7,11 +7,12 @@ import socket
 
 import pytest
 
-from backends.http1 import server as listening
-from backends.http1.response import Answer
-from backends.http1.server import Listener, NotHTTP
+from backends.http1 import accepting
+from backends.http1.errors import MalformedRequest
 
 BOUND = 10.0
+
+pytestmark = pytest.mark.http
 MB = 1024 * 1024
 
 
@@ -40,12 +41,12 @@ class Line:
 
 
 @pytest.fixture
-async def line():
+async def line(http):
     """Opens a line to a handler."""
     lines = []
 
     async def start(handler):
-        listener = Listener(handler, most_connections=4)
+        listener = http.listener(handler, max_connections=4)
         port = await listener.open("127.0.0.1", 0)
         lines.append(Line(listener, *await asyncio.open_connection("127.0.0.1", port)))
         return lines[-1]
@@ -73,7 +74,7 @@ async def told(http):
     """Answer with the path, whatever the body does."""
     body = http.raw_path.encode()
     http.keep_alive = http.keep_alive and http.content.is_eof()
-    answer = Answer(http, 200, {}, length=len(body))
+    answer = http.answer(200, {}, length=len(body))
     answer.write_whole(body)
     await answer.drain()
     return answer
@@ -85,11 +86,12 @@ def request(path, headers="", body=b"", version="1.1"):
 
 async def test_pipelined_requests_are_all_answered_in_their_order(line):
     caller = await line(echo)
-    count = 5 * listening.MOST_PIPELINED
+    count = 5 * accepting.MAX_PIPELINED
     caller.writer.write(b"".join(request(f"/{number}", body=b"x" * 1000) for number in range(count)))
     assert [body for _, body in await caller.answers(count)] == [f"/{number}".encode() for number in range(count)]
 
 
+@pytest.mark.internal_http
 async def test_a_body_that_came_late_takes_no_place_from_pipelined_requests(line):
     caller = await line(echo)
     late = request("/late", body=b"late")
@@ -98,17 +100,18 @@ async def test_a_body_that_came_late_takes_no_place_from_pipelined_requests(line
     await until(lambda: connection.task)
     caller.writer.write(b"late")
     await caller.answers(1)
-    count = 3 * listening.MOST_PIPELINED
+    count = 3 * accepting.MAX_PIPELINED
     caller.writer.write(b"".join(request(f"/{number}") for number in range(count)))
     assert [body for _, body in await caller.answers(count)] == [f"/{number}".encode() for number in range(count)]
 
 
+@pytest.mark.internal_http
 async def test_a_pipelining_caller_who_reads_nothing_is_answered_no_further(line):
     answered = 0
 
     async def big(http):
         nonlocal answered
-        answer = Answer(http, 200, {}, length=MB)
+        answer = http.answer(200, {}, length=MB)
         answer.write_whole(b"x" * MB)
         await answer.drain()
         answered += 1
@@ -128,11 +131,11 @@ async def test_a_pipelining_caller_who_reads_nothing_is_answered_no_further(line
 
 async def test_a_caller_who_takes_nothing_of_its_answer_is_cut_off(line, monkeypatch):
     for name in ("KEEPALIVE_SECONDS", "FIRST_REQUEST_SECONDS"):
-        monkeypatch.setattr(listening, name, 0.3)
+        monkeypatch.setattr(accepting, name, 0.3)
     ended = []
 
     async def endless(http):
-        answer = Answer(http, 200, {}, length=None)
+        answer = http.answer(200, {}, length=None)
         try:
             while True:
                 answer.write(b"x" * MB)
@@ -149,7 +152,7 @@ async def test_a_caller_who_takes_nothing_of_its_answer_is_cut_off(line, monkeyp
 
 async def test_an_answer_that_takes_long_is_not_taken_for_an_idle_connection(line, monkeypatch):
     for name in ("KEEPALIVE_SECONDS", "FIRST_REQUEST_SECONDS"):
-        monkeypatch.setattr(listening, name, 0.1)
+        monkeypatch.setattr(accepting, name, 0.1)
 
     async def slow(http):
         await asyncio.sleep(0.5)
@@ -189,13 +192,14 @@ async def test_a_body_in_chunks_is_the_last_of_its_connection_so_that_no_trailer
     assert [headers for headers in seen if "X-Camera-Id" in headers] == []
 
 
+@pytest.mark.internal_http
 async def test_a_broken_chunk_is_told_to_who_reads_the_body(line):
     broken = []
 
     async def reads(http):
         try:
             return await echo(http)
-        except NotHTTP:
+        except MalformedRequest:
             broken.append(http)
             return await told(http)
 

@@ -100,7 +100,7 @@ async def test_a_server_without_tls_is_unreachable(connected):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux drops connections when the accept queue is full")
 async def test_a_connection_that_is_never_accepted_times_out(connected, monkeypatch):
-    monkeypatch.setattr("backends.http1.client._CONNECT_SECONDS", 0.2)
+    monkeypatch.setattr("backends.http1.connecting.CONNECT_SECONDS", 0.2)
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen(0)
@@ -125,6 +125,7 @@ async def test_a_request_on_a_new_connection_that_breaks_before_the_answer_is_no
     assert len(upstream.seen) == 1
 
 
+@pytest.mark.internal_http
 @pytest.mark.parametrize("then", ["close", "reset"])
 async def test_a_reused_connection_that_breaks_before_the_answer_is_replaced_once(backend, upstream, then):
     async def script(link: Link, request: Seen) -> None:
@@ -143,6 +144,7 @@ async def test_a_reused_connection_that_breaks_before_the_answer_is_replaced_onc
     assert timings.work_started is not None
 
 
+@pytest.mark.internal_http
 async def test_the_replacement_is_a_new_connection_even_if_the_pool_has_idle_ones(backend, upstream):
     together = asyncio.Barrier(4)
 
@@ -166,6 +168,7 @@ async def test_the_replacement_is_a_new_connection_even_if_the_pool_has_idle_one
     assert upstream.seen[-1].connection == 4
 
 
+@pytest.mark.internal_http
 async def test_a_request_is_sent_again_only_once(backend, upstream):
     async def script(link: Link, _: Seen) -> None:
         if len(upstream.seen) == 1:
