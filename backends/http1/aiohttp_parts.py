@@ -133,7 +133,7 @@ def check(loop: asyncio.AbstractEventLoop) -> None:
 class RequestProtocol(BaseProtocol):
     """A caller's connection: aiohttp's parser, its flow control, and a bounded queue of parsed requests."""
 
-    __slots__ = ("_max_pipelined", "_message_consumed", "feed", "loop", "waiting")
+    __slots__ = ("_max_pipelined", "_message_consumed", "feed", "loop", "task", "waiting")
 
     def __init__(self, loop: asyncio.AbstractEventLoop, *, buffer_bytes: int, max_pipelined: int) -> None:
         parser = HttpRequestParser(
@@ -146,6 +146,8 @@ class RequestProtocol(BaseProtocol):
         )
         super().__init__(loop, parser)
         self.loop = loop
+        self.task: asyncio.Task[None] | None = None
+        """Answers the requests that have arrived; None while there is none."""
         self.feed = parser.feed_data
         """Parse data; gives messages with their bodies, whether another protocol follows, and the rest."""
         self.waiting: deque[tuple[RawRequestMessage | MalformedRequest, StreamReader]] = deque()
@@ -192,7 +194,7 @@ class RequestProtocol(BaseProtocol):
 class ParsedRequest:
     """The head of a request, and the body as far as it has arrived."""
 
-    __slots__ = ("begun", "connection", "content", "headers", "keep_alive", "method", "raw_path", "version")
+    __slots__ = ("begun", "connection", "content", "headers", "keep_alive", "method", "raw_path", "task", "version")
 
     def __init__(self, message: RawRequestMessage, content: StreamReader, connection: RequestProtocol) -> None:
         self.method = message.method
@@ -201,6 +203,7 @@ class ParsedRequest:
         self.headers = message.headers
         self.content = content
         self.connection = connection
+        self.task = connection.task
         # The parser adds the trailers behind a chunked body to the headers of the next request.
         self.keep_alive = not (message.should_close or message.chunked)
         """The connection takes another request after this one. The handler may decide against it."""

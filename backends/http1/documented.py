@@ -39,6 +39,7 @@ class HttpRequest(accepting.RequestHead):
         # aiohttp adds the trailers behind a chunked body to the headers of the next request on the connection.
         self.keep_alive = request.keep_alive and not ("Transfer-Encoding" in self.headers or "Upgrade" in self.headers)
         self.begun: Answer | None = None
+        self.task = asyncio.current_task()
 
     def transport(self) -> asyncio.Transport | None:
         return self.request.transport
@@ -101,7 +102,7 @@ class Listener:
             keepalive_timeout=accepting.KEEPALIVE_SECONDS, lingering_time=accepting.LINGER_SECONDS,
             read_bufsize=accepting.READ_BUFFER_BYTES,
         )  # fmt: skip
-        self._tasks: set[asyncio.Task[Any]] = set()
+        self._tasks: set[asyncio.Task[Any] | None] = set()
         self._addresses = accepting.Addresses(
             lambda: accepting.Counted(self.server(), self.connections, max_connections)
         )
@@ -110,15 +111,13 @@ class Listener:
     async def close(self) -> None:
         self._addresses.close()
         self.server.pre_shutdown()  # idle connections are closed, the others after their request
-        await accepting.finish([*self._tasks])
+        await accepting.finish([task for task in self._tasks if task is not None])
         await self.server.shutdown(accepting.CLOSING_SECONDS)
         await self._addresses.remove_socket()
 
     async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
-        task = asyncio.current_task()
-        assert task is not None  # noqa: S101  a coroutine always runs in one
-        self._tasks.add(task)
         http = HttpRequest(request)
+        self._tasks.add(http.task)
         try:
             await self._handler(http)
             assert http.begun is not None  # noqa: S101  the handler returned it
@@ -134,7 +133,7 @@ class Listener:
             response.force_close()
             return response
         finally:
-            self._tasks.discard(task)
+            self._tasks.discard(http.task)
 
 
 class Connector:

@@ -6,9 +6,10 @@ chooses between them at start.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from multidict import CIMultiDictProxy
 
@@ -66,6 +67,11 @@ class HttpRequest(Protocol):
 
     keep_alive: bool
     """The connection takes another request after this one. The handler may set it to False before `answer`."""
+
+    @property
+    def task(self) -> asyncio.Task[Any] | None:
+        """The task that answers this request; never None while the handler runs in it."""
+        ...
 
     @property
     def method(self) -> str:

@@ -50,12 +50,10 @@ Handler = Callable[[HttpRequest], Awaitable[object]]
 class Connection(RequestProtocol):
     """A caller's connection. Its requests are answered one after the other; the handler is cancelled if it breaks."""
 
-    __slots__ = ("_closes_at", "_incoming", "_listener", "_stopped", "_timer", "task")
+    __slots__ = ("_closes_at", "_incoming", "_listener", "_stopped", "_timer")
 
     def __init__(self, listener: Listener, loop: asyncio.AbstractEventLoop) -> None:
         super().__init__(loop, buffer_bytes=accepting.READ_BUFFER_BYTES, max_pipelined=accepting.MAX_PIPELINED)
-        self.task: asyncio.Task[None] | None = None
-        """Answers the requests that have arrived; None while there is none."""
         self._listener = listener
         self._incoming: StreamReader = EMPTY_PAYLOAD  # the body of the last request that has arrived
         self._stopped = False  # the data that follows is not parsed any more
@@ -97,7 +95,7 @@ class Connection(RequestProtocol):
         if messages:
             self._incoming = messages[-1][1]
             self.waiting.extend(messages)
-            if len(self.waiting) >= accepting.MAX_PIPELINED:
+            if len(self.waiting) >= self._max_pipelined:
                 self.pause_while_full()
             if self.task is None:
                 self.task = self.loop.create_task(self._answer_all())

@@ -96,8 +96,8 @@ class DataServer:
         methods = ENDPOINTS.get(path)
         endpoint = methods.get(http.method) if methods else self._passthrough_endpoint(path)
         call = Call(http, endpoint.api if endpoint else _api_of(path), self._dispatcher, self._limits, self._detector)
-        task = asyncio.current_task()
-        assert task is not None  # noqa: S101  a coroutine always runs in one
+        task = http.task
+        assert task is not None  # noqa: S101  this code runs in that task
         self._tasks.add(task)
         try:
             call.identify()
