@@ -65,7 +65,7 @@ async def _choose() -> Implementation:
     except Exception as error:  # noqa: BLE001  internal parts can fail in any way
         log.warning(
             "aiohttp %s does not have the internal parts that this version uses (%s: %s): the documented "
-            "implementation of HTTP serves. It needs about 1.5 times the processor time per frame",
+            "implementation of HTTP serves. It needs about three times the processor time per frame",
             version("aiohttp"), type(error).__name__, error,
         )  # fmt: skip
         return documented()

@@ -386,7 +386,7 @@ async def test_correction_a_reset_looks_like_the_end_of_an_answer_without_a_leng
 
 
 @pytest.mark.parametrize("ours", [False, True])
-async def test_correction_the_reader_of_a_body_that_stops_being_http_is_not_told(parts, ours):
+async def test_correction_the_reader_of_a_body_that_stops_being_http_gets_no_error(parts, ours):
     protocol = (parts.ResponseProtocol if ours else client_proto.ResponseHandler)(asyncio.get_running_loop())
     protocol.connection_made(Transport())
     protocol.set_response_params(read_until_eof=True)
@@ -415,17 +415,17 @@ def test_no_other_file_imports_an_undocumented_part():
 
 
 def test_the_table_names_each_part_that_is_used(parts):
-    """A part that the code names, and the docstring does not, would be used without anybody knowing."""
+    """A part that the code names, and the docstring does not, would be used without being listed."""
     tree = ast.parse(Path(parts.__file__).read_text())
-    told = parts.__doc__
+    table = parts.__doc__
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("aiohttp"):
             for alias in node.names:
-                assert f"{alias.name}" in told, alias.name
+                assert alias.name in table, alias.name
     own = {name for node in ast.walk(tree) if isinstance(node, ast.ClassDef) for name in _own_names(node)}
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__"):
-            assert node.attr in own or node.attr in told, node.attr
+            assert node.attr in own or node.attr in table, node.attr
 
 
 def _own_names(node):

@@ -1,4 +1,4 @@
-"""The corners of HTTP: what an answer may look like and when it may come, and who has a connection next."""
+"""Unusual answers, early and late ones, and which request may use a connection next."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def in_use(backend):
 
 @pytest.fixture
 async def connected(caplog):
-    """Makes started backends. In the end they hold no connection, and nothing was logged: no task's lost exception."""
+    """Make started backends. At the end they hold no connection, and nothing was logged (such as a lost exception)."""
     made = []
 
     async def connect(base_url: str, **options) -> DashScopeBackend:
@@ -104,13 +104,13 @@ def raw(data: bytes, *, then: str = ""):
 
 
 def assert_connections(upstream: Upstream, pooled: list[int]) -> None:
-    """The requests came on these connections, or each on its own where no connection is kept."""
+    """The requests used these connections, or each its own if the implementation keeps no connection."""
     expected = pooled if is_internal() else list(range(len(pooled)))
     assert [request.connection for request in upstream.seen] == expected
 
 
 @pytest.mark.parametrize("together", [True, False], ids=["with the answer", "while it idles"])
-async def test_an_answer_that_nobody_asked_for_is_nobodys(backend, upstream, together):
+async def test_an_unrequested_answer_is_never_used(backend, upstream, together):
     async def twice(link: Link, _: Seen) -> None:
         stray = OK + b'Content-Length: 20\r\n\r\n{"choices": "stray"}'
         if len(upstream.seen) > 1:
@@ -131,7 +131,7 @@ async def test_an_answer_that_nobody_asked_for_is_nobodys(backend, upstream, tog
 
 
 @pytest.mark.parametrize("apart", [True, False])
-async def test_interim_answers_are_passed_over(backend, upstream, apart):
+async def test_interim_answers_are_skipped(backend, upstream, apart):
     async def script(link: Link, _: Seen) -> None:
         for interim in (b"HTTP/1.1 100 Continue\r\n\r\n", b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n"):
             await link.send(interim)
@@ -145,7 +145,7 @@ async def test_interim_answers_are_passed_over(backend, upstream, apart):
     assert_connections(upstream, [0, 0])
 
 
-async def test_a_request_that_an_interim_answer_came_for_is_not_sent_again(backend, upstream):
+async def test_a_request_is_not_sent_again_after_an_interim_answer(backend, upstream):
     await send(backend)
     upstream.script = raw(b"HTTP/1.1 103 Early Hints\r\n\r\n", then="close")
     with pytest.raises(Unreachable, match="broke before the answer"):
@@ -153,7 +153,7 @@ async def test_a_request_that_an_interim_answer_came_for_is_not_sent_again(backe
     assert_connections(upstream, [0, 0])
 
 
-async def test_a_request_that_was_worked_on_is_not_sent_again(backend, upstream, monkeypatch):
+async def test_a_request_is_not_sent_again_if_its_connection_breaks_late(backend, upstream, monkeypatch):
     monkeypatch.setattr("backends.http1.client._DIED_IDLE_SECONDS", 0.01)
     await send(backend)
     upstream.script = raw(b"", then="close")
@@ -162,7 +162,7 @@ async def test_a_request_that_was_worked_on_is_not_sent_again(backend, upstream,
     assert_connections(upstream, [0, 0])
 
 
-async def test_a_switch_of_protocols_is_no_answer_and_ends_the_connection(backend, upstream):
+async def test_a_switch_of_protocols_is_a_failure_and_ends_the_connection(backend, upstream):
     upstream.script = raw(b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: x\r\nConnection: upgrade\r\n\r\nabc")
     for _ in range(2):
         with pytest.raises(ServerFailed, match="101: it would speak another protocol"):
@@ -187,7 +187,7 @@ async def test_an_answer_without_a_body_ends_with_its_head(backend, upstream, me
 
 
 async def test_a_head_without_its_body_is_followed_by_an_answer_with_one(backend, upstream):
-    """And an empty line between answers, which some servers send, is none of them."""
+    """An empty line between answers, which some servers send, is ignored."""
     head = OK + b"Content-Length: %d\r\n\r\n" % len(BODY)
     for method, sent, body in (
         ("GET", head + BODY + b"\r\n", BODY),
@@ -201,7 +201,7 @@ async def test_a_head_without_its_body_is_followed_by_an_answer_with_one(backend
     assert_connections(upstream, [0, 0, 0, 0])
 
 
-async def test_trailers_and_chunk_extensions_are_passed_over(backend, upstream):
+async def test_trailers_and_chunk_extensions_are_ignored(backend, upstream):
     head = OK + b"Trailer: X-T\r\nTransfer-Encoding: chunked\r\n\r\n"
     upstream.script = raw(head + b"E;ext=1\r\n" + BODY + b"\r\n0\r\nX-T: v\r\nX-U: w\r\n\r\n")
     for _ in range(2):
@@ -210,7 +210,7 @@ async def test_trailers_and_chunk_extensions_are_passed_over(backend, upstream):
 
 
 @pytest.mark.parametrize("trailers", [b"X-Request-Id: first's\r\n", b"Content-Encoding: gzip\r\nX-T: v\r\n"])
-async def test_a_trailer_is_no_header_of_the_next_answer(backend, upstream, trailers):
+async def test_a_trailer_does_not_become_a_header_of_the_next_answer(backend, upstream, trailers):
     head = OK + b"Transfer-Encoding: chunked\r\n\r\n"
     upstream.script = raw(head + b"E\r\n" + BODY + b"\r\n0\r\n" + trailers + b"\r\n")
     assert (await send(backend)).body == BODY
@@ -223,7 +223,7 @@ async def test_a_trailer_is_no_header_of_the_next_answer(backend, upstream, trai
 
 @pytest.mark.internal_http
 @pytest.mark.parametrize("request_", [CHAT, STREAM], ids=["whole", "stream"])
-async def test_who_reads_a_body_that_stops_being_http_is_told(connected, listening, request_):
+async def test_the_reader_of_a_body_that_stops_being_http_gets_an_error(connected, listening, request_):
     async def broken(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
         kind = b"text/event-stream" if request_ is STREAM else b"application/json"
@@ -262,7 +262,7 @@ async def test_a_stream_that_is_dropped_leaves_nothing_for_the_garbage_collector
         gc.enable()
 
 
-async def test_an_answer_without_a_length_is_whole_when_the_connection_is_closed(backend, upstream):
+async def test_an_answer_without_a_length_is_complete_when_the_connection_is_closed(backend, upstream):
     upstream.script = raw(OK + b"\r\n" + BODY, then="close")
     for _ in range(2):
         assert (await send(backend)).body == BODY
@@ -270,14 +270,14 @@ async def test_an_answer_without_a_length_is_whole_when_the_connection_is_closed
 
 
 @pytest.mark.internal_http
-async def test_an_answer_without_a_length_that_a_reset_ends_is_not_whole(backend, upstream):
+async def test_an_answer_without_a_length_that_ends_with_a_reset_is_incomplete(backend, upstream):
     upstream.script = raw(OK + b"\r\n" + BODY, then="reset")
     with pytest.raises(Unreachable, match="before the answer was whole"):
         await send(backend)
 
 
 @pytest.mark.internal_http
-async def test_a_stream_without_a_length_that_a_reset_ends_is_not_whole(backend, upstream):
+async def test_a_stream_without_a_length_that_ends_with_a_reset_is_incomplete(backend, upstream):
     head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n"
     upstream.script = raw(head + b'data: {"choices":[1]}\n\n', then="reset")
     reply = await send(backend, STREAM)
@@ -289,7 +289,7 @@ async def test_a_stream_without_a_length_that_a_reset_ends_is_not_whole(backend,
 
 
 @pytest.mark.parametrize("request_", [CHAT, BIG], ids=["small", "big"])
-async def test_an_answer_that_comes_before_the_body_and_a_close_after_it(connected, listening, request_):
+async def test_an_answer_before_the_end_of_the_upload_is_used(connected, listening, request_):
     async def too_large(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
         writer.write(b"HTTP/1.1 413 X\r\nContent-Type: application/json\r\nContent-Length: 2\r\n\r\n{}")
@@ -301,7 +301,7 @@ async def test_an_answer_that_comes_before_the_body_and_a_close_after_it(connect
 
 
 @pytest.mark.parametrize("way", ["close", "abort"])
-async def test_an_upload_that_is_cut_is_told(connected, listening, way):
+async def test_an_interrupted_upload_raises_an_error(connected, listening, way):
     async def cut(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
         getattr(writer.transport, way)()
@@ -338,7 +338,7 @@ async def test_a_stream_that_begins_before_the_upload_ends_and_is_reset_with_it(
 
 
 @pytest.mark.parametrize("way", ["close", "abort"])
-async def test_who_takes_a_connection_and_drops_it_is_unreachable(connected, listening, way):
+async def test_a_server_that_closes_each_new_connection_is_unreachable(connected, listening, way):
     async def drop(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         getattr(writer.transport, way)()
 
@@ -347,7 +347,7 @@ async def test_who_takes_a_connection_and_drops_it_is_unreachable(connected, lis
     assert {type(error) for error in failed} == {Unreachable}
 
 
-async def test_who_speaks_before_being_asked_speaks_no_http(connected, listening):
+async def test_a_server_that_sends_first_is_not_http(connected, listening):
     async def greet(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(b"SSH-2.0-OpenSSH_9.2\r\n")
         await reader.read(1)
@@ -358,7 +358,7 @@ async def test_who_speaks_before_being_asked_speaks_no_http(connected, listening
             await send(backend)
 
 
-async def test_an_answer_that_is_read_slowly_holds_up_no_other_on_its_connection(backend, upstream):
+async def test_a_slow_reader_does_not_delay_other_answers(backend, upstream):
     big = b'data: {"choices":["' + b"x" * 300_000 + b'"]}\n\n'
     head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nContent-Length: %d\r\n\r\n" % len(big)
 
@@ -376,7 +376,9 @@ async def test_an_answer_that_is_read_slowly_holds_up_no_other_on_its_connection
 
 @pytest.mark.parametrize("size", [10, 1_000_000])
 @pytest.mark.parametrize("reused", [False, True])
-async def test_cancelled_at_any_turn_of_the_loop_a_request_leaves_nothing(upstream, connected, size, reused):
+async def test_a_request_that_is_cancelled_at_any_turn_of_the_loop_leaves_nothing_behind(
+    upstream, connected, size, reused
+):
     backend = await connected(f"http://localhost:{upstream.port}/v1")
     request = Request(dialect="openai", path=CHAT.path, body=b"x" * size, model="m")
     for turns in range(200):
@@ -423,7 +425,7 @@ def basic(text: bytes) -> str:
     return "Basic " + base64.b64encode(text).decode()
 
 
-async def test_a_proxy_is_told_its_own_password_on_every_request(upstream, connected, monkeypatch):
+async def test_a_proxy_gets_its_own_password_with_every_request(upstream, connected, monkeypatch):
     monkeypatch.setenv("http_proxy", f"http://u:p%40w@127.0.0.1:{upstream.port}")
     monkeypatch.delenv("no_proxy", raising=False)
     backend = await connected("http://me:pw@provider.example:81/v1")
@@ -437,7 +439,7 @@ async def test_a_proxy_is_told_its_own_password_on_every_request(upstream, conne
     assert_connections(upstream, [0, 0])
 
 
-async def test_a_proxy_that_does_not_tunnel_is_told_no_key_and_what_it_said_is_told(upstream, connected, monkeypatch):
+async def test_a_proxy_that_refuses_to_tunnel_gets_no_key_and_its_status_is_reported(upstream, connected, monkeypatch):
     monkeypatch.setenv("https_proxy", f"http://u:p%40w@127.0.0.1:{upstream.port}")
     monkeypatch.delenv("no_proxy", raising=False)
     upstream.script = raw(b"HTTP/1.1 407 Proxy Authentication Required\r\nContent-Length: 0\r\n\r\n")
@@ -451,8 +453,8 @@ async def test_a_proxy_that_does_not_tunnel_is_told_no_key_and_what_it_said_is_t
 
 
 @pytest.fixture
-def of_nobody(tmp_path):
-    """TLS with a certificate that no authority vouches for."""
+def untrusted(tmp_path):
+    """A TLS context whose certificate no authority has signed."""
     if shutil.which("openssl") is None:
         pytest.skip("openssl makes the certificate")
     key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
@@ -465,15 +467,13 @@ def of_nobody(tmp_path):
     return context
 
 
-async def test_a_certificate_that_nobody_vouches_for_ends_the_connection_before_the_key_is_sent(
-    connected, listening, of_nobody
-):
+async def test_an_untrusted_certificate_ends_the_connection_before_the_key_is_sent(connected, listening, untrusted):
     received = []
 
     async def listen(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         received.append(await reader.read(1))
 
-    port = await listening(listen, ssl=of_nobody)
+    port = await listening(listen, ssl=untrusted)
     backend = await connected(f"https://localhost:{port}/v1", key=lambda: "sk-secret")
     for _ in range(2):
         with pytest.raises(Unreachable, match="the certificate of localhost is not to be trusted"):

@@ -1,4 +1,4 @@
-"""What the listener owes to callers who do not behave: aiohttp's own server, which did this, is not there."""
+"""The listener with pipelining, slow, early and broken callers, for which aiohttp's own server is not used."""
 
 from __future__ import annotations
 
@@ -64,14 +64,14 @@ async def until(condition):
 
 
 async def echo(http):
-    """Answer with the path, once the body is read."""
+    """Answer with the path after reading the body."""
     while await http.content.readany():
         pass
-    return await told(http)
+    return await path_of(http)
 
 
-async def told(http):
-    """Answer with the path, whatever the body does."""
+async def path_of(http):
+    """Answer with the path without reading the body."""
     body = http.raw_path.encode()
     http.keep_alive = http.keep_alive and http.content.is_eof()
     answer = http.answer(200, {}, length=len(body))
@@ -84,7 +84,7 @@ def request(path, headers="", body=b"", version="1.1"):
     return f"POST {path} HTTP/{version}\r\nHost: here\r\nContent-Length: {len(body)}\r\n{headers}\r\n".encode() + body
 
 
-async def test_pipelined_requests_are_all_answered_in_their_order(line):
+async def test_pipelined_requests_are_all_answered_in_order(line):
     caller = await line(echo)
     count = 5 * accepting.MAX_PIPELINED
     caller.writer.write(b"".join(request(f"/{number}", body=b"x" * 1000) for number in range(count)))
@@ -92,7 +92,7 @@ async def test_pipelined_requests_are_all_answered_in_their_order(line):
 
 
 @pytest.mark.internal_http
-async def test_a_body_that_came_late_takes_no_place_from_pipelined_requests(line):
+async def test_a_body_that_arrived_late_leaves_no_place_occupied_in_the_parsers_queue(line):
     caller = await line(echo)
     late = request("/late", body=b"late")
     caller.writer.write(late[:-4])
@@ -106,7 +106,7 @@ async def test_a_body_that_came_late_takes_no_place_from_pipelined_requests(line
 
 
 @pytest.mark.internal_http
-async def test_a_pipelining_caller_who_reads_nothing_is_answered_no_further(line):
+async def test_the_pipelined_requests_of_a_caller_that_does_not_read_have_to_wait(line):
     answered = 0
 
     async def big(http):
@@ -129,7 +129,7 @@ async def test_a_pipelining_caller_who_reads_nothing_is_answered_no_further(line
     assert len(await caller.answers(100)) == 100
 
 
-async def test_a_caller_who_takes_nothing_of_its_answer_is_cut_off(line, monkeypatch):
+async def test_a_caller_that_does_not_read_its_answer_is_cut_off(line, monkeypatch):
     for name in ("KEEPALIVE_SECONDS", "FIRST_REQUEST_SECONDS"):
         monkeypatch.setattr(accepting, name, 0.3)
     ended = []
@@ -150,13 +150,13 @@ async def test_a_caller_who_takes_nothing_of_its_answer_is_cut_off(line, monkeyp
     await until(lambda: not caller.listener.connections)
 
 
-async def test_an_answer_that_takes_long_is_not_taken_for_an_idle_connection(line, monkeypatch):
+async def test_a_connection_is_not_idle_while_its_answer_is_being_made(line, monkeypatch):
     for name in ("KEEPALIVE_SECONDS", "FIRST_REQUEST_SECONDS"):
         monkeypatch.setattr(accepting, name, 0.1)
 
     async def slow(http):
         await asyncio.sleep(0.5)
-        return await told(http)
+        return await path_of(http)
 
     caller = await line(slow)
     caller.writer.write(request("/slow"))
@@ -164,15 +164,15 @@ async def test_an_answer_that_takes_long_is_not_taken_for_an_idle_connection(lin
     assert await caller.closed() == b""  # and now it is idle
 
 
-async def test_an_early_answer_reaches_a_caller_who_goes_on_sending(line):
-    caller = await line(told)
+async def test_an_early_answer_reaches_a_caller_that_is_still_sending(line):
+    caller = await line(path_of)
     caller.writer.write(request("/early", body=b"x" * (30 * MB)) + request("/never"))
     ((head, body),) = await caller.answers(1)
     assert body == b"/early" and b"Connection: close" in head
     assert await caller.closed() == b""
 
 
-async def test_a_body_in_chunks_is_the_last_of_its_connection_so_that_no_trailer_becomes_a_header(line):
+async def test_a_connection_is_closed_after_a_chunked_body_so_that_no_trailer_becomes_a_header(line):
     """aiohttp's parser adds the trailers to the headers of the next request, which may be another caller's."""
     seen = []
 
@@ -193,7 +193,7 @@ async def test_a_body_in_chunks_is_the_last_of_its_connection_so_that_no_trailer
 
 
 @pytest.mark.internal_http
-async def test_a_broken_chunk_is_told_to_who_reads_the_body(line):
+async def test_the_reader_of_a_body_gets_an_error_for_a_malformed_chunk(line):
     broken = []
 
     async def reads(http):
@@ -201,7 +201,7 @@ async def test_a_broken_chunk_is_told_to_who_reads_the_body(line):
             return await echo(http)
         except MalformedRequest:
             broken.append(http)
-            return await told(http)
+            return await path_of(http)
 
     caller = await line(reads)
     caller.writer.write(b"POST / HTTP/1.1\r\nHost: here\r\nTransfer-Encoding: chunked\r\n\r\n")
@@ -213,7 +213,7 @@ async def test_a_broken_chunk_is_told_to_who_reads_the_body(line):
     assert len(broken) == 1
 
 
-async def test_who_asks_for_another_protocol_is_answered_and_no_further_understood(line):
+async def test_a_request_for_another_protocol_is_answered_and_nothing_after_it_is_parsed(line):
     caller = await line(echo)
     caller.writer.write(request("/first", "Connection: Upgrade\r\nUpgrade: websocket\r\n") + request("/second"))
     ((head, body),) = await caller.answers(1)
@@ -243,13 +243,13 @@ async def test_a_reset_cancels_the_handler(line):
     await until(lambda: not caller.listener.connections)
 
 
-async def test_closing_lets_an_answer_end(line):
+async def test_close_waits_for_an_answer_in_progress(line):
     begun = asyncio.Event()
 
     async def slow(http):
         begun.set()
         await asyncio.sleep(0.1)
-        return await told(http)
+        return await path_of(http)
 
     caller = await line(slow)
     caller.writer.write(request("/last"))
