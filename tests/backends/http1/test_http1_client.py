@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import base64
 import gc
-import shutil
 import ssl
 import subprocess
 
 import pytest
+from real_parts import platform_lacks, real_part
 from scripted_upstream import BOUND, CHAT_ANSWER, Link, Seen, Upstream
 
 from backends.base import Rejected, Reply, Request, ServerFailed, Timings, Unreachable
@@ -387,7 +387,7 @@ async def test_an_address_of_ipv6_is_reached_and_named(connected, listening):
     try:
         port = await listening(answer, "::1")
     except OSError:
-        pytest.skip("this machine has no IPv6")
+        platform_lacks("no IPv6")
     backend = await connected(f"http://[::1]:{port}/v1")
     assert (await send(backend)).body == BODY
     assert f"\r\nHost: [::1]:{port}\r\n".encode() in seen[0]
@@ -435,11 +435,9 @@ async def test_a_proxy_that_does_not_tunnel_is_told_no_key_and_what_it_said_is_t
 @pytest.fixture
 def of_nobody(tmp_path):
     """TLS with a certificate that no authority vouches for."""
-    if shutil.which("openssl") is None:
-        pytest.skip("openssl makes the certificate")
     key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
     subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "1",
+        [real_part("openssl", "install the package openssl"), "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "1",
          "-subj", "/CN=localhost", "-keyout", key, "-out", certificate], check=True, capture_output=True,
     )  # fmt: skip
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)

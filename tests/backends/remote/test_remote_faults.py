@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import socket
-import sys
 
 import pytest
+from real_parts import only_on_linux
 from scripted_upstream import BOUND, CHAT_ANSWER, Link, Seen, Upstream
 
 from backends.base import Request, ServerFailed, Throttled, Timings, Unreachable
@@ -98,7 +98,7 @@ async def test_a_server_without_tls_is_unreachable(connected):
     server.close()
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux drops connections when the accept queue is full")
+@only_on_linux("only Linux drops connections when the accept queue is full")
 async def test_a_connection_that_is_never_accepted_times_out(connected, monkeypatch):
     monkeypatch.setattr("backends.http1.client._CONNECT_SECONDS", 0.2)
     with socket.socket() as listener:
