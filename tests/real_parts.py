@@ -1,4 +1,4 @@
-"""What a test needs of the machine: programs, packages, environments. Every test that needs one says so through this file.
+"""What tests need of the machine: programs, packages, environments. Every test that needs one calls this file.
 
 Where a part is missing, the test fails in CI (the variable `CI` is set) and is skipped elsewhere. Both print the same
 line: what is missing, and how to get it. A fact about the platform, such as "this is not Linux", is no missing part:
@@ -38,7 +38,7 @@ def real_part(program: str, how_to_get_it: str = "`.ci/parts` brings it on a Deb
 
 
 def real_packages(*names: str, how_to_get_them: str) -> None:
-    """Require these packages in the environment of the tests. Packages that heavy tests alone need have no other import."""
+    """Require these packages in the environment of the tests."""
     absent = [name for name in names if importlib.util.find_spec(name) is None]
     if absent:
         missing(f"{'package' if len(absent) == 1 else 'packages'} {', '.join(absent)}", how_to_get_them)

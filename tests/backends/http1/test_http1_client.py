@@ -436,8 +436,9 @@ async def test_a_proxy_that_does_not_tunnel_is_told_no_key_and_what_it_said_is_t
 def of_nobody(tmp_path):
     """TLS with a certificate that no authority vouches for."""
     key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    openssl = real_part("openssl", "install the package openssl")
     subprocess.run(
-        [real_part("openssl", "install the package openssl"), "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "1",
+        [openssl, "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "1",
          "-subj", "/CN=localhost", "-keyout", key, "-out", certificate], check=True, capture_output=True,
     )  # fmt: skip
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
