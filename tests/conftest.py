@@ -16,6 +16,14 @@ settings.register_profile("shared machine", deadline=None)
 settings.load_profile("shared machine")
 
 
+def pytest_collection_modifyitems(items):
+    """Keep tests of the in-process model in two processes: each process that runs one imports torch, for 5 to 10 s."""
+    local = [item for item in items if item.path.parent.name == "local"]
+    files = sorted({item.path for item in local})
+    for item in local:
+        item.add_marker(pytest.mark.xdist_group(f"torch-{files.index(item.path) % 2}"))
+
+
 @pytest.fixture
 async def serving():
     """Return a function that starts a sidecar: `await serving(dashscope_url=…)`."""

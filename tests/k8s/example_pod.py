@@ -73,7 +73,7 @@ def running_compose(tmp_path: Path) -> Iterator[dict[int, int]]:
     (tmp_path / "prometheus.yml").write_text((EXAMPLES / "compose" / "prometheus.yml").read_text())
 
     def compose(*arguments: str) -> None:
-        command = [
+        command: list[str | Path] = [
             real_environment(".venv-compose").with_name("podman-compose"),
             "-p",
             "vlm-sidecar-example",

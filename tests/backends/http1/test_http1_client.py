@@ -7,6 +7,7 @@ import base64
 import gc
 import ssl
 import subprocess
+from typing import cast
 
 import pytest
 from real_parts import platform_lacks, real_part
@@ -300,7 +301,7 @@ async def test_a_stream_that_begins_before_the_upload_ends_and_is_reset_with_it(
         await reader.readuntil(b"\r\n\r\n")
         head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
         writer.write(head + b'17\r\ndata: {"choices":[1]}\n\n\r\n')
-        writer.transport.pause_reading()
+        cast("asyncio.Transport", writer.transport).pause_reading()
         await begun.wait()
         writer.transport.abort()  # with unread bytes of the upload: a reset
         ended.set()
