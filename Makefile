@@ -29,7 +29,7 @@ $(UV):
 # --inexact: what another target has installed stays.
 SYNC = $(UV) sync --quiet --locked --inexact --no-default-groups --python $(PYTHON)
 
-.venv/.ready: pyproject.toml uv.lock | $(UV)
+.venv/.ready: pyproject.toml uv.lock sidecar/__init__.py | $(UV)
 	$(SYNC)
 	@touch $@
 

@@ -16,6 +16,7 @@ settings.register_profile("shared machine", deadline=None)
 settings.load_profile("shared machine")
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items):
     """Keep tests of the in-process model in two processes: each process that runs one imports torch, for 5 to 10 s."""
     local = [item for item in items if item.path.parent.name == "local"]
