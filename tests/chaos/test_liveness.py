@@ -13,6 +13,8 @@ import pytest
 from real_parts import real_packages
 from running import CHAT, IMAGE_URL, PNG, Process, chat
 
+pytestmark = pytest.mark.alone
+
 #: The bound in seconds (from the issue), the probes per run, and the number of runs. The best run counts, because the
 #: machine is shared.
 P99_SECONDS, PROBES, RUNS = 0.2, 200, 3
