@@ -81,7 +81,7 @@ run: .venv/.ready ## start the sidecar for real (settings from the environment)
 	@$(RUN)vlm-sidecar serve
 
 check: lint ## lint, types, virtual time and one end-to-end request: in under a minute
-	$(RUN)pytest -n 2 tests/admission tests/test_first_loop.py
+	$(RUN)pytest -n 2 -m "not long" tests/admission tests/test_first_loop.py
 
 lint: .venv/.group-lint .venv/.group-test ## ruff, types, the directions of imports, and the Dockerfile
 	$(RUN)ruff check .

@@ -18,11 +18,15 @@ settings.load_profile("shared machine")
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items):
-    """Keep tests of the in-process model in two processes: each process that runs one imports torch, for 5 to 10 s."""
-    local = [item for item in items if item.path.parent.name == "local"]
-    files = sorted({item.path for item in local})
-    for item in local:
-        item.add_marker(pytest.mark.xdist_group(f"torch-{files.index(item.path) % 2}"))
+    """Keep what computes all the time in three of the processes that run tests at once; the tests in the others wait.
+
+    Two of the three run the tests in virtual time, one those of the in-process model, so that it imports torch once.
+    """
+    for number, item in enumerate(items):
+        if item.path.parent.name == "admission":
+            item.add_marker(pytest.mark.xdist_group(f"virtual time {number % 2}"))
+        elif item.path.parent.name == "local":
+            item.add_marker(pytest.mark.xdist_group("torch"))
 
 
 @pytest.fixture

@@ -20,8 +20,7 @@ from typing import Any
 import pytest
 from pod import podman, until
 from real_parts import ROOT, real_environment, real_part
-
-from sidecar.cli.demo.processes import free_port
+from running import free_port
 
 EXAMPLES = ROOT / "examples"
 PROMETHEUS = "docker.io/prom/prometheus:v3.5.0"
