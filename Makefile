@@ -133,7 +133,7 @@ live: .venv/.group-test ## seven of the scenarios over real sockets, shortened: 
 scenarios: .venv/.ready ## how well the limits are learned, in virtual time, beside an oracle
 	$(RUN)python bench/scenarios.py
 
-bench: .venv/.group-test ## what the sidecar costs beside other proxies, into docs/performance.md: 5 minutes (PEERS="bare litellm": only these)
+bench: .venv/.group-test ## what the sidecar costs beside other proxies,; 5 minutes (PEERS="bare litellm": only these)
 	$(RUN)python -m bench.cost $(PEERS)
 
 bench-check: .venv/.group-test ## measure again, compare with the ratios that are committed, fail if one got worse
