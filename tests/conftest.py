@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import sys
 
 import pytest
 from hypothesis import settings
@@ -34,6 +36,25 @@ def http(request, monkeypatch):
     chosen = getattr(implementation, request.param)()
     monkeypatch.setattr(implementation._Chosen, "implementation", chosen)
     return chosen
+
+
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+def pytest_collection_modifyitems(items):
+    """Keep what computes all the time in three of the processes that run tests at once; the tests in the others wait.
+
+    Two of the three run the tests in virtual time, one those of the in-process model, so that it imports torch once.
+    """
+    for number, item in enumerate(items):
+        if item.path.parent.name == "admission":
+            item.add_marker(pytest.mark.xdist_group(f"virtual time {number % 2}"))
+        elif item.path.parent.name == "local":
+            item.add_marker(pytest.mark.xdist_group("torch"))
+
+
+def pytest_unconfigure():
+    """Drop the 40 lines about leaks that triton prints at exit: they would follow the names of the failed tests."""
+    if "triton" in sys.modules:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
 @pytest.fixture

@@ -36,7 +36,7 @@ ROUNDS, REQUESTS = 12, 1_500
 class _Transport:
     """A fake transport that passes written data to a callback."""
 
-    def __init__(self, written: Callable[[Any], None]) -> None:
+    def __init__(self, written: Callable[[Any], object]) -> None:
         self.write = self.writelines = written
 
     def is_closing(self) -> bool:

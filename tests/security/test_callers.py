@@ -11,6 +11,7 @@ import struct
 import zlib
 
 import pytest
+from real_parts import platform_lacks
 from running import CHAT, chat
 
 from backends.http1 import accepting
@@ -173,7 +174,7 @@ async def test_drain_is_accepted_only_from_this_machine(serving):
             probe.connect(("192.0.2.1", 9))  # sends nothing: it only selects the local address
             address = probe.getsockname()[0]
         except OSError:
-            pytest.skip("this machine has no address but loopback")
+            platform_lacks("no address except loopback")
     sidecar = await serving(admin_host="0.0.0.0")
     url = f"http://{address}:{sidecar.sidecar.admin_port}"
     async with sidecar.client.post(f"{url}/drain") as response:

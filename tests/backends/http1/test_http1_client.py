@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import base64
 import gc
-import shutil
 import ssl
 import subprocess
+from typing import cast
 
 import pytest
+from real_parts import platform_lacks, real_part
 from scripted_upstream import BOUND, CHAT_ANSWER, Link, Seen, Upstream
 
 from backends.base import Rejected, Reply, Request, ServerFailed, Timings, Unreachable
@@ -317,7 +318,7 @@ async def test_a_stream_that_begins_before_the_upload_ends_and_is_reset_with_it(
         await reader.readuntil(b"\r\n\r\n")
         head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
         writer.write(head + b'17\r\ndata: {"choices":[1]}\n\n\r\n')
-        writer.transport.pause_reading()
+        cast("asyncio.Transport", writer.transport).pause_reading()
         await begun.wait()
         writer.transport.abort()  # with unread bytes of the upload: a reset
         ended.set()
@@ -407,7 +408,7 @@ async def test_an_address_of_ipv6_is_reached_and_named(connected, listening):
     try:
         port = await listening(answer, "::1")
     except OSError:
-        pytest.skip("this machine has no IPv6")
+        platform_lacks("no IPv6")
     backend = await connected(f"http://[::1]:{port}/v1")
     assert (await send(backend)).body == BODY
     assert f"\r\nHost: [::1]:{port}\r\n".encode() in seen[0]
@@ -455,11 +456,10 @@ async def test_a_proxy_that_refuses_to_tunnel_gets_no_key_and_its_status_is_repo
 @pytest.fixture
 def untrusted(tmp_path):
     """A TLS context whose certificate no authority has signed."""
-    if shutil.which("openssl") is None:
-        pytest.skip("openssl makes the certificate")
     key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    openssl = real_part("openssl", "install the package openssl")
     subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "1",
+        [openssl, "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "1",
          "-subj", "/CN=localhost", "-keyout", key, "-out", certificate], check=True, capture_output=True,
     )  # fmt: skip
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)

@@ -6,10 +6,10 @@ import asyncio
 import json
 import os
 import socket
-import sys
 import tracemalloc
 
 import pytest
+from real_parts import only_on_linux
 from scripted_upstream import BOUND, CHAT_ANSWER, Link, Seen
 
 from backends.base import BackendError, BillingRefused, Rejected, Request, Throttled, Timings, Usage
@@ -323,7 +323,7 @@ async def test_an_idle_connection_is_closed_before_a_load_balancer_closes_it(ups
     await backend.close()
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the options have other names elsewhere")
+@only_on_linux("the socket options have other names elsewhere")
 async def test_tcp_keepalive_probes_the_connection_during_the_wait_for_an_answer(upstream, backend, monkeypatch):
     made = []
 

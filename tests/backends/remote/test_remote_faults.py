@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import socket
-import sys
+from typing import cast
 
 import pytest
+from real_parts import only_on_linux
 from scripted_upstream import BOUND, CHAT_ANSWER, Link, Seen, Upstream
 
-from backends.base import Request, ServerFailed, Throttled, Timings, Unreachable
+from backends.base import BackendError, Request, ServerFailed, Throttled, Timings, Unreachable
 from backends.remote.backend import DashScopeBackend
 
 CHAT = Request(dialect="openai", path="/chat/completions", body=b'{"prompt":"p-secret"}', model="m")
@@ -42,7 +43,7 @@ async def backend(upstream, connected):
     return await connected(f"{upstream.origin}/v1")
 
 
-async def failure_of(backend: DashScopeBackend, kind: type[Exception], request: Request = CHAT) -> str:
+async def failure_of(backend: DashScopeBackend, kind: type[BackendError], request: Request = CHAT) -> str:
     """Send a request and return the message of its error.
 
     The error must be of exactly this type, and must not contain a secret.
@@ -98,7 +99,7 @@ async def test_a_server_without_tls_is_unreachable(connected):
     server.close()
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux drops connections when the accept queue is full")
+@only_on_linux("only Linux drops connections when the accept queue is full")
 async def test_a_connection_that_is_never_accepted_times_out(connected, monkeypatch):
     monkeypatch.setattr("backends.http1.connecting.CONNECT_SECONDS", 0.2)
     with socket.socket() as listener:
@@ -293,7 +294,7 @@ async def test_a_cancelled_upload_to_a_provider_that_does_not_read_closes_the_co
     connection = asyncio.get_running_loop().create_future()
 
     async def never_reads(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        writer.transport.pause_reading()
+        cast("asyncio.Transport", writer.transport).pause_reading()
         connection.set_result((reader, writer))
 
     server = await asyncio.start_server(never_reads, "127.0.0.1", 0)

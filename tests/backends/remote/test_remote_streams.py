@@ -237,7 +237,7 @@ async def test_a_refusal_without_an_empty_line_at_its_end_is_found(backend, upst
 
 async def test_a_json_answer_to_a_streaming_request_is_read_as_json(backend, upstream):
     async def script(link: Link, _: Seen) -> None:
-        answers = [{"code": "Throttling", "message": "", "request_id": "r"}, {"choices": [], "usage": None}]
+        answers: list[dict] = [{"code": "Throttling", "message": "", "request_id": "r"}, {"choices": [], "usage": None}]
         await link.answer(answers[len(upstream.seen) - 1])
 
     upstream.script = script
