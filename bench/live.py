@@ -82,8 +82,8 @@ class Live:
             raise Unreachable(str(error)) from error
         if response.status == 200:
             return
-        error = orjson.loads(body)["error"]
-        message = f"{response.status} {error['code']}: {error['message']}"
+        told = orjson.loads(body)["error"]
+        message = f"{response.status} {told['code']}: {told['message']}"
         match response.status:
             case 429:
                 raise Throttled(message, kind="unknown")

@@ -20,6 +20,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Awaitable, Callable
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 
@@ -95,7 +96,7 @@ async def throughput(folder: Path, tokens: int, rounds: int) -> None:
     await asyncio.to_thread(peer, 0)
     lock_alone = await seconds(rounds, lambda: asyncio.to_thread(peer, 0))
     for count in (1, 2, 4, 8, 10):
-        took = await seconds(rounds, lambda count=count: together(count))
+        took = await seconds(rounds, partial(together, count))
 
         async def locked(count: int = count) -> None:
             await asyncio.gather(*(asyncio.to_thread(peer, at) for at in range(count)))
@@ -115,7 +116,7 @@ async def lock_waits(folder: Path, tokens: int) -> None:
         timings = [Timings() for _ in requests]
         began = asyncio.get_running_loop().time()
         await asyncio.gather(*(backend.send(*pair) for pair in zip(requests, timings, strict=True)))
-        waits = sorted(timing.work_started - began for timing in timings)
+        waits = sorted(timing.work_started - began for timing in timings if timing.work_started is not None)
         print(f"  batch of {max_batch}:", " ".join(f"{wait * 1e3:.0f}" for wait in waits))
         await backend.close()
 

@@ -86,7 +86,8 @@ class Soak:
 
     async def metrics(self) -> dict[str, float]:
         async with self.client.get(f"{self.process.admin_url}/metrics") as response:
-            return samples(await response.text())
+            found: dict[str, float] = samples(await response.text())
+            return found
 
     async def run(self) -> None:
         async with asyncio.TaskGroup() as group:

@@ -8,7 +8,8 @@ import logging
 import signal
 
 from backends.base import BackendError
-from backends.http1.server import Listener
+from backends.http1.implementation import choose
+from backends.http1.interface import Listener
 from sidecar import __version__
 from sidecar.assembly import StartError, assemble
 from sidecar.settings import Settings
@@ -39,8 +40,9 @@ class Sidecar:
         self._drain_requested = asyncio.Event()
         self.parts = parts = assemble(settings, self.drain)
         self.admission, self.data = parts.admission, parts.data
-        self._data_listener = Listener(parts.data, most_connections=_MAX_CALLERS)
-        self._admin_listener = Listener(parts.admin, most_connections=_MAX_WATCHERS)
+        self._data_listener: Listener | None = None
+        self._admin_listener: Listener | None = None
+        """The start creates them: only then it is known which implementation of HTTP works."""
 
     def __repr__(self) -> str:
         ports = f"data_port={self.data_port} admin_port={self.admin_port}"
@@ -79,6 +81,10 @@ class Sidecar:
         settings = self.settings
         for number in (signal.SIGTERM, signal.SIGINT):
             self._loop.add_signal_handler(number, self._on_signal)
+        http = await choose()
+        self.parts.metrics.set_http_implementation(http.name)
+        self._admin_listener = http.listener(self.parts.admin, max_connections=_MAX_WATCHERS)
+        self._data_listener = http.listener(self.parts.data, max_connections=_MAX_CALLERS)
         self.admin_port = await _open(self._admin_listener, settings.admin_host, settings.admin_port, "admin_port")
         for backend in self.parts.all_backends:
             try:
@@ -131,7 +137,8 @@ class Sidecar:
 
     async def close(self) -> None:
         """Release all resources, in the reverse order of `start`."""
-        await self._data_listener.close()
+        if self._data_listener is not None:
+            await self._data_listener.close()
         if self.parts.state_file is not None:
             self.parts.state_file.save()
         for backend in reversed(self.parts.all_backends):
@@ -139,7 +146,8 @@ class Sidecar:
         if self.parts.spans is not None:
             await self.parts.spans.close()
         self.parts.sampler.close()
-        await self._admin_listener.close()
+        if self._admin_listener is not None:
+            await self._admin_listener.close()
         for number in (signal.SIGTERM, signal.SIGINT):
             self._loop.remove_signal_handler(number)
 

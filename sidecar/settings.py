@@ -25,7 +25,16 @@ FOREIGN_NAMES: dict[str, str] = {
     "DASHSCOPE_API_KEY": "dashscope_api_key",
 }
 
-SECRETS = frozenset({"dashscope_api_key", "api_key", "shared_url"})
+SECRETS = frozenset({"dashscope_api_key", "api_key"})
+
+#: Settings whose feature does not exist yet, by field, and what this version does instead. Who sets one expects it to
+#: have an effect, so the start refuses it: contract.md, "Settings".
+NOT_YET: dict[str, str] = {
+    "shared_url": "this version cannot share one account's quota between sidecars",
+    "shared_url_file": "this version cannot share one account's quota between sidecars",
+    "spill": "this version has no tiers of upstreams; a later backend takes over when an earlier one is unreachable",
+    "upstream": "this version has one upstream per backend; set SIDECAR_DASHSCOPE_URL and the others at the top level",
+}
 
 
 def _auto(value: Any) -> Any:
@@ -113,7 +122,6 @@ class Settings(BaseModel):
     )
     api_key: Key | None = Field(None, description="bearer token that callers must send")
     state_file: Path | None = Field(None, description="file where the learned limits survive a restart")
-    shared_url: str | None = Field(None, description="redis://…: many sidecars share one account's quota")
     passthrough: bool = Field(False, description="other /v1 paths go to an HTTP upstream under the same admission")
     access_log: bool = Field(False, description="one log line a request, with its waits")
     log_format: Literal["json", "human"] | None = Field(
@@ -145,7 +153,13 @@ def load(
         origins[field] = origin
 
     for field, value in (_read(file) if file is not None else {}).items():
+        if field in NOT_YET:
+            name = "[upstream.NAME]" if field == "upstream" else PREFIX + field.upper()
+            raise SettingsError(f"{name} (from {file}): {NOT_YET[field]}")
         set_field(field, value, f"{file}")
+    for field, why in NOT_YET.items():
+        if environ.get(PREFIX + field.upper()):
+            raise SettingsError(f"{PREFIX + field.upper()}: {why}")
     for name, field in FOREIGN_NAMES.items():
         if environ.get(name):
             set_field(field, environ[name], name)

@@ -7,7 +7,9 @@ import base64
 import contextlib
 import os
 import re
+import secrets
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator
@@ -68,6 +70,20 @@ def samples(text: str) -> dict[str, float]:
     """Parse Prometheus text. Return the value of each sample by its name with labels."""
     pairs = (line.rsplit(" ", 1) for line in text.splitlines() if line and not line.startswith("#"))
     return {name: float(value) for name, value in pairs}
+
+
+def free_port() -> int:
+    """Give a port of the loopback that nothing uses.
+
+    It is below the ports that the kernel gives to outgoing connections, and each worker of pytest-xdist has 500 of its
+    own, so no test that runs at the same time takes it before it is used.
+    """
+    first = 20_000 + 500 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    while True:
+        port = first + secrets.randbelow(500)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 @contextlib.asynccontextmanager

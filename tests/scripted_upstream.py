@@ -7,6 +7,7 @@ import json
 import socket
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from typing import Self
 
 #: Seconds. The longest wait for a client to close its connection.
 BOUND = 10.0
@@ -94,7 +95,7 @@ class Upstream:
         self.failures: list[BaseException] = []
         self._tasks: set[asyncio.Task[None]] = set()
 
-    async def __aenter__(self) -> Upstream:
+    async def __aenter__(self) -> Self:
         self._server = await asyncio.start_server(self._serve, self.host, self.port)
         self.port = self._server.sockets[0].getsockname()[1]
         return self

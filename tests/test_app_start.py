@@ -41,6 +41,9 @@ def serve(*options, environ=None):
         ({"SIDECAR_QUEUE_SIZE": "1.5"}, "SIDECAR_QUEUE_SIZE"),
         ({"SIDECAR_LOG_LEVEL": "loud"}, "SIDECAR_LOG_LEVEL"),
         ({"SIDECAR_UNIX_SOCKET": "/nowhere/sidecar.sock"}, "SIDECAR_UNIX_SOCKET"),
+        ({"SIDECAR_SHARED_URL": "redis://127.0.0.1:6379"}, "SIDECAR_SHARED_URL: this version"),
+        ({"SIDECAR_SHARED_URL_FILE": "/nowhere/url"}, "SIDECAR_SHARED_URL_FILE: this version"),
+        ({"SIDECAR_SPILL": "2"}, "SIDECAR_SPILL: this version"),
     ],
 )
 def test_an_unusable_setting(environ, setting):

@@ -19,8 +19,8 @@ from pathlib import Path
 import pytest
 import yaml
 from real_parts import PARTS, real_part
+from running import free_port
 
-from sidecar.cli.demo.processes import free_port
 from sidecar.cli.main import _EPILOGS, _parser
 
 ROOT = Path(__file__).parents[1]

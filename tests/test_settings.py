@@ -64,6 +64,26 @@ def test_an_error_names_setting_value_and_source():
         load({"port": "x"}, {})
 
 
+@pytest.mark.parametrize("name", ["SIDECAR_SHARED_URL", "SIDECAR_SHARED_URL_FILE", "SIDECAR_SPILL"])
+def test_a_setting_without_its_feature_is_refused_by_name_and_its_value_is_not_shown(name, tmp_path):
+    with pytest.raises(SettingsError, match=f"{name}: this version") as caught:
+        load({}, {name: "redis://me:secret@host"})
+    file = tmp_path / "sidecar.toml"
+    file.write_text(f'{name.removeprefix("SIDECAR_").lower()} = "redis://me:secret@host"\n')
+    with pytest.raises(SettingsError, match=rf"{name} \(from .*sidecar\.toml\): this version") as caught_in_file:
+        load({}, {}, file)
+    assert "secret" not in f"{caught.value} {caught_in_file.value}"
+    assert load({}, {name: ""})[0] == load({}, {})[0]
+    assert name not in README.read_text()
+
+
+def test_tables_of_upstreams_are_refused_by_name(tmp_path):
+    file = tmp_path / "sidecar.toml"
+    file.write_text('[upstream.first]\nurl = "http://x"\n')
+    with pytest.raises(SettingsError, match=r"\[upstream\.NAME\] \(from .*sidecar\.toml\): this version"):
+        load({}, {}, file)
+
+
 def test_the_readme_lists_every_setting_with_its_default():
     rows = dict(re.findall(r"^\| `(SIDECAR_\w+)` \| (.*?) \|", README.read_text(), re.MULTILINE))
     defaults = {f"SIDECAR_{name.upper()}": field.default for name, field in Settings.model_fields.items()}

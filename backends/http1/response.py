@@ -1,18 +1,14 @@
-"""An answer on its way to the caller, whole or in pieces."""
+"""The internal implementation's answer to a caller, whole or in pieces. `interface.Answer` describes each method."""
 
 from __future__ import annotations
 
 from functools import lru_cache
 from http import HTTPStatus
-from typing import TYPE_CHECKING
 
 from aiohttp import HttpVersion, HttpVersion10, HttpVersion11
-from aiohttp.helpers import rfc822_formatted_time
 
+from backends.http1.aiohttp_parts import ParsedRequest, rfc822_formatted_time
 from backends.http1.headers import head_of
-
-if TYPE_CHECKING:
-    from backends.http1.server import HttpRequest
 
 _REASONS = {status.value: status.phrase for status in HTTPStatus}
 _WITHOUT_BODY = (204, 304)
@@ -24,15 +20,15 @@ def _first_line(version: HttpVersion, status: int) -> str:
 
 
 class Answer:
-    """What answers a request. Its head goes out with the body, or with the first piece of one.
+    """The answer to one request. The head is sent with the body or with its first piece.
 
-    Writing and draining raise `ConnectionError` where nobody is left to read.
+    Writing and draining raise `ConnectionError` if the caller has hung up.
     """
 
     __slots__ = ("_bodiless", "_chunked", "_ended", "_head", "_http", "status")
 
-    def __init__(self, http: HttpRequest, status: int, head: dict[str, str], *, length: int | None) -> None:
-        """Takes over `head`, the headers. `length` of the whole body is in bytes, None for one that comes in pieces."""
+    def __init__(self, http: ParsedRequest, status: int, head: dict[str, str], *, length: int | None) -> None:
+        """Take `head`, the headers, over. `length` is that of the body in bytes; None: the body comes in pieces."""
         version = http.version
         self.status = status
         self._http = http
@@ -45,7 +41,7 @@ class Answer:
         elif length is not None and status not in _WITHOUT_BODY:
             head["Content-Length"] = str(length)
         elif not self._bodiless:
-            http.keep_alive = False  # the end of the connection will be the end of the answer
+            http.keep_alive = False  # the end of the connection is the end of the answer
         if not http.keep_alive:
             head["Connection"] = "close"
         elif version == HttpVersion10:
@@ -53,20 +49,22 @@ class Answer:
         self._head = head_of(_first_line(version, status), head)
 
     def write_whole(self, body: bytes) -> bool:
-        """Write head and body at once; see `write`. What is written after that is nothing, the next answer begins."""
+        """Write head and body together; see `write`. Whatever is written later is ignored: the next answer follows."""
         self._ended = True
-        self._send(b"" if self._bodiless else body)
-        return not self._http.connection.writing_paused
+        http = self._http
+        http.begun = True
+        http.connection.write(self._head if self._bodiless else self._head + body)
+        return not http.connection.writing_paused
 
     def write(self, piece: bytes) -> bool:
-        """Write a piece, or keep what the caller does not take yet. Whether it takes more: else `drain` would wait."""
+        """Write a piece, or keep it while the caller does not read. False: wait for `drain` before the next one."""
         if piece and not self._ended:
             piece = b"" if self._bodiless else piece
             self._send(b"%x\r\n%b\r\n" % (len(piece), piece) if self._chunked else piece)
         return not self._http.connection.writing_paused
 
     def write_eof(self) -> None:
-        """End the answer. Again is nothing."""
+        """End the answer. A second call does nothing."""
         if not self._ended:
             self._ended = True
             self._send(b"0\r\n\r\n" if self._chunked else b"")

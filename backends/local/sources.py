@@ -10,16 +10,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from urllib.request import url2pathname
 
-import aiohttp
 from yarl import URL
 
 from backends.base import Rejected
+from backends.http1.downloads import Downloads
+from backends.http1.errors import HttpError
 from backends.local.prompts import ImageUrl, invalid
 
 #: Bytes of the largest image that is fetched. It equals the default limit of a request's body.
 _MAX_BYTES = 14 * 1024 * 1024
 #: Seconds that a fetch may take. A camera's snapshot takes less than a second.
-_TIMEOUT = aiohttp.ClientTimeout(total=10)
+_TIMEOUT_SECONDS = 10.0
 
 
 class ImageSources:
@@ -34,7 +35,7 @@ class ImageSources:
         for url in self._allowed:
             if url.scheme not in {"http", "https", "file"} or (url.scheme != "file" and not url.host):
                 raise ValueError(f"images may be allowed from http://, https:// or file:/// URLs, not {url}")
-        self._session: aiohttp.ClientSession | None = None
+        self._downloads = Downloads(timeout_seconds=_TIMEOUT_SECONDS)
 
     async def fetch(self, images: Sequence[ImageUrl]) -> dict[str, bytes]:
         """Fetch all images that are not data URLs. Returns their bytes by the field that contains the URL.
@@ -45,8 +46,7 @@ class ImageSources:
 
     async def close(self) -> None:
         """Close the connections."""
-        if self._session is not None:
-            await self._session.close()
+        await self._downloads.close()
 
     async def _one(self, image: ImageUrl) -> bytes:
         try:
@@ -61,18 +61,12 @@ class ImageSources:
         raise _not_allowed(image.field)
 
     async def _download(self, url: URL, field: str) -> bytes:
-        if self._session is None:
-            self._session = aiohttp.ClientSession(timeout=_TIMEOUT, cookie_jar=aiohttp.DummyCookieJar())
         try:
-            # A redirect could lead anywhere: it is an answer like any other that is no image.
-            async with self._session.get(url, allow_redirects=False) as response:
-                if response.status != 200:
-                    raise invalid(f"could not be fetched: status {response.status}", field)
-                data = await response.content.read(_MAX_BYTES + 1)
-                while len(data) <= _MAX_BYTES and (more := await response.content.read(_MAX_BYTES)):
-                    data += more
-        except (aiohttp.ClientError, TimeoutError) as error:
+            status, data = await self._downloads.get(url, max_bytes=_MAX_BYTES)
+        except (HttpError, TimeoutError) as error:
             raise invalid(f"could not be fetched ({type(error).__name__})", field) from error
+        if status != 200:
+            raise invalid(f"could not be fetched: status {status}", field)
         return _bounded(data, field)
 
 

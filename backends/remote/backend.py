@@ -5,17 +5,17 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
-import os
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import TypeVar
 
-import aiohttp
 from yarl import URL
 
 from backends.base import BackendError, Rejected, Reply, Request, ServerFailed, Take, Timings, Unreachable
-from backends.http1.client import Connector, NotHTTP, Response, Upstream
+from backends.http1.errors import HttpError, failure_of
 from backends.http1.headers import end_to_end, spelled
+from backends.http1.implementation import choose
+from backends.http1.interface import Connector, Origin, Response
 from backends.remote.answers import StreamWatch, is_error, parsed, usage_of
 from backends.remote.native import send_native
 from backends.remote.refusals import classify
@@ -62,7 +62,7 @@ class DashScopeBackend:
         self._native = None if native_url is None else _checked(native_url)
         self._host = URL(self._base).host or ""
         self._connector: Connector | None = None
-        self._upstreams: dict[str, Upstream] = {}
+        self._origins: dict[str, Origin] = {}
 
     model_id = None
     slots = None
@@ -78,21 +78,21 @@ class DashScopeBackend:
 
     async def start(self) -> None:
         """Open the connection pool. This sends no request, because the provider may start later than the sidecar."""
-        self._connector = Connector()
+        self._connector = connector = (await choose()).connector()
         try:
-            self._upstreams = {base: Upstream(self._connector, base) for base in (self._base, self._native) if base}
+            self._origins = {base: connector.origin(base) for base in (self._base, self._native) if base}
         except ValueError as error:
             await self.close()
             raise BackendError(str(error)) from error
 
     async def close(self) -> None:
         """Close the connections."""
-        for upstream in self._upstreams.values():
-            upstream.close()
+        for origin in self._origins.values():
+            origin.close()
         if self._connector is not None:
             await self._connector.close()
             self._connector = None
-            self._upstreams = {}
+            self._origins = {}
 
     async def send(self, request: Request, timings: Timings) -> Reply:
         """Make one attempt, see `Backend.send`."""
@@ -145,17 +145,17 @@ class DashScopeBackend:
     ) -> _T:
         """Send a request and return the result of `read`, which reads a 2xx answer.
 
-        On any error this closes the connection, and a `BackendError` replaces aiohttp's own error. After the call, only
+        On any error this closes the connection, and a `BackendError` replaces the `HttpError`. After the call, only
         the result of `read` may use the response.
         """
-        if (upstream := self._upstreams.get(base)) is None:
+        if (origin := self._origins.get(base)) is None:
             raise RuntimeError("send() before start()")
         headers.setdefault("User-Agent", "vlm-sidecar")
         if key := self._key():
             headers["Authorization"] = f"Bearer {key}"
         try:
-            response = await upstream.request(method, path, headers, body, timings)
-        except aiohttp.ClientError as error:
+            response = await origin.request(method, path, headers, body, timings)
+        except HttpError as error:
             raise self._explained(error) from error
         try:
             if response.status // 100 == 2:
@@ -163,7 +163,7 @@ class DashScopeBackend:
             raise await self._refusal(response)  # noqa: TRY301  a local name would create a reference cycle
         except BaseException as error:
             response.drop()
-            if isinstance(error, aiohttp.ClientError):
+            if isinstance(error, HttpError):
                 raise self._explained(error) from error
             if isinstance(error, BackendError):
                 self._mask(error)
@@ -190,7 +190,7 @@ class DashScopeBackend:
         try:
             async with asyncio.timeout(_ERROR_BODY_SECONDS):
                 body = await _read(response, _ERROR_BODY_LIMIT)
-        except (aiohttp.ClientError, TimeoutError, ServerFailed) as error:
+        except (HttpError, TimeoutError, ServerFailed) as error:
             _log.info("the body of an answer %d could not be read: %s", response.status, type(error).__name__)
         return classify(response.status, response.headers, body)
 
@@ -232,30 +232,28 @@ class DashScopeBackend:
         reply.chunks, reply.pour, reply.closer = chunks, chunks.pour, chunks.aclose
         return reply
 
-    def _explained(self, error: aiohttp.ClientError) -> BackendError:
-        """Say in our words what broke. aiohttp's own messages name URLs and quote headers."""
-        reason = getattr(error, "os_error", None) or error
-        match error:
-            case aiohttp.ClientConnectorDNSError():
-                return Unreachable(f"the name {self._host} cannot be resolved: {_strerror(reason)}")
-            case aiohttp.ClientConnectorCertificateError():
-                return Unreachable(f"the certificate of {self._host} is not to be trusted: {error.certificate_error}")
-            case aiohttp.ClientHttpProxyError():
-                return Unreachable(
-                    f"the proxy on the way to {self._host} refuses to connect us: it answered {error.status}"
-                )
-            case aiohttp.ClientProxyConnectionError():
-                return Unreachable(f"the proxy on the way to {self._host} does not let us through: {_strerror(reason)}")
-            case aiohttp.ClientConnectorError():
-                return Unreachable(f"no connection to {self._host}: {_strerror(reason)}")
-            case aiohttp.ConnectionTimeoutError():
-                return Unreachable(f"no connection to {self._host} within {error} s")
-            case aiohttp.ClientPayloadError():
-                return Unreachable(f"the connection to {self._host} broke before the answer was whole")
-            case NotHTTP():
-                return ServerFailed(f"{self._host} answered what is not HTTP")
-            case _:
-                return Unreachable(f"the connection to {self._host} broke before the answer: {_strerror(reason)}")
+    def _explained(self, error: HttpError) -> BackendError:
+        """Say in our words what failed."""
+        host, (kind, reason) = self._host, failure_of(error)
+        match kind:
+            case "name_not_resolved":
+                return Unreachable(f"the name {host} cannot be resolved: {reason}")
+            case "certificate_not_trusted":
+                return Unreachable(f"the certificate of {host} is not to be trusted: {reason}")
+            case "proxy_refused":
+                return Unreachable(f"the proxy on the way to {host} refuses to connect us: it answered {reason}")
+            case "proxy_not_connected":
+                return Unreachable(f"the proxy on the way to {host} does not let us through: {reason}")
+            case "not_connected":
+                return Unreachable(f"no connection to {host}: {reason}")
+            case "connect_timed_out":
+                return Unreachable(f"no connection to {host} within {reason} s")
+            case "answer_cut_short":
+                return Unreachable(f"the connection to {host} broke before the answer was whole")
+            case "malformed_answer":
+                return ServerFailed(f"{host} answered what is not HTTP")
+            case "connection_broken":
+                return Unreachable(f"the connection to {host} broke before the answer: {reason}")
 
 
 class _Chunks:
@@ -267,7 +265,7 @@ class _Chunks:
         response: Response,
         watch: StreamWatch,
         preface: deque[bytes],
-        explained: Callable[[aiohttp.ClientError], BackendError],
+        explained: Callable[[HttpError], BackendError],
     ) -> None:
         self._reply = reply
         self._response = response
@@ -283,7 +281,7 @@ class _Chunks:
             return self._preface.popleft()
         try:
             piece = await self._response.content.readany()
-        except aiohttp.ClientError as error:
+        except HttpError as error:
             self._settle()
             raise self._explained(error) from error
         if piece:
@@ -304,7 +302,7 @@ class _Chunks:
 
         try:
             whole = await self._response.pour(look_and_take)
-        except aiohttp.ClientError as error:
+        except HttpError as error:
             self._settle()
             raise self._explained(error) from error
         if whole:
@@ -354,11 +352,3 @@ async def _read(response: Response, limit: int) -> bytes:
 
 def _not_json(response: Response) -> ServerFailed:
     return ServerFailed(f"the provider answered {response.status} with {response.content_type}, which is not JSON")
-
-
-def _strerror(error: BaseException) -> str:
-    if isinstance(error, ConnectionError) and error.errno:
-        return os.strerror(error.errno)  # asyncio's own text names an address in the place of the reason
-    if isinstance(error, aiohttp.ServerDisconnectedError):
-        return "the server closed it"
-    return (isinstance(error, OSError) and error.strerror) or type(error).__name__

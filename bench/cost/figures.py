@@ -51,7 +51,8 @@ def got_worse(figure: Figure, before: tuple[float, ...]) -> bool:
 
 def compared(figures: list[Figure], committed: dict[str, list[float]]) -> tuple[list[str], list[str]]:
     """Return lines with the old and the new value of each figure: those that got worse, and all others."""
-    worse, others = [], []
+    worse: list[str] = []
+    others: list[str] = []
     for figure in figures:
         before = committed.get(figure.name)
         if not before:

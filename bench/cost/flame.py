@@ -41,7 +41,7 @@ ROOMS = (
 
 def record(pid: int, path: Path, form: str) -> None:
     """Sample a process for `SECONDS` seconds and write the result to `path`."""
-    command = [SPY, "record", "--pid", str(pid), "--duration", str(SECONDS), "--rate", "250", "--function"]
+    command = [str(SPY), "record", "--pid", str(pid), "--duration", str(SECONDS), "--rate", "250", "--function"]
     subprocess.run([*command, "--format", form, "--output", str(path)], check=True, capture_output=True)
 
 

@@ -19,7 +19,9 @@ import re
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from statistics import median
+from typing import TypeVar, cast
 
 import uvloop
 
@@ -51,7 +53,7 @@ class Upstream(asyncio.Protocol):
     """Answer every request. Parses HTTP only to find the end of a request."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.transport = transport
+        self.transport = cast("asyncio.WriteTransport", transport)
         self.buffer = bytearray()
         self.missing = -1
         self.streams = False
@@ -98,7 +100,7 @@ class Client(asyncio.Protocol):
         self.lost = asyncio.get_running_loop().create_future()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.transport = transport
+        self.transport = cast("asyncio.WriteTransport", transport)
 
     def send(self) -> None:
         self.sent_at = time.perf_counter()
@@ -134,6 +136,9 @@ class Client(asyncio.Protocol):
     def fail(self, why: str) -> None:
         if not self.lost.done():
             self.lost.set_exception(RuntimeError(why))
+
+
+AnyClient = TypeVar("AnyClient", bound=Client)
 
 
 class StreamClient(Client):
@@ -173,7 +178,7 @@ class PacedClient(Client):
         self.busy = False
 
 
-def content_length(head: bytes) -> int:
+def content_length(head: bytes | bytearray) -> int:
     at = head.lower().find(b"content-length:") + 15
     return int(head[at:].split(b"\r\n", 1)[0]) if at >= 15 else 0
 
@@ -189,12 +194,12 @@ def request_of(body: bytes) -> bytes:
     )
 
 
-async def connect(kind: type[Client], port: int, count: int, body: bytes) -> list[Client]:
+async def connect(kind: type[AnyClient], port: int, count: int, body: bytes) -> list[AnyClient]:
     loop, request = asyncio.get_running_loop(), request_of(body)
     return [(await loop.create_connection(lambda: kind(request), "127.0.0.1", port))[1] for _ in range(count)]
 
 
-async def hold(clients: list[Client], seconds: float) -> float:
+async def hold(clients: Sequence[Client], seconds: float) -> float:
     """Wait `seconds` seconds, or until a client breaks; return the seconds that passed. Raises that client's error."""
     began = time.perf_counter()
     done, _ = await asyncio.wait([client.lost for client in clients], timeout=seconds, return_when="FIRST_COMPLETED")
@@ -215,8 +220,9 @@ async def load(port: int, connections: int, seconds: float, body: bytes) -> dict
     waits = [wait for client in clients for wait in client.seconds]
     found = {"answered": len(waits), "per_second": len(waits) / took, "p50": median(waits)}
     if streams:
-        first = [wait for client in clients for wait in client.first]
-        later = [delay for client in clients for delay in client.delays]
+        readers = [client for client in clients if isinstance(client, StreamClient)]
+        first = [wait for client in readers for wait in client.first]
+        later = [delay for client in readers for delay in client.delays]
         found |= {"events": len(first) + len(later), "first": median(first), "event": median(later)}
     return found
 

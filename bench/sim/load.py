@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from random import Random
+from typing import Any
 
 from backends.base import BackendError, Throttled
 from sidecar.admission import NotAdmitted
@@ -93,7 +94,7 @@ class Run:
                         tasks.create_task(self.one(f"camera-{camera}"))
                 await asyncio.sleep(every)
 
-    async def _until(self, end: float, workers: list[asyncio.Future[None]] | list) -> None:
+    async def _until(self, end: float, workers: Sequence[Coroutine[Any, Any, None]]) -> None:
         tasks = [asyncio.ensure_future(worker) for worker in workers]
         await asyncio.sleep(max(end - asyncio.get_running_loop().time(), 0.0))
         for task in tasks:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from random import Random
+from typing import Any
 
 from backends.simulated import Profile
 
@@ -15,7 +16,7 @@ def drawn(seed: int) -> Scenario:
     rate = 0.3 * (100 / 0.3) ** chance.random()
     latency = 0.2 * 100 ** chance.random()
     refusal = 0.05 * 30 ** chance.random()
-    values: dict[str, object] = {
+    values: dict[str, Any] = {
         "latency_seconds": latency,
         "latency_sigma": chance.choice((0.0, 0.3)),
         "refusal_latency_seconds": refusal,
@@ -51,5 +52,5 @@ def drawn(seed: int) -> Scenario:
         saturated(workers),
         usual(0.9, 12),
         seconds=seconds,
-        deadline=600.0,  # type: ignore[arg-type]
+        deadline=600.0,
     )

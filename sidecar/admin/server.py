@@ -12,8 +12,7 @@ import orjson
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 
-from backends.http1.response import Answer
-from backends.http1.server import Handler, HttpRequest
+from backends.http1.interface import Answer, Handler, HttpRequest
 from sidecar.admin.health import Health
 from sidecar.observe.sampler import Sampler
 from sidecar.observe.time_series import FIELDS
@@ -123,7 +122,7 @@ class AdminServer:
         self._viewers += 1
         try:
             headers = {"Content-Type": "text/event-stream", "Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-            answer = Answer(http, 200, headers, length=None)
+            answer = http.answer(200, headers, length=None)
             if http.method != "HEAD":
                 answer.write(b"retry: 1000\n" + _event("start", self._snapshot()))
                 await answer.drain()
@@ -170,7 +169,7 @@ def _event(name: str, data: Any) -> bytes:
 
 
 async def _respond(http: HttpRequest, status: int, body: bytes, headers: Mapping[str, str]) -> Answer:
-    answer = Answer(http, status, {**headers}, length=len(body))
+    answer = http.answer(status, {**headers}, length=len(body))
     answer.write_whole(body)
     await answer.drain()
     return answer

@@ -171,8 +171,8 @@ class Upstream:
         self._held_by: Cause | None = None  # since the last start
         self.started = 0
         """Attempts so far."""
-        # Of refusals for growth or concurrency: the attempts that had started at the last one, and how many were refused in
-        # a row of those that started first after one.
+        # Of refusals for growth or concurrency: the attempts that had started at the last one, and how many of those
+        # that started first after one were refused in a row.
         self._started_before = 0
         self._refused_in_row = 0
 

@@ -10,11 +10,8 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from math import isfinite
 
-from aiohttp import HttpVersion11
-
 from backends.base import Dialect, Reply, Request, Take
-from backends.http1.response import Answer
-from backends.http1.server import HttpRequest
+from backends.http1.interface import Answer, HttpRequest
 from sidecar.admission import Arrival, Priority, Ticket
 from sidecar.api.errors import Api, InvalidRequest, Problem, body_of, headers_of
 from sidecar.dispatch.dispatcher import DeadlineExceeded, Dispatcher
@@ -119,8 +116,7 @@ class Call:
         expect = self.http.headers["Expect"]
         if expect.lower() != "100-continue":
             raise InvalidRequest(f"Expect: {expect!r} is not understood; only 100-continue is", status=417)
-        if self.http.version >= HttpVersion11:
-            self.http.connection.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        self.http.send_continue()
 
     def identify(self) -> None:
         """Use the caller's request id, or create a request id. Raises `InvalidRequest`."""
@@ -287,7 +283,7 @@ class Call:
         # fail. If the body was not read completely, its rest would be read as the next request.
         if self.draining or not self.http.content.is_eof():
             self.http.keep_alive = False
-        return Answer(self.http, status, {**headers, **self._own_headers()}, length=length)
+        return self.http.answer(status, {**headers, **self._own_headers()}, length=length)
 
     def _own_headers(self) -> dict[str, str]:
         backend = (self.ticket and self.ticket.backend) or self._dispatcher.first

@@ -9,7 +9,7 @@ from math import ceil
 from typing import Any, Literal
 
 from backends.base import BackendError, BillingRefused, Rejected, Throttled
-from backends.http1.server import NotHTTP
+from backends.http1.errors import MalformedRequest
 from sidecar.admission import AccountClosed, DeadlineUnreachable, Draining, NotAdmitted, QueueFull, Superseded
 from sidecar.dispatch.dispatcher import DeadlineExceeded
 from sidecar.observe.metrics import Outcome
@@ -77,7 +77,7 @@ def problem_of(error: Exception, api: Api) -> Problem:
     match error:
         case InvalidRequest():
             return Problem(error.status, error.code, error.message, "invalid", field=error.field, detail=error.detail)
-        case NotHTTP():  # a malformed chunk inside a body
+        case MalformedRequest():  # a malformed chunk inside a body
             return Problem(400, "invalid_request", str(error), "invalid")
         case BillingRefused() | AccountClosed():
             text = f"the provider refuses the account: {error.message}; {_BILLING_ADVICE}"

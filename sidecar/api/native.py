@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from backends.http1.response import Answer
+from backends.http1.interface import Answer
 from sidecar.api.body import ParsedBody, image_size, json_type, model_of, parse_body, parse_messages, with_model
 from sidecar.api.call import Call
 from sidecar.api.errors import InvalidRequest

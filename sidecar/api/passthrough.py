@@ -10,7 +10,7 @@ from urllib.parse import unquote
 
 import orjson
 
-from backends.http1.response import Answer
+from backends.http1.interface import Answer
 from sidecar.api.body import CHARS_PER_TOKEN
 from sidecar.api.call import Call
 from sidecar.api.errors import InvalidRequest

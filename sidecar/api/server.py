@@ -9,8 +9,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from backends.http1.response import Answer
-from backends.http1.server import HttpRequest
+from backends.http1.interface import Answer, HttpRequest
 from sidecar.admission import Draining
 from sidecar.api import native, openai
 from sidecar.api.call import TRACE, Call, CallSettings
@@ -97,7 +96,7 @@ class DataServer:
         methods = ENDPOINTS.get(path)
         endpoint = methods.get(http.method) if methods else self._passthrough_endpoint(path)
         call = Call(http, endpoint.api if endpoint else _api_of(path), self._dispatcher, self._limits, self._detector)
-        task = http.connection.task
+        task = http.task
         assert task is not None  # noqa: S101  this code runs in that task
         self._tasks.add(task)
         try:

@@ -33,7 +33,7 @@ from backends.base import (
     Timings,
     Unreachable,
 )
-from backends.http1.client import environment_proxy
+from backends.http1.connecting import environment_proxy
 from sidecar.assembly import StartError, make_backend, make_detector
 from sidecar.settings import SECRETS, Settings
 

@@ -121,6 +121,17 @@ class Metrics:
         self.build_info = Gauge(
             "sidecar_build_info", "1, with what is running in the labels.", ("version", "python"), registry=registry
         )
+        self._http_implementation = Gauge(
+            "sidecar_http_implementation",
+            "1 for the implementation of HTTP that serves: `documented` is slower, see the log.",
+            ("implementation",),
+            registry=registry,
+        )
+
+    def set_http_implementation(self, name: str) -> None:
+        """Set which implementation of HTTP the start has chosen: `internal` or `documented`."""
+        for implementation in ("internal", "documented"):
+            self._http_implementation.labels(implementation).set(implementation == name)
 
     def __repr__(self) -> str:
         return f"<Metrics requests={sum(self._requests.values()):.0f} attempts={sum(self._attempts.values()):.0f}>"

@@ -49,6 +49,7 @@ async def test_no_web_page_can_start_a_drain(serving, headers):
     assert await get(sidecar, "/readyz") == (200, "ready\n")
 
 
+@pytest.mark.alone
 async def test_every_metric_of_the_contract_exists_and_has_the_right_value(serving, provider):
     url, simulated = await provider(latency_seconds=0.5, requests_per_second=50, burst_requests=3)
     sidecar = await serving(dashscope_url=url, max_concurrency=4)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
+import pytest
 from running import chat
 
 SMALL, OTHER = "qwen-vl-max", "qwen-vl-plus"
@@ -23,6 +24,7 @@ async def status(sidecar):
         return {model["model"]: model for model in (await response.json())["backends"][0]["models"]}
 
 
+@pytest.mark.alone
 async def test_refusals_of_one_model_do_not_delay_another(serving, provider):
     """The provider has a separate quota for each model: 5 requests/s, bursts of 5."""
     url, simulated = await provider(requests_per_second=5, burst_requests=5, latency_seconds=0.05)

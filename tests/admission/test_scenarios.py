@@ -8,9 +8,15 @@ from backends.simulated import Profile
 from bench.sim.table import SYSTEMS, TABLE, Scenario, play, saturated, share
 
 GATED = ("1", "3", "4", "6", "9", "13", "14")
+#: They take most of the processor time of this folder, so `make check` leaves them to `make test`.
+LONG = ("1", "3", "4", "9", "13", "14")
 
 
-@pytest.mark.parametrize("scenario", [s for s in TABLE if s.number in GATED], ids=lambda s: f"{s.number} {s.name}")
+@pytest.mark.parametrize(
+    "scenario",
+    [pytest.param(s, marks=[pytest.mark.long] * (s.number in LONG)) for s in TABLE if s.number in GATED],
+    ids=lambda s: f"{s.number} {s.name}",
+)
 def test_a_scenario_meets_its_targets(scenario):
     checks = {}
     for seed in range(1, 6):

@@ -10,6 +10,8 @@ import socket
 import pytest
 from running import CHAT, IMAGE_URL, chat
 
+pytestmark = pytest.mark.http
+
 
 def image(url):
     return {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}]}
@@ -115,6 +117,7 @@ async def raw(sidecar, data: bytes) -> bytes:
         writer.close()
 
 
+@pytest.mark.internal_http
 @pytest.mark.parametrize(
     "data",
     [

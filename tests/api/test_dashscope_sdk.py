@@ -9,17 +9,16 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from real_parts import real_environment
 from running import IMAGE_URL
 
-PYTHON = Path(__file__).parents[2] / ".venv-sdk" / "bin" / "python"
 CALLS = Path(__file__).parent / "dashscope_sdk_calls.py"
 
 
 async def calls(sidecar) -> dict:
     """Return what the SDK received for each way to call it: lists of status, code, text, output tokens, has an id."""
-    assert PYTHON.exists(), "make .venv-sdk/.ready installs the dashscope SDK"
     process = await asyncio.create_subprocess_exec(
-        PYTHON, CALLS, IMAGE_URL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        real_environment(".venv-sdk"), CALLS, IMAGE_URL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         env={**os.environ, "DASHSCOPE_HTTP_BASE_URL": f"{sidecar.url}/api/v1", "DASHSCOPE_API_KEY": "caller"},
     )  # fmt: skip
     async with asyncio.timeout(60):

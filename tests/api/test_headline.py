@@ -5,7 +5,10 @@ from __future__ import annotations
 import asyncio
 from statistics import mean
 
+import pytest
 from running import chat
+
+pytestmark = pytest.mark.alone
 
 
 async def ask(sidecar, camera, **options):

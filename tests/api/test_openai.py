@@ -120,6 +120,7 @@ async def test_the_openai_client_raises_its_own_exceptions_for_our_errors(servin
     assert (billing.value.status_code, billing.value.code) == (502, "upstream_billing")
 
 
+@pytest.mark.alone
 async def test_a_caller_that_leaves_a_stream_cancels_the_upstream_within_100_ms(serving, provider, client_of):
     url, simulated = await provider(answer_tokens=400, stream_tokens_per_second=100)
     sidecar = await serving(dashscope_url=url)

@@ -7,6 +7,8 @@ import asyncio
 import pytest
 from running import chat
 
+pytestmark = pytest.mark.http
+
 ERROR = b'data: {"error":{"message":"An internal error","code":"internal_error","type":"internal_error"}}\n\n'
 
 

@@ -8,6 +8,8 @@ import re
 import pytest
 from running import chat
 
+pytestmark = pytest.mark.alone
+
 #: Seconds.
 TOLERANCE = 0.002
 

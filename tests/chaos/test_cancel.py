@@ -15,6 +15,8 @@ from sidecar.admission import Admission, Priority, Ticket, UpstreamSettings
 from sidecar.admission.admission import MAX_POOLS
 from sidecar.admission.queue import FairQueue
 
+pytestmark = pytest.mark.http
+
 #: Seconds. The bound for everything that must happen at once.
 AT_ONCE = 1.0
 EVENT = b'data: {"choices":[{"index":0,"delta":{"content":"A gate."}}]}\n\n'
@@ -146,13 +148,13 @@ async def test_a_caller_that_disconnects_during_an_outage_frees_its_place_at_onc
 async def test_a_request_at_a_provider_that_hangs_keeps_its_permit_until_the_deadline(serving, provider, monkeypatch):
     """The timers of connections, addresses and listeners expire first. None of them may free a permit."""
     for timer in (
-        "backends.http1.client.IDLE_SECONDS",
-        "backends.http1.client._DNS_SECONDS",
-        "backends.http1.server.KEEPALIVE_SECONDS",
-        "backends.http1.server.FIRST_REQUEST_SECONDS",
+        "backends.http1.connecting.IDLE_SECONDS",
+        "backends.http1.connecting.DNS_SECONDS",
+        "backends.http1.accepting.KEEPALIVE_SECONDS",
+        "backends.http1.accepting.FIRST_REQUEST_SECONDS",
     ):
         monkeypatch.setattr(timer, 0.2)
-    monkeypatch.setattr("backends.http1.client._CONNECT_SECONDS", 0.5)
+    monkeypatch.setattr("backends.http1.connecting.CONNECT_SECONDS", 0.5)
     url, simulated = await provider(latency_seconds=600.0)
     sidecar = await serving(dashscope_url=url, max_concurrency=4, deadline=2.5)
     admission = sidecar.sidecar.admission

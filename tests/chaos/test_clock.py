@@ -22,6 +22,7 @@ def wall(monkeypatch):
     return offset
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("jump", [-DAY, DAY], ids=["back", "ahead"])
 async def test_a_jump_of_the_wall_clock_does_not_change_how_waiting_requests_are_served(
     serving, provider, wall, jump, tmp_path

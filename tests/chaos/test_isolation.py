@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections import Counter
 
+import pytest
 from running import CHAT, chat
 
 from sidecar.admission import Ticket
@@ -14,6 +15,7 @@ from sidecar.admission.queue import FairQueue
 SECONDS = 5.0
 
 
+@pytest.mark.alone
 async def test_a_camera_with_50_times_the_rate_does_not_slow_the_nine_others(serving, provider):
     url, _ = await provider(latency_seconds=0.05)
     sidecar = await serving(dashscope_url=url, requests_per_minute=40 * 60.0)

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import importlib.util
 import json
-import os
 import statistics
 from collections import Counter
 
 import aiohttp
 import pytest
+from real_parts import real_packages
 from running import CHAT, IMAGE_URL, PNG, Process, chat
+
+pytestmark = pytest.mark.alone
 
 #: The bound in seconds (from the issue), the probes per run, and the number of runs. The best run counts, because the
 #: machine is shared.
@@ -26,9 +27,7 @@ BIG = json.dumps(chat()).encode().replace(IMAGE_URL.encode(), PADDED.encode())
 @pytest.fixture(scope="session")
 def model(tmp_path_factory):
     """A tiny real model, so that a real engine thread runs."""
-    if not all(importlib.util.find_spec(name) for name in ("torch", "transformers")):
-        missing = "torch and transformers are not installed: `make test` installs them"
-        pytest.fail(missing) if os.environ.get("CI") else pytest.skip(missing)
+    real_packages("torch", "torchvision", "transformers", "PIL", how_to_get_them="`make .venv/.local` installs them")
     from backends.local.tiny import build  # noqa: PLC0415
 
     folder = tmp_path_factory.mktemp("model")

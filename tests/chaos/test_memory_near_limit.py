@@ -8,6 +8,7 @@ import resource
 from collections import Counter
 
 import aiohttp
+import pytest
 from running import BOUND, CHAT, IMAGE_URL, Process, chat
 
 MIB = 1024 * 1024
@@ -52,6 +53,7 @@ async def upload(port: int, whole: asyncio.Event) -> tuple[int, bytes]:
         writer.close()
 
 
+@pytest.mark.alone
 async def test_the_sum_of_slow_uploads_is_bounded_before_memory_runs_out(scripted):
     upstream = await scripted()
     options = ("--dashscope-url", f"{upstream.origin}/v1", "--queue-bytes", str(QUEUE_BYTES), "--max-concurrency", "1")

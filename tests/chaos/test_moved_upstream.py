@@ -26,7 +26,7 @@ def names(monkeypatch):
 
     monkeypatch.setattr("aiohttp.resolver.ThreadedResolver.resolve", resolve)
     monkeypatch.setattr("aiohttp.connector.DefaultResolver.resolve", resolve)
-    monkeypatch.setattr("backends.http1.client._DNS_SECONDS", 0.3)
+    monkeypatch.setattr("backends.http1.connecting.DNS_SECONDS", 0.3)
     return known
 
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 
+import pytest
+
 SECONDS = 8.0
 
 
+@pytest.mark.alone
 async def test_a_caller_that_waits_for_retry_after_is_admitted(serving, provider):
     url, simulated = await provider(latency_seconds=0.2)
     sidecar = await serving(dashscope_url=url, max_concurrency=4, queue_size=30)

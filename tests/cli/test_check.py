@@ -68,7 +68,7 @@ async def test_without_configuration_the_simulated_backend_is_tested():
 async def test_no_password_of_a_url_is_printed(provider):
     url, _ = await provider()
     with_password = url.replace("http://", "http://somebody:half@hunter2@")
-    _, printed = await check(SIDECAR_DASHSCOPE_URL=with_password, SIDECAR_SHARED_URL="redis://:hunter2@localhost")
+    _, printed = await check(SIDECAR_DASHSCOPE_URL=with_password)
     assert "hunter2" not in printed
     assert "half" not in printed
     assert url.replace("http://", "http://***@") in printed

@@ -16,6 +16,7 @@ from xml.etree import ElementTree
 import aiohttp
 import pytest
 from PIL import Image
+from real_parts import only_on_linux
 from running import BOUND, chat
 
 from backends.media import image_size
@@ -135,7 +136,7 @@ def children_of(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="only Linux tells a process's children")
+@only_on_linux("the test reads the processes that a process started from /proc")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 async def test_a_stopped_demo_leaves_no_process_behind(number):
     async with command("demo") as process, asyncio.timeout(BOUND):

@@ -1,6 +1,6 @@
 """Checks of the local backend that need a machine with an NVIDIA GPU. Not part of `make test`. Run them with
 
-    make .venv/.torch TORCH_INDEX=<an index with a CUDA build>
+    make .venv/.group-test .venv/.local
     SIDECAR_LOCAL_MODEL=<folder or id> .venv/bin/pytest tests/gpu/gpu_checks.py
 
 Without SIDECAR_LOCAL_MODEL they use a tiny model of random weights. This tests the code, but not whether your model

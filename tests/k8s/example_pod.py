@@ -19,9 +19,8 @@ from typing import Any
 
 import pytest
 from pod import podman, until
-from real_parts import ROOT, real_part
-
-from sidecar.cli.demo.processes import free_port
+from real_parts import ROOT, real_environment, real_part
+from running import free_port
 
 EXAMPLES = ROOT / "examples"
 PROMETHEUS = "docker.io/prom/prometheus:v3.5.0"
@@ -73,7 +72,12 @@ def running_compose(tmp_path: Path) -> Iterator[dict[int, int]]:
     (tmp_path / "prometheus.yml").write_text((EXAMPLES / "compose" / "prometheus.yml").read_text())
 
     def compose(*arguments: str) -> None:
-        command = [ROOT / ".venv-compose" / "bin" / "podman-compose", "-p", "vlm-sidecar-example", *arguments]
+        command: list[str | Path] = [
+            real_environment(".venv-compose").with_name("podman-compose"),
+            "-p",
+            "vlm-sidecar-example",
+            *arguments,
+        ]
         environ = os.environ | {"CONTAINERS_CONF": str(Path(__file__).with_name("containers.conf"))}
         done = subprocess.run(
             command, cwd=tmp_path, env=environ, capture_output=True, text=True, check=False, timeout=120

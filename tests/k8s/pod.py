@@ -19,8 +19,10 @@ from playing import Pod, playable, playing, podman, until
 from rendering import K8S, container, pod_spec, render, settings
 from running import samples
 
+from sidecar import __version__
+
 OVERLAY = K8S / "overlays" / "simulated"
-IMAGE = "localhost/vlm-sidecar:0.1.0"
+IMAGE = f"localhost/vlm-sidecar:{__version__}"
 BASE = "python:3.11-slim"
 OK = 'sidecar_requests_total{api="trio",backend="dashscope",outcome="ok"}'
 

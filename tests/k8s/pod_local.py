@@ -8,7 +8,9 @@ from playing import playable, playing, podman
 from rendering import K8S, container
 from running import samples
 
-IMAGE = "localhost/vlm-sidecar:0.1.0-local"
+from sidecar import __version__
+
+IMAGE = f"localhost/vlm-sidecar:{__version__}-local"
 #: The podman volume that takes the place of the volume claim of the same name.
 VOLUME = "vlm-model"
 

@@ -12,6 +12,7 @@ import yaml
 from real_parts import ROOT
 from rendering import K8S, OVERLAYS, container, deployment, pod_spec, render, settings
 
+from sidecar import __version__
 from sidecar.settings import PREFIX, load
 
 NATIVE = [overlay for overlay in OVERLAYS if overlay.name != "dashscope-before-1.29"]
@@ -198,7 +199,9 @@ def test_the_kustomizations_in_the_document_add_the_sidecar_to_an_app(tmp_path: 
     }
     (tmp_path / "app" / "your-app.yaml").write_text(yaml.safe_dump(app))
     objects = render(tmp_path)
-    assert container(pod_spec(objects), "vlm-sidecar", "initContainers")["image"] == "REGISTRY/vlm-sidecar:0.1.0"
+    assert (
+        container(pod_spec(objects), "vlm-sidecar", "initContainers")["image"] == f"REGISTRY/vlm-sidecar:{__version__}"
+    )
     assert settings(objects)["SIDECAR_DEADLINE"] == "30"
     assert settings(objects)["SIDECAR_BACKEND"] == "dashscope"
 

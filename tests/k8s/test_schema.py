@@ -5,9 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import kubernetes_validate
 import pytest
+from real_parts import real_packages
 from rendering import K8S, OVERLAYS, deployment, render
+
+real_packages("kubernetes_validate", "cloudcoil", how_to_get_them="`make .venv/.group-k8s` installs them")
+import kubernetes_validate  # noqa: E402
 
 NATIVE_SIDECARS_SINCE = 29
 VERSIONS = [int(version.split(".")[1]) for version in kubernetes_validate.utils.all_versions()]

@@ -121,7 +121,7 @@ _DIFFERENT_FIELDS = {
 
 def _fields() -> list[Case]:
     """Return cases for every field: at, below and above its bounds, and with every wrong type."""
-    shared = {
+    shared: dict[str, list[Any]] = {
         "response_format": [None, {}, {"type": "json_object"}, [], "x", 5],
         "max_tokens": [0, 1, 16384, 16385, -1, 2.0, 1.5, "5", "x", True, None, [], 10**30],
         "model": ["", "m" * 128, "m" * 129, 5, None, "qwen-vl-max"],
@@ -132,7 +132,7 @@ def _fields() -> list[Case]:
         "image_b64": [None, 5, [], {}, True],
         "unknown_field": [1],
     }  # fmt: skip
-    of = {
+    of: dict[str, tuple[str, dict[str, list[Any]]]] = {
         "describe": (DESCRIBE, {**shared, "prompt": [None, 5, "", "x" * 4096, "x" * 4097, "Ö 是什么? 🚗", ["a"]]}),
         "crop": (
             CROP,

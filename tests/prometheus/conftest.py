@@ -10,8 +10,7 @@ import pytest
 import yaml
 from real_parts import real_part
 from rules import spec
-
-from sidecar.cli.demo.processes import free_port
+from running import free_port
 
 BOUND = 30.0
 

@@ -6,13 +6,14 @@ import asyncio
 import importlib.util
 
 import aiohttp
-from real_parts import ROOT
+from real_parts import ROOT, real_packages
 from running import CHAT, Process, chat
 
 SCRIPT = ROOT / "k8s" / "monitoring" / "dashboard.py"
 
 
 def script():
+    real_packages("grafana_foundation_sdk", how_to_get_them="`make .venv/.group-k8s` installs it")
     found = importlib.util.spec_from_file_location("dashboard", SCRIPT)
     module = importlib.util.module_from_spec(found)
     found.loader.exec_module(module)

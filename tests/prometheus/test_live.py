@@ -28,6 +28,7 @@ class Locked:
                 self.work_seconds += time.perf_counter() - start
 
 
+@pytest.mark.alone
 async def test_queue_wait_and_lock_wait_are_what_the_callers_measured(serving, provider, monitored):
     """The quota refuses some calls, and the lock admits one at a time.
 

@@ -11,9 +11,12 @@ import struct
 import zlib
 
 import pytest
+from real_parts import platform_lacks
 from running import CHAT, chat
 
-from backends.http1 import server as listener
+from backends.http1 import accepting
+
+pytestmark = pytest.mark.http
 
 NOT_UTF8 = b"\xff\xfe"
 
@@ -117,8 +120,9 @@ async def test_a_model_name_cannot_forge_a_metric(serving):
     assert not any(line.startswith("forged_total") for line in text.splitlines())
 
 
+@pytest.mark.internal_http
 async def test_connections_that_send_no_complete_request_are_closed(serving, monkeypatch):
-    monkeypatch.setattr(listener, "FIRST_REQUEST_SECONDS", 0.3)
+    monkeypatch.setattr(accepting, "FIRST_REQUEST_SECONDS", 0.3)
     sidecar = await serving()
     for port in (sidecar.sidecar.data_port, sidecar.sidecar.admin_port):
         for sent in (b"", b"GET /livez HT", b"GET /livez HTTP/1.1\r\nHost: x\r\nX-A"):
@@ -170,7 +174,7 @@ async def test_drain_is_accepted_only_from_this_machine(serving):
             probe.connect(("192.0.2.1", 9))  # sends nothing: it only selects the local address
             address = probe.getsockname()[0]
         except OSError:
-            pytest.skip("this machine has no address but loopback")
+            platform_lacks("no address except loopback")
     sidecar = await serving(admin_host="0.0.0.0")
     url = f"http://{address}:{sidecar.sidecar.admin_port}"
     async with sidecar.client.post(f"{url}/drain") as response:

@@ -9,6 +9,8 @@ import asyncio
 
 import pytest
 
+pytestmark = pytest.mark.http
+
 HIDDEN = b"GET /smuggled HTTP/1.1\r\nHost: x\r\n\r\n"
 CASES = {
     "length and chunked": b"Content-Length: 4\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",

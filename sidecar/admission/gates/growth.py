@@ -22,10 +22,10 @@ FACTOR = 2.5
 MIN_BASE = 1.0
 #: Calls within so many seconds count as sent together: the first attempts at a provider are spaced by some ms.
 TOGETHER_SECONDS = 0.1
-#: A further refusal shows the factor, by the calls that were accepted in the second before it, but takes no more off than
-#: down to CUT. While the gate delays calls and no further refusal comes, base and factor grow by RECOVERY per second, up
-#: to RECOVERED of what was refused last: a cut that was too deep is made good within seconds. Beyond that the refusal
-#: budget pays for each step.
+#: A further refusal shows the factor by the calls that were accepted in the second before it; CUT bounds what it takes
+#: off. While the gate delays calls and no further refusal comes, base and factor grow by the share RECOVERY per second,
+#: up to RECOVERED of what was refused last: so a cut that was too deep is made good within seconds. Beyond that the
+#: refusal budget pays for each step.
 CUT, RECOVERY, RECOVERED = 0.6, 0.1, 0.93
 
 

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from backends.base import Rejected, Request
-from backends.http1.response import Answer
+from backends.http1.interface import Answer
 from backends.media import base64_size, image_tokens
 from sidecar.admission import Draining, Ticket
 from sidecar.api.body import CHARS_PER_TOKEN, UNKNOWN_IMAGE_TOKENS

@@ -53,7 +53,7 @@ async def asking(serving, scripted):
             async with sidecar.post(body, path=path, **options) as response:
                 return response.status, await response.json()
 
-        post.sidecar = sidecar
+        post.sidecar = sidecar  # type: ignore[attr-defined]
         return post, upstream
 
     return start

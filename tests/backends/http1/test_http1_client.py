@@ -1,20 +1,24 @@
-"""The corners of HTTP: what an answer may look like and when it may come, and who has a connection next."""
+"""Unusual answers, early and late ones, and which request may use a connection next."""
 
 from __future__ import annotations
 
 import asyncio
 import base64
 import gc
-import shutil
 import ssl
 import subprocess
+from typing import cast
 
 import pytest
+from real_parts import platform_lacks, real_part
 from scripted_upstream import BOUND, CHAT_ANSWER, Link, Seen, Upstream
 
 from backends.base import Rejected, Reply, Request, ServerFailed, Timings, Unreachable
+from backends.http1 import implementation as choosing
 from backends.http1.client import Response
 from backends.remote.backend import DashScopeBackend
+
+pytestmark = pytest.mark.http
 
 CHAT = Request(dialect="openai", path="/chat/completions", body=b"{}", model="m")
 STREAM = Request(dialect="openai", path="/chat/completions", body=b'{"stream":true}', model="m", stream=True)
@@ -23,17 +27,26 @@ OK = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
 BODY = b'{"choices": 1}'
 
 
+def is_internal():
+    return choosing._Chosen.implementation.name == "internal"
+
+
 def idle(backend):
-    return [connection for upstream in backend._upstreams.values() for connection, _ in upstream._idle]
+    if not is_internal():
+        return []  # it keeps none
+    return [connection for origin in backend._origins.values() for connection, _ in origin._idle]
 
 
 def in_use(backend):
-    return len(backend._connector._acquired) - len(idle(backend))
+    connector = backend._connector
+    if not is_internal():
+        return len(connector._session.connector._acquired)
+    return len(connector._acquired) - len(idle(backend))
 
 
 @pytest.fixture
 async def connected(caplog):
-    """Makes started backends. In the end they hold no connection, and nothing was logged: no task's lost exception."""
+    """Make started backends. At the end they hold no connection, and nothing was logged (such as a lost exception)."""
     made = []
 
     async def connect(base_url: str, **options) -> DashScopeBackend:
@@ -91,12 +104,14 @@ def raw(data: bytes, *, then: str = ""):
     return script
 
 
-def connections(upstream: Upstream) -> list[int]:
-    return [request.connection for request in upstream.seen]
+def assert_connections(upstream: Upstream, pooled: list[int]) -> None:
+    """The requests used these connections, or each its own if the implementation keeps no connection."""
+    expected = pooled if is_internal() else list(range(len(pooled)))
+    assert [request.connection for request in upstream.seen] == expected
 
 
 @pytest.mark.parametrize("together", [True, False], ids=["with the answer", "while it idles"])
-async def test_an_answer_that_nobody_asked_for_is_nobodys(backend, upstream, together):
+async def test_an_unrequested_answer_is_never_used(backend, upstream, together):
     async def twice(link: Link, _: Seen) -> None:
         stray = OK + b'Content-Length: 20\r\n\r\n{"choices": "stray"}'
         if len(upstream.seen) > 1:
@@ -113,11 +128,11 @@ async def test_an_answer_that_nobody_asked_for_is_nobodys(backend, upstream, tog
         while any(not connection.protocol.should_close for connection in idle(backend)):  # noqa: ASYNC110
             await asyncio.sleep(0.001)  # until the stray answer is there
     assert b"mine" in (await send(backend)).body
-    assert connections(upstream) == [0, 1]
+    assert_connections(upstream, [0, 1])
 
 
 @pytest.mark.parametrize("apart", [True, False])
-async def test_interim_answers_are_passed_over(backend, upstream, apart):
+async def test_interim_answers_are_skipped(backend, upstream, apart):
     async def script(link: Link, _: Seen) -> None:
         for interim in (b"HTTP/1.1 100 Continue\r\n\r\n", b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n"):
             await link.send(interim)
@@ -128,32 +143,32 @@ async def test_interim_answers_are_passed_over(backend, upstream, apart):
     upstream.script = script
     for _ in range(2):
         assert (await send(backend)).status == 200
-    assert connections(upstream) == [0, 0]
+    assert_connections(upstream, [0, 0])
 
 
-async def test_a_request_that_an_interim_answer_came_for_is_not_sent_again(backend, upstream):
+async def test_a_request_is_not_sent_again_after_an_interim_answer(backend, upstream):
     await send(backend)
     upstream.script = raw(b"HTTP/1.1 103 Early Hints\r\n\r\n", then="close")
-    with pytest.raises(Unreachable, match="before the answer was whole"):
+    with pytest.raises(Unreachable, match="broke before the answer"):
         await send(backend)
-    assert connections(upstream) == [0, 0]
+    assert_connections(upstream, [0, 0])
 
 
-async def test_a_request_that_was_worked_on_is_not_sent_again(backend, upstream, monkeypatch):
-    monkeypatch.setattr("backends.http1.client._UNNOTICED_SECONDS", 0.01)
+async def test_a_request_is_not_sent_again_if_its_connection_breaks_late(backend, upstream, monkeypatch):
+    monkeypatch.setattr("backends.http1.client._DIED_IDLE_SECONDS", 0.01)
     await send(backend)
     upstream.script = raw(b"", then="close")
     with pytest.raises(Unreachable, match="before the answer"):
         await send(backend)
-    assert connections(upstream) == [0, 0]
+    assert_connections(upstream, [0, 0])
 
 
-async def test_a_switch_of_protocols_is_no_answer_and_ends_the_connection(backend, upstream):
+async def test_a_switch_of_protocols_is_a_failure_and_ends_the_connection(backend, upstream):
     upstream.script = raw(b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: x\r\nConnection: upgrade\r\n\r\nabc")
     for _ in range(2):
         with pytest.raises(ServerFailed, match="101: it would speak another protocol"):
             await send(backend)
-    assert connections(upstream) == [0, 1]
+    assert_connections(upstream, [0, 1])
 
 
 @pytest.mark.parametrize(
@@ -169,11 +184,11 @@ async def test_an_answer_without_a_body_ends_with_its_head(backend, upstream, me
     for _ in range(2):
         reply = await send(backend, Request(dialect="openai", path="/files/1", body=b"", model="m", method=method))
         assert (reply.status, reply.body) == (int(status[:3]), b"")
-    assert connections(upstream) == [0, 0]
+    assert_connections(upstream, [0, 0])
 
 
 async def test_a_head_without_its_body_is_followed_by_an_answer_with_one(backend, upstream):
-    """And an empty line between answers, which some servers send, is none of them."""
+    """An empty line between answers, which some servers send, is ignored."""
     head = OK + b"Content-Length: %d\r\n\r\n" % len(BODY)
     for method, sent, body in (
         ("GET", head + BODY + b"\r\n", BODY),
@@ -184,19 +199,19 @@ async def test_a_head_without_its_body_is_followed_by_an_answer_with_one(backend
         upstream.script = raw(sent)
         reply = await send(backend, Request(dialect="openai", path="/files", body=b"", model="m", method=method))
         assert reply.body == body
-    assert connections(upstream) == [0, 0, 0, 0]
+    assert_connections(upstream, [0, 0, 0, 0])
 
 
-async def test_trailers_and_chunk_extensions_are_passed_over(backend, upstream):
+async def test_trailers_and_chunk_extensions_are_ignored(backend, upstream):
     head = OK + b"Trailer: X-T\r\nTransfer-Encoding: chunked\r\n\r\n"
     upstream.script = raw(head + b"E;ext=1\r\n" + BODY + b"\r\n0\r\nX-T: v\r\nX-U: w\r\n\r\n")
     for _ in range(2):
         assert (await send(backend)).body == BODY
-    assert connections(upstream) == [0, 0]
+    assert_connections(upstream, [0, 0])
 
 
 @pytest.mark.parametrize("trailers", [b"X-Request-Id: first's\r\n", b"Content-Encoding: gzip\r\nX-T: v\r\n"])
-async def test_a_trailer_is_no_header_of_the_next_answer(backend, upstream, trailers):
+async def test_a_trailer_does_not_become_a_header_of_the_next_answer(backend, upstream, trailers):
     head = OK + b"Transfer-Encoding: chunked\r\n\r\n"
     upstream.script = raw(head + b"E\r\n" + BODY + b"\r\n0\r\n" + trailers + b"\r\n")
     assert (await send(backend)).body == BODY
@@ -204,11 +219,12 @@ async def test_a_trailer_is_no_header_of_the_next_answer(backend, upstream, trai
     reply = await send(backend)
     assert reply.body == BODY
     assert "X-Request-Id" not in reply.headers
-    assert connections(upstream) == [0, 0]
+    assert_connections(upstream, [0, 0])
 
 
+@pytest.mark.internal_http
 @pytest.mark.parametrize("request_", [CHAT, STREAM], ids=["whole", "stream"])
-async def test_who_reads_a_body_that_stops_being_http_is_told(connected, listening, request_):
+async def test_the_reader_of_a_body_that_stops_being_http_gets_an_error(connected, listening, request_):
     async def broken(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
         kind = b"text/event-stream" if request_ is STREAM else b"application/json"
@@ -247,20 +263,22 @@ async def test_a_stream_that_is_dropped_leaves_nothing_for_the_garbage_collector
         gc.enable()
 
 
-async def test_an_answer_without_a_length_is_whole_when_the_connection_is_closed(backend, upstream):
+async def test_an_answer_without_a_length_is_complete_when_the_connection_is_closed(backend, upstream):
     upstream.script = raw(OK + b"\r\n" + BODY, then="close")
     for _ in range(2):
         assert (await send(backend)).body == BODY
-    assert connections(upstream) == [0, 1]
+    assert_connections(upstream, [0, 1])
 
 
-async def test_an_answer_without_a_length_that_a_reset_ends_is_not_whole(backend, upstream):
+@pytest.mark.internal_http
+async def test_an_answer_without_a_length_that_ends_with_a_reset_is_incomplete(backend, upstream):
     upstream.script = raw(OK + b"\r\n" + BODY, then="reset")
     with pytest.raises(Unreachable, match="before the answer was whole"):
         await send(backend)
 
 
-async def test_a_stream_without_a_length_that_a_reset_ends_is_not_whole(backend, upstream):
+@pytest.mark.internal_http
+async def test_a_stream_without_a_length_that_ends_with_a_reset_is_incomplete(backend, upstream):
     head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n"
     upstream.script = raw(head + b'data: {"choices":[1]}\n\n', then="reset")
     reply = await send(backend, STREAM)
@@ -272,7 +290,7 @@ async def test_a_stream_without_a_length_that_a_reset_ends_is_not_whole(backend,
 
 
 @pytest.mark.parametrize("request_", [CHAT, BIG], ids=["small", "big"])
-async def test_an_answer_that_comes_before_the_body_and_a_close_after_it(connected, listening, request_):
+async def test_an_answer_before_the_end_of_the_upload_is_used(connected, listening, request_):
     async def too_large(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
         writer.write(b"HTTP/1.1 413 X\r\nContent-Type: application/json\r\nContent-Length: 2\r\n\r\n{}")
@@ -284,7 +302,7 @@ async def test_an_answer_that_comes_before_the_body_and_a_close_after_it(connect
 
 
 @pytest.mark.parametrize("way", ["close", "abort"])
-async def test_an_upload_that_is_cut_is_told(connected, listening, way):
+async def test_an_interrupted_upload_raises_an_error(connected, listening, way):
     async def cut(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
         getattr(writer.transport, way)()
@@ -300,7 +318,7 @@ async def test_a_stream_that_begins_before_the_upload_ends_and_is_reset_with_it(
         await reader.readuntil(b"\r\n\r\n")
         head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
         writer.write(head + b'17\r\ndata: {"choices":[1]}\n\n\r\n')
-        writer.transport.pause_reading()
+        cast("asyncio.Transport", writer.transport).pause_reading()
         await begun.wait()
         writer.transport.abort()  # with unread bytes of the upload: a reset
         ended.set()
@@ -312,15 +330,16 @@ async def test_a_stream_that_begins_before_the_upload_ends_and_is_reset_with_it(
     await ended.wait()
     assert reply.chunks is not None
     await anext(reply.chunks)
-    async with asyncio.timeout(BOUND):
-        await reply.chunks._response._sending  # whose exception nobody else would fetch: it has none
+    if is_internal():
+        async with asyncio.timeout(BOUND):
+            await reply.chunks._response._sending  # whose exception nobody else would fetch: it has none
     with pytest.raises(Unreachable):
         await anext(reply.chunks)
     await reply.aclose()
 
 
 @pytest.mark.parametrize("way", ["close", "abort"])
-async def test_who_takes_a_connection_and_drops_it_is_unreachable(connected, listening, way):
+async def test_a_server_that_closes_each_new_connection_is_unreachable(connected, listening, way):
     async def drop(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         getattr(writer.transport, way)()
 
@@ -329,7 +348,7 @@ async def test_who_takes_a_connection_and_drops_it_is_unreachable(connected, lis
     assert {type(error) for error in failed} == {Unreachable}
 
 
-async def test_who_speaks_before_being_asked_speaks_no_http(connected, listening):
+async def test_a_server_that_sends_first_is_not_http(connected, listening):
     async def greet(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(b"SSH-2.0-OpenSSH_9.2\r\n")
         await reader.read(1)
@@ -340,7 +359,7 @@ async def test_who_speaks_before_being_asked_speaks_no_http(connected, listening
             await send(backend)
 
 
-async def test_an_answer_that_is_read_slowly_holds_up_no_other_on_its_connection(backend, upstream):
+async def test_a_slow_reader_does_not_delay_other_answers(backend, upstream):
     big = b'data: {"choices":["' + b"x" * 300_000 + b'"]}\n\n'
     head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nContent-Length: %d\r\n\r\n" % len(big)
 
@@ -358,7 +377,9 @@ async def test_an_answer_that_is_read_slowly_holds_up_no_other_on_its_connection
 
 @pytest.mark.parametrize("size", [10, 1_000_000])
 @pytest.mark.parametrize("reused", [False, True])
-async def test_cancelled_at_any_turn_of_the_loop_a_request_leaves_nothing(upstream, connected, size, reused):
+async def test_a_request_that_is_cancelled_at_any_turn_of_the_loop_leaves_nothing_behind(
+    upstream, connected, size, reused
+):
     backend = await connected(f"http://localhost:{upstream.port}/v1")
     request = Request(dialect="openai", path=CHAT.path, body=b"x" * size, model="m")
     for turns in range(200):
@@ -387,7 +408,7 @@ async def test_an_address_of_ipv6_is_reached_and_named(connected, listening):
     try:
         port = await listening(answer, "::1")
     except OSError:
-        pytest.skip("this machine has no IPv6")
+        platform_lacks("no IPv6")
     backend = await connected(f"http://[::1]:{port}/v1")
     assert (await send(backend)).body == BODY
     assert f"\r\nHost: [::1]:{port}\r\n".encode() in seen[0]
@@ -405,7 +426,7 @@ def basic(text: bytes) -> str:
     return "Basic " + base64.b64encode(text).decode()
 
 
-async def test_a_proxy_is_told_its_own_password_on_every_request(upstream, connected, monkeypatch):
+async def test_a_proxy_gets_its_own_password_with_every_request(upstream, connected, monkeypatch):
     monkeypatch.setenv("http_proxy", f"http://u:p%40w@127.0.0.1:{upstream.port}")
     monkeypatch.delenv("no_proxy", raising=False)
     backend = await connected("http://me:pw@provider.example:81/v1")
@@ -416,10 +437,10 @@ async def test_a_proxy_is_told_its_own_password_on_every_request(upstream, conne
         assert request.headers["host"] == "provider.example:81"
         assert request.headers["proxy-authorization"] == basic(b"u:p@w")
         assert request.headers["authorization"] == basic(b"me:pw")
-    assert connections(upstream) == [0, 0]
+    assert_connections(upstream, [0, 0])
 
 
-async def test_a_proxy_that_does_not_tunnel_is_told_no_key_and_what_it_said_is_told(upstream, connected, monkeypatch):
+async def test_a_proxy_that_refuses_to_tunnel_gets_no_key_and_its_status_is_reported(upstream, connected, monkeypatch):
     monkeypatch.setenv("https_proxy", f"http://u:p%40w@127.0.0.1:{upstream.port}")
     monkeypatch.delenv("no_proxy", raising=False)
     upstream.script = raw(b"HTTP/1.1 407 Proxy Authentication Required\r\nContent-Length: 0\r\n\r\n")
@@ -433,13 +454,12 @@ async def test_a_proxy_that_does_not_tunnel_is_told_no_key_and_what_it_said_is_t
 
 
 @pytest.fixture
-def of_nobody(tmp_path):
-    """TLS with a certificate that no authority vouches for."""
-    if shutil.which("openssl") is None:
-        pytest.skip("openssl makes the certificate")
+def untrusted(tmp_path):
+    """A TLS context whose certificate no authority has signed."""
     key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    openssl = real_part("openssl", "install the package openssl")
     subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "1",
+        [openssl, "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "1",
          "-subj", "/CN=localhost", "-keyout", key, "-out", certificate], check=True, capture_output=True,
     )  # fmt: skip
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
@@ -447,15 +467,13 @@ def of_nobody(tmp_path):
     return context
 
 
-async def test_a_certificate_that_nobody_vouches_for_ends_the_connection_before_the_key_is_sent(
-    connected, listening, of_nobody
-):
+async def test_an_untrusted_certificate_ends_the_connection_before_the_key_is_sent(connected, listening, untrusted):
     received = []
 
     async def listen(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         received.append(await reader.read(1))
 
-    port = await listening(listen, ssl=of_nobody)
+    port = await listening(listen, ssl=untrusted)
     backend = await connected(f"https://localhost:{port}/v1", key=lambda: "sk-secret")
     for _ in range(2):
         with pytest.raises(Unreachable, match="the certificate of localhost is not to be trusted"):

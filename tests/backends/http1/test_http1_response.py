@@ -1,22 +1,21 @@
-"""How an answer looks on the wire: its end must be where the caller's parser thinks it is."""
+"""The bytes of an answer: it must end where the caller's parser expects the end."""
 
 import asyncio
 
 import pytest
 
-from backends.http1.response import Answer
-from backends.http1.server import Listener
-
 BOUND = 10.0
+
+pytestmark = pytest.mark.http
 
 
 @pytest.fixture
-async def wire():
-    """A listener whose answer the test writes; gives what asks it and reads until it closes."""
+async def wire(http):
+    """Start a listener with a handler of the test, send requests, and read until the connection is closed."""
     listeners = []
 
     async def ask(handler, *requests):
-        listener = Listener(handler, most_connections=4)
+        listener = http.listener(handler, max_connections=4)
         listeners.append(listener)
         port = await listener.open("127.0.0.1", 0)
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
@@ -32,15 +31,16 @@ async def wire():
 
 
 async def whole(http):
-    answer = Answer(http, int(http.raw_path[1:]), {"Content-Type": "text/plain"}, length=5)
+    answer = http.answer(int(http.raw_path[1:]), {"Content-Type": "text/plain"}, length=5)
     answer.write_whole(b"hello")
     return answer
 
 
 async def pieces(http):
-    answer = Answer(http, 200, {"Content-Type": "text/event-stream"}, length=None)
-    answer.write(b"one")
-    answer.write(b"two")
+    answer = http.answer(200, {"Content-Type": "text/event-stream"}, length=None)
+    for piece in (b"one", b"two"):
+        answer.write(piece)
+        await answer.drain()
     answer.write_eof()
     return answer
 
@@ -52,7 +52,7 @@ def request(method, path, version="1.1", headers=""):
 LAST = "Connection: close\r\n"
 
 
-async def test_a_whole_answer_says_its_length_and_the_connection_lives_on(wire):
+async def test_a_whole_answer_states_its_length_and_the_connection_stays_open(wire):
     received = await wire(whole, request("GET", "/200"), request("GET", "/404", headers=LAST))
     first, second, _ = received.split(b"hello")
     assert first.startswith(b"HTTP/1.1 200 OK\r\n")
@@ -60,7 +60,7 @@ async def test_a_whole_answer_says_its_length_and_the_connection_lives_on(wire):
     assert second.startswith(b"HTTP/1.1 404 Not Found\r\n") and b"Connection: close\r\n" in second
 
 
-async def test_what_is_written_after_a_whole_answer_does_not_run_into_the_next(wire):
+async def test_data_after_a_whole_answer_is_not_sent_before_the_next_answer(wire):
     async def talkative(http):
         answer = await whole(http)
         answer.write(b"data: an error that came too late\n\n")
@@ -73,19 +73,19 @@ async def test_what_is_written_after_a_whole_answer_does_not_run_into_the_next(w
 
 
 @pytest.mark.parametrize(("method", "path", "length"), [("HEAD", "/200", True), ("GET", "/204", False)])
-async def test_an_answer_that_has_no_body_sends_none(wire, method, path, length):
+async def test_an_answer_without_a_body_sends_none(wire, method, path, length):
     received = await wire(whole, request(method, path, headers=LAST))
     assert received.endswith(b"\r\n\r\n") and b"hello" not in received
     assert (b"Content-Length: 5\r\n" in received) is length
 
 
-async def test_pieces_are_chunks_and_the_connection_lives_on(wire):
+async def test_pieces_are_sent_as_chunks_and_the_connection_stays_open(wire):
     received = await wire(pieces, request("GET", "/"), request("GET", "/", headers=LAST))
     assert received.count(b"Transfer-Encoding: chunked\r\n") == 2
     assert received.count(b"\r\n\r\n3\r\none\r\n3\r\ntwo\r\n0\r\n\r\n") == 2
 
 
-async def test_to_an_old_client_the_end_of_pieces_is_the_end_of_the_connection(wire):
+async def test_for_http_1_0_the_end_of_the_connection_ends_an_answer_in_pieces(wire):
     received = await wire(pieces, request("GET", "/", "1.0", "Connection: keep-alive\r\n"))
     assert received.startswith(b"HTTP/1.0 200 OK\r\n") and received.endswith(b"\r\n\r\nonetwo")
-    assert b"chunked" not in received and b"Connection: close\r\n" in received
+    assert b"chunked" not in received and b"keep-alive" not in received

@@ -1,4 +1,4 @@
-"""What the listener owes to callers who do not behave: aiohttp's own server, which did this, is not there."""
+"""The listener with pipelining, slow, early and broken callers, for which aiohttp's own server is not used."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import socket
 
 import pytest
 
-from backends.http1 import server as listening
-from backends.http1.response import Answer
-from backends.http1.server import Listener, NotHTTP
+from backends.http1 import accepting
+from backends.http1.errors import MalformedRequest
 
 BOUND = 10.0
+
+pytestmark = pytest.mark.http
 MB = 1024 * 1024
 
 
@@ -40,12 +41,12 @@ class Line:
 
 
 @pytest.fixture
-async def line():
+async def line(http):
     """Opens a line to a handler."""
     lines = []
 
     async def start(handler):
-        listener = Listener(handler, most_connections=4)
+        listener = http.listener(handler, max_connections=4)
         port = await listener.open("127.0.0.1", 0)
         lines.append(Line(listener, *await asyncio.open_connection("127.0.0.1", port)))
         return lines[-1]
@@ -63,17 +64,17 @@ async def until(condition):
 
 
 async def echo(http):
-    """Answer with the path, once the body is read."""
+    """Answer with the path after reading the body."""
     while await http.content.readany():
         pass
-    return await told(http)
+    return await path_of(http)
 
 
-async def told(http):
-    """Answer with the path, whatever the body does."""
+async def path_of(http):
+    """Answer with the path without reading the body."""
     body = http.raw_path.encode()
     http.keep_alive = http.keep_alive and http.content.is_eof()
-    answer = Answer(http, 200, {}, length=len(body))
+    answer = http.answer(200, {}, length=len(body))
     answer.write_whole(body)
     await answer.drain()
     return answer
@@ -83,14 +84,15 @@ def request(path, headers="", body=b"", version="1.1"):
     return f"POST {path} HTTP/{version}\r\nHost: here\r\nContent-Length: {len(body)}\r\n{headers}\r\n".encode() + body
 
 
-async def test_pipelined_requests_are_all_answered_in_their_order(line):
+async def test_pipelined_requests_are_all_answered_in_order(line):
     caller = await line(echo)
-    count = 5 * listening.MOST_PIPELINED
+    count = 5 * accepting.MAX_PIPELINED
     caller.writer.write(b"".join(request(f"/{number}", body=b"x" * 1000) for number in range(count)))
     assert [body for _, body in await caller.answers(count)] == [f"/{number}".encode() for number in range(count)]
 
 
-async def test_a_body_that_came_late_takes_no_place_from_pipelined_requests(line):
+@pytest.mark.internal_http
+async def test_a_body_that_arrived_late_leaves_no_place_occupied_in_the_parsers_queue(line):
     caller = await line(echo)
     late = request("/late", body=b"late")
     caller.writer.write(late[:-4])
@@ -98,17 +100,18 @@ async def test_a_body_that_came_late_takes_no_place_from_pipelined_requests(line
     await until(lambda: connection.task)
     caller.writer.write(b"late")
     await caller.answers(1)
-    count = 3 * listening.MOST_PIPELINED
+    count = 3 * accepting.MAX_PIPELINED
     caller.writer.write(b"".join(request(f"/{number}") for number in range(count)))
     assert [body for _, body in await caller.answers(count)] == [f"/{number}".encode() for number in range(count)]
 
 
-async def test_a_pipelining_caller_who_reads_nothing_is_answered_no_further(line):
+@pytest.mark.internal_http
+async def test_the_pipelined_requests_of_a_caller_that_does_not_read_have_to_wait(line):
     answered = 0
 
     async def big(http):
         nonlocal answered
-        answer = Answer(http, 200, {}, length=MB)
+        answer = http.answer(200, {}, length=MB)
         answer.write_whole(b"x" * MB)
         await answer.drain()
         answered += 1
@@ -126,13 +129,13 @@ async def test_a_pipelining_caller_who_reads_nothing_is_answered_no_further(line
     assert len(await caller.answers(100)) == 100
 
 
-async def test_a_caller_who_takes_nothing_of_its_answer_is_cut_off(line, monkeypatch):
+async def test_a_caller_that_does_not_read_its_answer_is_cut_off(line, monkeypatch):
     for name in ("KEEPALIVE_SECONDS", "FIRST_REQUEST_SECONDS"):
-        monkeypatch.setattr(listening, name, 0.3)
+        monkeypatch.setattr(accepting, name, 0.3)
     ended = []
 
     async def endless(http):
-        answer = Answer(http, 200, {}, length=None)
+        answer = http.answer(200, {}, length=None)
         try:
             while True:
                 answer.write(b"x" * MB)
@@ -147,13 +150,13 @@ async def test_a_caller_who_takes_nothing_of_its_answer_is_cut_off(line, monkeyp
     await until(lambda: not caller.listener.connections)
 
 
-async def test_an_answer_that_takes_long_is_not_taken_for_an_idle_connection(line, monkeypatch):
+async def test_a_connection_is_not_idle_while_its_answer_is_being_made(line, monkeypatch):
     for name in ("KEEPALIVE_SECONDS", "FIRST_REQUEST_SECONDS"):
-        monkeypatch.setattr(listening, name, 0.1)
+        monkeypatch.setattr(accepting, name, 0.1)
 
     async def slow(http):
         await asyncio.sleep(0.5)
-        return await told(http)
+        return await path_of(http)
 
     caller = await line(slow)
     caller.writer.write(request("/slow"))
@@ -161,15 +164,15 @@ async def test_an_answer_that_takes_long_is_not_taken_for_an_idle_connection(lin
     assert await caller.closed() == b""  # and now it is idle
 
 
-async def test_an_early_answer_reaches_a_caller_who_goes_on_sending(line):
-    caller = await line(told)
+async def test_an_early_answer_reaches_a_caller_that_is_still_sending(line):
+    caller = await line(path_of)
     caller.writer.write(request("/early", body=b"x" * (30 * MB)) + request("/never"))
     ((head, body),) = await caller.answers(1)
     assert body == b"/early" and b"Connection: close" in head
     assert await caller.closed() == b""
 
 
-async def test_a_body_in_chunks_is_the_last_of_its_connection_so_that_no_trailer_becomes_a_header(line):
+async def test_a_connection_is_closed_after_a_chunked_body_so_that_no_trailer_becomes_a_header(line):
     """aiohttp's parser adds the trailers to the headers of the next request, which may be another caller's."""
     seen = []
 
@@ -189,15 +192,16 @@ async def test_a_body_in_chunks_is_the_last_of_its_connection_so_that_no_trailer
     assert [headers for headers in seen if "X-Camera-Id" in headers] == []
 
 
-async def test_a_broken_chunk_is_told_to_who_reads_the_body(line):
+@pytest.mark.internal_http
+async def test_the_reader_of_a_body_gets_an_error_for_a_malformed_chunk(line):
     broken = []
 
     async def reads(http):
         try:
             return await echo(http)
-        except NotHTTP:
+        except MalformedRequest:
             broken.append(http)
-            return await told(http)
+            return await path_of(http)
 
     caller = await line(reads)
     caller.writer.write(b"POST / HTTP/1.1\r\nHost: here\r\nTransfer-Encoding: chunked\r\n\r\n")
@@ -209,7 +213,7 @@ async def test_a_broken_chunk_is_told_to_who_reads_the_body(line):
     assert len(broken) == 1
 
 
-async def test_who_asks_for_another_protocol_is_answered_and_no_further_understood(line):
+async def test_a_request_for_another_protocol_is_answered_and_nothing_after_it_is_parsed(line):
     caller = await line(echo)
     caller.writer.write(request("/first", "Connection: Upgrade\r\nUpgrade: websocket\r\n") + request("/second"))
     ((head, body),) = await caller.answers(1)
@@ -239,13 +243,13 @@ async def test_a_reset_cancels_the_handler(line):
     await until(lambda: not caller.listener.connections)
 
 
-async def test_closing_lets_an_answer_end(line):
+async def test_close_waits_for_an_answer_in_progress(line):
     begun = asyncio.Event()
 
     async def slow(http):
         begun.set()
         await asyncio.sleep(0.1)
-        return await told(http)
+        return await path_of(http)
 
     caller = await line(slow)
     caller.writer.write(request("/last"))

@@ -3,34 +3,19 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
 from pathlib import Path
 
 import pytest
 from local_calls import Tap
+from real_parts import real_packages
 
 from backends.local import LocalBackend
-
-_GET_TORCH = (
-    "torch and transformers are not installed in this environment. `make test` installs them; or by hand, the CPU "
-    "build: pip install torch transformers pillow (README, 'Developing')"
-)
-
-
-def _need_torch() -> None:
-    """Skip the test with a message if torch is not installed. In CI, fail instead."""
-    if all(importlib.util.find_spec(name) for name in ("torch", "transformers")):
-        return
-    if os.environ.get("CI"):
-        pytest.fail(_GET_TORCH)
-    pytest.skip(_GET_TORCH)
 
 
 @pytest.fixture(scope="session")
 def model_of(tmp_path_factory):
     """Build a tiny model of a family, once per session, and return its folder."""
-    _need_torch()
+    real_packages("torch", "torchvision", "transformers", "PIL", how_to_get_them="`make .venv/.local` installs them")
     from backends.local.tiny import build
 
     folders: dict[str, Path] = {}
@@ -46,9 +31,7 @@ def model_of(tmp_path_factory):
 
 @pytest.fixture(params=["idefics3", "llava", "qwen2_5_vl"])
 def family(request):
-    """Each family of models. Qwen's processor needs torchvision, whose import fails with some CPU builds of torch."""
-    if request.param == "qwen2_5_vl":
-        pytest.importorskip("torchvision", reason="Qwen-VL's processor needs torchvision", exc_type=Exception)
+    """Each family of models."""
     return request.param
 
 

@@ -53,6 +53,7 @@ async def probe(sidecar, path):
         return response.status, (await response.text()).strip()
 
 
+@pytest.mark.alone
 async def test_server_timing_shows_the_increasing_lock_waits_of_ten_simultaneous_requests(local, tap):
     """Each request waits for the model while all requests before it are answered. trio-core hid this wait."""
     sidecar = await local(local_max_batch=1, max_concurrency=10)

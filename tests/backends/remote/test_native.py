@@ -38,8 +38,8 @@ def frames(raw: bytes) -> list[tuple[int, str, int, dict]]:
     read = []
     for frame in raw.decode().split("\n\n"):
         if frame:
-            number, event, status, data = frame.split("\n")
-            status = int(status.removeprefix(":HTTP_STATUS/"))
+            number, event, status_line, data = frame.split("\n")
+            status = int(status_line.removeprefix(":HTTP_STATUS/"))
             read.append((int(number[3:]), event[6:], status, json.loads(data.removeprefix("data:"))))
     return read
 

@@ -6,10 +6,10 @@ import asyncio
 import json
 import os
 import socket
-import sys
 import tracemalloc
 
 import pytest
+from real_parts import only_on_linux
 from scripted_upstream import BOUND, CHAT_ANSWER, Link, Seen
 
 from backends.base import BackendError, BillingRefused, Rejected, Request, Throttled, Timings, Usage
@@ -49,6 +49,7 @@ async def test_only_our_key_and_the_callers_headers_are_sent(backend, upstream):
     await backend.send(chat(headers=headers), Timings())
     sent = upstream.seen[0].headers
     assert sent.pop("user-agent") == "vlm-sidecar"
+    assert sent.pop("connection", "close") == "close"  # the documented implementation keeps no connection
     assert sent == {
         "host": f"127.0.0.1:{upstream.port}",
         "authorization": "Bearer sk-secret",
@@ -155,6 +156,7 @@ async def test_other_servers_get_no_wait_timeout(upstream):
     assert "x-dashscope-wait-timeout" not in upstream.seen[0].headers
 
 
+@pytest.mark.internal_http
 async def test_refusals_are_raised_with_the_providers_body_and_the_connection_stays_usable(backend, upstream):
     answers = [
         (429, {"code": "Throttling.RateQuota", "message": "slow down", "request_id": "r"}, "Retry-After: 2\r\n"),
@@ -257,6 +259,7 @@ async def test_sixty_four_requests_are_in_flight_at_the_same_time(backend, upstr
     assert len(upstream.links) == 64
 
 
+@pytest.mark.internal_http
 async def test_sequential_requests_share_a_connection(backend, upstream):
     for _ in range(5):
         await backend.send(chat(), Timings())
@@ -303,7 +306,7 @@ async def test_a_path_that_could_smuggle_a_request_is_not_sent(backend, upstream
 
 
 async def test_an_idle_connection_is_closed_before_a_load_balancer_closes_it(upstream, monkeypatch):
-    monkeypatch.setattr("backends.http1.client.IDLE_SECONDS", 0.05)
+    monkeypatch.setattr("backends.http1.connecting.IDLE_SECONDS", 0.05)
     gone = asyncio.Event()
 
     async def script(link: Link, _: Seen) -> None:
@@ -320,7 +323,7 @@ async def test_an_idle_connection_is_closed_before_a_load_balancer_closes_it(ups
     await backend.close()
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the options have other names elsewhere")
+@only_on_linux("the socket options have other names elsewhere")
 async def test_tcp_keepalive_probes_the_connection_during_the_wait_for_an_answer(upstream, backend, monkeypatch):
     made = []
 
@@ -329,7 +332,7 @@ async def test_tcp_keepalive_probes_the_connection_during_the_wait_for_an_answer
             super().__init__(*args, **kwargs)
             made.append(self)
 
-    monkeypatch.setattr("backends.http1.client.socket.socket", Recorded)
+    monkeypatch.setattr("backends.http1.connecting.socket.socket", Recorded)
     await backend.send(chat(), Timings())
     client = made[0]
     assert client.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import socket
-import sys
+from typing import cast
 
 import pytest
+from real_parts import only_on_linux
 from scripted_upstream import BOUND, CHAT_ANSWER, Link, Seen, Upstream
 
-from backends.base import Request, ServerFailed, Throttled, Timings, Unreachable
+from backends.base import BackendError, Request, ServerFailed, Throttled, Timings, Unreachable
 from backends.remote.backend import DashScopeBackend
 
 CHAT = Request(dialect="openai", path="/chat/completions", body=b'{"prompt":"p-secret"}', model="m")
@@ -42,7 +43,7 @@ async def backend(upstream, connected):
     return await connected(f"{upstream.origin}/v1")
 
 
-async def failure_of(backend: DashScopeBackend, kind: type[Exception], request: Request = CHAT) -> str:
+async def failure_of(backend: DashScopeBackend, kind: type[BackendError], request: Request = CHAT) -> str:
     """Send a request and return the message of its error.
 
     The error must be of exactly this type, and must not contain a secret.
@@ -98,9 +99,9 @@ async def test_a_server_without_tls_is_unreachable(connected):
     server.close()
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux drops connections when the accept queue is full")
+@only_on_linux("only Linux drops connections when the accept queue is full")
 async def test_a_connection_that_is_never_accepted_times_out(connected, monkeypatch):
-    monkeypatch.setattr("backends.http1.client._CONNECT_SECONDS", 0.2)
+    monkeypatch.setattr("backends.http1.connecting.CONNECT_SECONDS", 0.2)
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen(0)
@@ -125,6 +126,7 @@ async def test_a_request_on_a_new_connection_that_breaks_before_the_answer_is_no
     assert len(upstream.seen) == 1
 
 
+@pytest.mark.internal_http
 @pytest.mark.parametrize("then", ["close", "reset"])
 async def test_a_reused_connection_that_breaks_before_the_answer_is_replaced_once(backend, upstream, then):
     async def script(link: Link, request: Seen) -> None:
@@ -143,6 +145,7 @@ async def test_a_reused_connection_that_breaks_before_the_answer_is_replaced_onc
     assert timings.work_started is not None
 
 
+@pytest.mark.internal_http
 async def test_the_replacement_is_a_new_connection_even_if_the_pool_has_idle_ones(backend, upstream):
     together = asyncio.Barrier(4)
 
@@ -166,6 +169,7 @@ async def test_the_replacement_is_a_new_connection_even_if_the_pool_has_idle_one
     assert upstream.seen[-1].connection == 4
 
 
+@pytest.mark.internal_http
 async def test_a_request_is_sent_again_only_once(backend, upstream):
     async def script(link: Link, _: Seen) -> None:
         if len(upstream.seen) == 1:
@@ -290,7 +294,7 @@ async def test_a_cancelled_upload_to_a_provider_that_does_not_read_closes_the_co
     connection = asyncio.get_running_loop().create_future()
 
     async def never_reads(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        writer.transport.pause_reading()
+        cast("asyncio.Transport", writer.transport).pause_reading()
         connection.set_result((reader, writer))
 
     server = await asyncio.start_server(never_reads, "127.0.0.1", 0)

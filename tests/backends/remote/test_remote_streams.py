@@ -237,7 +237,7 @@ async def test_a_refusal_without_an_empty_line_at_its_end_is_found(backend, upst
 
 async def test_a_json_answer_to_a_streaming_request_is_read_as_json(backend, upstream):
     async def script(link: Link, _: Seen) -> None:
-        answers = [{"code": "Throttling", "message": "", "request_id": "r"}, {"choices": [], "usage": None}]
+        answers: list[dict] = [{"code": "Throttling", "message": "", "request_id": "r"}, {"choices": [], "usage": None}]
         await link.answer(answers[len(upstream.seen) - 1])
 
     upstream.script = script
@@ -279,6 +279,7 @@ async def test_pour_returns_the_same_stream(backend, upstream):
     assert isinstance(reply.failure, Throttled)
 
 
+@pytest.mark.internal_http
 @either_way
 async def test_an_exhausted_stream_returns_its_connection_to_the_pool(backend, upstream, read):
     upstream.script = streaming(*OPENAI_STREAM)
@@ -287,6 +288,7 @@ async def test_an_exhausted_stream_returns_its_connection_to_the_pool(backend, u
     assert len(upstream.links) == 1
 
 
+@pytest.mark.internal_http
 async def test_closing_an_exhausted_stream_does_not_disturb_the_next_request_on_its_connection(backend, upstream):
     upstream.script = streaming(*OPENAI_STREAM)
     first = await backend.send(OPENAI, Timings())

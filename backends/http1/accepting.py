@@ -1,0 +1,141 @@
+"""How both HTTP implementations treat a caller's connection: time limits in seconds, sizes, addresses."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Any
+
+import orjson
+from aiohttp import HttpVersion, HttpVersion11
+from multidict import CIMultiDictProxy
+
+#: A connection that was idle for this long is closed, and so is one whose caller reads nothing of its answer for this
+#: long. It is longer than any client's own limit (httpx 5 s, aiohttp 15 s): the client must be the one who closes, and
+#: never while its next request is on the way.
+KEEPALIVE_SECONDS = 75.0
+#: How long the rest of a refused body is read and thrown away. If the connection were closed at once, a caller who is
+#: still sending would see a reset instead of the answer.
+LINGER_SECONDS = 2.0
+#: A new connection that has sent no complete request head after this time is closed. Otherwise, a caller who opens many
+#: connections and sends nothing could use up the descriptors of the process.
+FIRST_REQUEST_SECONDS = 10.0
+#: Requests that are being answered have this long to end when the listener is closed.
+CLOSING_SECONDS = 1.0
+#: Bytes of a body that are kept before the caller has to wait: about one frame.
+READ_BUFFER_BYTES = 256 * 1024
+#: Connections that the system keeps until they are accepted.
+BACKLOG = 1024
+#: Requests that may wait on one connection behind the request that is being answered.
+MAX_PIPELINED = 32
+
+
+def error_body(message: str, kind: str, code: str) -> bytes:
+    """Give the body of an error that no handler made, in the shape of OpenAI's API."""
+    return orjson.dumps({"error": {"message": message, "type": kind, "code": code, "param": None}})
+
+
+INTERNAL_ERROR = error_body("internal error", "server_error", "internal_error")
+
+
+class RequestHead:
+    """What both implementations read of a request's head and connection in the same way."""
+
+    __slots__ = ()
+    headers: CIMultiDictProxy[str]
+    version: HttpVersion
+
+    def transport(self) -> asyncio.Transport | None:
+        """Give the caller's connection; None if it was lost."""
+        raise NotImplementedError
+
+    @property
+    def content_length(self) -> int | None:
+        """Bytes of the body as it was announced. The parser accepts only a number."""
+        length = self.headers.get("Content-Length")
+        return None if length is None else int(length)
+
+    @property
+    def is_gone(self) -> bool:
+        """The caller has hung up."""
+        transport = self.transport()
+        return transport is None or transport.is_closing()
+
+    def send_continue(self) -> None:
+        """Send `100 Continue`, if the caller's version of HTTP has it. Raises `ConnectionError`."""
+        if self.version >= HttpVersion11:
+            transport = self.transport()
+            if transport is None or transport.is_closing():
+                raise ConnectionResetError("the caller hung up")
+            transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+    @property
+    def remote(self) -> str:
+        """The caller's address; empty for a unix socket."""
+        transport = self.transport()
+        name = transport.get_extra_info("peername") if transport is not None else None
+        return str(name[0]) if name and isinstance(name, tuple) else ""
+
+
+class Addresses:
+    """The addresses of one listener: opens them, and closes them."""
+
+    def __init__(self, make_protocol: Callable[[], asyncio.Protocol]) -> None:
+        """`make_protocol` makes the protocol of a new connection."""
+        self._make_protocol = make_protocol
+        self._servers: list[asyncio.AbstractServer] = []
+        self._socket_path: Path | None = None
+
+    async def open(self, host: str, port: int) -> int:
+        """Listen on a TCP address; returns the port. Raises `OSError`."""
+        server = await asyncio.get_running_loop().create_server(self._make_protocol, host, port, backlog=BACKLOG)
+        self._servers.append(server)
+        return int(server.sockets[0].getsockname()[1])
+
+    async def open_unix(self, path: Path) -> None:
+        """Listen on a unix socket too, and replace a stale one. Raises `OSError`."""
+        loop = asyncio.get_running_loop()
+        self._servers.append(await loop.create_unix_server(self._make_protocol, path, backlog=BACKLOG))
+        self._socket_path = path
+
+    def close(self) -> None:
+        """Accept no more connections."""
+        for server in self._servers:
+            server.close()
+
+    async def remove_socket(self) -> None:
+        """Remove the unix socket's file."""
+        if self._socket_path is not None:
+            await asyncio.to_thread(self._socket_path.unlink, missing_ok=True)
+
+
+class Counted(asyncio.Protocol):
+    """Counts a connection, and passes asyncio's events on to another protocol."""
+
+    def __init__(self, inner: asyncio.Protocol, connections: set[Any], max_connections: int) -> None:
+        """Add itself to `connections` while it is open; close at once what is over `max_connections`."""
+        self._inner, self._connections, self._max_connections = inner, connections, max_connections
+        for name in ("data_received", "eof_received", "pause_writing", "resume_writing"):
+            setattr(self, name, getattr(inner, name))
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Count the connection."""
+        self._connections.add(self)
+        self._inner.connection_made(transport)
+        if len(self._connections) > self._max_connections:
+            transport.close()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Count the connection no more."""
+        self._connections.discard(self)
+        self._inner.connection_lost(exc)
+
+
+async def finish(tasks: Collection[asyncio.Task[Any]]) -> None:
+    """Wait for the tasks that answer requests. Cancel those that take longer than `CLOSING_SECONDS`."""
+    if tasks:
+        _, late = await asyncio.wait(tasks, timeout=CLOSING_SECONDS)
+        for task in late:
+            task.cancel()
+        await asyncio.gather(*late, return_exceptions=True)

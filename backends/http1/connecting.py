@@ -1,0 +1,70 @@
+"""How both HTTP implementations connect to an upstream: timeouts, socket options, and the proxy of the environment."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import AsyncIterator
+from urllib.request import getproxies, proxy_bypass
+
+from yarl import URL
+
+#: Seconds within which a connection must be established: name, TCP and TLS together.
+CONNECT_SECONDS = 5.0
+#: Seconds for which a resolved address is used for new connections. An upstream that moved is found again within this.
+DNS_SECONDS = 10
+#: Seconds for which a pooled connection may be idle. nginx and the usual load balancers close it after 60 to 75.
+IDLE_SECONDS = 45.0
+#: Bytes of an answer that are read before the reader takes them. A stream whose reader stops holds at most twice this.
+READ_AHEAD_BYTES = 64 * 1024
+#: A longer body is written in slices of this many bytes, each after the last was sent: TLS would make a second copy.
+SLICE_BYTES = 256 * 1024
+#: TCP keep-alive as DashScope's own SDK sets it: idle seconds, interval in seconds, number of probes. The last option
+#: is in milliseconds: if the other end confirms nothing that was sent for so long, the connection is dead (the default
+#: is a quarter of an hour). It must not be shorter: a busy server can leave the end of a big body unread for a while,
+#: and the kernel cannot distinguish the two.
+_KEEPALIVE = (("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 30), ("TCP_KEEPCNT", 3), ("TCP_USER_TIMEOUT", 45_000))
+
+_AddressInfo = tuple[int | socket.AddressFamily, int | socket.SocketKind, int, str, tuple[object, ...]]
+
+
+def make_socket(address: _AddressInfo) -> socket.socket:
+    """Make the socket of a new connection, with TCP keep-alive: aiohttp's `socket_factory`."""
+    family, kind, protocol, _, _ = address
+    made = socket.socket(family, kind, protocol)
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in _KEEPALIVE:
+        if hasattr(socket, option):  # macOS has another name for the first option
+            made.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+    return made
+
+
+def in_slices(body: bytes) -> bytes | AsyncIterator[bytes]:
+    """Give a short body as it is, and a long one in slices, each when the last one was taken."""
+    return body if len(body) <= SLICE_BYTES else _slices(body)
+
+
+async def _slices(body: bytes) -> AsyncIterator[bytes]:
+    for start in range(0, len(body), SLICE_BYTES):
+        yield body[start : start + SLICE_BYTES]
+
+
+def environment_proxy(url: URL) -> URL | None:
+    """Give the proxy that `HTTPS_PROXY`, `HTTP_PROXY` and `NO_PROXY` name for a URL, as the official SDKs obey them.
+
+    This machine itself is never reached through a proxy. The variables are read once: aiohttp's own `trust_env` asks
+    a thread on every request, and takes passwords from `~/.netrc`.
+
+    Raises:
+        ValueError: the proxy is of a kind that is not supported.
+
+    """
+    host = url.host or ""
+    if host in ("localhost", "127.0.0.1", "::1") or proxy_bypass(host):
+        return None
+    named = getproxies().get(url.scheme)
+    if not named:
+        return None
+    proxy = URL(named)
+    if proxy.scheme not in ("http", "https") or not proxy.host:
+        raise ValueError(f"{url.scheme.upper()}_PROXY: only http:// and https:// proxies work, not {proxy.scheme}://")
+    return proxy

@@ -1,0 +1,199 @@
+"""The second implementation, on aiohttp's documented `web.Server` and `ClientSession`.
+
+It serves where an internal part is missing. It is slower, and cannot do what only the internal parts can:
+
+* Malformed data gets aiohttp's own 400, as plain text. A body, of a request or an answer, that stops being HTTP is
+  noticed only at the deadline. An answer without a length that a reset cuts short looks complete.
+* Pipelined requests are bounded by aiohttp only, and not in every release. A connection that has sent no complete
+  request head is closed after 75 s, not after 10 s.
+* Connections to an upstream are not kept for another request: aiohttp would take data that arrives on an idle one for
+  the next answer, and would not show whether a POST on a dead one may be sent again.
+* A cancelled request to an upstream still sends the data in its socket's buffer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from base64 import b64encode
+from types import SimpleNamespace
+from typing import Any
+
+import aiohttp
+from aiohttp import web
+from yarl import URL
+
+from backends.http1 import accepting, connecting
+from backends.http1.interface import Handler, Take, Timings
+
+log = logging.getLogger("sidecar")
+_silent = logging.Logger("aiohttp", logging.CRITICAL + 1)  # noqa: LOG001  it would log bytes of malformed requests
+
+
+class HttpRequest(accepting.RequestHead):
+    """See `interface.HttpRequest`."""
+
+    def __init__(self, request: web.BaseRequest) -> None:
+        self.request, self.method, self.raw_path = request, request.method, request.raw_path
+        self.headers, self.content, self.version = request.headers, request.content, request.version
+        # aiohttp adds the trailers behind a chunked body to the headers of the next request on the connection.
+        self.keep_alive = request.keep_alive and not ("Transfer-Encoding" in self.headers or "Upgrade" in self.headers)
+        self.begun: Answer | None = None
+        self.task = asyncio.current_task()
+
+    def transport(self) -> asyncio.Transport | None:
+        return self.request.transport
+
+    def answer(self, status: int, head: dict[str, str], *, length: int | None) -> Answer:
+        self.begun = Answer(self, status, head, length)
+        return self.begun
+
+
+class Answer:
+    """See `interface.Answer`. Pieces are kept until `drain`: aiohttp can only write them in a coroutine."""
+
+    def __init__(self, http: HttpRequest, status: int, head: dict[str, str], length: int | None) -> None:
+        if any("\r" in value or "\n" in value for value in head.values()):
+            raise ValueError("a line break in a header would begin another one")
+        self.status, self._request, self._kept, self._ended = status, http.request, b"", False
+        self.response = web.StreamResponse(status=status, headers={"Server": "vlm-sidecar", **head})
+        self._bodiless = http.method == "HEAD" or status in (204, 304)
+        if length is not None:
+            self.response.content_length = length
+        if not http.keep_alive or (length is None and self._request.version < aiohttp.HttpVersion11):
+            self.response.force_close()
+
+    def write_whole(self, body: bytes) -> bool:
+        self.write(body)
+        self._ended = True
+        return False
+
+    def write(self, piece: bytes) -> bool:
+        if not (self._ended or self._bodiless):
+            self._kept += piece
+        return False
+
+    def write_eof(self) -> None:
+        self._ended = True
+
+    async def drain(self) -> None:
+        kept, self._kept = self._kept, b""
+        try:
+            async with asyncio.timeout(accepting.KEEPALIVE_SECONDS):
+                await self.response.prepare(self._request)
+                if kept:
+                    await self.response.write(kept)
+                if self._ended:
+                    await self.response.write_eof()
+        except TimeoutError:
+            if self._request.transport is not None:
+                self._request.transport.abort()
+            raise ConnectionResetError("the caller does not read") from None
+
+
+class Listener:
+    """See `interface.Listener`."""
+
+    def __init__(self, handler: Handler, *, max_connections: int) -> None:
+        self._handler = handler
+        self.connections: set[accepting.Counted] = set()
+        self.server = web.Server(
+            self._handle, handler_cancellation=True, access_log=None, logger=_silent, auto_decompress=False,
+            keepalive_timeout=accepting.KEEPALIVE_SECONDS, lingering_time=accepting.LINGER_SECONDS,
+            read_bufsize=accepting.READ_BUFFER_BYTES,
+        )  # fmt: skip
+        self._tasks: set[asyncio.Task[Any] | None] = set()
+        self._addresses = accepting.Addresses(
+            lambda: accepting.Counted(self.server(), self.connections, max_connections)
+        )
+        self.open, self.open_unix = self._addresses.open, self._addresses.open_unix
+
+    async def close(self) -> None:
+        self._addresses.close()
+        self.server.pre_shutdown()  # idle connections are closed, the others after their request
+        await accepting.finish([task for task in self._tasks if task is not None])
+        await self.server.shutdown(accepting.CLOSING_SECONDS)
+        await self._addresses.remove_socket()
+
+    async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
+        http = HttpRequest(request)
+        self._tasks.add(http.task)
+        try:
+            await self._handler(http)
+            assert http.begun is not None  # noqa: S101  the handler returned it
+            await http.begun.drain()
+            return http.begun.response
+        except ConnectionError:
+            raise
+        except Exception as defect:
+            log.exception("a defect in the sidecar")
+            if http.begun is not None and http.begun.response.prepared:
+                raise ConnectionResetError("the answer cannot be completed") from defect
+            response = web.Response(status=500, body=accepting.INTERNAL_ERROR, content_type="application/json")
+            response.force_close()
+            return response
+        finally:
+            self._tasks.discard(http.task)
+
+
+class Connector:
+    """See `interface.Connector`."""
+
+    def __init__(self) -> None:
+        trace = aiohttp.TraceConfig()
+        trace.on_connection_create_end.append(_connected)
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0, force_close=True, ttl_dns_cache=connecting.DNS_SECONDS,
+                                           socket_factory=connecting.make_socket),
+            cookie_jar=aiohttp.DummyCookieJar(), timeout=aiohttp.ClientTimeout(connect=connecting.CONNECT_SECONDS),
+            headers={"Accept-Encoding": "identity"}, skip_auto_headers=("Content-Type",), trace_configs=[trace],
+            read_bufsize=connecting.READ_AHEAD_BYTES,
+        )  # fmt: skip
+        self.close = self._session.close
+
+    def origin(self, base: str) -> Origin:
+        return Origin(self._session, URL(base))
+
+
+async def _connected(_: object, context: SimpleNamespace, __: object) -> None:
+    context.trace_request_ctx.work_started = asyncio.get_running_loop().time()
+
+
+class Origin:
+    """See `interface.Origin`."""
+
+    def __init__(self, session: aiohttp.ClientSession, url: URL) -> None:
+        self._session, self._proxy = session, connecting.environment_proxy(url)
+        self._base = str(url.with_user(None)).rstrip("/")
+        credentials = f"{url.user}:{url.password or ''}".encode("latin1")
+        self._authorization = f"Basic {b64encode(credentials).decode()}" if url.user else None
+
+    async def request(self, method: str, path: str, headers: dict[str, str], body: bytes, timings: Timings) -> Response:
+        if self._authorization is not None:
+            headers.setdefault("Authorization", self._authorization)
+        if body:
+            headers["Content-Length"] = str(len(body))
+        response = await self._session.request(
+            method, URL(self._base + path, encoded=True), headers=headers, proxy=self._proxy, allow_redirects=False,
+            data=connecting.in_slices(body) or None, trace_request_ctx=timings,
+        )  # fmt: skip
+        timings.first_byte = asyncio.get_running_loop().time()
+        return Response(response)
+
+    def close(self) -> None:
+        pass  # no connection is ever idle
+
+
+class Response:
+    """See `interface.Response`."""
+
+    def __init__(self, response: aiohttp.ClientResponse) -> None:
+        self.status, self.headers, self.content = response.status, response.headers, response.content
+        self.content_type = self.headers.get("Content-Type", "").partition(";")[0].strip().lower()
+        self.drop = response.close
+
+    async def pour(self, take: Take) -> bool:
+        while piece := await self.content.readany():
+            if not take(piece):
+                return False
+        return True

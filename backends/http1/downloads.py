@@ -1,0 +1,35 @@
+"""Fetches small files over HTTP, with aiohttp's documented client: one GET, no redirect, a bounded size."""
+
+from __future__ import annotations
+
+import aiohttp
+from yarl import URL
+
+
+class Downloads:
+    """Fetches files. Makes its session at the first one: most processes fetch none."""
+
+    def __init__(self, *, timeout_seconds: float) -> None:
+        """`timeout_seconds` is the limit of one fetch, from the connection to the last byte."""
+        self._timeout = aiohttp.ClientTimeout(total=timeout_seconds)
+        self._session: aiohttp.ClientSession | None = None
+
+    async def get(self, url: URL, *, max_bytes: int) -> tuple[int, bytes]:
+        """Give status and body; of a longer body at least `max_bytes` + 1 bytes. Raises `HttpError`, `TimeoutError`.
+
+        A redirect is not followed: it could lead anywhere.
+        """
+        if self._session is None:
+            self._session = aiohttp.ClientSession(timeout=self._timeout, cookie_jar=aiohttp.DummyCookieJar())
+        async with self._session.get(url, allow_redirects=False) as response:
+            if response.status != 200:
+                return response.status, b""
+            data = await response.content.read(max_bytes + 1)
+            while len(data) <= max_bytes and (more := await response.content.read(max_bytes)):
+                data += more
+            return response.status, data
+
+    async def close(self) -> None:
+        """Close the connections."""
+        if self._session is not None:
+            await self._session.close()

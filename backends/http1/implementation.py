@@ -1,0 +1,132 @@
+"""Chooses the HTTP implementation once per process: the internal one, if it works on the installed aiohttp.
+
+Releases of aiohttp may change internal parts at any time, and a security release must never have to wait for this
+project. So a self-check decides at start. If it fails, `documented.py` serves, with a warning.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+
+from backends.http1.interface import Answer, Connector, HttpRequest, MakeListener, Name, Origin
+
+log = logging.getLogger("sidecar")
+
+#: Seconds that the self-check may take. It takes a few milliseconds.
+_CHECK_SECONDS = 5.0
+#: Longer than what either end reads ahead, and than what the client writes at once.
+_BODY = b"self-check" * 30_000
+
+
+@dataclass(frozen=True, slots=True)
+class Implementation:
+    """Both ends of HTTP: see `interface.py`."""
+
+    name: Name
+    listener: MakeListener
+    connector: Callable[[], Connector]
+
+
+def internal() -> Implementation:
+    """Import the implementation on aiohttp's internal parts. Raises anything if this release lacks one of them."""
+    from backends.http1 import client, server  # noqa: PLC0415  this can fail
+
+    return Implementation("internal", server.Listener, client.Connector)
+
+
+def documented() -> Implementation:
+    """Import the implementation on aiohttp's documented interface."""
+    from backends.http1 import documented as module  # noqa: PLC0415  its imports take memory that few processes need
+
+    return Implementation("documented", module.Listener, module.Connector)
+
+
+class _Chosen:
+    """The choice of this process. It depends on nothing but the installed aiohttp."""
+
+    implementation: Implementation | None = None
+
+
+async def choose() -> Implementation:
+    """Give the implementation that serves in this process."""
+    if _Chosen.implementation is None:
+        _Chosen.implementation = await _choose()
+    return _Chosen.implementation
+
+
+async def _choose() -> Implementation:
+    try:
+        implementation = internal()
+        await self_check(implementation)
+    except Exception as error:  # noqa: BLE001  internal parts can fail in any way
+        log.warning(
+            "aiohttp %s does not have the internal parts that this version uses (%s: %s): the documented "
+            "implementation of HTTP serves. It needs about three times the processor time per frame",
+            version("aiohttp"), type(error).__name__, error,
+        )  # fmt: skip
+        return documented()
+    return implementation
+
+
+async def self_check(implementation: Implementation) -> None:
+    """Look for the internal parts by name, then send two requests over one loopback connection. Raises anything.
+
+    The bodies are longer than what either end reads ahead, so that each has to wait for the other.
+    """
+    if implementation.name == "internal":
+        from backends.http1 import aiohttp_parts  # noqa: PLC0415  this can fail
+
+        aiohttp_parts.check(asyncio.get_running_loop())
+    listener, connector = implementation.listener(_echo, max_connections=2), implementation.connector()
+    try:
+        try:
+            port = await listener.open("127.0.0.1", 0)
+        except OSError:
+            return  # a machine without loopback says nothing about aiohttp
+        async with asyncio.timeout(_CHECK_SECONDS):
+            origin = connector.origin(f"http://127.0.0.1:{port}")
+            try:
+                for path in ("/whole", "/pieces"):
+                    await _exchange(origin, path)
+            finally:
+                origin.close()
+    finally:
+        await connector.close()
+        await listener.close()
+
+
+async def _echo(http: HttpRequest) -> Answer:
+    """Answer with the body of the request, at once or in two pieces."""
+    body = b"".join([piece async for piece in http.content.iter_any()])
+    whole = http.raw_path == "/whole"
+    answer = http.answer(200, {"Content-Type": "text/plain"}, length=len(body) if whole else None)
+    if whole:
+        answer.write_whole(body)
+    else:
+        for piece in (body[:10], body[10:]):
+            answer.write(piece)
+            await answer.drain()
+        answer.write_eof()
+    await answer.drain()
+    return answer
+
+
+async def _exchange(origin: Origin, path: str) -> None:
+    response = await origin.request("POST", path, {}, _BODY, _Times())
+    pieces: list[bytes] = []
+    try:
+        complete = await response.pour(lambda piece: not pieces.append(piece))  # type: ignore[func-returns-value]
+    finally:
+        response.drop()
+    if (response.status, complete, b"".join(pieces)) != (200, True, _BODY):
+        raise RuntimeError("an exchange over loopback brought a wrong answer")
+
+
+@dataclass(slots=True)
+class _Times:
+    work_started: float | None = None
+    first_byte: float | None = None
