@@ -70,8 +70,8 @@ def record(picture: Picture) -> Track:
         spent = 0.0
         for _ in range(round(picture.seconds / picture.step)):
             await asyncio.sleep(picture.step)
-            limits = system.lane.limits
-            controller = limits.requests if picture.dimension == "requests" else limits.tokens
+            [upstream] = next(system.admission.status()).upstreams
+            gate = upstream.requests if picture.dimension == "requests" else upstream.tokens
             profile = provider.quota(MODEL).profile
             if picture.dimension == "requests":
                 track.quota.append(min(profile.requests_per_second, profile.window_requests / profile.window_seconds))
@@ -80,8 +80,8 @@ def record(picture: Picture) -> Track:
                 total = system.metrics.totals().get("simulated", {})
                 before, spent = spent, total.get("tokens.input", 0.0) + total.get("tokens.output", 0.0)
                 track.sent.append((spent - before) / picture.step)
-            track.learned.append(controller.limit)
-            track.state.append("hold" if limits.hold.kind is not None else controller.state.value)
+            track.learned.append(inf if gate.limit is None else gate.limit)
+            track.state.append("hold" if upstream.circuit.state else gate.state)
         load.cancel()
         await asyncio.gather(load, return_exceptions=True)
         track.calls = provider.counts.calls
