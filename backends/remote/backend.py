@@ -12,8 +12,9 @@ from typing import TypeVar
 from yarl import URL
 
 from backends.base import BackendError, Rejected, Reply, Request, ServerFailed, Take, Timings, Unreachable
+from backends.forwarded_headers import to_caller
 from backends.http1.errors import HttpError, failure_of
-from backends.http1.headers import end_to_end, spelled
+from backends.http1.headers import spelled
 from backends.http1.implementation import choose
 from backends.http1.interface import Connector, Origin, Response
 from backends.remote.answers import StreamWatch, is_error, parsed, usage_of
@@ -201,7 +202,7 @@ class DashScopeBackend:
 
     async def _whole(self, response: Response, request: Request) -> Reply:
         body = await _read(response, _BODY_LIMIT)
-        headers = end_to_end(response.headers)
+        headers = to_caller(response.headers)
         is_chat = request.dialect == "native" or request.path == "/chat/completions"
         payload = parsed(body) if is_chat or response.content_type == "application/json" else None
         if is_chat and not isinstance(payload, dict):
@@ -227,7 +228,7 @@ class DashScopeBackend:
                 raise ServerFailed(f"the provider's stream held no content in its first {size} bytes")
         if not watch.has_content:
             raise watch.failure or ServerFailed("the provider's stream ended before any content")
-        reply = Reply(status=response.status, headers=end_to_end(response.headers))
+        reply = Reply(status=response.status, headers=to_caller(response.headers))
         chunks = _Chunks(reply, response, watch, preface, self._explained)
         reply.chunks, reply.pour, reply.closer = chunks, chunks.pour, chunks.aclose
         return reply

@@ -20,7 +20,7 @@ from typing import Literal, cast
 import orjson
 
 from backends.base import BackendError, BillingRefused, Rejected, ServerFailed, Throttled, ThrottleKind
-from backends.http1.headers import end_to_end
+from backends.forwarded_headers import to_caller
 from backends.remote.waits import retry_after
 
 _Meaning = ThrottleKind | Literal["billing", "moderated", "rejected", "server"]
@@ -110,7 +110,7 @@ def classify(status: int, headers: Mapping[str, str], body: bytes) -> BackendErr
         status = _DEFAULT_STATUS.get(meaning, 429)
     shown = ": ".join(part for part in (error.code, error.text) if part) or "no readable reason"
     message = f"the provider answered {status}: {shown}"
-    passed = end_to_end(headers)
+    passed = to_caller(headers)
     if meaning == "billing":
         return BillingRefused(message, status=status, code=error.code, body=body, headers=passed)
     if meaning in ("moderated", "rejected"):

@@ -16,7 +16,7 @@ from sidecar.admission.gates.concurrency import MAX_CONCURRENCY, ConcurrencyGate
 from sidecar.admission.gates.growth import GrowthGate
 from sidecar.admission.gates.rate import RateGate
 from sidecar.admission.gates.token_cost import TokenCost
-from sidecar.admission.learning.learner import Recovery, Remembered
+from sidecar.admission.learning.learner import Learner, Recovery, Remembered
 from sidecar.admission.learning.policer_learner import PolicerLearner
 from sidecar.admission.ticket import Cause, Ticket
 
@@ -119,10 +119,12 @@ class Upstream:
         random: Random | None = None,
         ready_reason: Callable[[], str | None] = lambda: None,
         on_change: Callable[[Change], None] = lambda _: None,
+        learner: Callable[..., Learner] = PolicerLearner,
     ) -> None:
         """`paced` False: only concurrency and the circuit, for a backend that has no quota.
 
         `ready_reason` says why the backend cannot serve at present. `on_change` is called with every change of a limit.
+        `learner` makes the learner of each rate.
         """
         now = clock()
         self.clock = clock
@@ -144,13 +146,13 @@ class Upstream:
         self.requests = RateGate(
             now,
             "request_rate",
-            PolicerLearner(now, ceiling=ceilings[0], budget=refusal_budget, dormant=not paced),
+            learner(now, ceiling=ceilings[0], budget=refusal_budget, dormant=not paced),
             on_change,
         )
         self.tokens = RateGate(
             now,
             "token_rate",
-            PolicerLearner(now, ceiling=ceilings[1], budget=refusal_budget, typical=1000.0, dormant=True),
+            learner(now, ceiling=ceilings[1], budget=refusal_budget, typical=1000.0, dormant=True),
             on_change,
         )
         self.growth = GrowthGate(refusal_budget)

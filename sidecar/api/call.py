@@ -7,10 +7,11 @@ import random
 import re
 from collections.abc import AsyncIterator, Awaitable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from math import isfinite
 
 from backends.base import Dialect, Reply, Request, Take
+from backends.forwarded_headers import to_provider
 from backends.http1.interface import Answer, HttpRequest
 from sidecar.admission import Arrival, Priority, Ticket
 from sidecar.api.errors import Api, InvalidRequest, Problem, body_of, headers_of
@@ -19,9 +20,6 @@ from sidecar.observe.metrics import Outcome
 from sidecar.observe.trace import TracingStopwatch
 
 _PRIORITIES = {"high": Priority.HIGH, "normal": Priority.NORMAL, "low": Priority.LOW}
-#: The caller's headers that are forwarded to the provider, together with every `X-DashScope-*` header.
-_FORWARDED_HEADERS = ("traceparent", "tracestate")
-_DASHSCOPE = "x-dashscope-"
 MAX_KEY_CHARS = 256
 #: The `traceparent` header of W3C Trace Context: version, trace id, parent id, flags. The last bit of the flags means
 #: that the caller records the trace.
@@ -182,7 +180,7 @@ class Call:
 
     def forwarded_headers(self) -> dict[str, str]:
         """Return the caller's headers that are forwarded to the provider, and the request id."""
-        passed = {name: value for name, value in self.http.headers.items() if _is_forwarded(name) and value.isascii()}
+        passed = to_provider(self.http.headers)
         passed["X-Request-Id"] = self.request_id
         return passed
 
@@ -308,12 +306,6 @@ class Call:
             self._dispatcher.finish(self.ticket, self.api, self.outcome)
         elif self.outcome == "invalid":
             self._dispatcher.invalid(self.api)
-
-
-@lru_cache(512)
-def _is_forwarded(name: str) -> bool:
-    name = name.lower()
-    return name in _FORWARDED_HEADERS or name.startswith(_DASHSCOPE)
 
 
 async def _pour(chunks: AsyncIterator[bytes], take: Take) -> bool:

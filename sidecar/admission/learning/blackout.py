@@ -8,7 +8,7 @@ from math import inf
 from sidecar.admission.learning.bins import History
 from sidecar.admission.learning.estimate import Estimate
 from sidecar.admission.learning.policer import Interval
-from sidecar.admission.learning.states import State
+from sidecar.admission.learning.states import Event
 from sidecar.admission.learning.tuning import (
     BLACKOUT_FEW,
     BLACKOUT_FITS,
@@ -125,7 +125,7 @@ class Blackouts:
         """What the last one, of so many seconds, says of the limit; at `whole` was taken, blackout and all."""
         if self.windowed:
             estimate.know(self.rate, self.unsure)
-            estimate.to(now, State.ASSESS, f"everything was refused for {seconds:.1f} s")
+            estimate.on(now, Event.BLACKOUT_ENDED, f"everything was refused for {seconds:.1f} s")
         elif seconds * estimate.limit < BLACKOUT_PAUSE * estimate.typical or seconds < BLACKOUT_PAUSE_SECONDS:
             self.lost_seconds = 0.0
         else:
@@ -135,7 +135,7 @@ class Blackouts:
                 limit = max(whole, self.explained_by, (1.0 - 1.5 * estimate.unsure) * estimate.limit)
                 estimate.know(min(limit, estimate.limit), 1.5 * estimate.unsure)
             estimate.unsure = max(estimate.unsure, 3 * ESTIMATE_SUREST)
-            estimate.to(now, State.ASSESS, f"refused, and everything with it for {seconds:.1f} s")
+            estimate.on(now, Event.BLACKOUT_ENDED, f"refused, and everything with it for {seconds:.1f} s")
 
     def lost(self, estimate: Estimate) -> float:
         """What each refusal costs, beyond what a burst makes good."""
@@ -155,7 +155,7 @@ class Blackouts:
         self._between(at - since, max(self._most if before is None else since - before, at - since))
         self.next_at = since + self._seconds
         estimate.know(self.rate, self.unsure)
-        estimate.to(now, State.STEADY, "a window is used up")
+        estimate.on(now, Event.WINDOW_USED_UP, "a window is used up")
         return True
 
     def risen(self, now: float, estimate: Estimate) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from math import inf
 
 from sidecar.admission.learning.policer import Interval
-from sidecar.admission.learning.states import State
+from sidecar.admission.learning.states import TRANSITIONS, Event, State
 from sidecar.admission.learning.tuning import (
     ESTIMATE_LARGEST_CUT,
     ESTIMATE_MAX_BURST_SECONDS,
@@ -36,9 +36,9 @@ class Estimate:
         self.changed_at = now
         self.changed_why = "nothing was refused yet"
 
-    def to(self, now: float, state: State, why: str) -> None:
-        """Another state."""
-        self.state = state
+    def on(self, now: float, event: Event, why: str) -> None:
+        """Change the state as `TRANSITIONS` says. Raises `KeyError` for an event that is impossible in this state."""
+        self.state = TRANSITIONS[self.state, event]
         self.changed(now, why)
 
     def changed(self, now: float, why: str) -> None:

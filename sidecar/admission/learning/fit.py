@@ -13,7 +13,7 @@ from math import inf
 
 from sidecar.admission.learning.estimate import Estimate
 from sidecar.admission.learning.policer import Interval
-from sidecar.admission.learning.states import State
+from sidecar.admission.learning.states import Event
 from sidecar.admission.learning.tuning import (
     ESTIMATE_SUREST,
     FIT_MAX_CALLS,
@@ -54,7 +54,7 @@ class Fit:
                 low, high = bounds
                 estimate.burst = tried
                 estimate.know((low + high) / 2, (high - low) / (low + high), surest=3 * ESTIMATE_SUREST)
-                estimate.to(now, State.ASSESS, "refused: the bucket holds more or less than was thought")
+                estimate.on(now, Event.BURST_FITTED, "refused: the bucket holds more or less than was thought")
                 return True
         while len(self._between) > 1:
             self._between.popleft()

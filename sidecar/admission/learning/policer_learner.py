@@ -36,7 +36,7 @@ from sidecar.admission.learning.policer import Interval, Sent, Trace
 from sidecar.admission.learning.ramp import Ramp
 from sidecar.admission.learning.shared import Share
 from sidecar.admission.learning.start import Start
-from sidecar.admission.learning.states import SHARED, START, State
+from sidecar.admission.learning.states import SHARED, START, Event, State
 from sidecar.admission.learning.tuning import (
     ESTIMATE_LEAST,
     ESTIMATE_MOVED,
@@ -228,7 +228,7 @@ class PolicerLearner:
         first.guess(self.estimate, self.refusal_seconds)
         self._first = first if first.is_burst else None
         self.unpaced = False
-        self.estimate.to(now, State.ASSESS, "first refusal")
+        self.estimate.on(now, Event.FIRST_REFUSAL, "first refusal")
 
     def _refusal(self, now: float, sent: Sent) -> bool:
         """A refusal after others. Whether they come at any pace: then what counts is what a pace brings."""
@@ -286,7 +286,7 @@ class PolicerLearner:
         fell = not sure and not guessed and high < (1.0 - estimate.unsure) * estimate.limit
         off = estimate.narrow(low, high, blur=blur, anew=guessed)
         known = estimate.unsure <= 3 * ESTIMATE_SUREST
-        estimate.to(now, State.STEADY if known else State.ASSESS, f"refused at {pace:.3g}/s")
+        estimate.on(now, Event.MEASURED_WELL if known else Event.MEASURED_ROUGHLY, f"refused at {pace:.3g}/s")
         if not self._look_again(off):
             if (off > LEARNER_OFF or soon or fell) and not blackouts.lost_seconds:
                 self._share.odd(now, estimate)
@@ -313,7 +313,7 @@ class PolicerLearner:
         else:
             self._share.explained(but=SHARED_KEPT)
             self._look_again(early.measure(interval.refused, estimate))
-            estimate.to(now, State.ASSESS, "refused again and again: the limit is lower")
+            estimate.on(now, Event.LOWER_LIMIT, "refused again and again: the limit is lower")
 
     # -- blackouts -----------------------------------------------------------------------------------------------------
 
@@ -426,7 +426,7 @@ class PolicerLearner:
                 if not fits:
                     self._ramp.end(1.0)
             if self.state is State.STEADY and self._ramp.along > 0.7:
-                estimate.to(now, State.PROBE, "the pace is above the limit, to see whether it has risen")
+                estimate.on(now, Event.PACE_ABOVE_LIMIT, "the pace is above the limit, to see whether it has risen")
 
     # -- memory and operators ------------------------------------------------------------------------------------------
 
@@ -437,7 +437,7 @@ class PolicerLearner:
         self._cut_at = now
         self.unpaced = self._confirmed = False
         self._remembered = True
-        self.estimate.to(now, State.ASSESS, "remembered from before the restart")
+        self.estimate.on(now, Event.REMEMBERED, "remembered from before the restart")
         self._begin()
 
     def rate(self, now: float) -> float:

@@ -13,7 +13,7 @@ from collections import deque
 from math import exp, inf, sqrt
 
 from sidecar.admission.learning.estimate import Estimate
-from sidecar.admission.learning.states import State
+from sidecar.admission.learning.states import Event
 from sidecar.admission.learning.tuning import (
     CLIMB_APART,
     CLIMB_BINDS,
@@ -82,7 +82,7 @@ class Share:
         self._limits.clear()
         self._cut = SHARED_MAX_CUT
         estimate.limit *= 1.0 - SHARED_MAX_CUT
-        estimate.to(now, State.SHARED, "refused too often for one user of the account")
+        estimate.on(now, Event.OTHERS_CAME, "refused too often for one user of the account")
         return True
 
     def refused(self, now: float, estimate: Estimate) -> bool:
@@ -98,7 +98,7 @@ class Share:
         if len(self._limits) == SHARED_ALIKE and max(self._limits) <= (1.0 + SHARED_SAME * self._cut) * min(
             self._limits
         ):
-            estimate.to(now, State.ASSESS, "the account seems to be ours alone again")
+            estimate.on(now, Event.OTHERS_LEFT, "the account seems to be ours alone again")
             return False
         estimate.limit *= 1.0 - self._cut
         estimate.changed(now, "refused while others share the account")
@@ -137,7 +137,7 @@ class Share:
         self._refused.clear()
         self.climb = Climb(now, SHARED_OFTEN / calls)
         estimate.limit = self._highest
-        estimate.to(now, State.SHARED, "refused at any pace: others use the account too")
+        estimate.on(now, Event.OTHERS_CAME, "refused at any pace: others use the account too")
         return True
 
     def sent(self, now: float, estimate: Estimate, refusal_seconds: float, pace: float) -> bool:
@@ -149,7 +149,7 @@ class Share:
             return False
         self.climb = None
         estimate.unsure = ESTIMATE_RECALLED
-        estimate.to(now, State.ASSESS, "the account seems to be ours alone again")
+        estimate.on(now, Event.OTHERS_LEFT, "the account seems to be ours alone again")
         return True
 
 

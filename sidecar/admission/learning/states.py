@@ -1,8 +1,8 @@
-"""The states of a rate's controller."""
+"""The states of today's learner, and which event leads from which state to which."""
 
 from __future__ import annotations
 
-from enum import StrEnum
+from enum import Enum, StrEnum, auto
 
 
 class State(StrEnum):
@@ -20,5 +20,41 @@ class State(StrEnum):
     """Others use the account too: no limit of one's own can be learned, only a share be kept."""
 
 
+class Event(Enum):
+    """What changes the state of the learner."""
+
+    FIRST_REFUSAL = auto()
+    MEASURED_WELL = auto()
+    """A refusal bounds the limit closely."""
+    MEASURED_ROUGHLY = auto()
+    BURST_FITTED = auto()
+    """The latest refusals agree if the provider's bucket holds more or less than was assumed."""
+    LOWER_LIMIT = auto()
+    """Several refusals below the limit in a row."""
+    PACE_ABOVE_LIMIT = auto()
+    BLACKOUT_ENDED = auto()
+    WINDOW_USED_UP = auto()
+    OTHERS_CAME = auto()
+    OTHERS_LEFT = auto()
+    REMEMBERED = auto()
+    """A limit was loaded from before a restart."""
+
+
+_KNOWN = (State.ASSESS, State.STEADY, State.PROBE, State.SHARED)
+#: (state, event) → state. A pair that is missing is impossible: `Estimate.on` raises for it. `UNKNOWN` (see `Learner`)
+#: is no event: it makes a new learner.
+TRANSITIONS: dict[tuple[State, Event], State] = {
+    (State.START, Event.FIRST_REFUSAL): State.ASSESS,
+    **{(state, Event.MEASURED_WELL): State.STEADY for state in _KNOWN},
+    **{(state, Event.MEASURED_ROUGHLY): State.ASSESS for state in _KNOWN},
+    **{(state, Event.BURST_FITTED): State.ASSESS for state in _KNOWN},
+    **{(state, Event.LOWER_LIMIT): State.ASSESS for state in _KNOWN},
+    (State.STEADY, Event.PACE_ABOVE_LIMIT): State.PROBE,
+    **{(state, Event.BLACKOUT_ENDED): State.ASSESS for state in _KNOWN},
+    **{(state, Event.WINDOW_USED_UP): State.STEADY for state in _KNOWN},
+    **{(state, Event.OTHERS_CAME): State.SHARED for state in _KNOWN},
+    (State.SHARED, Event.OTHERS_LEFT): State.ASSESS,
+    **{(state, Event.REMEMBERED): State.ASSESS for state in State},
+}
 #: By its own name: each call asks for it, and to look a member up in its enum takes as long as to call a function.
 START, SHARED = State.START, State.SHARED

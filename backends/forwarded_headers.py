@@ -1,0 +1,42 @@
+"""The headers that are forwarded: from the caller to the provider, and from the provider to the caller.
+
+Both are allow-lists. So `Set-Cookie`, credentials, hop-by-hop headers, lengths, encodings and any header that a gateway
+may add in the future are not forwarded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import lru_cache
+
+from backends.http1.headers import spelled
+
+_TO_PROVIDER = frozenset({"traceparent", "tracestate"})
+_TO_PROVIDER_PREFIXES = ("x-dashscope-",)
+_TO_CALLER = frozenset({"content-type", "content-language", "x-request-id", "request-id", "traceparent", "retry-after"})
+_TO_CALLER_PREFIXES = ("x-dashscope-", "openai-", "x-ratelimit-")
+
+
+def to_provider(headers: Mapping[str, str]) -> dict[str, str]:
+    """Return the caller's headers that the provider gets. A value that is not ASCII is left out."""
+    return {name: value for name, value in headers.items() if _goes_to_provider(name) and value.isascii()}
+
+
+def to_caller(headers: Mapping[str, str]) -> dict[str, str]:
+    """Return the provider's headers that the caller gets: content type, request ids and the provider's own headers.
+
+    The names are spelled `Like-This`, so that a header of the sidecar can replace one of the provider.
+    """
+    return {name: value for given, value in headers.items() if (name := _name_for_caller(given)) is not None}
+
+
+@lru_cache(512)
+def _goes_to_provider(name: str) -> bool:
+    name = name.lower()
+    return name in _TO_PROVIDER or name.startswith(_TO_PROVIDER_PREFIXES)
+
+
+@lru_cache(512)
+def _name_for_caller(given: str) -> str | None:
+    name = given.lower()
+    return spelled(given) if name in _TO_CALLER or name.startswith(_TO_CALLER_PREFIXES) else None
