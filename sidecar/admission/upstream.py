@@ -187,15 +187,17 @@ class Upstream:
     def opening(self, now: float, ticket: Ticket) -> tuple[float, Cause | None]:
         """When the ticket may start here (inf: only an event can tell), and the gate that holds it until then."""
         circuit, concurrency = self.circuit, self.concurrency
-        if not circuit.dormant:
-            circuit.advance(now)
+        if circuit.state is not None:
+            circuit.advance(now)  # which may close it
+        if circuit.state is not None:
             at = circuit.opens_at(now, 0.0)
-            if at > now:
-                return at, "hold"
-            if circuit.state is not None:
-                return now, None  # the probe passes every other gate
+            return (at, "hold") if at > now else (now, None)  # the probe passes every other gate
         if concurrency.opens_at(now, 0.0) > now:
             return inf, "concurrency"
+        if not circuit.dormant:
+            circuit.advance(now)
+            if (at := circuit.opens_at(now, 0.0)) > now:
+                return at, "hold"
         for gate in self._rates:
             if not gate.dormant:
                 gate.advance(now)

@@ -176,6 +176,8 @@ class Circuit:
             return now
         if self._rising <= len(self._unanswered):
             return next(iter(self._unanswered.values())) + ANSWERED_SECONDS
+        if self._rising == 1:
+            return now
         # A round is spread over the time of an answer: a burst would tell the provider's burst, and not its rate.
         answer_seconds = min(self.answer_seconds or ANSWERED_SECONDS, ANSWERED_SECONDS)
         return max(now, self._sent_at + answer_seconds / self._rising)

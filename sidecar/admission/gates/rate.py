@@ -48,7 +48,7 @@ class RateGate:
     @property
     def certain(self) -> bool:
         """See `Gate`."""
-        return self.learner.certain
+        return self.learner.certain or self.learner.ceiling_seconds > 0  # an operator's ceiling is no guess
 
     def advance(self, now: float) -> None:
         """Let the bucket fill, at the pace of now from now on."""

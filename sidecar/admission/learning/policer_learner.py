@@ -42,11 +42,13 @@ from sidecar.admission.learning.tuning import (
     ESTIMATE_MOVED,
     ESTIMATE_RECALLED,
     ESTIMATE_SUREST,
+    ESTIMATE_UNSUREST,
     ESTIMATE_VAGUE,
     LEARNER_EARLY,
     LEARNER_LATE_SECONDS,
     LEARNER_MAX_AHEAD,
     LEARNER_OFF,
+    LEARNER_REMEMBERED_SECONDS,
     LEARNER_SOON,
     POLICER_MAX_REMEMBERED,
     RAMP_RISE,
@@ -69,7 +71,7 @@ class PolicerLearner:
         self.unpaced = dormant and ceiling == inf
         """Whatever comes may go: nothing need be counted yet."""
         self._budget, self._dormant = budget, dormant
-        self._remembered = False  # the limit is from before a restart, and nothing was refused since
+        self._remembered_at = inf  # when a limit from before a restart was loaded; infinite after the first refusal
         self._confirmed = False  # a call was accepted since the limit was a mere guess
         self._grown_at = now
         self._cut_at = -inf  # what was sent until then, and is refused, is of the last event
@@ -189,7 +191,7 @@ class PolicerLearner:
     def refused(self, now: float, sent: Sent) -> Effect:
         """See `Learner`. One burst of refusals, told by their send times, is one event."""
         self.refused_too(now, sent)
-        self._remembered = False
+        self._remembered_at = inf
         weight = 1.0 if self.state is START else 0.3  # the first one takes the place of what was assumed
         self.refusal_seconds = max(self.refusal_seconds + weight * (now - sent.at - self.refusal_seconds), 1e-3)
         if sent.at <= self._cut_at:
@@ -408,8 +410,10 @@ class PolicerLearner:
         estimate, blackouts, seconds = self.estimate, self._blackouts, min(now - self._grown_at, 0.5)
         if self.state is State.START:
             self._start.grow(seconds)
-        elif self._remembered and self._confirmed:  # nothing was refused yet: it may be far higher
+        elif now - self._remembered_at > LEARNER_REMEMBERED_SECONDS and self._confirmed:
+            # Nothing was refused for so long: the limit may be far higher than it was.
             estimate.limit *= exp(RAMP_RISE * min(now - self._grown_at, 1.0))
+            estimate.unsure = ESTIMATE_UNSUREST
         elif self._first is not None and self._first.searching:
             estimate.limit *= self._first.growth(seconds, self.refusal_seconds)
         elif self.state is State.SHARED:
@@ -436,7 +440,7 @@ class PolicerLearner:
         self._trace.emptied(now)
         self._cut_at = now
         self.unpaced = self._confirmed = False
-        self._remembered = True
+        self._remembered_at = now
         self.estimate.on(now, Event.REMEMBERED, "remembered from before the restart")
         self._begin()
 

@@ -146,6 +146,8 @@ LEARNER_EARLY = 0.4
 LEARNER_SOON = 0.95
 #: A limit that was known well does not turn out to be off by more than this share, unless it has moved.
 LEARNER_OFF = 0.05
+#: A limit that was remembered, and at which nothing was refused for so many seconds, is raised by RAMP_RISE a second.
+LEARNER_REMEMBERED_SECONDS = 8.0
 #: A pace of more than so many times what goes out, of late, is not what holds requests back.
 LEARNER_MAX_AHEAD, LEARNER_LATE_SECONDS = 2.0, 1.5
 

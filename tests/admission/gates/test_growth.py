@@ -5,7 +5,7 @@ from gate_calls import TICKET, refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sidecar.admission.gates.growth import GrowthGate
+from sidecar.admission.gates.growth import CUT, GrowthGate
 
 
 class Provider:
@@ -97,7 +97,7 @@ def test_a_burst_of_refusals_counts_once():
     factor = gate.factor
     for sent in burst:
         refuse(gate, 20.1, sent)
-    assert gate.factor == pytest.approx(factor * 0.85)
+    assert gate.factor == pytest.approx(factor * CUT)
 
 
 @settings(max_examples=60)

@@ -14,6 +14,7 @@ class Simple:
 
     unpaced = False
     guessed = False
+    certain = True
     refusal_seconds = 0.05
     windowed = False
 
@@ -22,6 +23,10 @@ class Simple:
         self.changed_at, self.why, self.state = now, "", "start"
         self.typical = 1.0
         self._accepted = deque()
+
+    @property
+    def ceiling_seconds(self):
+        return self.typical / self.ceiling
 
     def usual(self, amount, share):
         self.typical += share * (amount - self.typical)

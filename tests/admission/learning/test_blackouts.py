@@ -15,11 +15,13 @@ from sidecar.admission.learning.first import FirstBurst
 from sidecar.admission.learning.policer import Sent
 from sidecar.admission.learning.policer_learner import PolicerLearner
 from sidecar.admission.learning.ramp import Ramp
+from sidecar.admission.learning.states import State
 from sidecar.admission.learning.tuning import ESTIMATE_UNSUREST, HISTORY_BIN_SECONDS
 
 
 def known(limit, burst, unsure):
     estimate = Estimate(0.0, 1.0)
+    estimate.state = State.ASSESS
     estimate.limit, estimate.burst, estimate.unsure = limit, burst, unsure
     return estimate
 
