@@ -96,7 +96,7 @@ def test_a_refusal_at_an_even_pace_tells_how_long_a_window_is(held, seconds, exc
     """What is sent a little too fast into a window that slides is refused when the first of it is as old as one."""
     blackouts = Blackouts(0.0)
     blackouts.windowed, blackouts.window = True, float(held)
-    estimate = Estimate(0.0, 1.0)
+    estimate = known(1.0, 1.0, 1.0)
     gap = seconds / (held * (1.0 + excess))
     calls = held * 5 // 2
     for call in range(calls):
