@@ -6,7 +6,6 @@ import ipaddress
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import orjson
 from prometheus_client import CollectorRegistry
@@ -14,6 +13,8 @@ from prometheus_client.exposition import choose_encoder
 
 from backends.http1.interface import Answer, Handler, HttpRequest
 from sidecar.admin.health import Health
+from sidecar.admin.live import BackendHistory, History, Tick
+from sidecar.admin.status import Backend, Status
 from sidecar.observe.sampler import Sampler
 from sidecar.observe.time_series import FIELDS
 
@@ -38,7 +39,7 @@ class AdminServer:
         self,
         registry: CollectorRegistry,
         health: Health,
-        status: Callable[[], dict[str, Any]],
+        status: Callable[[], Status],
         drain: Callable[[], None],
         sampler: Sampler,
     ) -> None:
@@ -90,7 +91,7 @@ class AdminServer:
         reason = self._health.unready_reason()
         if reason is not None:
             return await _text(http, 503, reason)
-        upstream = [line for line in map(_upstream_line, self._status()["backends"]) if line]
+        upstream = [line for line in map(_upstream_line, self._status().backends) if line]
         return await _text(http, 200, "\n".join(["ready", *upstream]))
 
     async def _livez(self, http: HttpRequest) -> Answer:
@@ -113,7 +114,7 @@ class AdminServer:
         return await _respond(http, 200, body, headers)
 
     async def _get_history(self, http: HttpRequest) -> Answer:
-        return await _respond(http, 200, orjson.dumps(self._snapshot()), _JSON)
+        return await _respond(http, 200, orjson.dumps(self._history()), _JSON)
 
     async def _get_events(self, http: HttpRequest) -> Answer:
         """Send server-sent events: `start` with the status and all time series, then `tick` once a second."""
@@ -124,11 +125,11 @@ class AdminServer:
             headers = {"Content-Type": "text/event-stream", "Cache-Control": "no-store", "X-Accel-Buffering": "no"}
             answer = http.answer(200, headers, length=None)
             if http.method != "HEAD":
-                answer.write(b"retry: 1000\n" + _event("start", self._snapshot()))
+                answer.write(b"retry: 1000\n" + _event("start", self._history()))
                 await answer.drain()
                 while await self._sampler.next_sample():
                     points = {name: series.recent[-1] for name, series in self._sampler.time_series.items()}
-                    answer.write(_event("tick", {"status": self._status(), "points": points}))
+                    answer.write(_event("tick", Tick(self._status(), points)))
                     await answer.drain()
             answer.write_eof()
             await answer.drain()
@@ -136,16 +137,12 @@ class AdminServer:
         finally:
             self._viewers -= 1
 
-    def _snapshot(self) -> dict[str, Any]:
-        """Return the status and the time series of every backend. A point lists its values in the order of `fields`."""
-        return {
-            "status": self._status(),
-            "fields": FIELDS,
-            "history": {
-                name: {"recent": list(series.recent), "whole": series.whole}
-                for name, series in self._sampler.time_series.items()
-            },
-        }
+    def _history(self) -> History:
+        """Return the status and the time series of every backend."""
+        series = self._sampler.time_series
+        return History(
+            self._status(), FIELDS, {name: BackendHistory([*one.recent], one.whole) for name, one in series.items()}
+        )
 
     async def _post_drain(self, http: HttpRequest) -> Answer:
         """Start the drain.
@@ -164,7 +161,7 @@ class AdminServer:
         return await _text(http, 202, "draining")
 
 
-def _event(name: str, data: Any) -> bytes:
+def _event(name: str, data: History | Tick) -> bytes:
     return b"event: %b\ndata: %b\n\n" % (name.encode(), orjson.dumps(data))
 
 
@@ -180,9 +177,9 @@ async def _text(http: HttpRequest, status: int, text: str) -> Answer:
     return await _respond(http, status, f"{text}\n".encode(), headers)
 
 
-def _upstream_line(backend: dict[str, Any]) -> str:
-    held = [lane for lane in backend["models"] if lane["hold"]]
-    return "\n".join(f"{backend['name']} on hold for {lane['model']}: {lane['hold']['reason']}" for lane in held)
+def _upstream_line(backend: Backend) -> str:
+    held = [(one.model, one.hold.reason) for one in backend.models if one.hold is not None]
+    return "\n".join(f"{backend.name} on hold for {model}: {reason}" for model, reason in held)
 
 
 def _is_loopback(remote: str) -> bool:

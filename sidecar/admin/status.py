@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from math import inf
-from typing import Any
 
 from sidecar import __version__
 from sidecar.admin.health import Health
@@ -150,11 +149,11 @@ class Status:
     """The latest first."""
 
 
-def status_of(health: Health, admissions: Sequence[Admission], sampler: Sampler) -> dict[str, Any]:
-    """Return everything `GET /status` says, as `Status` has it."""
+def status_of(health: Health, admissions: Sequence[Admission], sampler: Sampler) -> Status:
+    """Return everything that `GET /status` says."""
     uptime = sampler.uptime
     names = [name for admission in admissions for name in admission.names]
-    status = Status(
+    return Status(
         version=__version__,
         python=platform.python_version(),
         uptime_seconds=round(uptime, 1),
@@ -173,7 +172,6 @@ def status_of(health: Health, admissions: Sequence[Admission], sampler: Sampler)
         ],
         changes=[_change(*one, now=admissions[0].loop.time()) for one in reversed(sampler.changes)],
     )
-    return asdict(status)
 
 
 def _backend(name: str, pools: Sequence[PoolStatus], now: float, sampler: Sampler) -> Backend:

@@ -1,5 +1,5 @@
 """
-The fair queue: it decides which waiting ticket is next. It does not use limits, time or futures. `Lane` uses it.
+The fair queue: it decides which waiting ticket is next. It does not use limits, time or futures. `Pool` uses it.
 
 It has three levels. Their cost hardly grows with the number of keys and tickets (at most logarithmically):
 
