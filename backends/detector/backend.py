@@ -69,8 +69,8 @@ class DetectorBackend:
         """Return the backend's name, because this process uses no account, see `Backend.account`."""
         return self.name
 
-    def ready_reason(self) -> None:
-        """Return None: after its start the detector is always ready, see `Backend.ready_reason`."""
+    def unready_reason(self) -> None:
+        """Return None: after its start the detector is always ready, see `Backend.unready_reason`."""
 
     async def start(self) -> None:
         """Load the model and run it once.

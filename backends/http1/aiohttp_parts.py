@@ -34,13 +34,13 @@ all of them at start, see `implementation.py`.
 Behaviours that the code relies on, and that aiohttp does not promise:
 
 * `ServerDisconnectedError.message` is a `str` if and only if the connection was closed before any byte of an answer was
-  parsed. It decides whether a POST is sent again: see `died_idle`.
+  parsed. It decides whether a POST is sent again: see `broke_before_answer`.
 * `TCPConnector.connect` adds `Proxy-Authorization` to the request's headers, from the proxy's URL.
 * `feed_data` gives no message of a piece of data that it cannot parse, not even the valid ones before the error.
 * `message_consumed` counts a message only when its body has arrived. One that is consumed before counts for ever, and
   when so many count, the parser stops: see `RequestProtocol.request_done`.
 * A `StreamReader` calls `resume_reading` after every read, and it can call `data_received` from there: see
-  `RequestProtocol.resume_reading` and `_Pouring.on_data`.
+  `RequestProtocol.resume_reading` and `_Delivery.on_data`.
 
 Behaviours of aiohttp that the code corrects (each has a test, too: a correction that is no longer needed should go):
 
@@ -75,10 +75,11 @@ from backends.http1.errors import MalformedAnswer, MalformedRequest
 if TYPE_CHECKING:
     from yarl import URL
 
-    from backends.http1.interface import Take
+    from backends.http1.interface import OnPiece
 
 __all__ = [
     "EMPTY_PAYLOAD",
+    "ConnectTarget",
     "Connection",
     "HttpProcessingError",
     "ParsedRequest",
@@ -88,11 +89,10 @@ __all__ = [
     "RequestProtocol",
     "ResponseProtocol",
     "StreamReader",
-    "Way",
+    "abort",
+    "broke_before_answer",
     "can_be_reused",
     "check",
-    "cut",
-    "died_idle",
     "exchange",
     "rfc822_formatted_time",
     "tcp_keepalive",
@@ -123,7 +123,7 @@ def check(loop: asyncio.AbstractEventLoop) -> None:
             protocol.data_received(received)
         protocol.connection_lost(None)
         error = protocol.exception()
-        if error is None or died_idle(error) is answered:
+        if error is None or broke_before_answer(error) is answered:
             raise RuntimeError("ServerDisconnectedError.message no longer shows whether an answer had begun")
 
 
@@ -194,7 +194,7 @@ class RequestProtocol(BaseProtocol):
 class ParsedRequest:
     """The head of a request, and the body as far as it has arrived."""
 
-    __slots__ = ("begun", "connection", "content", "headers", "keep_alive", "method", "raw_path", "task", "version")
+    __slots__ = ("connection", "content", "has_begun", "headers", "keep_alive", "method", "raw_path", "task", "version")
 
     def __init__(self, message: RawRequestMessage, content: StreamReader, connection: RequestProtocol) -> None:
         self.method = message.method
@@ -207,7 +207,7 @@ class ParsedRequest:
         # The parser adds the trailers behind a chunked body to the headers of the next request.
         self.keep_alive = not (message.should_close or message.chunked)
         """The connection takes another request after this one. The handler may decide against it."""
-        self.begun = False
+        self.has_begun = False
         """A part of the answer was written."""
 
 
@@ -254,15 +254,15 @@ class PartsConnector(aiohttp.TCPConnector):
         self.timeout = aiohttp.ClientTimeout(connect=connecting.CONNECT_SECONDS)
         self._factory = partial(ResponseProtocol, loop=self._loop)  # type: ignore[assignment]  # partial is invariant
 
-    async def connect_new(self, way: Way) -> Connection:
+    async def connect_new(self, target: ConnectTarget) -> Connection:
         """Make a connection. Raises `aiohttp.ClientError`."""
         try:
-            return await self.connect(way, [], self.timeout)
+            return await self.connect(target, [], self.timeout)
         except TimeoutError as error:
             raise aiohttp.ConnectionTimeoutError(f"{self.timeout.connect:g}") from error
 
 
-class Way(ClientRequest):
+class ConnectTarget(ClientRequest):
     """Where a connection leads: everything that `PartsConnector.connect_new` reads.
 
     `headers` has `Host`; `Authorization` if the URL has a name and a password; and, after the first connection through
@@ -324,14 +324,14 @@ async def _send_slices(protocol: ResponseHandler, body: bytes) -> None:
             await writer.write(view[start : start + connecting.SLICE_BYTES])
 
 
-def cut(connection: Connection) -> None:
+def abort(connection: Connection) -> None:
     """Close a connection without waiting for the data in its buffers. Does nothing if it was released."""
     if connection.transport is not None:
         connection.transport.abort()
     connection.close()
 
 
-def died_idle(error: BaseException) -> bool:
+def broke_before_answer(error: BaseException) -> bool:
     """Whether a connection broke before an answer began: aiohttp puts the part that it had parsed into `message`.
 
     After a reset there is no such information, but a server that has begun to answer has no reason to send a reset.
@@ -375,19 +375,19 @@ class ReceivedResponse:
     def _release(self) -> None:
         raise NotImplementedError
 
-    async def pour(self, take: Take) -> bool:
+    async def deliver(self, on_piece: OnPiece) -> bool:
         """See `interface.Response`. The pieces are given away in the connection's callback: no task wakes for them."""
         protocol = None if self._connection is None else cast("ResponseProtocol", self._connection.protocol)
-        pouring = _Pouring(self.content, take)
+        delivery = _Delivery(self.content, on_piece)
         if protocol is not None:  # None: the whole body has arrived
-            protocol.on_data = pouring.on_data
-        pouring.on_data()
+            protocol.on_data = delivery.on_data
+        delivery.on_data()
         try:
-            return await pouring.ended
+            return await delivery.ended
         finally:
             if protocol is not None:
                 protocol.on_data = None
-            del pouring.ended  # an error in it refers to the frame that refers to it
+            del delivery.ended  # an error in it refers to the frame that refers to it
 
     def _drop_content(self) -> None:
         """Let a body that is not complete refer to this answer no longer: each would keep the other alive."""
@@ -395,16 +395,16 @@ class ReceivedResponse:
             self.content.set_exception(aiohttp.ClientPayloadError())
 
 
-class _Pouring:
-    """Gives the pieces of one body to `take`, from the connection's own callbacks."""
+class _Delivery:
+    """Gives the pieces of one body to `on_piece`, from the connection's own callbacks."""
 
-    __slots__ = ("_busy", "_content", "_take", "ended")
+    __slots__ = ("_busy", "_content", "_on_piece", "ended")
 
-    def __init__(self, content: StreamReader, take: Take) -> None:
+    def __init__(self, content: StreamReader, on_piece: OnPiece) -> None:
         self.ended: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
-        """True: the body is complete. False: `take` returned False."""
+        """True: the body is complete. False: `on_piece` returned False."""
         self._content = content
-        self._take = take
+        self._on_piece = on_piece
         self._busy = False
 
     def on_data(self) -> None:
@@ -418,7 +418,7 @@ class _Pouring:
             while seen_bytes < content.total_bytes:
                 seen_bytes = content.total_bytes
                 piece = content.read_nowait()
-                if piece and not self._take(piece):
+                if piece and not self._on_piece(piece):
                     self.ended.set_result(False)
                     return
             if content.is_eof():

@@ -24,7 +24,7 @@ from aiohttp import web
 from yarl import URL
 
 from backends.http1 import accepting, connecting
-from backends.http1.interface import Handler, Take, Timings
+from backends.http1.interface import Handler, OnPiece, Timings
 
 log = logging.getLogger("sidecar")
 _silent = logging.Logger("aiohttp", logging.CRITICAL + 1)  # noqa: LOG001  it would log bytes of malformed requests
@@ -38,15 +38,15 @@ class HttpRequest(accepting.RequestHead):
         self.headers, self.content, self.version = request.headers, request.content, request.version
         # aiohttp adds the trailers behind a chunked body to the headers of the next request on the connection.
         self.keep_alive = request.keep_alive and not ("Transfer-Encoding" in self.headers or "Upgrade" in self.headers)
-        self.begun: Answer | None = None
+        self.has_begun: Answer | None = None
         self.task = asyncio.current_task()
 
     def transport(self) -> asyncio.Transport | None:
         return self.request.transport
 
     def answer(self, status: int, head: dict[str, str], *, length: int | None) -> Answer:
-        self.begun = Answer(self, status, head, length)
-        return self.begun
+        self.has_begun = Answer(self, status, head, length)
+        return self.has_begun
 
 
 class Answer:
@@ -120,14 +120,14 @@ class Listener:
         self._tasks.add(http.task)
         try:
             await self._handler(http)
-            assert http.begun is not None  # noqa: S101  the handler returned it
-            await http.begun.drain()
-            return http.begun.response
+            assert http.has_begun is not None  # noqa: S101  the handler returned it
+            await http.has_begun.drain()
+            return http.has_begun.response
         except ConnectionError:
             raise
         except Exception as defect:
             log.exception("a defect in the sidecar")
-            if http.begun is not None and http.begun.response.prepared:
+            if http.has_begun is not None and http.has_begun.response.prepared:
                 raise ConnectionResetError("the answer cannot be completed") from defect
             response = web.Response(status=500, body=accepting.INTERNAL_ERROR, content_type="application/json")
             response.force_close()
@@ -190,10 +190,10 @@ class Response:
     def __init__(self, response: aiohttp.ClientResponse) -> None:
         self.status, self.headers, self.content = response.status, response.headers, response.content
         self.content_type = self.headers.get("Content-Type", "").partition(";")[0].strip().lower()
-        self.drop = response.close
+        self.close_unless_read = response.close
 
-    async def pour(self, take: Take) -> bool:
+    async def deliver(self, on_piece: OnPiece) -> bool:
         while piece := await self.content.readany():
-            if not take(piece):
+            if not on_piece(piece):
                 return False
         return True

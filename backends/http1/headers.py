@@ -7,7 +7,7 @@ from functools import lru_cache
 
 
 @lru_cache(512)
-def spelled(name: str) -> str:
+def canonical_name(name: str) -> str:
     """Return a header's name in the spelling `Like-This`."""
     return name.title()
 

@@ -119,9 +119,9 @@ async def _exchange(origin: Origin, path: str) -> None:
     response = await origin.request("POST", path, {}, _BODY, _Times())
     pieces: list[bytes] = []
     try:
-        complete = await response.pour(lambda piece: not pieces.append(piece))  # type: ignore[func-returns-value]
+        complete = await response.deliver(lambda piece: not pieces.append(piece))  # type: ignore[func-returns-value]
     finally:
-        response.drop()
+        response.close_unless_read()
     if (response.status, complete, b"".join(pieces)) != (200, True, _BODY):
         raise RuntimeError("an exchange over loopback brought a wrong answer")
 

@@ -14,7 +14,7 @@ from typing import Any, Literal, Protocol
 from multidict import CIMultiDictProxy
 
 #: Takes a piece of a body. Returns False if it can take no more at present.
-Take = Callable[[bytes], bool]
+OnPiece = Callable[[bytes], bool]
 
 
 class Body(Protocol):
@@ -180,14 +180,14 @@ class Response(Protocol):
         """The media type, in lower case and without parameters."""
         ...
 
-    async def pour(self, take: Take) -> bool:
-        """Give each piece of the body to `take` as soon as it arrives. Raises `HttpError`.
+    async def deliver(self, on_piece: OnPiece) -> bool:
+        """Give each piece of the body to `on_piece` as soon as it arrives. Raises `HttpError`.
 
-        Returns True at the end of the body, False after a piece for which `take` returned False.
+        Returns True at the end of the body, False after a piece for which `on_piece` returned False.
         """
         ...
 
-    def drop(self) -> None:
+    def close_unless_read(self) -> None:
         """Close the connection, unless the whole body was read. To be called when the answer is not needed any more."""
         ...
 

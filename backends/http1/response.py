@@ -52,7 +52,7 @@ class Answer:
         """Write head and body together; see `write`. Whatever is written later is ignored: the next answer follows."""
         self._ended = True
         http = self._http
-        http.begun = True
+        http.has_begun = True
         http.connection.write(self._head if self._bodiless else self._head + body)
         return not http.connection.writing_paused
 
@@ -76,5 +76,5 @@ class Answer:
 
     def _send(self, data: bytes) -> None:
         head, self._head = self._head, b""
-        self._http.begun = True
+        self._http.has_begun = True
         self._http.connection.write(head + data)

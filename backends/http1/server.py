@@ -118,17 +118,17 @@ class Connection(RequestProtocol):
 
     async def _answer_all(self) -> None:
         """Answer the requests that have arrived, and those that arrive meanwhile."""
-        goes_on = True
+        keeps_alive = True
         try:
-            while self.waiting and goes_on:
-                goes_on = False
-                goes_on = await self._answer_one(*self.waiting.popleft())
+            while self.waiting and keeps_alive:
+                keeps_alive = False
+                keeps_alive = await self._answer_one(*self.waiting.popleft())
         except (ConnectionError, asyncio.CancelledError):
             pass  # the caller hung up. A task that ended with the error would keep it, and all that it refers to
         finally:
             self.task = None
             self._closes_at = self.loop.time() + accepting.KEEPALIVE_SECONDS
-            if not (goes_on and self._listener.is_open) and self.transport is not None:
+            if not (keeps_alive and self._listener.is_open) and self.transport is not None:
                 self.transport.close()
 
     async def _answer_one(self, message: RawRequestMessage | MalformedRequest, content: StreamReader) -> bool:
@@ -147,7 +147,7 @@ class Connection(RequestProtocol):
             raise
         except Exception:
             log.exception("a defect in the sidecar")
-            if not http.begun:
+            if not http.has_begun:
                 self._refuse("500 Internal Server Error", accepting.INTERNAL_ERROR)
             return False
         if not content.is_eof():

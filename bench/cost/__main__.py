@@ -80,8 +80,8 @@ def _write(figures: list[Figure], made: list[str], picture: str, busy: float) ->
     commit = subprocess.run(
         ("git", "describe", "--always"), cwd=ROOT, check=True, capture_output=True, text=True
     ).stdout.strip()
-    told = {figure.name: [round(value, 4) for value in figure.values] for figure in figures}
-    data = {"machine": _machine(), "commit": commit, "figures": told}
+    values_by_name = {figure.name: [round(value, 4) for value in figure.values] for figure in figures}
+    data = {"machine": _machine(), "commit": commit, "figures": values_by_name}
     RATIOS.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n")
     PICTURE.write_text(picture)
     head = (

@@ -234,6 +234,3 @@ class Cubic(Direct):
         self._rate = max(rate, 0.5)
         self._capacity = max(rate, 1.0)
         self._level = min(self._level, self._capacity)
-
-
-Maker = Callable[[Provider], System]
