@@ -48,7 +48,10 @@ class _Job:
     finished: bool = False
     """Whether the row is answered, failed or abandoned. No more events follow."""
     steps: int = 0
-    """Decode steps of the current run. After a failed run, the next one first repeats the answer's existing tokens."""
+    """Decode steps of the current run.
+
+    A run after a failed run first repeats the tokens that the answer already has; these steps add no token.
+    """
 
 
 class Engine:
@@ -136,9 +139,9 @@ class Engine:
     def _collect(self) -> list[_Job]:
         """Wait for the next batch: the oldest row, and the rows that can share its batch. Empty after `stop`.
 
-        A batch starts when it is full, when only rows that cannot share it wait, or when no rows wait. In the last case
-        the engine waits up to `batch_wait_seconds` for more rows, but only while `queued` is not 0. Rows that arrive
-        while images are decoded join the batch.
+        A batch starts when it is full, or when all waiting rows cannot share it. If no row waits, the engine first
+        waits up to `batch_wait_seconds` for more rows, but only while `queued` is not 0. Rows that arrive while images
+        are decoded join the batch.
         """
         jobs: list[_Job] = []
         until = 0.0

@@ -25,7 +25,7 @@ _T = TypeVar("_T")
 
 _log = logging.getLogger(__name__)
 
-#: Seconds to wait for the body of an error. The error is then classified without its body.
+#: Seconds to wait for the body of an error. If the body has not arrived by then, the error is classified without it.
 _ERROR_BODY_SECONDS = 5.0
 #: Bytes of the longest error body that is read.
 _ERROR_BODY_LIMIT = 1024 * 1024
@@ -234,7 +234,7 @@ class DashScopeBackend:
         return reply
 
     def _explained(self, error: HttpError) -> BackendError:
-        """Say in our words what failed."""
+        """Return the error of this project that describes the failure."""
         host, (kind, reason) = self._host, failure_of(error)
         match kind:
             case "name_not_resolved":

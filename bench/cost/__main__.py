@@ -86,7 +86,7 @@ def _write(figures: list[Figure], made: list[str], picture: str, busy: float) ->
     PICTURE.write_text(picture)
     head = (
         f"`make bench` on {_machine()}, at commit {commit}; medians of {side_by_side.ROUNDS} rounds. "
-        f"Load average before it {busy:.1f}, which is other work; it ran at nice {os.nice(0)}."
+        f"The load average before the run was {busy:.1f}, from other work. The run had nice value {os.nice(0)}."
     )
     page = "\n\n".join([head, *made, "![What each proxy costs](images/performance.svg)"])
     report.PAGE.write_text(report.between(report.PAGE.read_text(), "make bench", page))

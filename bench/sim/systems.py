@@ -100,7 +100,7 @@ class OracleUpstream(Upstream):
 
 
 class OracleAdmission(Admission):
-    """Admission above the oracle."""
+    """Admission that uses an `OracleUpstream` for every model."""
 
     def __init__(self, provider: Provider) -> None:
         super().__init__([UpstreamSettings("simulated")])
