@@ -55,7 +55,7 @@ class Timings:
 
 
 #: A callback that consumes one piece of a stream. It returns False to pause the stream.
-Take = Callable[[bytes], bool]
+OnPiece = Callable[[bytes], bool]
 
 
 class Usage(NamedTuple):
@@ -84,10 +84,10 @@ class Reply:
     `Content-Length`."""
     body: bytes = b""
     chunks: AsyncIterator[bytes] | None = None
-    pour: Callable[[Take], Awaitable[bool]] | None = None
+    deliver: Callable[[OnPiece], Awaitable[bool]] | None = None
     """Pass the pieces of `chunks` to a callback, each as soon as it arrives, without waking a task for each piece.
 
-    Returns True when the stream is exhausted. Returns False if the callback paused the stream; call `pour` again to
+    Returns True when the stream is exhausted. Returns False if the callback paused the stream; call `deliver` again to
     continue.
     """
     usage: Usage | None = None
@@ -129,7 +129,7 @@ class Backend(Protocol):
         """
         ...
 
-    def ready_reason(self) -> str | None:
+    def unready_reason(self) -> str | None:
         """Return one line that says why the backend cannot serve requests at present; None if it can serve them."""
         ...
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import lru_cache
 
-from backends.http1.headers import spelled
+from backends.http1.headers import canonical_name
 
 _TO_PROVIDER = frozenset({"traceparent", "tracestate"})
 _TO_PROVIDER_PREFIXES = ("x-dashscope-",)
@@ -39,4 +39,4 @@ def _goes_to_provider(name: str) -> bool:
 @lru_cache(512)
 def _name_for_caller(given: str) -> str | None:
     name = given.lower()
-    return spelled(given) if name in _TO_CALLER or name.startswith(_TO_CALLER_PREFIXES) else None
+    return canonical_name(given) if name in _TO_CALLER or name.startswith(_TO_CALLER_PREFIXES) else None

@@ -82,8 +82,8 @@ class Live:
             raise Unreachable(str(error)) from error
         if response.status == 200:
             return
-        told = orjson.loads(body)["error"]
-        message = f"{response.status} {told['code']}: {told['message']}"
+        problem = orjson.loads(body)["error"]
+        message = f"{response.status} {problem['code']}: {problem['message']}"
         match response.status:
             case 429:
                 raise Throttled(message, kind="unknown")

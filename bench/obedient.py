@@ -59,7 +59,7 @@ class Outcome:
     longest: float = 0.0
 
     @property
-    def got_in(self) -> float:
+    def admitted_share(self) -> float:
         return self.again["ok"] / max(self.again.total(), 1)
 
 
@@ -120,7 +120,7 @@ def play(case: Case, seed: int) -> Outcome:
     return outcome
 
 
-def quota(per_second: float, **other: Any) -> dict[str, Any]:
+def profile_of(per_second: float, **other: Any) -> dict[str, Any]:
     """Return the profile of a provider with this quota that answers in about half a second."""
     return {
         "requests_per_second": per_second,
@@ -133,28 +133,28 @@ def quota(per_second: float, **other: Any) -> dict[str, Any]:
 
 
 CASES = (
-    Case("burst of 200, 10/s, 20 may wait", quota(10.0), 200, once=True, settings={"queue_size": 20}),
-    Case("burst of 300, 10/s, deadline 10 s", quota(10.0), 300, once=True, deadline=10.0),
-    Case("burst of 1000, 50/s, 10 may wait", quota(50.0), 1000, once=True, keys=10, settings={"queue_size": 10}),
-    Case("burst of 60, 2/s, 10 may wait", quota(2.0), 60, once=True, settings={"queue_size": 10}),
-    Case("100 callers, 10/s, 20 may wait", quota(10.0), 100, settings={"queue_size": 20}),
-    Case("100 callers, 10 keys, 10/s, 20 may wait", quota(10.0), 100, keys=10, settings={"queue_size": 20}),
-    Case("100 callers, 1 key, 10/s, 20 may wait", quota(10.0), 100, keys=1, settings={"queue_size": 20}),
-    Case("400 callers, 10 keys, 50/s, 50 may wait", quota(50.0), 400, keys=10, settings={"queue_size": 50}),
-    Case("60 callers, 4 at a time, 10 may wait", quota(inf, concurrency=4), 60, settings={"queue_size": 10}),
-    Case("40 callers, pinned to 4, 5 may wait", quota(inf), 40, settings={"queue_size": 5, "concurrency": 4}),
-    Case("200 callers, 5/s, deadline 10 s", quota(5.0), 200, deadline=10.0),
-    Case("200 callers, 10 keys, 5/s, deadline 10 s", quota(5.0), 200, keys=10, deadline=10.0),
-    Case("200 callers, 1 key, 5/s, deadline 10 s", quota(5.0), 200, keys=1, deadline=10.0),
-    Case("40 callers, 10 keys, 0.5/s", quota(0.5), 40, keys=10, seconds=1800.0),
-    Case("1.5 x 10/s arrive for 2 minutes", quota(10.0), arrivals=15.0, keys=10, deadline=20.0, seconds=120.0),
-    Case("3 x 10/s arrive for 1 minute", quota(10.0), arrivals=30.0, keys=10, deadline=20.0, seconds=60.0),
+    Case("burst of 200, 10/s, 20 may wait", profile_of(10.0), 200, once=True, settings={"queue_size": 20}),
+    Case("burst of 300, 10/s, deadline 10 s", profile_of(10.0), 300, once=True, deadline=10.0),
+    Case("burst of 1000, 50/s, 10 may wait", profile_of(50.0), 1000, once=True, keys=10, settings={"queue_size": 10}),
+    Case("burst of 60, 2/s, 10 may wait", profile_of(2.0), 60, once=True, settings={"queue_size": 10}),
+    Case("100 callers, 10/s, 20 may wait", profile_of(10.0), 100, settings={"queue_size": 20}),
+    Case("100 callers, 10 keys, 10/s, 20 may wait", profile_of(10.0), 100, keys=10, settings={"queue_size": 20}),
+    Case("100 callers, 1 key, 10/s, 20 may wait", profile_of(10.0), 100, keys=1, settings={"queue_size": 20}),
+    Case("400 callers, 10 keys, 50/s, 50 may wait", profile_of(50.0), 400, keys=10, settings={"queue_size": 50}),
+    Case("60 callers, 4 at a time, 10 may wait", profile_of(inf, concurrency=4), 60, settings={"queue_size": 10}),
+    Case("40 callers, pinned to 4, 5 may wait", profile_of(inf), 40, settings={"queue_size": 5, "concurrency": 4}),
+    Case("200 callers, 5/s, deadline 10 s", profile_of(5.0), 200, deadline=10.0),
+    Case("200 callers, 10 keys, 5/s, deadline 10 s", profile_of(5.0), 200, keys=10, deadline=10.0),
+    Case("200 callers, 1 key, 5/s, deadline 10 s", profile_of(5.0), 200, keys=1, deadline=10.0),
+    Case("40 callers, 10 keys, 0.5/s", profile_of(0.5), 40, keys=10, seconds=1800.0),
+    Case("1.5 x 10/s arrive for 2 minutes", profile_of(10.0), arrivals=15.0, keys=10, deadline=20.0, seconds=120.0),
+    Case("3 x 10/s arrive for 1 minute", profile_of(10.0), arrivals=30.0, keys=10, deadline=20.0, seconds=60.0),
     Case(
         "3 x 10/s arrive for 1 minute, 50 may wait",
-        quota(10.0), arrivals=30.0, keys=10, seconds=60.0, settings={"queue_size": 50},
+        profile_of(10.0), arrivals=30.0, keys=10, seconds=60.0, settings={"queue_size": 50},
     ),
-    Case("1.5 x 2/s arrive for 2 minutes", quota(2.0), arrivals=3.0, keys=10, deadline=20.0, seconds=120.0),
-    Case("1.5 x 10/s arrive, half obey", quota(10.0), arrivals=15.0, keys=10, deadline=20.0, obedient=0.5),
+    Case("1.5 x 2/s arrive for 2 minutes", profile_of(2.0), arrivals=3.0, keys=10, deadline=20.0, seconds=120.0),
+    Case("1.5 x 10/s arrive, half obey", profile_of(10.0), arrivals=15.0, keys=10, deadline=20.0, obedient=0.5),
 )  # fmt: skip
 
 
@@ -167,7 +167,7 @@ def main() -> None:
             for seed in (1, 2, 3):
                 outcome = play(case, seed)
                 print(
-                    f"{case.name if seed == 1 else '':44} {outcome.got_in:22.3f} {outcome.again.total():6}"
+                    f"{case.name if seed == 1 else '':44} {outcome.admitted_share:22.3f} {outcome.again.total():6}"
                     f" {outcome.first.total():12} {outcome.longest:15.0f} s",
                     flush=True,
                 )

@@ -237,7 +237,7 @@ async def day(run: Run) -> None:
     begun = loop.time()
     async with asyncio.TaskGroup() as tasks:
         while (at := loop.time() - begun) < run.seconds:
-            tasks.create_task(run.one(f"camera-{run.random.randrange(10)}"))
+            tasks.create_task(run.send_one(f"camera-{run.random.randrange(10)}"))
             rate = 0.85 - 0.75 * cos(2 * pi * at / DAY)
             await asyncio.sleep(run.random.expovariate(rate))
 

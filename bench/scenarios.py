@@ -6,7 +6,8 @@
 
 Two other clients can run in place of the sidecar: a semaphore and CUBIC. The program prints the median and the worst
 value of each figure over the seeds beside its target, and marks missed targets. Below the figures it prints the error
-of the sidecar's predicted waits. The sidecar refuses requests by these predictions and sends them as Retry-After.
+of the sidecar's predicted waits. The sidecar refuses requests because of these predictions, and sends the predictions
+as Retry-After.
 """
 
 from __future__ import annotations

@@ -158,11 +158,11 @@ async def soak(seconds: float) -> list[str]:
             counted = ("sidecar_request_duration_seconds_count", "sidecar_queue_wait_seconds_count")
             wrong += [f"{name} is not {requests}" for name in counted if total(metrics, name) != requests]
             attempts = total(metrics, "sidecar_upstream_attempts_total")
-            unsure = total(metrics, "sidecar_upstream_attempts_total", "cancelled") + total(
+            may_not_have_arrived = total(metrics, "sidecar_upstream_attempts_total", "cancelled") + total(
                 metrics, "sidecar_upstream_attempts_total", "connect_error"
             )
             calls = runner.app[PROVIDER].counts.calls
-            if abs(attempts - calls) > unsure:
+            if abs(attempts - calls) > may_not_have_arrived:
                 wrong.append(f"{attempts} attempts, {calls} calls at the provider")
             shares = []
             for number in range(CAMERAS):

@@ -125,7 +125,7 @@ def assemble(settings: Settings, drain: Callable[[], None]) -> Parts:
 
 def _no_backend_is_ready(backends: Sequence[Backend]) -> str | None:
     """Give the reason of the first backend when no backend can serve; else None."""
-    reasons = [backend.ready_reason() for backend in backends]
+    reasons = [backend.unready_reason() for backend in backends]
     return None if None in reasons else reasons[0]
 
 
@@ -149,7 +149,7 @@ def _upstream(settings: Settings, backend: Backend, tier: int) -> UpstreamSettin
         refusal_budget=settings.refusal_budget,
         paced=backend.slots is None,
         only_model=backend.model_id,
-        ready_reason=backend.ready_reason,
+        unready_reason=backend.unready_reason,
     )
 
 

@@ -36,8 +36,8 @@ MAX_OVERLAP = 0.5
 #: The model also runs on tiles of the frame, so that it finds small and distant objects. The frame has this many tiles
 #: in each direction. trio-core uses the same number.
 _TILES = 2
-#: The tiles overlap: the width and the height of a tile are larger by this fraction than its share of the frame.
-#: trio-core uses the same value.
+#: The tiles overlap: each tile is wider and higher by this fraction than the frame's width and height divided by
+#: `_TILES`. trio-core uses the same value.
 _TILE_OVERLAP = 0.3
 #: Pixels of the largest image that is decoded.
 _MAX_PIXELS = 50_000_000
@@ -69,8 +69,8 @@ class DetectorBackend:
         """Return the backend's name, because this process uses no account, see `Backend.account`."""
         return self.name
 
-    def ready_reason(self) -> None:
-        """Return None: after its start the detector is always ready, see `Backend.ready_reason`."""
+    def unready_reason(self) -> None:
+        """Return None: after its start the detector is always ready, see `Backend.unready_reason`."""
 
     async def start(self) -> None:
         """Load the model and run it once.

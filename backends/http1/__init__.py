@@ -1,1 +1,1 @@
-"""HTTP/1.1 over asyncio, both ends: the listener and the client. Imports nothing of ours."""
+"""HTTP/1.1 over asyncio, both ends: the listener and the client. It imports no other package of this project."""

@@ -1,4 +1,4 @@
-"""How both HTTP implementations treat a caller's connection: time limits in seconds, sizes, addresses."""
+"""The parts of a listener that both HTTP implementations share: time limits in seconds, sizes, addresses."""
 
 from __future__ import annotations
 
@@ -11,28 +11,30 @@ import orjson
 from aiohttp import HttpVersion, HttpVersion11
 from multidict import CIMultiDictProxy
 
-#: A connection that was idle for this long is closed, and so is one whose caller reads nothing of its answer for this
-#: long. It is longer than any client's own limit (httpx 5 s, aiohttp 15 s): the client must be the one who closes, and
-#: never while its next request is on the way.
+#: Seconds. A connection is closed when it was idle for this time, or when the caller has read nothing of its answer for
+#: this time. It is longer than any client's own limit (httpx 5 s, aiohttp 15 s), so that the client closes an idle
+#: connection first. If the listener closed first, it could close the connection while the client's next request is on
+#: the way.
 KEEPALIVE_SECONDS = 75.0
-#: How long the rest of a refused body is read and thrown away. If the connection were closed at once, a caller who is
-#: still sending would see a reset instead of the answer.
+#: Seconds for which the rest of a refused body is read and discarded. If the connection were closed at once, a caller
+#: that is still sending would see a reset instead of the answer.
 LINGER_SECONDS = 2.0
-#: A new connection that has sent no complete request head after this time is closed. Otherwise, a caller who opens many
-#: connections and sends nothing could use up the descriptors of the process.
+#: Seconds. A new connection that has sent no complete request head after this time is closed. Otherwise a caller that
+#: opens many connections and sends nothing could use up the descriptors of the process.
 FIRST_REQUEST_SECONDS = 10.0
-#: Requests that are being answered have this long to end when the listener is closed.
+#: Seconds. When the listener is closed, requests that are being answered have this time to end.
 CLOSING_SECONDS = 1.0
-#: Bytes of a body that are kept before the caller has to wait: about one frame.
+#: Bytes of a request's body that are buffered while the handler does not read. Above this number the listener stops
+#: reading from the socket, so the caller must wait. It is about one frame.
 READ_BUFFER_BYTES = 256 * 1024
-#: Connections that the system keeps until they are accepted.
+#: Maximum number of connections that the operating system queues until the process accepts them.
 BACKLOG = 1024
-#: Requests that may wait on one connection behind the request that is being answered.
+#: Maximum number of requests that wait on one connection behind the request that is being answered.
 MAX_PIPELINED = 32
 
 
 def error_body(message: str, kind: str, code: str) -> bytes:
-    """Give the body of an error that no handler made, in the shape of OpenAI's API."""
+    """Return the body of an error that the HTTP layer reports itself, in the format of OpenAI's API."""
     return orjson.dumps({"error": {"message": message, "type": kind, "code": code, "param": None}})
 
 
@@ -40,30 +42,36 @@ INTERNAL_ERROR = error_body("internal error", "server_error", "internal_error")
 
 
 class RequestHead:
-    """What both implementations read of a request's head and connection in the same way."""
+    """The properties of a request's head and connection that are the same in both implementations."""
 
     __slots__ = ()
     headers: CIMultiDictProxy[str]
     version: HttpVersion
 
     def transport(self) -> asyncio.Transport | None:
-        """Give the caller's connection; None if it was lost."""
+        """Return the caller's connection; None if it was lost."""
         raise NotImplementedError
 
     @property
     def content_length(self) -> int | None:
-        """Bytes of the body as it was announced. The parser accepts only a number."""
+        """The request's `Content-Length` in bytes; None without this header.
+
+        `int` cannot fail, because the parser refuses a value that is not a number.
+        """
         length = self.headers.get("Content-Length")
         return None if length is None else int(length)
 
     @property
     def is_gone(self) -> bool:
-        """The caller has hung up."""
+        """Whether the caller has closed the connection."""
         transport = self.transport()
         return transport is None or transport.is_closing()
 
     def send_continue(self) -> None:
-        """Send `100 Continue`, if the caller's version of HTTP has it. Raises `ConnectionError`."""
+        """Send `100 Continue`, if the caller's version of HTTP supports it.
+
+        Raises `ConnectionError` if the caller has closed the connection.
+        """
         if self.version >= HttpVersion11:
             transport = self.transport()
             if transport is None or transport.is_closing():
@@ -79,7 +87,7 @@ class RequestHead:
 
 
 class Addresses:
-    """The addresses of one listener: opens them, and closes them."""
+    """Opens and closes the addresses of one listener."""
 
     def __init__(self, make_protocol: Callable[[], asyncio.Protocol]) -> None:
         """`make_protocol` makes the protocol of a new connection."""
@@ -88,7 +96,7 @@ class Addresses:
         self._socket_path: Path | None = None
 
     async def open(self, host: str, port: int) -> int:
-        """Listen on a TCP address; returns the port. Raises `OSError`."""
+        """Listen on a TCP address and return the port. Raises `OSError`."""
         server = await asyncio.get_running_loop().create_server(self._make_protocol, host, port, backlog=BACKLOG)
         self._servers.append(server)
         return int(server.sockets[0].getsockname()[1])
@@ -111,10 +119,13 @@ class Addresses:
 
 
 class Counted(asyncio.Protocol):
-    """Counts a connection, and passes asyncio's events on to another protocol."""
+    """A protocol that counts its connection and passes asyncio's events to another protocol."""
 
     def __init__(self, inner: asyncio.Protocol, connections: set[Any], max_connections: int) -> None:
-        """Add itself to `connections` while it is open; close at once what is over `max_connections`."""
+        """The object is in `connections` while the connection is open.
+
+        If there are then more than `max_connections`, it closes the connection immediately.
+        """
         self._inner, self._connections, self._max_connections = inner, connections, max_connections
         for name in ("data_received", "eof_received", "pause_writing", "resume_writing"):
             setattr(self, name, getattr(inner, name))
@@ -127,7 +138,7 @@ class Counted(asyncio.Protocol):
             transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Count the connection no more."""
+        """Stop counting the connection."""
         self._connections.discard(self)
         self._inner.connection_lost(exc)
 

@@ -1,9 +1,9 @@
-"""Every use of undocumented parts of aiohttp. No other file imports or names one.
+"""All uses of undocumented parts of aiohttp are in this file. No other file imports or names such a part.
 
 Serving uses the parser and the connections of aiohttp without its `web.Server` and its `ClientSession`, because these
-two need 1.5 times the processor time per frame. aiohttp promises nothing about the parts below: they may change in any
-release. Each has a test in `tests/backends/http1/test_aiohttp_parts.py`, whose name names the part. `check` looks for
-all of them at start, see `implementation.py`.
+two need 1.5 times the processor time per frame. aiohttp does not document the parts below, so they may change in any
+release. For each part, `tests/backends/http1/test_aiohttp_parts.py` has a test whose name contains the name of the
+part. `check` looks for all parts at start, see `implementation.py`.
 
 | use | name and signature |
 |---|---|
@@ -31,23 +31,27 @@ all of them at start, see `implementation.py`.
 | 22 | `helpers._EXC_SENTINEL`, the default of `set_exception`'s second argument |
 | 23 | `ServerDisconnectedError.message` |
 
-Behaviours that the code relies on, and that aiohttp does not promise:
+Behaviours that the code relies on, and that aiohttp does not document:
 
 * `ServerDisconnectedError.message` is a `str` if and only if the connection was closed before any byte of an answer was
-  parsed. It decides whether a POST is sent again: see `died_idle`.
+  parsed. This decides whether a POST is sent again: see `broke_before_answer`.
 * `TCPConnector.connect` adds `Proxy-Authorization` to the request's headers, from the proxy's URL.
-* `feed_data` gives no message of a piece of data that it cannot parse, not even the valid ones before the error.
-* `message_consumed` counts a message only when its body has arrived. One that is consumed before counts for ever, and
-  when so many count, the parser stops: see `RequestProtocol.request_done`.
-* A `StreamReader` calls `resume_reading` after every read, and it can call `data_received` from there: see
-  `RequestProtocol.resume_reading` and `_Pouring.on_data`.
+* If a piece of data contains an error, `feed_data` returns none of its messages, not even the valid messages before the
+  error.
+* `message_consumed` removes a message from the parser's count only if the body of the message has arrived. If it is
+  called earlier, the message stays in the count for ever. When the count reaches `max_msg_queue_size`, the parser
+  stops: see `RequestProtocol.request_done`.
+* A `StreamReader` calls `resume_reading` after every read, and `resume_reading` can call `data_received`: see
+  `RequestProtocol.resume_reading` and `_Delivery.on_data`.
 
-Behaviours of aiohttp that the code corrects (each has a test, too: a correction that is no longer needed should go):
+Behaviours of aiohttp that the code corrects (each also has a test; remove a correction that is no longer needed):
 
-* The parser adds the trailers behind a chunked body to the headers of the next request: see `ParsedRequest`.
-* `_drain_helper` leaves a cancelled waiter behind, and the next one who waits is cancelled too.
-* A connection that ends with an error tells nothing to the reader of the body: an answer without a length that a reset
-  cut short looks complete. Nor does a body that stops being HTTP: its reader would wait for ever.
+* The parser adds the trailers after a chunked body to the headers of the next request: see `ParsedRequest`.
+* After a cancellation `_drain_helper` leaves the cancelled future in `_drain_waiter`. The next task that waits for it
+  is then cancelled too: see `RequestProtocol.drain`.
+* aiohttp does not report the error of a broken connection to the reader of the body. So if a reset cuts off an answer
+  without a length, the answer looks complete. aiohttp does not report it either if a body stops being valid HTTP: the
+  reader would wait for ever. See `ResponseProtocol`.
 """
 
 from __future__ import annotations
@@ -75,10 +79,11 @@ from backends.http1.errors import MalformedAnswer, MalformedRequest
 if TYPE_CHECKING:
     from yarl import URL
 
-    from backends.http1.interface import Take
+    from backends.http1.interface import OnPiece
 
 __all__ = [
     "EMPTY_PAYLOAD",
+    "ConnectTarget",
     "Connection",
     "HttpProcessingError",
     "ParsedRequest",
@@ -88,11 +93,10 @@ __all__ = [
     "RequestProtocol",
     "ResponseProtocol",
     "StreamReader",
-    "Way",
+    "abort",
+    "broke_before_answer",
     "can_be_reused",
     "check",
-    "cut",
-    "died_idle",
     "exchange",
     "rfc822_formatted_time",
     "tcp_keepalive",
@@ -100,9 +104,12 @@ __all__ = [
 
 
 def check(loop: asyncio.AbstractEventLoop) -> None:
-    """Raise `AttributeError`, `TypeError` or `RuntimeError` if a part is missing or the worst behaviour has changed.
+    """Check that the installed aiohttp has the parts that the table in the module's docstring lists.
 
-    Names that this module imports, or that every exchange uses, are not repeated here.
+    Raises `AttributeError` or `TypeError` if a part is missing, and `RuntimeError` if `ServerDisconnectedError.message`
+    no longer shows whether an answer had begun. This behaviour is the most dangerous one, because it decides whether a
+    POST is sent again. Names that this module imports, or that every exchange uses, are not checked here: without them
+    the import or the first exchange fails.
     """
     for owner, names in (
         (RequestProtocol(loop, buffer_bytes=1, max_pipelined=1), (
@@ -123,7 +130,7 @@ def check(loop: asyncio.AbstractEventLoop) -> None:
             protocol.data_received(received)
         protocol.connection_lost(None)
         error = protocol.exception()
-        if error is None or died_idle(error) is answered:
+        if error is None or broke_before_answer(error) is answered:
             raise RuntimeError("ServerDisconnectedError.message no longer shows whether an answer had begun")
 
 
@@ -131,7 +138,7 @@ def check(loop: asyncio.AbstractEventLoop) -> None:
 
 
 class RequestProtocol(BaseProtocol):
-    """A caller's connection: aiohttp's parser, its flow control, and a bounded queue of parsed requests."""
+    """A caller's connection: the parser and the flow control of aiohttp, and a bounded queue of parsed requests."""
 
     __slots__ = ("_max_pipelined", "_message_consumed", "feed", "loop", "task", "waiting")
 
@@ -147,54 +154,63 @@ class RequestProtocol(BaseProtocol):
         super().__init__(loop, parser)
         self.loop = loop
         self.task: asyncio.Task[None] | None = None
-        """Answers the requests that have arrived; None while there is none."""
+        """The task that answers the requests that have arrived; None if no request has arrived."""
         self.feed = parser.feed_data
-        """Parse data; gives messages with their bodies, whether another protocol follows, and the rest."""
+        """Parses data. Returns messages with their bodies, whether another protocol follows, and the unparsed rest."""
         self.waiting: deque[tuple[RawRequestMessage | MalformedRequest, StreamReader]] = deque()
-        """Parsed requests that nobody has begun to answer. The first malformed one is the last."""
+        """Parsed requests whose answer has not begun.
+
+        After malformed data nothing more is parsed, so a `MalformedRequest` is always the last element.
+        """
         self._message_consumed = parser.message_consumed
         self._max_pipelined = max_pipelined
 
     def resume_reading(self, resume_parser: bool = True) -> None:
-        """Read on after a pause. aiohttp calls this after every read of a body, and would parse nothing each time."""
+        """Resume reading after a pause.
+
+        aiohttp calls this after every read of a body, also without a pause. Its own method would then run the parser on
+        no data each time.
+        """
         if self._reading_paused:
             super().resume_reading(resume_parser)
 
     def pause_while_full(self) -> None:
-        """Stop reading the socket: the maximum number of requests is waiting. `request_done` resumes."""
+        """Stop reading the socket: the maximum number of requests is waiting. `request_done` resumes reading."""
         if not self._buffer_paused:
             self._pause_reading_for_buffer()
 
     def request_done(self) -> None:
-        """
-        Let the parser continue where it had to stop: one request was answered.
+        """Tell the parser that one request is answered, so that it continues if it had stopped at its limit.
 
-        This must wait until the body of the request has arrived: the parser counts the request only then.
+        Must be called only after the body of the request has arrived: see `message_consumed` in the module's docstring.
         """
         self._message_consumed()
         if self._buffer_paused and len(self.waiting) <= self._max_pipelined // 2:
-            self.data_received(b"")  # before the pause ends: the queue may be full again
+            self.data_received(b"")  # parse the buffered data before reading resumes: this can fill the queue again
             if len(self.waiting) < self._max_pipelined:
                 self._resume_reading_for_buffer()
 
     def write(self, data: bytes) -> None:
-        """Write, or keep the data while the caller does not read: see `drain`. Raises `ConnectionError`."""
+        """Write data. Raises `ConnectionError` if the caller has closed the connection.
+
+        If the caller reads slowly, the data stays in the write buffer: see `drain`.
+        """
         if self.transport is None or self.transport.is_closing():
             raise ConnectionResetError("the caller hung up")
         self.transport.write(data)
 
     async def drain(self) -> None:
-        """Wait while too much is kept that the caller does not read. Raises `ConnectionError` if it hung up."""
+        """Wait until the write buffer has room. Raises `ConnectionError` if the caller has closed the connection."""
         try:
             await self._drain_helper()
         finally:
-            self._drain_waiter = None  # aiohttp leaves a cancelled one there, and cancels the next one who waits
+            self._drain_waiter = None  # aiohttp leaves a cancelled future here, which would cancel the next wait too
 
 
 class ParsedRequest:
-    """The head of a request, and the body as far as it has arrived."""
+    """The head of a request, and the part of its body that has arrived."""
 
-    __slots__ = ("begun", "connection", "content", "headers", "keep_alive", "method", "raw_path", "task", "version")
+    __slots__ = ("connection", "content", "has_begun", "headers", "keep_alive", "method", "raw_path", "task", "version")
 
     def __init__(self, message: RawRequestMessage, content: StreamReader, connection: RequestProtocol) -> None:
         self.method = message.method
@@ -204,11 +220,11 @@ class ParsedRequest:
         self.content = content
         self.connection = connection
         self.task = connection.task
-        # The parser adds the trailers behind a chunked body to the headers of the next request.
+        # The parser adds the trailers after a chunked body to the headers of the next request on the connection.
         self.keep_alive = not (message.should_close or message.chunked)
-        """The connection takes another request after this one. The handler may decide against it."""
-        self.begun = False
-        """A part of the answer was written."""
+        """Whether the connection can take another request after this one. The handler may set it to False."""
+        self.has_begun = False
+        """Whether a part of the answer was written."""
 
 
 # -- the client's side -------------------------------------------------------------------------------------------------
@@ -218,7 +234,7 @@ class ResponseProtocol(ResponseHandler):
     """A connection to an upstream."""
 
     on_data: Callable[[], None] | None = None
-    """Is called after each piece of data was parsed, and after the end of the connection."""
+    """A callback. It is called after each piece of data was parsed, and after the end of the connection."""
 
     def data_received(self, data: bytes) -> None:
         """Parse data, then notify the reader of the body."""
@@ -227,18 +243,22 @@ class ResponseProtocol(ResponseHandler):
             self.on_data()
 
     def set_exception(self, exc: BaseException, exc_cause: BaseException = _EXC_SENTINEL) -> None:
-        """Give an error to the reader of the body too, which aiohttp does not do."""
+        """Report an error to the reader of the body too, which aiohttp does not do."""
         if self._payload is not None and not self._payload.is_eof():
             self._payload.set_exception(aiohttp.ClientPayloadError(), exc_cause)
         super().set_exception(exc, exc_cause)
 
     def resume_reading(self, resume_parser: bool = True) -> None:
-        """Read on after a pause. aiohttp calls this after every read of a body, and would parse nothing each time."""
+        """Resume reading after a pause.
+
+        aiohttp calls this after every read of a body, also without a pause. Its own method would then run the parser on
+        no data each time.
+        """
         if self._reading_paused:
             super().resume_reading(resume_parser)
 
     def connection_lost(self, exc: BaseException | None) -> None:
-        """Give a reset to the reader of the body: aiohttp would call an answer without a length complete."""
+        """Report a reset to the reader of the body. For aiohttp an answer without a length would be complete."""
         if exc is not None and self._payload is not None and not self._payload.is_eof():
             self._payload.set_exception(aiohttp.ClientPayloadError(), exc)
         super().connection_lost(exc)
@@ -247,26 +267,26 @@ class ResponseProtocol(ResponseHandler):
 
 
 class PartsConnector(aiohttp.TCPConnector):
-    """Makes connections whose protocol is `ResponseProtocol`, without a limit of their number."""
+    """Makes connections with the protocol `ResponseProtocol`. Their number is not limited."""
 
     def __init__(self) -> None:
         super().__init__(limit=0, ttl_dns_cache=connecting.DNS_SECONDS, socket_factory=connecting.make_socket)
         self.timeout = aiohttp.ClientTimeout(connect=connecting.CONNECT_SECONDS)
         self._factory = partial(ResponseProtocol, loop=self._loop)  # type: ignore[assignment]  # partial is invariant
 
-    async def connect_new(self, way: Way) -> Connection:
+    async def connect_new(self, target: ConnectTarget) -> Connection:
         """Make a connection. Raises `aiohttp.ClientError`."""
         try:
-            return await self.connect(way, [], self.timeout)
+            return await self.connect(target, [], self.timeout)
         except TimeoutError as error:
             raise aiohttp.ConnectionTimeoutError(f"{self.timeout.connect:g}") from error
 
 
-class Way(ClientRequest):
-    """Where a connection leads: everything that `PartsConnector.connect_new` reads.
+class ConnectTarget(ClientRequest):
+    """The target of a connection: the attributes of a request that `PartsConnector.connect_new` reads.
 
-    `headers` has `Host`; `Authorization` if the URL has a name and a password; and, after the first connection through
-    a proxy whose URL has them, `Proxy-Authorization`.
+    `headers` contains `Host`. It also contains `Authorization` if the URL contains a user name and a password, and
+    `Proxy-Authorization` if the proxy's URL contains them and one connection through the proxy has been made.
     """
 
     def __init__(self, url: URL, proxy: URL | None) -> None:
@@ -274,7 +294,10 @@ class Way(ClientRequest):
 
 
 def can_be_reused(connection: Connection) -> bool:
-    """Whether an idle connection is open, and nothing arrived on it. That would be taken for the next answer."""
+    """Return whether an idle connection is still open and no data has arrived on it.
+
+    Such data would be read as the answer to the next request.
+    """
     protocol = connection.protocol
     if protocol is None:
         return False
@@ -287,7 +310,8 @@ async def exchange(
 ) -> tuple[RawResponseMessage, StreamReader, asyncio.Task[None] | None]:
     """Write a request and wait for the head of its answer. Raises `aiohttp.ClientError`.
 
-    Gives the head, the body, and the task that still writes a big request. `head_only`: the answer has no body.
+    Returns the head, the body, and the task that still writes a large request (None if the request is written).
+    `head_only` says that the answer has no body.
     """
     protocol = connection.protocol
     assert protocol is not None and protocol.transport is not None  # noqa: S101  the caller just got the connection
@@ -311,12 +335,15 @@ async def exchange(
         if isinstance(error, HttpProcessingError):
             raise MalformedAnswer from error
         if interim and isinstance(error, aiohttp.ClientError):
-            raise aiohttp.ClientPayloadError from error  # so the request must not be sent again
+            raise aiohttp.ClientPayloadError from error  # with this error the request is not sent again
         raise
 
 
 async def _send_slices(protocol: ResponseHandler, body: bytes) -> None:
-    """Write a big body, and wait whenever the socket is full. The reader of the answer gets a broken connection."""
+    """Write a large body in slices, and wait while the socket's buffer is full.
+
+    If the connection breaks, the error is suppressed here, because the reader of the answer gets it.
+    """
     writer = StreamWriter(protocol, asyncio.get_running_loop())
     view = memoryview(body)
     with contextlib.suppress(ConnectionError):
@@ -324,17 +351,19 @@ async def _send_slices(protocol: ResponseHandler, body: bytes) -> None:
             await writer.write(view[start : start + connecting.SLICE_BYTES])
 
 
-def cut(connection: Connection) -> None:
-    """Close a connection without waiting for the data in its buffers. Does nothing if it was released."""
+def abort(connection: Connection) -> None:
+    """Close a connection at once and discard the data in its buffers. Does nothing if it was released."""
     if connection.transport is not None:
         connection.transport.abort()
     connection.close()
 
 
-def died_idle(error: BaseException) -> bool:
-    """Whether a connection broke before an answer began: aiohttp puts the part that it had parsed into `message`.
+def broke_before_answer(error: BaseException) -> bool:
+    """Return whether the connection broke before an answer began.
 
-    After a reset there is no such information, but a server that has begun to answer has no reason to send a reset.
+    In that case the error's `message` is a text; otherwise aiohttp has put the parsed part of the answer into it. A
+    reset carries no such information and counts as "before", because a server that has begun to answer has no reason to
+    send a reset.
     """
     if isinstance(error, aiohttp.ServerDisconnectedError):
         return isinstance(error.message, str)
@@ -345,7 +374,7 @@ class Pool(Protocol):
     """Keeps idle connections."""
 
     def keep(self, connection: Connection) -> None:
-        """Take a connection back: the answer on it was read to its end."""
+        """Store a connection for another request. The answer on it was read to its end."""
 
 
 class ReceivedResponse:
@@ -368,49 +397,54 @@ class ReceivedResponse:
         self._connection: Connection | None = connection
         """The connection while this answer owns it."""
         self._sending = sending
-        """Writes the rest of a big request."""
+        """The task that writes the rest of a large request; None if the request is written."""
         self._should_close = message.should_close
         content.on_eof(self._release)
 
     def _release(self) -> None:
         raise NotImplementedError
 
-    async def pour(self, take: Take) -> bool:
-        """See `interface.Response`. The pieces are given away in the connection's callback: no task wakes for them."""
+    async def deliver(self, on_piece: OnPiece) -> bool:
+        """See `interface.Response`.
+
+        Each piece is passed to `on_piece` in the connection's own callback, so no task must be woken.
+        """
         protocol = None if self._connection is None else cast("ResponseProtocol", self._connection.protocol)
-        pouring = _Pouring(self.content, take)
+        delivery = _Delivery(self.content, on_piece)
         if protocol is not None:  # None: the whole body has arrived
-            protocol.on_data = pouring.on_data
-        pouring.on_data()
+            protocol.on_data = delivery.on_data
+        delivery.on_data()
         try:
-            return await pouring.ended
+            return await delivery.ended
         finally:
             if protocol is not None:
                 protocol.on_data = None
-            del pouring.ended  # an error in it refers to the frame that refers to it
+            # An exception in the future refers to this stack frame, and the frame refers to the future: `del` breaks
+            # this reference cycle.
+            del delivery.ended
 
     def _drop_content(self) -> None:
-        """Let a body that is not complete refer to this answer no longer: each would keep the other alive."""
+        """Remove the reference from an incomplete body to this answer. Otherwise the two keep each other in memory."""
         if not self.content.is_eof():
             self.content.set_exception(aiohttp.ClientPayloadError())
 
 
-class _Pouring:
-    """Gives the pieces of one body to `take`, from the connection's own callbacks."""
+class _Delivery:
+    """Passes the pieces of one body to `on_piece`, in the connection's own callbacks."""
 
-    __slots__ = ("_busy", "_content", "_take", "ended")
+    __slots__ = ("_busy", "_content", "_on_piece", "ended")
 
-    def __init__(self, content: StreamReader, take: Take) -> None:
+    def __init__(self, content: StreamReader, on_piece: OnPiece) -> None:
         self.ended: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
-        """True: the body is complete. False: `take` returned False."""
+        """The result is True if the body is complete, and False if `on_piece` returned False."""
         self._content = content
-        self._take = take
+        self._on_piece = on_piece
         self._busy = False
 
     def on_data(self) -> None:
-        """Give away what has arrived."""
+        """Pass the data that has arrived to `on_piece`."""
         if self._busy or self.ended.done():
-            return  # a read can parse more data, which calls this again
+            return  # a read below can parse more data, and then this method is called from inside itself
         self._busy = True
         content = self._content
         try:
@@ -418,12 +452,12 @@ class _Pouring:
             while seen_bytes < content.total_bytes:
                 seen_bytes = content.total_bytes
                 piece = content.read_nowait()
-                if piece and not self._take(piece):
+                if piece and not self._on_piece(piece):
                     self.ended.set_result(False)
                     return
             if content.is_eof():
                 self.ended.set_result(True)
-        except Exception as error:  # noqa: BLE001  for the one who waits, and not for aiohttp, which called this
+        except Exception as error:  # noqa: BLE001  the task that awaits `ended` must get it, not aiohttp
             self.ended.set_exception(error)
         finally:
             self._busy = False

@@ -15,12 +15,12 @@ from yarl import URL
 from backends.http1 import connecting
 from backends.http1.aiohttp_parts import (
     Connection,
+    ConnectTarget,
     PartsConnector,
     ReceivedResponse,
-    Way,
+    abort,
+    broke_before_answer,
     can_be_reused,
-    cut,
-    died_idle,
     exchange,
 )
 from backends.http1.headers import head_of
@@ -28,8 +28,8 @@ from backends.http1.headers import head_of
 if TYPE_CHECKING:
     from backends.http1.interface import Timings
 
-#: A connection that died while it was idle shows it within this many seconds of its next use. Later, the server was
-#: working on the request.
+#: Seconds. If a pooled connection breaks within this time after it was taken from the pool, it had died while idle, and
+#: the request is sent again. If it breaks later, the server was working on the request.
 _DIED_IDLE_SECONDS = 2.0
 _BODILESS = frozenset({"GET", "HEAD", "OPTIONS"})
 
@@ -38,26 +38,26 @@ class Connector(PartsConnector):
     """See `interface.Connector`. Each `Origin` keeps its own idle connections."""
 
     def origin(self, base: str) -> Origin:
-        """Prepare the way to a base URL. Raises `ValueError` for a proxy of an unknown kind."""
+        """Return the `Origin` of a base URL. Raises `ValueError` for a proxy of an unknown kind."""
         return Origin(self, base)
 
 
 class Origin:
-    """One base URL, and the pooled connections to it. To be made in the event loop."""
+    """One base URL, and the pooled connections to it. Must be created in the event loop."""
 
     def __init__(self, connector: Connector, base: str) -> None:
-        """Raises ValueError if the environment names a proxy of an unknown kind."""
+        """Raise `ValueError` if the environment names a proxy of an unknown kind."""
         url = URL(base)
         proxy = connecting.environment_proxy(url)
         self._connector = connector
         self._idle: deque[tuple[Connection, float]] = deque()
-        """Idle connections, and since when; the longest idle one first."""
+        """Idle connections, each with the time (loop clock) since which it is idle; the longest idle one is first."""
         self._timer: asyncio.TimerHandle | None = None  # closes connections that are idle for too long
         self._loop = loop = asyncio.get_running_loop()
         self._clock = loop.time
-        self._way = Way(url, proxy)
-        self._more = f"\r\nHost: {self._way.headers['Host']}\r\nAccept: */*\r\nAccept-Encoding: identity"
-        # A proxy gets the whole URL, except for https, which it only tunnels.
+        self._target = ConnectTarget(url, proxy)
+        self._common_headers = f"\r\nHost: {self._target.headers['Host']}\r\nAccept: */*\r\nAccept-Encoding: identity"
+        # A proxy needs the whole URL in the request line. For https it only tunnels, so the path is enough.
         whole = proxy is not None and url.scheme == "http"
         self._prefix = (str(url.with_user(None)) if whole else url.raw_path).rstrip("/")
 
@@ -65,28 +65,28 @@ class Origin:
         """Send a request and wait for the head of its answer. Raises `HttpError`.
 
         If a pooled connection breaks before an answer began, it had died while it was idle: the request is sent once
-        more, on a new connection. If the call is cancelled, the connection is closed at once: the data in its send
-        buffer is thrown away.
+        more, on a new connection. If the call is cancelled, the connection is closed at once, and the data in its send
+        buffer is discarded.
         """
-        way = self._way
-        if "Authorization" in way.headers:  # a name and a password in the base URL
-            headers.setdefault("Authorization", way.headers["Authorization"])
+        target = self._target
+        if "Authorization" in target.headers:  # the base URL contains a user name and a password
+            headers.setdefault("Authorization", target.headers["Authorization"])
         if body or method not in _BODILESS:
             headers["Content-Length"] = str(len(body))
         new_only = False
         while True:
             connection, reused = await self._connect(new_only=new_only)
             timings.work_started = self._clock()
-            if "Proxy-Authorization" in way.headers:  # the connector took it from the proxy's URL
-                headers["Proxy-Authorization"] = way.headers["Proxy-Authorization"]
+            if "Proxy-Authorization" in target.headers:  # the connector took it from the proxy's URL
+                headers["Proxy-Authorization"] = target.headers["Proxy-Authorization"]
             try:
-                head = head_of(f"{method} {self._prefix}{path} HTTP/1.1", headers, self._more)
+                head = head_of(f"{method} {self._prefix}{path} HTTP/1.1", headers, self._common_headers)
                 message, content, sending = await exchange(connection, head, body, head_only=method == "HEAD")
                 response = Response(self, connection, message, content, sending)
             except BaseException as error:
-                cut(connection)
+                abort(connection)
                 soon = self._clock() - timings.work_started < _DIED_IDLE_SECONDS
-                if not (reused and soon and died_idle(error)):
+                if not (reused and soon and broke_before_answer(error)):
                     raise
                 new_only = True
             else:
@@ -94,9 +94,10 @@ class Origin:
                 return response
 
     async def _connect(self, *, new_only: bool) -> tuple[Connection, bool]:
-        """Take an idle connection or make a new one. The bool: the connection was used before.
+        """Return a connection, and whether it was used before.
 
-        `new_only`: an idle connection was dead, so the other idle ones are probably dead too.
+        With `new_only`, close all idle connections and make a new one: one idle connection was dead, so the others
+        probably are too.
         """
         while self._idle:
             connection, since = self._idle.pop()
@@ -104,10 +105,10 @@ class Origin:
             if not (new_only or too_old) and can_be_reused(connection):
                 return connection, True
             connection.close()
-        return await self._connector.connect_new(self._way), False
+        return await self._connector.connect_new(self._target), False
 
     def keep(self, connection: Connection) -> None:
-        """Keep a connection for another request: the answer on it was read to its end."""
+        """Store a connection for another request. The answer on it was read to its end."""
         self._idle.append((connection, self._clock()))
         if self._timer is None:
             self._timer = self._loop.call_later(connecting.IDLE_SECONDS, self._close_idle)
@@ -135,19 +136,19 @@ class Response(ReceivedResponse):
         """The media type, in lower case and without parameters."""
         return self.headers.get("Content-Type", "").partition(";")[0].strip().lower()
 
-    def drop(self) -> None:
-        """Close the connection at once, unless the body was read: then the connection may serve another request."""
+    def close_unless_read(self) -> None:
+        """Close the connection at once. If the body was read, do nothing: the connection is already in the pool."""
         connection, self._connection = self._connection, None
         if connection is not None:
             self._drop_content()
             if self._sending is not None:
                 self._sending.cancel()
-            cut(connection)
+            abort(connection)
 
     def _release(self) -> None:
         early = self._sending is not None and not self._sending.done()  # the request is not yet written
         if early or self._should_close:
-            self.drop()
+            self.close_unless_read()
         elif self._connection is not None:
             self._pool.keep(self._connection)
             self._connection = None

@@ -10,25 +10,28 @@ from yarl import URL
 
 #: Seconds within which a connection must be established: name, TCP and TLS together.
 CONNECT_SECONDS = 5.0
-#: Seconds for which a resolved address is used for new connections. An upstream that moved is found again within this.
+#: Seconds for which a resolved address is used for new connections. An upstream with a new address is found again
+#: within this time.
 DNS_SECONDS = 10
-#: Seconds for which a pooled connection may be idle. nginx and the usual load balancers close it after 60 to 75.
+#: Seconds for which a pooled connection may be idle. nginx and the usual load balancers close it after 60 to 75 s.
 IDLE_SECONDS = 45.0
-#: Bytes of an answer that are read before the reader takes them. A stream whose reader stops holds at most twice this.
+#: Bytes of an answer that are buffered before the reader consumes them. If the reader stops, a stream keeps at most
+#: twice this number in memory.
 READ_AHEAD_BYTES = 64 * 1024
-#: A longer body is written in slices of this many bytes, each after the last was sent: TLS would make a second copy.
+#: Bytes. A longer body is written in slices of this size, each after the previous slice was sent. If the whole body
+#: were written at once, TLS would make a second copy of it.
 SLICE_BYTES = 256 * 1024
 #: TCP keep-alive as DashScope's own SDK sets it: idle seconds, interval in seconds, number of probes. The last option
-#: is in milliseconds: if the other end confirms nothing that was sent for so long, the connection is dead (the default
-#: is a quarter of an hour). It must not be shorter: a busy server can leave the end of a big body unread for a while,
-#: and the kernel cannot distinguish the two.
+#: is in milliseconds: if the other end acknowledges no sent data for this time, the kernel closes the connection (its
+#: default is a quarter of an hour). A shorter time would be wrong: a busy server can leave the end of a large body
+#: unread for a while, and the kernel cannot distinguish a busy server from a dead one.
 _KEEPALIVE = (("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 30), ("TCP_KEEPCNT", 3), ("TCP_USER_TIMEOUT", 45_000))
 
 _AddressInfo = tuple[int | socket.AddressFamily, int | socket.SocketKind, int, str, tuple[object, ...]]
 
 
 def make_socket(address: _AddressInfo) -> socket.socket:
-    """Make the socket of a new connection, with TCP keep-alive: aiohttp's `socket_factory`."""
+    """Return the socket of a new connection, with TCP keep-alive. This is the `socket_factory` of aiohttp."""
     family, kind, protocol, _, _ = address
     made = socket.socket(family, kind, protocol)
     made.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -39,7 +42,10 @@ def make_socket(address: _AddressInfo) -> socket.socket:
 
 
 def in_slices(body: bytes) -> bytes | AsyncIterator[bytes]:
-    """Give a short body as it is, and a long one in slices, each when the last one was taken."""
+    """Return a short body unchanged. Return a long body as an iterator of slices.
+
+    A slice is made only when the previous slice was consumed.
+    """
     return body if len(body) <= SLICE_BYTES else _slices(body)
 
 
@@ -49,10 +55,11 @@ async def _slices(body: bytes) -> AsyncIterator[bytes]:
 
 
 def environment_proxy(url: URL) -> URL | None:
-    """Give the proxy that `HTTPS_PROXY`, `HTTP_PROXY` and `NO_PROXY` name for a URL, as the official SDKs obey them.
+    """Return the proxy that the variables `HTTPS_PROXY`, `HTTP_PROXY` and `NO_PROXY` name for a URL.
 
-    This machine itself is never reached through a proxy. The variables are read once: aiohttp's own `trust_env` asks
-    a thread on every request, and takes passwords from `~/.netrc`.
+    The official SDKs use the variables in the same way. This machine itself is never reached through a proxy. The
+    variables are read once per `Origin`. aiohttp's own `trust_env` is not used, because it uses a thread for every
+    request and reads passwords from `~/.netrc`.
 
     Raises:
         ValueError: the proxy is of a kind that is not supported.

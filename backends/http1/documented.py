@@ -1,14 +1,15 @@
 """The second implementation, on aiohttp's documented `web.Server` and `ClientSession`.
 
-It serves where an internal part is missing. It is slower, and cannot do what only the internal parts can:
+It is used if the installed aiohttp lacks an internal part. It is slower and has these limits:
 
-* Malformed data gets aiohttp's own 400, as plain text. A body, of a request or an answer, that stops being HTTP is
-  noticed only at the deadline. An answer without a length that a reset cuts short looks complete.
-* Pipelined requests are bounded by aiohttp only, and not in every release. A connection that has sent no complete
+* Malformed data gets aiohttp's own 400, as plain text. If the body of a request or of an answer becomes invalid HTTP in
+  the middle, this is noticed only at the deadline. If a reset cuts off an answer without a length, the answer looks
+  complete.
+* Only aiohttp bounds the number of pipelined requests, and not in every release. A connection that has sent no complete
   request head is closed after 75 s, not after 10 s.
-* Connections to an upstream are not kept for another request: aiohttp would take data that arrives on an idle one for
-  the next answer, and would not show whether a POST on a dead one may be sent again.
-* A cancelled request to an upstream still sends the data in its socket's buffer.
+* Connections to an upstream are not kept for another request. Otherwise aiohttp would read data that arrives on an idle
+  connection as the next answer. It also does not show whether a POST on a dead connection may be sent again.
+* When a request to an upstream is cancelled, the data in its socket's buffer is still sent.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ from aiohttp import web
 from yarl import URL
 
 from backends.http1 import accepting, connecting
-from backends.http1.interface import Handler, Take, Timings
+from backends.http1.interface import Handler, OnPiece, Timings
 
 log = logging.getLogger("sidecar")
-_silent = logging.Logger("aiohttp", logging.CRITICAL + 1)  # noqa: LOG001  it would log bytes of malformed requests
+_silent = logging.Logger("aiohttp", logging.CRITICAL + 1)  # noqa: LOG001  aiohttp would log bytes of malformed requests
 
 
 class HttpRequest(accepting.RequestHead):
@@ -36,27 +37,27 @@ class HttpRequest(accepting.RequestHead):
     def __init__(self, request: web.BaseRequest) -> None:
         self.request, self.method, self.raw_path = request, request.method, request.raw_path
         self.headers, self.content, self.version = request.headers, request.content, request.version
-        # aiohttp adds the trailers behind a chunked body to the headers of the next request on the connection.
+        # aiohttp adds the trailers after a chunked body to the headers of the next request on the connection.
         self.keep_alive = request.keep_alive and not ("Transfer-Encoding" in self.headers or "Upgrade" in self.headers)
-        self.begun: Answer | None = None
+        self.begun_answer: Answer | None = None
         self.task = asyncio.current_task()
 
     def transport(self) -> asyncio.Transport | None:
         return self.request.transport
 
-    def answer(self, status: int, head: dict[str, str], *, length: int | None) -> Answer:
-        self.begun = Answer(self, status, head, length)
-        return self.begun
+    def answer(self, status: int, headers: dict[str, str], *, length: int | None) -> Answer:
+        self.begun_answer = Answer(self, status, headers, length)
+        return self.begun_answer
 
 
 class Answer:
-    """See `interface.Answer`. Pieces are kept until `drain`: aiohttp can only write them in a coroutine."""
+    """See `interface.Answer`. Pieces are buffered until `drain`, because aiohttp can write only in a coroutine."""
 
-    def __init__(self, http: HttpRequest, status: int, head: dict[str, str], length: int | None) -> None:
-        if any("\r" in value or "\n" in value for value in head.values()):
+    def __init__(self, http: HttpRequest, status: int, headers: dict[str, str], length: int | None) -> None:
+        if any("\r" in value or "\n" in value for value in headers.values()):
             raise ValueError("a line break in a header would begin another one")
         self.status, self._request, self._kept, self._ended = status, http.request, b"", False
-        self.response = web.StreamResponse(status=status, headers={"Server": "vlm-sidecar", **head})
+        self.response = web.StreamResponse(status=status, headers={"Server": "vlm-sidecar", **headers})
         self._bodiless = http.method == "HEAD" or status in (204, 304)
         if length is not None:
             self.response.content_length = length
@@ -110,7 +111,7 @@ class Listener:
 
     async def close(self) -> None:
         self._addresses.close()
-        self.server.pre_shutdown()  # idle connections are closed, the others after their request
+        self.server.pre_shutdown()  # closes idle connections now, the others after their request
         await accepting.finish([task for task in self._tasks if task is not None])
         await self.server.shutdown(accepting.CLOSING_SECONDS)
         await self._addresses.remove_socket()
@@ -120,14 +121,14 @@ class Listener:
         self._tasks.add(http.task)
         try:
             await self._handler(http)
-            assert http.begun is not None  # noqa: S101  the handler returned it
-            await http.begun.drain()
-            return http.begun.response
+            assert http.begun_answer is not None  # noqa: S101  the handler returned it
+            await http.begun_answer.drain()
+            return http.begun_answer.response
         except ConnectionError:
             raise
         except Exception as defect:
             log.exception("a defect in the sidecar")
-            if http.begun is not None and http.begun.response.prepared:
+            if http.begun_answer is not None and http.begun_answer.response.prepared:
                 raise ConnectionResetError("the answer cannot be completed") from defect
             response = web.Response(status=500, body=accepting.INTERNAL_ERROR, content_type="application/json")
             response.force_close()
@@ -190,10 +191,10 @@ class Response:
     def __init__(self, response: aiohttp.ClientResponse) -> None:
         self.status, self.headers, self.content = response.status, response.headers, response.content
         self.content_type = self.headers.get("Content-Type", "").partition(";")[0].strip().lower()
-        self.drop = response.close
+        self.close_unless_read = response.close
 
-    async def pour(self, take: Take) -> bool:
+    async def deliver(self, on_piece: OnPiece) -> bool:
         while piece := await self.content.readany():
-            if not take(piece):
+            if not on_piece(piece):
                 return False
         return True

@@ -1,4 +1,4 @@
-"""Fetches small files over HTTP, with aiohttp's documented client: one GET, no redirect, a bounded size."""
+"""Fetch small files over HTTP with aiohttp's documented client: one GET, no redirect, a bounded size."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from yarl import URL
 
 
 class Downloads:
-    """Fetches files. Makes its session at the first one: most processes fetch none."""
+    """Fetches files. The session is created at the first fetch, because most processes fetch no file."""
 
     def __init__(self, *, timeout_seconds: float) -> None:
         """`timeout_seconds` is the limit of one fetch, from the connection to the last byte."""
@@ -15,9 +15,11 @@ class Downloads:
         self._session: aiohttp.ClientSession | None = None
 
     async def get(self, url: URL, *, max_bytes: int) -> tuple[int, bytes]:
-        """Give status and body; of a longer body at least `max_bytes` + 1 bytes. Raises `HttpError`, `TimeoutError`.
+        """Return the status and the body. Raises `HttpError`, `TimeoutError`.
 
-        A redirect is not followed: it could lead anywhere.
+        The body is empty if the status is not 200. If the body is longer than `max_bytes`, return only its start, at
+        least `max_bytes` + 1 bytes, so that the caller can notice it. A redirect is not followed, because it could lead
+        to any address.
         """
         if self._session is None:
             self._session = aiohttp.ClientSession(timeout=self._timeout, cookie_jar=aiohttp.DummyCookieJar())

@@ -1,6 +1,6 @@
-"""The errors of both HTTP implementations, in words of our own: no other room has to import aiohttp.
+"""The errors of both HTTP implementations, as types of this project, so that no other package must import aiohttp.
 
-The listener raises `MalformedRequest`. The client raises `HttpError`s; `failure_of` says what failed.
+The listener raises `MalformedRequest`. The client raises `HttpError`; `failure_of` says what failed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,10 @@ HttpError = aiohttp.ClientError
 
 
 class MalformedRequest(Exception):
-    """The caller sent something that is not valid HTTP. The message holds no byte of it: it may be part of a key."""
+    """The caller sent data that is not valid HTTP.
+
+    The message contains no byte of the data, because the data may contain a part of a key.
+    """
 
     def __init__(self, cause: BaseException) -> None:
         super().__init__(
@@ -26,7 +29,7 @@ class MalformedRequest(Exception):
 
 
 class MalformedAnswer(HttpError):
-    """The upstream answered with something that is not valid HTTP."""
+    """The upstream's answer is not valid HTTP."""
 
 
 FailureKind = Literal[
@@ -43,14 +46,14 @@ FailureKind = Literal[
 
 
 class Failure(NamedTuple):
-    """What failed, and the reason in words that quote no URL and no header."""
+    """The kind of a failure, and its reason as a text without URLs and headers."""
 
     kind: FailureKind
     reason: str
 
 
 def failure_of(error: HttpError) -> Failure:
-    """Classify an error. aiohttp's own messages name URLs and quote headers, so they are not used."""
+    """Classify an error. aiohttp's own messages are not used, because they can contain URLs and headers."""
     match error:
         case aiohttp.ClientConnectorDNSError():
             return Failure("name_not_resolved", _reason(error))
@@ -75,8 +78,8 @@ def failure_of(error: HttpError) -> Failure:
 def _reason(error: HttpError) -> str:
     cause = getattr(error, "os_error", None) or error
     if isinstance(cause, ConnectionError) and cause.errno:
-        return os.strerror(cause.errno)  # asyncio's own text names the address instead of the reason
+        return os.strerror(cause.errno)  # asyncio's own text contains the address and not the reason
     if isinstance(cause, aiohttp.ServerDisconnectedError):
         return "the server closed it"
-    # Without a number, the text is aiohttp's own and can name the URL.
+    # If the error has no errno, its text is from aiohttp and can contain the URL.
     return (isinstance(cause, OSError) and cause.errno and cause.strerror) or type(cause).__name__

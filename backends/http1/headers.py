@@ -1,4 +1,4 @@
-"""How the headers of an HTTP/1.1 message are written."""
+"""Write the head of an HTTP/1.1 message: its first line and its headers."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ from functools import lru_cache
 
 
 @lru_cache(512)
-def spelled(name: str) -> str:
-    """Return a header's name in the spelling `Like-This`."""
+def canonical_name(name: str) -> str:
+    """Return a header's name in the spelling of this project, `Like-This`."""
     return name.title()
 
 
 def head_of(first_line: str, headers: Mapping[str, str], more: str = "") -> bytes:
-    """Return the head of an HTTP message. Raises `ValueError` for a line break in it, which would begin another header.
+    """Return the head of an HTTP message.
 
-    `more` contains headers that are already written, each after a line break.
+    `more` contains headers that are already encoded, each with a line break before it. Raises `ValueError` if a header
+    contains a line break, because it would start another header.
     """
     head = first_line
     for name, value in headers.items():

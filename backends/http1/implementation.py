@@ -1,7 +1,7 @@
 """Chooses the HTTP implementation once per process: the internal one, if it works on the installed aiohttp.
 
 Releases of aiohttp may change internal parts at any time, and a security release must never have to wait for this
-project. So a self-check decides at start. If it fails, `documented.py` serves, with a warning.
+project. So a self-check decides at start. If it fails, `documented.py` is used, and the log warns.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from backends.http1.interface import Answer, Connector, HttpRequest, MakeListene
 
 log = logging.getLogger("sidecar")
 
-#: Seconds that the self-check may take. It takes a few milliseconds.
+#: Maximum duration of the self-check in seconds. Usually it takes a few milliseconds.
 _CHECK_SECONDS = 5.0
-#: Longer than what either end reads ahead, and than what the client writes at once.
+#: The body of the self-check, 300,000 bytes: more than the read buffers of both ends and more than the client's slice,
+#: so that the check also covers pauses.
 _BODY = b"self-check" * 30_000
 
 
@@ -32,27 +33,30 @@ class Implementation:
 
 
 def internal() -> Implementation:
-    """Import the implementation on aiohttp's internal parts. Raises anything if this release lacks one of them."""
-    from backends.http1 import client, server  # noqa: PLC0415  this can fail
+    """Import and return the implementation that uses aiohttp's internal parts.
+
+    May raise any exception if this aiohttp lacks an internal part.
+    """
+    from backends.http1 import client, server  # noqa: PLC0415  the import can fail
 
     return Implementation("internal", server.Listener, client.Connector)
 
 
 def documented() -> Implementation:
-    """Import the implementation on aiohttp's documented interface."""
+    """Import and return the implementation that uses only aiohttp's documented interface."""
     from backends.http1 import documented as module  # noqa: PLC0415  its imports take memory that few processes need
 
     return Implementation("documented", module.Listener, module.Connector)
 
 
 class _Chosen:
-    """The choice of this process. It depends on nothing but the installed aiohttp."""
+    """The choice of this process. It depends only on the installed aiohttp."""
 
     implementation: Implementation | None = None
 
 
 async def choose() -> Implementation:
-    """Give the implementation that serves in this process."""
+    """Return the implementation that this process uses."""
     if _Chosen.implementation is None:
         _Chosen.implementation = await _choose()
     return _Chosen.implementation
@@ -73,12 +77,13 @@ async def _choose() -> Implementation:
 
 
 async def self_check(implementation: Implementation) -> None:
-    """Look for the internal parts by name, then send two requests over one loopback connection. Raises anything.
+    """Look for the internal parts by name, then send two requests over one loopback connection.
 
-    The bodies are longer than what either end reads ahead, so that each has to wait for the other.
+    May raise any exception if this aiohttp lacks an internal part. The bodies are larger than the read buffers of both
+    ends, so that each end must wait for the other.
     """
     if implementation.name == "internal":
-        from backends.http1 import aiohttp_parts  # noqa: PLC0415  this can fail
+        from backends.http1 import aiohttp_parts  # noqa: PLC0415  the import can fail
 
         aiohttp_parts.check(asyncio.get_running_loop())
     listener, connector = implementation.listener(_echo, max_connections=2), implementation.connector()
@@ -86,7 +91,7 @@ async def self_check(implementation: Implementation) -> None:
         try:
             port = await listener.open("127.0.0.1", 0)
         except OSError:
-            return  # a machine without loopback says nothing about aiohttp
+            return  # without loopback, nothing can be concluded about aiohttp
         async with asyncio.timeout(_CHECK_SECONDS):
             origin = connector.origin(f"http://127.0.0.1:{port}")
             try:
@@ -100,7 +105,7 @@ async def self_check(implementation: Implementation) -> None:
 
 
 async def _echo(http: HttpRequest) -> Answer:
-    """Answer with the body of the request, at once or in two pieces."""
+    """Answer with the body of the request: whole, or in two pieces."""
     body = b"".join([piece async for piece in http.content.iter_any()])
     whole = http.raw_path == "/whole"
     answer = http.answer(200, {"Content-Type": "text/plain"}, length=len(body) if whole else None)
@@ -119,9 +124,9 @@ async def _exchange(origin: Origin, path: str) -> None:
     response = await origin.request("POST", path, {}, _BODY, _Times())
     pieces: list[bytes] = []
     try:
-        complete = await response.pour(lambda piece: not pieces.append(piece))  # type: ignore[func-returns-value]
+        complete = await response.deliver(lambda piece: not pieces.append(piece))  # type: ignore[func-returns-value]
     finally:
-        response.drop()
+        response.close_unless_read()
     if (response.status, complete, b"".join(pieces)) != (200, True, _BODY):
         raise RuntimeError("an exchange over loopback brought a wrong answer")
 

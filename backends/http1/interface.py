@@ -1,7 +1,7 @@
-"""The contract of an HTTP implementation: everything that the sidecar and the backends use of one.
+"""The contract of an HTTP implementation: everything that the sidecar and the backends use of an implementation.
 
-There are two: `server.py` and `client.py` on aiohttp's internal parts, and `documented.py`. `implementation.py`
-chooses between them at start.
+There are two implementations: `server.py` with `client.py` uses aiohttp's internal parts, and `documented.py` uses only
+aiohttp's documented interface. `implementation.py` chooses between them at start.
 """
 
 from __future__ import annotations
@@ -13,23 +13,26 @@ from typing import Any, Literal, Protocol
 
 from multidict import CIMultiDictProxy
 
-#: Takes a piece of a body. Returns False if it can take no more at present.
-Take = Callable[[bytes], bool]
+#: A callback that consumes one piece of a body. It returns False if it cannot consume more at present.
+OnPiece = Callable[[bytes], bool]
 
 
 class Body(Protocol):
-    """A body that arrives. The reader of a request's body can get `MalformedRequest`, of an answer's `HttpError`."""
+    """A body while it arrives.
+
+    Reading the body of a request can raise `MalformedRequest`; reading the body of an answer can raise `HttpError`.
+    """
 
     def is_eof(self) -> bool:
-        """The whole body has arrived; part of it may be unread."""
+        """Return whether the whole body has arrived. A part of it may be unread."""
         ...
 
     def read_nowait(self, n: int = -1, /) -> bytes:
-        """Give what has arrived and is unread."""
+        """Return the bytes that have arrived and were not read yet."""
         ...
 
     async def readany(self) -> bytes:
-        """Wait for the next piece; empty at the end."""
+        """Wait for the next piece and return it; return empty bytes at the end of the body."""
         ...
 
     def iter_any(self) -> AsyncIterator[bytes]:
@@ -40,17 +43,23 @@ class Body(Protocol):
 class Answer(Protocol):
     """The answer to one request. The head is sent with the body or with its first piece.
 
-    `write`, `write_whole` and `drain` raise `ConnectionError` if the caller has hung up.
+    `write`, `write_whole` and `drain` raise `ConnectionError` if the caller has closed the connection.
     """
 
     status: int
 
     def write_whole(self, body: bytes) -> bool:
-        """Write the whole body; whatever is written afterwards is ignored. False: wait for `drain`."""
+        """Write the whole body. Later writes are ignored.
+
+        Returns False if the write buffer is full: then await `drain`.
+        """
         ...
 
     def write(self, piece: bytes) -> bool:
-        """Write a piece, or keep it while the caller does not read. False: wait for `drain` before the next one."""
+        """Write a piece. If the caller reads slowly, the piece stays in the write buffer.
+
+        Returns False if the buffer is full: then await `drain` before the next piece.
+        """
         ...
 
     def write_eof(self) -> None:
@@ -58,7 +67,7 @@ class Answer(Protocol):
         ...
 
     async def drain(self) -> None:
-        """Wait while too much is kept."""
+        """Wait until the write buffer has room again."""
         ...
 
 
@@ -66,7 +75,10 @@ class HttpRequest(Protocol):
     """A request: its head, and the part of its body that has arrived."""
 
     keep_alive: bool
-    """The connection takes another request after this one. The handler may set it to False before `answer`."""
+    """Whether the connection can take another request after this one.
+
+    The handler may set it to False before it calls `answer`.
+    """
 
     @property
     def task(self) -> asyncio.Task[Any] | None:
@@ -95,12 +107,12 @@ class HttpRequest(Protocol):
 
     @property
     def content_length(self) -> int | None:
-        """Bytes of the body as it was announced."""
+        """The request's `Content-Length` in bytes; None without this header."""
         ...
 
     @property
     def is_gone(self) -> bool:
-        """The caller has hung up."""
+        """Whether the caller has closed the connection."""
         ...
 
     @property
@@ -109,18 +121,22 @@ class HttpRequest(Protocol):
         ...
 
     def send_continue(self) -> None:
-        """Send `100 Continue`, if the caller's version of HTTP has it. Raises `ConnectionError`."""
+        """Send `100 Continue`, if the caller's version of HTTP supports it.
+
+        Raises `ConnectionError` if the caller has closed the connection.
+        """
         ...
 
-    def answer(self, status: int, head: dict[str, str], *, length: int | None) -> Answer:
-        """Begin the answer; `head`, its headers, belongs to the answer from now on.
+    def answer(self, status: int, headers: dict[str, str], *, length: int | None) -> Answer:
+        """Begin the answer.
 
-        `length` is that of the whole body in bytes; None if the body is written in pieces.
+        The answer may change the dict `headers`, so the caller must not use it afterwards. `length` is the length of
+        the whole body in bytes; None if the body is written in pieces.
         """
         ...
 
 
-#: Answers a request. It is cancelled if the caller hangs up.
+#: Answers a request. It is cancelled if the caller closes the connection.
 Handler = Callable[[HttpRequest], Awaitable[Answer]]
 
 
@@ -128,7 +144,7 @@ class Listener(Protocol):
     """One or several addresses that share one handler."""
 
     async def open(self, host: str, port: int) -> int:
-        """Listen on a TCP address; returns the port. Raises `OSError`."""
+        """Listen on a TCP address and return the port. Raises `OSError`."""
         ...
 
     async def open_unix(self, path: Path) -> None:
@@ -141,24 +157,24 @@ class Listener(Protocol):
 
 
 class MakeListener(Protocol):
-    """Makes a listener; it is not open yet."""
+    """Creates a listener that is not open yet."""
 
     def __call__(self, handler: Handler, *, max_connections: int) -> Listener:
-        """Take the handler, and the number of connections that may be open at a time."""
+        """Return a listener for this handler. `max_connections` is the maximum number of open connections."""
         ...
 
 
 class Timings(Protocol):
-    """Where `Origin.request` notes times of the event loop's clock."""
+    """`Origin.request` stores the times of one request here, on the event loop's clock."""
 
     work_started: float | None
-    """The wait for a connection ended."""
+    """The time at which the wait for a connection ended."""
     first_byte: float | None
-    """The head of the answer arrived."""
+    """The time at which the head of the answer arrived."""
 
 
 class Response(Protocol):
-    """An upstream's answer: its head, and its body as it arrives. The connection is free again after the body."""
+    """An upstream's answer: its head, and its body as it arrives. The connection is free when the body is read."""
 
     @property
     def status(self) -> int:
@@ -167,7 +183,7 @@ class Response(Protocol):
 
     @property
     def headers(self) -> Mapping[str, str]:
-        """The headers; names compare without regard to case."""
+        """The headers. Upper and lower case in names make no difference."""
         ...
 
     @property
@@ -180,15 +196,18 @@ class Response(Protocol):
         """The media type, in lower case and without parameters."""
         ...
 
-    async def pour(self, take: Take) -> bool:
-        """Give each piece of the body to `take` as soon as it arrives. Raises `HttpError`.
+    async def deliver(self, on_piece: OnPiece) -> bool:
+        """Pass each piece of the body to `on_piece` as soon as it arrives. Raises `HttpError`.
 
-        Returns True at the end of the body, False after a piece for which `take` returned False.
+        Returns True at the end of the body, False after a piece for which `on_piece` returned False.
         """
         ...
 
-    def drop(self) -> None:
-        """Close the connection, unless the whole body was read. To be called when the answer is not needed any more."""
+    def close_unless_read(self) -> None:
+        """Close the connection, unless the whole body was read.
+
+        Must be called when the answer is no longer needed.
+        """
         ...
 
 
@@ -198,7 +217,7 @@ class Origin(Protocol):
     async def request(self, method: str, path: str, headers: dict[str, str], body: bytes, timings: Timings) -> Response:
         """Send a request and wait for the head of its answer. Raises `HttpError`.
 
-        `headers` may be changed. Cancelling the call closes the connection.
+        The call may change the dict `headers`. If the call is cancelled, the connection is closed.
         """
         ...
 
@@ -208,10 +227,13 @@ class Origin(Protocol):
 
 
 class Connector(Protocol):
-    """Makes connections, without a limit of their number: admission limits it."""
+    """Makes connections. It does not limit their number, because admission limits the attempts in flight."""
 
     def origin(self, base: str) -> Origin:
-        """Prepare the way to a base URL. Raises `ValueError` if the environment names a proxy of an unknown kind."""
+        """Return the `Origin` of a base URL.
+
+        Raises `ValueError` if the environment names a proxy of an unknown kind.
+        """
         ...
 
     def close(self) -> Awaitable[None]:
@@ -219,5 +241,5 @@ class Connector(Protocol):
         ...
 
 
-#: The implementations, as the gauge `sidecar_http_implementation` names them.
+#: The names of the implementations in the gauge `sidecar_http_implementation`.
 Name = Literal["internal", "documented"]

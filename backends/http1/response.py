@@ -22,42 +22,52 @@ def _first_line(version: HttpVersion, status: int) -> str:
 class Answer:
     """The answer to one request. The head is sent with the body or with its first piece.
 
-    Writing and draining raise `ConnectionError` if the caller has hung up.
+    `write`, `write_whole`, `write_eof` and `drain` raise `ConnectionError` if the caller has closed the connection.
     """
 
     __slots__ = ("_bodiless", "_chunked", "_ended", "_head", "_http", "status")
 
-    def __init__(self, http: ParsedRequest, status: int, head: dict[str, str], *, length: int | None) -> None:
-        """Take `head`, the headers, over. `length` is that of the body in bytes; None: the body comes in pieces."""
+    def __init__(self, http: ParsedRequest, status: int, headers: dict[str, str], *, length: int | None) -> None:
+        """Complete `headers` and encode the head.
+
+        The dict `headers` is changed. `length` is the length of the body in bytes; None if the body is written in
+        pieces.
+        """
         version = http.version
         self.status = status
         self._http = http
         self._bodiless = http.method == "HEAD" or status in _WITHOUT_BODY
         self._chunked = length is None and not self._bodiless and version >= HttpVersion11
         self._ended = False
-        head["Date"] = rfc822_formatted_time()
+        headers["Date"] = rfc822_formatted_time()
         if self._chunked:
-            head["Transfer-Encoding"] = "chunked"
+            headers["Transfer-Encoding"] = "chunked"
         elif length is not None and status not in _WITHOUT_BODY:
-            head["Content-Length"] = str(length)
+            headers["Content-Length"] = str(length)
         elif not self._bodiless:
-            http.keep_alive = False  # the end of the connection is the end of the answer
+            http.keep_alive = False  # only the end of the connection marks the end of the answer
         if not http.keep_alive:
-            head["Connection"] = "close"
+            headers["Connection"] = "close"
         elif version == HttpVersion10:
-            head["Connection"] = "keep-alive"
-        self._head = head_of(_first_line(version, status), head)
+            headers["Connection"] = "keep-alive"
+        self._head = head_of(_first_line(version, status), headers)
 
     def write_whole(self, body: bytes) -> bool:
-        """Write head and body together; see `write`. Whatever is written later is ignored: the next answer follows."""
+        """Write the head and the whole body together. Returns False if the write buffer is full, see `write`.
+
+        Later writes are ignored, because on this connection they would become part of the next answer.
+        """
         self._ended = True
         http = self._http
-        http.begun = True
+        http.has_begun = True
         http.connection.write(self._head if self._bodiless else self._head + body)
         return not http.connection.writing_paused
 
     def write(self, piece: bytes) -> bool:
-        """Write a piece, or keep it while the caller does not read. False: wait for `drain` before the next one."""
+        """Write a piece. If the caller reads slowly, the piece stays in the write buffer.
+
+        Returns False if the buffer is full: then await `drain` before the next piece.
+        """
         if piece and not self._ended:
             piece = b"" if self._bodiless else piece
             self._send(b"%x\r\n%b\r\n" % (len(piece), piece) if self._chunked else piece)
@@ -70,11 +80,11 @@ class Answer:
             self._send(b"0\r\n\r\n" if self._chunked else b"")
 
     async def drain(self) -> None:
-        """Wait while too much is kept."""
+        """Wait until the write buffer has room again."""
         if self._http.connection.writing_paused:
             await self._http.connection.drain()
 
     def _send(self, data: bytes) -> None:
         head, self._head = self._head, b""
-        self._http.begun = True
+        self._http.has_begun = True
         self._http.connection.write(head + data)

@@ -1,8 +1,7 @@
-"""The listener of the internal implementation: aiohttp's parser and flow control, then the handler.
+"""The listener of the internal implementation: it uses aiohttp's parser and flow control, and calls the handler.
 
-There is no router, no middleware and no request object of aiohttp's, and one task for all requests that are waiting on
-a connection. Data that is not HTTP gets one JSON answer without a traceback. `interface.py` describes what each method
-must do.
+It uses no router, middleware or request object of aiohttp. One task answers all waiting requests of a connection. Data
+that is not HTTP gets one JSON answer without a traceback. `interface.py` describes what each method must do.
 """
 
 from __future__ import annotations
@@ -35,20 +34,23 @@ class HttpRequest(ParsedRequest, accepting.RequestHead):
     __slots__ = ()
 
     def transport(self) -> asyncio.Transport | None:
-        """Give the caller's connection; None if it was lost."""
+        """Return the caller's connection; None if it was lost."""
         return self.connection.transport
 
-    def answer(self, status: int, head: dict[str, str], *, length: int | None) -> Answer:
+    def answer(self, status: int, headers: dict[str, str], *, length: int | None) -> Answer:
         """Begin the answer."""
-        return Answer(self, status, head, length=length)
+        return Answer(self, status, headers, length=length)
 
 
-#: `interface.Handler` for this implementation.
+#: The type `interface.Handler` for the requests of this implementation.
 Handler = Callable[[HttpRequest], Awaitable[object]]
 
 
 class Connection(RequestProtocol):
-    """A caller's connection. Its requests are answered one after the other; the handler is cancelled if it breaks."""
+    """A caller's connection. Its requests are answered one after the other.
+
+    If the connection breaks, the handler is cancelled.
+    """
 
     __slots__ = ("_closes_at", "_incoming", "_listener", "_stopped", "_timer")
 
@@ -56,12 +58,12 @@ class Connection(RequestProtocol):
         super().__init__(loop, buffer_bytes=accepting.READ_BUFFER_BYTES, max_pipelined=accepting.MAX_PIPELINED)
         self._listener = listener
         self._incoming: StreamReader = EMPTY_PAYLOAD  # the body of the last request that has arrived
-        self._stopped = False  # the data that follows is not parsed any more
+        self._stopped = False  # if True, the data that follows is not parsed
 
     # -- in ------------------------------------------------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Wait for the first request. If there are too many connections, close this one."""
+        """Start the timer for the first request. If there are too many connections, close this connection."""
         super().connection_made(transport)
         assert self.transport is not None  # noqa: S101  it has just been set
         tcp_keepalive(self.transport)
@@ -72,7 +74,7 @@ class Connection(RequestProtocol):
             self.transport.close()
 
     def connection_lost(self, exc: BaseException | None) -> None:
-        """Cancel the handler: there is no caller to answer."""
+        """Cancel the handler, because nobody can receive its answer."""
         super().connection_lost(exc)
         self._timer.cancel()
         self._listener.connections.discard(self)
@@ -80,16 +82,17 @@ class Connection(RequestProtocol):
             self.task.cancel()
 
     def data_received(self, data: bytes) -> None:
-        """Parse the data, and start to answer."""
+        """Parse the data, and start the task that answers."""
         if self._stopped:
             return
         messages: Sequence[tuple[RawRequestMessage | MalformedRequest, StreamReader]]
         try:
-            messages, self._stopped, _ = self.feed(data)  # stopped: the caller asks for another protocol
+            messages, self._stopped, _ = self.feed(data)  # `_stopped`: the caller asks for another protocol
         except HttpProcessingError as error:
             self._stopped = True
             if not self._incoming.is_eof():
-                self._incoming.set_exception(MalformedRequest(error))  # its reader will write the answer
+                # The handler that reads this body gets the error and writes the answer.
+                self._incoming.set_exception(MalformedRequest(error))
                 return
             messages = [(MalformedRequest(error), EMPTY_PAYLOAD)]
         if messages:
@@ -101,7 +104,7 @@ class Connection(RequestProtocol):
                 self.task = self.loop.create_task(self._answer_all())
 
     def pause_writing(self) -> None:
-        """Too much is kept that the caller does not read: see `drain`."""
+        """Start the timeout of a caller that does not read. The write buffer is full: see `drain`."""
         super().pause_writing()
         self._closes_at = self.loop.time() + accepting.KEEPALIVE_SECONDS
 
@@ -117,22 +120,24 @@ class Connection(RequestProtocol):
     # -- through -------------------------------------------------------------------------------------------------------
 
     async def _answer_all(self) -> None:
-        """Answer the requests that have arrived, and those that arrive meanwhile."""
-        goes_on = True
+        """Answer the requests that have arrived, and the requests that arrive during this."""
+        keeps_alive = True
         try:
-            while self.waiting and goes_on:
-                goes_on = False
-                goes_on = await self._answer_one(*self.waiting.popleft())
+            while self.waiting and keeps_alive:
+                keeps_alive = False
+                keeps_alive = await self._answer_one(*self.waiting.popleft())
         except (ConnectionError, asyncio.CancelledError):
-            pass  # the caller hung up. A task that ended with the error would keep it, and all that it refers to
+            # The caller closed the connection. The error is dropped here: a task that ends with an exception keeps the
+            # exception, and everything to which it refers, in memory.
+            pass
         finally:
             self.task = None
             self._closes_at = self.loop.time() + accepting.KEEPALIVE_SECONDS
-            if not (goes_on and self._listener.is_open) and self.transport is not None:
+            if not (keeps_alive and self._listener.is_open) and self.transport is not None:
                 self.transport.close()
 
     async def _answer_one(self, message: RawRequestMessage | MalformedRequest, content: StreamReader) -> bool:
-        """Answer one request, or malformed data. Returns whether the connection can take another request."""
+        """Answer one request, or malformed data. Return whether the connection can take another request."""
         if isinstance(message, MalformedRequest):
             self._refuse(
                 "400 Bad Request", accepting.error_body(str(message), "invalid_request_error", "invalid_request")
@@ -147,7 +152,7 @@ class Connection(RequestProtocol):
             raise
         except Exception:
             log.exception("a defect in the sidecar")
-            if not http.begun:
+            if not http.has_begun:
                 self._refuse("500 Internal Server Error", accepting.INTERNAL_ERROR)
             return False
         if not content.is_eof():
@@ -158,7 +163,7 @@ class Connection(RequestProtocol):
         return True
 
     async def _linger(self, content: StreamReader) -> None:
-        """Read the rest of a refused body and throw it away."""
+        """Read and discard the rest of a refused body."""
         with contextlib.suppress(TimeoutError, MalformedRequest):
             async with asyncio.timeout(accepting.LINGER_SECONDS):
                 while await content.readany():
@@ -172,7 +177,7 @@ class Connection(RequestProtocol):
 
 
 class Listener:
-    """See `interface.Listener`. To be made in the event loop."""
+    """See `interface.Listener`. Must be created in the event loop."""
 
     def __init__(self, handler: Handler, *, max_connections: int) -> None:
         self.handler = handler

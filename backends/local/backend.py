@@ -76,7 +76,7 @@ class LocalBackend:
         """Return the backend's name, because this process uses no account, see `Backend.account`."""
         return self.name
 
-    def ready_reason(self) -> str | None:
+    def unready_reason(self) -> str | None:
         """Return one line that says why requests cannot be served now; None if they can be served."""
         return self._unready
 
@@ -173,7 +173,7 @@ class LocalBackend:
     async def _launch(self, unready: str) -> str | None:
         """Start an engine and wait until it is ready or has failed. Returns None, or the reason of the failure.
 
-        `unready` is the value of `ready_reason` while the engine starts.
+        `unready` is the value of `unready_reason` while the engine starts.
         """
         self._unready = unready
         engine = self._engine = Engine(

@@ -35,7 +35,7 @@ _log = logging.getLogger("backends.local")
 
 
 @dataclass(slots=True, eq=False)
-class _Work:
+class _Job:
     """A row that the engine has taken from the mailbox."""
 
     row: Row
@@ -48,7 +48,10 @@ class _Work:
     finished: bool = False
     """Whether the row is answered, failed or abandoned. No more events follow."""
     steps: int = 0
-    """Decode steps of the current run. After a failed run, the next one first repeats the answer's existing tokens."""
+    """Decode steps of the current run.
+
+    A run after a failed run first repeats the tokens that the answer already has; these steps add no token.
+    """
 
 
 class Engine:
@@ -111,8 +114,8 @@ class Engine:
             self._model = self._load(_log.info)
             self._warm_up()
             self._call(partial(self.ready.set_result, None))
-            while works := self._collect():
-                self._serve(works)
+            while jobs := self._collect():
+                self._serve(jobs)
         except BackendError as error:
             ended_by = error.message
         except BaseException as error:  # noqa: BLE001 - `exited` reports it to the owner of the engine
@@ -125,34 +128,34 @@ class Engine:
         part = [{"type": "image"}, {"type": "text", "text": "Describe the image."}]
         prompt = Prompt(messages=[{"role": "user", "content": part}], images=(), max_tokens=2)
         try:
-            work = self._work(Row(prompt), [(self._model.sample_image(), "image")])
-            failed = self._run_batch([work])
+            job = self._make_job(Row(prompt), [(self._model.sample_image(), "image")])
+            failed = self._run_batch([job])
         except Exception as error:  # noqa: BLE001 - raised below, with its cause
             failed = error
         if failed is not None:
             raise BackendError(f"the model was loaded but cannot answer: {type(failed).__name__}: {failed}") from failed
         _log.info("ready: the first answer took %.1f s", time.monotonic() - began)
 
-    def _collect(self) -> list[_Work]:
+    def _collect(self) -> list[_Job]:
         """Wait for the next batch: the oldest row, and the rows that can share its batch. Empty after `stop`.
 
-        A batch starts when it is full, when only rows that cannot share it wait, or when no rows wait. In the last case
-        the engine waits up to `batch_wait_seconds` for more rows, but only while `queued` is not 0. Rows that arrive
-        while images are decoded join the batch.
+        A batch starts when it is full, or when all waiting rows cannot share it. If no row waits, the engine first
+        waits up to `batch_wait_seconds` for more rows, but only while `queued` is not 0. Rows that arrive while images
+        are decoded join the batch.
         """
-        works: list[_Work] = []
+        jobs: list[_Job] = []
         until = 0.0
-        while not self._stopping and len(works) < self.max_batch:
+        while not self._stopping and len(jobs) < self.max_batch:
             while not self._mailbox.empty():
                 self._take(self._mailbox.get())
-            row = self._next(works)
+            row = self._next(jobs)
             if row is not None:
                 self._post((row, Started()))
-                work = self._prepare(row)
-                if work is not None:
-                    works.append(work)
+                job = self._prepare(row)
+                if job is not None:
+                    jobs.append(job)
                     until = until or time.monotonic() + self._batch_wait_seconds
-            elif not works:
+            elif not jobs:
                 self._take(self._mailbox.get())
             else:
                 left = until - time.monotonic()
@@ -162,19 +165,19 @@ class Engine:
                     self._take(self._mailbox.get(timeout=left))
                 except queue.Empty:
                     break
-        return [] if self._stopping else works
+        return [] if self._stopping else jobs
 
     def _take(self, row: Row | None) -> None:
         if row is not None:
             self._waiting.append(row)
 
-    def _next(self, works: list[_Work]) -> Row | None:
-        """Remove and return the oldest waiting row that is not abandoned and can share a batch with `works`."""
+    def _next(self, jobs: list[_Job]) -> Row | None:
+        """Remove and return the oldest waiting row that is not abandoned and can share a batch with `jobs`."""
         for row in list(self._waiting):
             if self._is_abandoned(row):
                 self._waiting.remove(row)
             # Rows with different numbers of images cannot share a batch: each model family pads them differently.
-            elif not works or len(row.prompt.images) == len(works[0].images):
+            elif not jobs or len(row.prompt.images) == len(jobs[0].images):
                 self._waiting.remove(row)
                 return row
         return None
@@ -188,29 +191,29 @@ class Engine:
         self._post((row, ServerFailed("the deadline passed", status=504, code="deadline_exceeded")))
         return True
 
-    def _prepare(self, row: Row) -> _Work | None:
+    def _prepare(self, row: Row) -> _Job | None:
         """Decode a row's images and render its prompt. On an error, report it to the row and return None."""
         try:
             files = [
                 (row.fetched.get(image.field) or data_url_bytes(image), image.field) for image in row.prompt.images
             ]
-            return self._work(row, files)
+            return self._make_job(row, files)
         except Rejected as error:
             self._post((row, error))
         except Exception as error:  # noqa: BLE001 - reported to the row's caller
             self._post((row, self._as_backend_error(error)))
         return None
 
-    def _work(self, row: Row, files: list[tuple[bytes, str]]) -> _Work:
+    def _make_job(self, row: Row, files: list[tuple[bytes, str]]) -> _Job:
         prompt = row.prompt
         rendered, images = self._model.prepare(prompt, files)
         answer = AnswerText(
             self._model.decode, end_tokens=self._model.end_tokens, stop=prompt.stop, max_tokens=prompt.max_tokens
         )
         seed = secrets.randbits(63) if prompt.seed is None else prompt.seed
-        return _Work(row, rendered, images, answer, seed, buffered=[])
+        return _Job(row, rendered, images, answer, seed, buffered=[])
 
-    def _serve(self, works: list[_Work], *, is_retry: bool = False) -> bool:
+    def _serve(self, jobs: list[_Job], *, is_retry: bool = False) -> bool:
         """Answer every row, even if some rows break the batch. Return whether a row alone ran out of memory.
 
         If a batch fails, its two halves are served separately, until the row that breaks it is alone. Only the caller
@@ -218,27 +221,27 @@ class Engine:
         unless a row ran out of memory alone: such a row does not show how large a batch of other rows can be.
         `is_retry` means that these rows have failed before.
         """
-        for work in works:
-            work.finished = self._is_abandoned(work.row)
-        works = [work for work in works if not work.finished]
-        if not works:
+        for job in jobs:
+            job.finished = self._is_abandoned(job.row)
+        jobs = [job for job in jobs if not job.finished]
+        if not jobs:
             return False
-        size = len(works)
+        size = len(jobs)
         self._call(partial(self._on_batch, size))
-        error = self._run_batch(works)
-        works = [work for work in works if not work.finished]
-        if error is None or not works:
+        error = self._run_batch(jobs)
+        jobs = [job for job in jobs if not job.finished]
+        if error is None or not jobs:
             return False
         if self._model.is_fatal(error):
             raise error
         if out_of_memory := self._model.is_out_of_memory(error):
             error = ServerFailed("the model ran out of memory", status=503, code="out_of_memory")
             self._model.free()  # nothing refers to the first error any more, so the tensors in its frames can be freed
-        if len(works) == 1 and (is_retry or not out_of_memory):
-            self._post((works[0].row, self._as_backend_error(error)))
+        if len(jobs) == 1 and (is_retry or not out_of_memory):
+            self._post((jobs[0].row, self._as_backend_error(error)))
             return out_of_memory
-        half = (len(works) + 1) // 2
-        too_large = [self._serve(part, is_retry=True) for part in (works[:half], works[half:])]
+        half = (len(jobs) + 1) // 2
+        too_large = [self._serve(part, is_retry=True) for part in (jobs[:half], jobs[half:])]
         if out_of_memory and size > 1 and not any(too_large):
             self.max_batch = min(self.max_batch, (size + 1) // 2)
             _log.warning("out of memory with a batch of %d: from now on at most %d", size, self.max_batch)
@@ -252,61 +255,61 @@ class Engine:
         kind = type(error).__name__
         return ServerFailed(f"the model failed on this request ({kind})", status=500, code="local_model_failed")
 
-    def _run_batch(self, works: list[_Work]) -> Exception | None:
+    def _run_batch(self, jobs: list[_Job]) -> Exception | None:
         """Run one batch to its end. An error is returned, not raised, so that its stack frames can be freed."""
         try:
-            batch = self._model.encode([work.rendered for work in works], [work.images for work in works])
+            batch = self._model.encode([job.rendered for job in jobs], [job.images for job in jobs])
             room = [self._model.context_tokens - tokens for tokens in batch.prompt_tokens]
             if min(room) < 1:
-                return self._without_too_long(works, room)
+                return self._without_too_long(jobs, room)
             draws = [
-                Draw(work.row.prompt.temperature, work.row.prompt.top_p, work.seed, tuple(work.answer.tokens))
-                for work in works
+                Draw(job.row.prompt.temperature, job.row.prompt.top_p, job.seed, tuple(job.answer.tokens))
+                for job in jobs
             ]
-            for work, tokens in zip(works, room, strict=True):
-                work.steps = 0
-                work.answer.max_tokens = min(work.row.prompt.max_tokens, tokens)
-            steps = max(work.answer.max_tokens for work in works)
-            self._model.generate(batch, draws, steps, partial(self._step, works, batch))
+            for job, tokens in zip(jobs, room, strict=True):
+                job.steps = 0
+                job.answer.max_tokens = min(job.row.prompt.max_tokens, tokens)
+            steps = max(job.answer.max_tokens for job in jobs)
+            self._model.generate(batch, draws, steps, partial(self._step, jobs, batch))
         except Exception as error:  # noqa: BLE001 - the caller handles it
             return error
         return None
 
-    def _without_too_long(self, works: list[_Work], room: list[int]) -> Exception | None:
+    def _without_too_long(self, jobs: list[_Job], room: list[int]) -> Exception | None:
         """Refuse the prompts that leave no room for an answer in the context, and run a batch with the other rows."""
-        for work, tokens in zip(works, room, strict=True):
+        for job, tokens in zip(jobs, room, strict=True):
             if tokens < 1:
-                work.finished = True
+                job.finished = True
                 limit = self._model.context_tokens
-                self._post((work.row, invalid(f"{limit - tokens} LLM tokens, the model takes {limit}", "messages")))
-        rest = [work for work in works if not work.finished]
+                self._post((job.row, invalid(f"{limit - tokens} LLM tokens, the model takes {limit}", "messages")))
+        rest = [job for job in jobs if not job.finished]
         return self._run_batch(rest) if rest else None
 
-    def _step(self, works: list[_Work], batch: Batch, tokens: list[int]) -> list[bool]:
+    def _step(self, jobs: list[_Job], batch: Batch, tokens: list[int]) -> list[bool]:
         """Process the newest token of every row. Return which rows are finished."""
         events: list[tuple[Row, Event]] = []
-        for work, token, prompt_tokens in zip(works, tokens, batch.prompt_tokens, strict=True):
-            if work.finished:
+        for job, token, prompt_tokens in zip(jobs, tokens, batch.prompt_tokens, strict=True):
+            if job.finished:
                 continue
-            if self._stopping or self._is_abandoned(work.row):
-                work.finished = True
+            if self._stopping or self._is_abandoned(job.row):
+                job.finished = True
                 continue
-            work.steps += 1
-            if work.steps > len(work.answer.tokens):
-                self._advance(work, token, prompt_tokens, events)
+            job.steps += 1
+            if job.steps > len(job.answer.tokens):
+                self._advance(job, token, prompt_tokens, events)
         self._post(*events)
-        return [work.finished for work in works]
+        return [job.finished for job in jobs]
 
-    def _advance(self, work: _Work, token: int, prompt_tokens: int, events: list[tuple[Row, Event]]) -> None:
-        text = work.answer.push(token)
-        if work.answer.finish_reason is not None:
-            work.finished = True
-            usage = Usage(prompt_tokens, len(work.answer.tokens))
-            events.append((work.row, Done("".join([*work.buffered, text]), work.answer.finish_reason, usage)))
-        elif text and work.row.prompt.stream:
-            events.append((work.row, Piece(text)))
+    def _advance(self, job: _Job, token: int, prompt_tokens: int, events: list[tuple[Row, Event]]) -> None:
+        text = job.answer.push(token)
+        if job.answer.finish_reason is not None:
+            job.finished = True
+            usage = Usage(prompt_tokens, len(job.answer.tokens))
+            events.append((job.row, Done("".join([*job.buffered, text]), job.answer.finish_reason, usage)))
+        elif text and job.row.prompt.stream:
+            events.append((job.row, Piece(text)))
         elif text:
-            work.buffered.append(text)
+            job.buffered.append(text)
 
 
 def _deliver(events: Sequence[tuple[Row, Event]]) -> None:

@@ -11,10 +11,10 @@ from typing import TypeVar
 
 from yarl import URL
 
-from backends.base import BackendError, Rejected, Reply, Request, ServerFailed, Take, Timings, Unreachable
+from backends.base import BackendError, OnPiece, Rejected, Reply, Request, ServerFailed, Timings, Unreachable
 from backends.forwarded_headers import to_caller
 from backends.http1.errors import HttpError, failure_of
-from backends.http1.headers import spelled
+from backends.http1.headers import canonical_name
 from backends.http1.implementation import choose
 from backends.http1.interface import Connector, Origin, Response
 from backends.remote.answers import StreamWatch, is_error, parsed, usage_of
@@ -25,7 +25,7 @@ _T = TypeVar("_T")
 
 _log = logging.getLogger(__name__)
 
-#: Seconds to wait for the body of an error. The error is then classified without its body.
+#: Seconds to wait for the body of an error. If the body has not arrived by then, the error is classified without it.
 _ERROR_BODY_SECONDS = 5.0
 #: Bytes of the longest error body that is read.
 _ERROR_BODY_LIMIT = 1024 * 1024
@@ -68,8 +68,8 @@ class DashScopeBackend:
     model_id = None
     slots = None
 
-    def ready_reason(self) -> None:
-        """Return None: only a request can show whether the provider answers. See `Backend.ready_reason`."""
+    def unready_reason(self) -> None:
+        """Return None: only a request can show whether the provider answers. See `Backend.unready_reason`."""
 
     def account(self) -> str:
         """Return the provider's address and a fingerprint of the current key, never the key itself."""
@@ -102,7 +102,7 @@ class DashScopeBackend:
             # With a line break in the path, a caller could insert a request of its own.
             raise Rejected("the path holds characters that no URL has", status=400)
         base = self._base
-        headers = {spelled(name): value for name, value in request.headers.items()}
+        headers = {canonical_name(name): value for name, value in request.headers.items()}
         if request.dialect == "native":
             if self._native is None:
                 return await send_native(self.send, request, timings)
@@ -163,7 +163,7 @@ class DashScopeBackend:
                 return await read(response)
             raise await self._refusal(response)  # noqa: TRY301  a local name would create a reference cycle
         except BaseException as error:
-            response.drop()
+            response.close_unless_read()
             if isinstance(error, HttpError):
                 raise self._explained(error) from error
             if isinstance(error, BackendError):
@@ -230,11 +230,11 @@ class DashScopeBackend:
             raise watch.failure or ServerFailed("the provider's stream ended before any content")
         reply = Reply(status=response.status, headers=to_caller(response.headers))
         chunks = _Chunks(reply, response, watch, preface, self._explained)
-        reply.chunks, reply.pour, reply.closer = chunks, chunks.pour, chunks.aclose
+        reply.chunks, reply.deliver, reply.closer = chunks, chunks.deliver, chunks.aclose
         return reply
 
     def _explained(self, error: HttpError) -> BackendError:
-        """Say in our words what failed."""
+        """Return the error of this project that describes the failure."""
         host, (kind, reason) = self._host, failure_of(error)
         match kind:
             case "name_not_resolved":
@@ -292,17 +292,17 @@ class _Chunks:
         self._settle()
         raise StopAsyncIteration
 
-    async def pour(self, take: Take) -> bool:
+    async def deliver(self, on_piece: OnPiece) -> bool:
         while self._preface:
-            if not take(self._preface.popleft()):
+            if not on_piece(self._preface.popleft()):
                 return False
 
-        def look_and_take(piece: bytes) -> bool:
+        def watch_and_deliver(piece: bytes) -> bool:
             self._watch.feed(piece)
-            return take(piece)
+            return on_piece(piece)
 
         try:
-            whole = await self._response.pour(look_and_take)
+            whole = await self._response.deliver(watch_and_deliver)
         except HttpError as error:
             self._settle()
             raise self._explained(error) from error
@@ -314,7 +314,7 @@ class _Chunks:
     async def aclose(self) -> None:
         self._settle()
         del self._reply  # it refers to this object
-        self._response.drop()
+        self._response.close_unless_read()
 
     def _settle(self) -> None:
         self._reply.usage = self._watch.usage

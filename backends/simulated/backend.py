@@ -27,7 +27,7 @@ class SimulatedBackend:
         """Return the backend's name, see `Backend.account`."""
         return self.name
 
-    def ready_reason(self) -> None:
+    def unready_reason(self) -> None:
         """Return None: the simulated provider is always reachable."""
 
     async def start(self) -> None:

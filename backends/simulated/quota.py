@@ -30,7 +30,10 @@ class Gate(Protocol):
     counts_tokens: bool
 
     def ready_at(self, now: float, cost: float) -> float:
-        """Return the earliest time, not before `now`, at which the gate accepts `cost` if it accepts nothing before."""
+        """Return the earliest time, not before `now`, at which the gate accepts `cost`.
+
+        This is correct if the gate accepts no other request until then.
+        """
         ...
 
     def charge(self, now: float, cost: float) -> None:
@@ -174,7 +177,7 @@ class Growth:
         return len(self._log) - bisect_right(self._log, now - 1) + 1 <= self._allowed(now)
 
     def ready_at(self, now: float, cost: float) -> float:
-        """Best effort: examines only the times at which one request of the last second becomes older than a second."""
+        """An approximation: it checks only the times at which a logged request leaves the one-second window."""
         if self._passes(now):
             return now
         for taken in self._log[bisect_right(self._log, now - 1) :]:

@@ -152,7 +152,7 @@ class Prompt:
         return wanted if self.max_tokens is None else min(wanted, self.max_tokens)
 
 
-def _table(value: object) -> dict[str, Any]:
+def _dict_or_empty(value: object) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
@@ -177,11 +177,11 @@ def read_prompt(body: bytes, dialect: Dialect, model: str) -> Prompt | Fault:
     if not isinstance(model, str) or not model:
         return FAULTS["model"]
     native = dialect == "native"
-    asked = _table(data.get("parameters")) if native else data
-    messages = (_table(data.get("input")) if native else data).get("messages")
+    asked = _dict_or_empty(data.get("parameters")) if native else data
+    messages = (_dict_or_empty(data.get("input")) if native else data).get("messages")
     if not isinstance(messages, list) or not messages:
         return FAULTS["messages"]
-    simulate = _table(data.get("simulate"))
+    simulate = _dict_or_empty(data.get("simulate"))
     if (fixed := _count_of(simulate.get("input_tokens"))) is not None:
         text, images = fixed, 0
     else:
@@ -192,7 +192,7 @@ def read_prompt(body: bytes, dialect: Dialect, model: str) -> Prompt | Fault:
         image_tokens=images,
         max_tokens=_count_of(asked.get("max_tokens", asked.get("max_completion_tokens"))),
         stream=bool(asked.get("stream")),
-        include_usage=bool(_table(asked.get("stream_options")).get("include_usage")),
+        include_usage=bool(_dict_or_empty(asked.get("stream_options")).get("include_usage")),
         incremental=bool(asked.get("incremental_output")),
         fixed_output_tokens=_count_of(simulate.get("output_tokens")),
         echo=bool(simulate.get("echo")),
@@ -204,7 +204,7 @@ def _count(messages: list[Any], model: str, high_resolution: bool) -> tuple[int,
     chars = images = 0
     for message in messages:
         content = message.get("content") if isinstance(message, dict) else None
-        for part in map(_table, content if isinstance(content, list) else [{"text": content}]):
+        for part in map(_dict_or_empty, content if isinstance(content, list) else [{"text": content}]):
             if isinstance(text := part.get("text"), str):
                 chars += len(text)
             image = part.get("image") or part.get("image_url")

@@ -80,13 +80,13 @@ def _write(figures: list[Figure], made: list[str], picture: str, busy: float) ->
     commit = subprocess.run(
         ("git", "describe", "--always"), cwd=ROOT, check=True, capture_output=True, text=True
     ).stdout.strip()
-    told = {figure.name: [round(value, 4) for value in figure.values] for figure in figures}
-    data = {"machine": _machine(), "commit": commit, "figures": told}
+    values_by_name = {figure.name: [round(value, 4) for value in figure.values] for figure in figures}
+    data = {"machine": _machine(), "commit": commit, "figures": values_by_name}
     RATIOS.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n")
     PICTURE.write_text(picture)
     head = (
         f"`make bench` on {_machine()}, at commit {commit}; medians of {side_by_side.ROUNDS} rounds. "
-        f"Load average before it {busy:.1f}, which is other work; it ran at nice {os.nice(0)}."
+        f"The load average before the run was {busy:.1f}, from other work. The run had nice value {os.nice(0)}."
     )
     page = "\n\n".join([head, *made, "![What each proxy costs](images/performance.svg)"])
     report.PAGE.write_text(report.between(report.PAGE.read_text(), "make bench", page))

@@ -28,7 +28,7 @@ class Start:
     seconds: float
     """Seconds from the start of the process until `/readyz` answers 200."""
     cpu: float
-    """Processor time until then in seconds. An otherwise idle machine needs this long."""
+    """Processor time until then in seconds. On an otherwise idle machine the start takes about this time."""
     resident: float
     """Resident memory when idle, in bytes."""
 

@@ -43,7 +43,7 @@ class Figure:
 
 
 def got_worse(figure: Figure, before: tuple[float, ...]) -> bool:
-    """Return True if the figure got worse by more than two runs of the same code differ: see `TOLERANCE`."""
+    """Return True if the figure got worse by more than the usual difference between two runs (`TOLERANCE`)."""
     was = median(before)
     as_good = figure.best >= was if figure.at_least else figure.best <= was
     return figure.is_worse_than(was, TOLERANCE) and not as_good

@@ -1,4 +1,4 @@
-"""Show where the sidecar spends its time: a flame graph under load, and the share of each package ("room").
+"""Show where the sidecar spends its time: a flame graph under load, and the share of each package.
 
     make flame                 (or .venv/bin/python -m bench.cost.flame, with py-spy in .venv-spy)
 
@@ -22,14 +22,15 @@ from sidecar.cli.demo.processes import free_port
 SPY = ROOT / ".venv-spy" / "bin" / "py-spy"
 SECONDS = 8
 CONNECTIONS = 16
-#: Pairs: path prefix, room. The first prefix that matches a file's path gives its room.
+#: Pairs of a path prefix and the label of a package ("room"). The first prefix that matches a file's path counts.
 ROOMS = (
     ("sidecar/api/", "sidecar/api: read, understand, answer"),
     ("sidecar/admission/", "sidecar/admission: queue, limits"),
-    ("sidecar/dispatch", "sidecar/dispatch: attempts"),
-    ("sidecar/metrics", "sidecar/metrics: metrics"),
-    ("prometheus_client/", "sidecar/metrics: metrics"),
+    ("sidecar/dispatch/", "sidecar/dispatch: attempts"),
+    ("sidecar/observe/", "sidecar/observe: metrics, log, spans"),
+    ("prometheus_client/", "sidecar/observe: metrics, log, spans"),
     ("sidecar/", "sidecar: the rest"),
+    ("backends/http1/", "backends/http1: HTTP, both ends"),
     ("backends/", "backends: the upstream's protocol"),
     ("aiohttp/web", "aiohttp, server side"),
     ("aiohttp/client", "aiohttp, client side"),
@@ -46,7 +47,7 @@ def record(pid: int, path: Path, form: str) -> None:
 
 
 def rooms(raw: str) -> dict[str, float]:
-    """Return the share of samples by the room of the innermost frame.
+    """Return for each room its share of the samples. A sample counts for the room of the innermost frame.
 
     Each line of py-spy's raw output is `outer (file);inner (file) count`.
     """

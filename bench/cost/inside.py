@@ -3,7 +3,8 @@
     python -m bench.cost.inside [small|frame]      # prints microseconds of processor time
 
 Runs the real listener, API, admission, dispatcher and backend between fake transports, which only call callbacks. It
-uses one core and never sleeps. So two trees can be compared to 1 %, while `make bench` needs an idle machine.
+uses one core and never sleeps. So two versions of the code can be compared with an accuracy of 1 %, while `make bench`
+needs an idle machine.
 """
 
 from __future__ import annotations
@@ -72,7 +73,9 @@ async def microseconds(body: bytes) -> float:
     connection.connection_made(cast("asyncio.Transport", _Transport(lambda _: answered.set())))
     request, rounds = request_of(body), []
     gc.collect()
-    gc.freeze()  # as a start does: what is imported must not cost time in each collection
+    # Like the start of the sidecar (`app.py`): exclude the objects of the imports, so that garbage collections do not
+    # scan them.
+    gc.freeze()
     gc.set_threshold(10_000)
     for _ in range(ROUNDS):
         began = time.process_time()

@@ -28,7 +28,7 @@ class Peer:
     """One proxy. It keeps its default settings wherever they allow a 100 KB frame and a stream."""
 
     name: str
-    what: str
+    title: str
     command: Callable[[Path, int, int], list[str]]
     """Returns the command line for: its folder, the port to listen on, the port of the upstream."""
     fetch: Callable[[Path], None] | None = None

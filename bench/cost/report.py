@@ -8,7 +8,7 @@ from statistics import median
 from bench.cost.figures import Figure
 from bench.cost.peers import PEERS
 from bench.cost.processes import ROOT
-from bench.cost.side_by_side import DIRECT, SIDECAR, Rounds, Seen
+from bench.cost.side_by_side import DIRECT, SIDECAR, Measurement, Rounds
 
 PAGE = ROOT / "docs" / "performance.md"
 IMAGES = PAGE.parent / "images"
@@ -21,7 +21,7 @@ _TARGETS = {
     ("frame, 16 connections: requests/s", "litellm"): 30.0,
     ("frame, 1 connection: p50 added", "bare"): 1.0,
 }
-_TITLES = {DIRECT: "nothing between", SIDECAR: "**vlm-sidecar** (Python)"} | {p.name: p.what for p in PEERS.values()}
+_TITLES = {DIRECT: "nothing between", SIDECAR: "**vlm-sidecar** (Python)"} | {p.name: p.title for p in PEERS.values()}
 
 
 def ratios(rounds: Rounds) -> list[Figure]:
@@ -91,7 +91,7 @@ def peers_table(rounds: Rounds, idle: dict[str, float]) -> str:
             one, many = rounds[kind, 1], rounds[kind, 16]
             cells += [
                 _added(one, name, lambda seen: seen.p50),
-                ", ".join(f"{_middle(seen[name], lambda s: s.per_second):,.0f}" for seen in (one, many)),
+                ", ".join(f"{_median_of(seen[name], lambda s: s.per_second):,.0f}" for seen in (one, many)),
                 _cpu(many, name),
             ]
         one = rounds["stream", 1]
@@ -122,18 +122,18 @@ def number(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def _middle(seen: list[Seen], of: Callable[[Seen], float]) -> float:
+def _median_of(seen: list[Measurement], of: Callable[[Measurement], float]) -> float:
     return median(map(of, seen))
 
 
-def _added(seen: dict[str, list[Seen]], name: str, of: Callable[[Seen], float]) -> str:
-    base = _middle(seen[DIRECT], of)
-    value = _middle(seen[name], of)
+def _added(seen: dict[str, list[Measurement]], name: str, of: Callable[[Measurement], float]) -> str:
+    base = _median_of(seen[DIRECT], of)
+    value = _median_of(seen[name], of)
     return f"({base * 1e6:,.0f})" if name == DIRECT else f"{(value - base) * 1e6:,.0f}"
 
 
-def _cpu(seen: dict[str, list[Seen]], name: str) -> str:
-    return "" if name == DIRECT else f"{_middle(seen[name], lambda one: one.cpu) * 1e6:,.0f}"
+def _cpu(seen: dict[str, list[Measurement]], name: str) -> str:
+    return "" if name == DIRECT else f"{_median_of(seen[name], lambda one: one.cpu) * 1e6:,.0f}"
 
 
 # -- the picture -------------------------------------------------------------------------------------------------------
@@ -156,13 +156,13 @@ def picture(rounds: Rounds, idle: dict[str, float]) -> str:
     names = [name for name in rounds["frame", 16] if name not in (DIRECT, "litellm")]
     one, many, stream = rounds["frame", 1], rounds["frame", 16], rounds["stream", 1]
 
-    def added(seen: dict[str, list[Seen]], name: str, of: Callable[[Seen], float]) -> float:
-        return (_middle(seen[name], of) - _middle(seen[DIRECT], of)) * 1e6
+    def added(seen: dict[str, list[Measurement]], name: str, of: Callable[[Measurement], float]) -> float:
+        return (_median_of(seen[name], of) - _median_of(seen[DIRECT], of)) * 1e6
 
     panels: list[tuple[str, Callable[[str], float]]] = [
-        ("100 KB frames a second, 16 connections", lambda name: _middle(many[name], lambda s: s.per_second)),
+        ("100 KB frames a second, 16 connections", lambda name: _median_of(many[name], lambda s: s.per_second)),
         ("added to a frame's p50, 1 connection, µs", lambda name: added(one, name, lambda s: s.p50)),
-        ("processor time of a frame, µs", lambda name: _middle(many[name], lambda s: s.cpu) * 1e6),
+        ("processor time of a frame, µs", lambda name: _median_of(many[name], lambda s: s.cpu) * 1e6),
         ("added to a stream's first event, µs", lambda name: added(stream, name, lambda s: s.first)),
         ("idle memory, MB", lambda name: idle[name] / 1e6),
     ]

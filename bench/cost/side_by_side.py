@@ -31,7 +31,7 @@ SIDECAR = "sidecar"
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
+class Measurement:
     """The measurement of one proxy with one kind of request. Times are in seconds."""
 
     per_second: float
@@ -45,7 +45,7 @@ class Seen:
 
 
 #: (kind of request, connections) -> name of the proxy -> one measurement per round.
-Rounds = dict[tuple[str, int], dict[str, list[Seen]]]
+Rounds = dict[tuple[str, int], dict[str, list[Measurement]]]
 
 
 def bodies() -> dict[str, bytes]:
@@ -62,39 +62,39 @@ def run(names: list[str]) -> tuple[Rounds, dict[str, float]]:
     upstream = free_port()
     with contextlib.ExitStack() as stack:
         stack.enter_context(process(wire("upstream", upstream), upstream))
-        lines: dict[str, tuple[int, int | None]] = {DIRECT: (upstream, None)}
+        targets: dict[str, tuple[int, int | None]] = {DIRECT: (upstream, None)}
         port = free_port()
-        lines[SIDECAR] = port, stack.enter_context(process(sidecar(port, upstream), port))
+        targets[SIDECAR] = port, stack.enter_context(process(sidecar(port, upstream), port))
         for name in names:
             port = free_port()
             try:
                 command = PEERS[name].command(PEERS[name].prepare(), port, upstream)
-                lines[name] = port, stack.enter_context(process(command, port))
+                targets[name] = port, stack.enter_context(process(command, port))
             except (Missing, NotStarted) as error:
                 print(f"WITHOUT {name}: {error}", file=sys.stderr, flush=True)
         time.sleep(2)
-        idle = {name: float(resident_bytes(pid)) for name, (_, pid) in lines.items() if pid is not None}
-        return _rounds(lines), idle
+        idle = {name: float(resident_bytes(pid)) for name, (_, pid) in targets.items() if pid is not None}
+        return _rounds(targets), idle
 
 
-def _rounds(lines: dict[str, tuple[int, int | None]]) -> Rounds:
+def _rounds(targets: dict[str, tuple[int, int | None]]) -> Rounds:
     sent = bodies()
-    found: Rounds = {(kind, count): {name: [] for name in lines} for kind in KINDS for count in CONNECTIONS}
+    found: Rounds = {(kind, count): {name: [] for name in targets} for kind in KINDS for count in CONNECTIONS}
 
-    def ask(name: str, kind: str, count: int, seconds: float) -> Seen:
+    def ask(name: str, kind: str, count: int, seconds: float) -> Measurement:
         try:
-            return see(*lines[name], count, seconds, sent[kind])
+            return measure(*targets[name], count, seconds, sent[kind])
         except RuntimeError as error:
             raise SystemExit(f"{name}, {kind}, {count} connections: {error}") from error
 
-    for name in lines:
+    for name in targets:
         for kind in KINDS:
             ask(name, kind, max(CONNECTIONS), _WARM_UP_SECONDS)
     for number in range(ROUNDS):
         for (kind, count), seen in found.items():
             seconds = STREAM_SECONDS if kind == "stream" and count == 1 else SECONDS
             with awake() if count == 1 else contextlib.nullcontext():
-                for name in _turned(list(lines), number):
+                for name in _turned(list(targets), number):
                     seen[name].append(ask(name, kind, count, seconds))
         print(f"round {number + 1} of {ROUNDS}", file=sys.stderr, flush=True)
     return found
@@ -106,7 +106,7 @@ def _turned(names: list[str], number: int) -> list[str]:
     return names[at:] + names[:at]
 
 
-def see(port: int, pid: int | None, connections: int, seconds: float, body: bytes) -> Seen:
+def measure(port: int, pid: int | None, connections: int, seconds: float, body: bytes) -> Measurement:
     """Load one proxy for `seconds` seconds and return the measurement. Raises `RuntimeError` if a request fails."""
     before = cpu_seconds(pid) if pid is not None else 0.0
     done = subprocess.run(
@@ -117,4 +117,4 @@ def see(port: int, pid: int | None, connections: int, seconds: float, body: byte
         raise RuntimeError(done.stderr.decode().strip().rpartition("\n")[2])
     found = json.loads(done.stdout)
     cpu = used / found.get("events", found["answered"])
-    return Seen(found["per_second"], found["p50"], cpu, found.get("first", 0.0), found.get("event", 0.0))
+    return Measurement(found["per_second"], found["p50"], cpu, found.get("first", 0.0), found.get("event", 0.0))

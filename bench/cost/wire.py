@@ -199,7 +199,7 @@ async def connect(kind: type[AnyClient], port: int, count: int, body: bytes) -> 
     return [(await loop.create_connection(lambda: kind(request), "127.0.0.1", port))[1] for _ in range(count)]
 
 
-async def hold(clients: Sequence[Client], seconds: float) -> float:
+async def wait_for(clients: Sequence[Client], seconds: float) -> float:
     """Wait `seconds` seconds, or until a client breaks; return the seconds that passed. Raises that client's error."""
     began = time.perf_counter()
     done, _ = await asyncio.wait([client.lost for client in clients], timeout=seconds, return_when="FIRST_COMPLETED")
@@ -214,9 +214,9 @@ async def load(port: int, connections: int, seconds: float, body: bytes) -> dict
     clients = await connect(StreamClient if streams else Client, port, connections, body)
     for client in clients:
         client.send()
-    took = await hold(clients, seconds)
+    took = await wait_for(clients, seconds)
     while not any(client.seconds for client in clients):  # a slow proxy needs longer for its first answer
-        took += await hold(clients, seconds)
+        took += await wait_for(clients, seconds)
     waits = [wait for client in clients for wait in client.seconds]
     found = {"answered": len(waits), "per_second": len(waits) / took, "p50": median(waits)}
     if streams:
@@ -247,7 +247,7 @@ async def pile(port: int, requests: int, body: bytes) -> None:
     clients = await connect(Client, port, requests, body)
     for client in clients:
         client.send()
-    await hold(clients, 600)
+    await wait_for(clients, 600)
 
 
 async def upstream(port: int, protocol: type[asyncio.Protocol] = Upstream) -> None:

@@ -40,7 +40,7 @@ class Run:
     random: Random = field(default_factory=lambda: Random(0))
     records: list[Record] = field(default_factory=list)
 
-    async def one(self, camera: str) -> str:
+    async def send_one(self, camera: str) -> str:
         """Send one request and record its outcome."""
         loop = asyncio.get_running_loop()
         arrived = loop.time()
@@ -67,7 +67,7 @@ class Run:
 
         async def worker(camera: str) -> None:
             while loop.time() < end:
-                if await self.one(camera) != "ok":
+                if await self.send_one(camera) != "ok":
                     await asyncio.sleep(0.1)
 
         await self._until(end, [worker(f"camera-{index % cameras}") for index in range(workers)])
@@ -81,7 +81,7 @@ class Run:
             while (wait := self.random.expovariate(per_second)) + loop.time() < end:
                 await asyncio.sleep(wait)
                 camera = self.random.choices(range(cameras), weights)[0]
-                tasks.create_task(self.one(f"camera-{camera}"))
+                tasks.create_task(self.send_one(f"camera-{camera}"))
 
     async def volleys(self, every: float, frames: int, cameras: int = 10) -> None:
         """Send `frames` frames from every camera at the same instant, every `every` seconds."""
@@ -91,7 +91,7 @@ class Run:
             while loop.time() < end:
                 for camera in range(cameras):
                     for _ in range(frames):
-                        tasks.create_task(self.one(f"camera-{camera}"))
+                        tasks.create_task(self.send_one(f"camera-{camera}"))
                 await asyncio.sleep(every)
 
     async def _until(self, end: float, workers: Sequence[Coroutine[Any, Any, None]]) -> None:

@@ -100,7 +100,7 @@ class OracleUpstream(Upstream):
 
 
 class OracleAdmission(Admission):
-    """Admission above the oracle."""
+    """Admission that uses an `OracleUpstream` for every model."""
 
     def __init__(self, provider: Provider) -> None:
         super().__init__([UpstreamSettings("simulated")])
@@ -234,6 +234,3 @@ class Cubic(Direct):
         self._rate = max(rate, 0.5)
         self._capacity = max(rate, 1.0)
         self._level = min(self._level, self._capacity)
-
-
-Maker = Callable[[Provider], System]

@@ -44,7 +44,7 @@ class Result:
         first = self.refusals(0.0, FIRST_BURST_SECONDS)
         return 1000.0 * (self.refused - first + min(first, 1)) / max(self.calls, 1)
 
-    def answered(self, start: float = 0.0, end: float = inf) -> int:
+    def accepted_between(self, start: float = 0.0, end: float = inf) -> int:
         """Return the number of accepted calls that arrived at the provider between `start` and `end` (seconds)."""
         return sum(fate == "accepted" and start <= at - self.began < end for at, fate in self.provider.history)
 
@@ -200,7 +200,7 @@ def settled(result: Result, start: float, end: float, good: Callable[[float], bo
     """
     at = start
     while at + 5.0 <= end:
-        rate = result.answered(at, at + 5.0) / 5.0
+        rate = result.accepted_between(at, at + 5.0) / 5.0
         if good(rate) and result.refusals(at, at + 5.0) <= 0.1 * quota * 5.0:
             return at - start
         at += 0.5
@@ -237,7 +237,7 @@ def _hog(result: Result, oracle: Result) -> list[Check]:
 def _windows(result: Result, oracle: Result) -> list[Check]:
     after = [at for at, fate in result.provider.history if fate != "accepted"][:1]
     start = after[0] - result.began + 60.0 if after else 0.0
-    calls = result.answered(start) + result.refusals(start)
+    calls = result.accepted_between(start) + result.refusals(start)
     return [
         at_least("goodput", share(result, oracle), 0.98),
         at_most("refusals/1000 after the first minute", 1000 * result.refusals(start) / max(calls, 1), 6.0),

@@ -37,7 +37,7 @@ class UpstreamSettings:
     """False: the backend has no quota; only concurrency and the circuit hold tickets back."""
     only_model: str | None = None
     """The model that answers whatever model is named, so that all models share one upstream."""
-    ready_reason: Callable[[], str | None] = lambda: None
+    unready_reason: Callable[[], str | None] = lambda: None
     """Why the backend cannot serve at present; None while it can."""
 
 
@@ -170,7 +170,7 @@ class Admission:
             refusal_budget=settings.refusal_budget,
             paced=settings.paced,
             random=self._random,
-            ready_reason=settings.ready_reason,
+            unready_reason=settings.unready_reason,
             on_change=on_change,
         )
 

@@ -291,7 +291,7 @@ class Pool:
         for bit, upstream in enumerate(self.upstreams):
             if not left >> bit & 1:
                 continue
-            if upstream.ready_reason() is not None:
+            if upstream.unready_reason() is not None:
                 soonest = min(soonest, now + LOOK_AGAIN_SECONDS)  # nothing reports that it is ready again
                 continue
             if upstream.tier > tier:
@@ -313,7 +313,7 @@ class Pool:
 
     def _spills(self, now: float, ticket: Ticket, tier: int) -> bool:
         """Whether a higher tier may take tickets: the tiers below it cannot serve all that waits in time."""
-        below = [one for one in self.upstreams if one.tier < tier and one.ready_reason() is None and not one.away]
+        below = [one for one in self.upstreams if one.tier < tier and one.unready_reason() is None and not one.away]
         if not below or self._urgent:
             return True
         if now + min(one.circuit.seconds_left(now) + one.latency for one in below) > ticket.deadline:
@@ -365,7 +365,7 @@ class Pool:
                 circuit = upstream.circuit
                 if circuit.state is CircuitState.BILLING and not circuit.may_probe(now):
                     closed = closed or upstream
-                elif self._one is not None or upstream.ready_reason() is None:
+                elif self._one is not None or upstream.unready_reason() is None:
                     return None
         return closed
 
@@ -417,7 +417,7 @@ class Pool:
     def _may_take(ticket: Ticket, upstream: Upstream) -> bool:
         """Whether the ticket has not tried the upstream, which is ready and does not refuse the account."""
         refused = upstream.circuit.state is CircuitState.BILLING
-        return upstream not in ticket.tried and not refused and upstream.ready_reason() is None
+        return upstream not in ticket.tried and not refused and upstream.unready_reason() is None
 
     def _left_for(self, ticket: Ticket) -> int:
         """The upstreams that the ticket has not tried, as a set of bits; all of them again once it has tried each."""

@@ -117,21 +117,21 @@ class Upstream:
         refusal_budget: float = 0.005,
         paced: bool = True,
         random: Random | None = None,
-        ready_reason: Callable[[], str | None] = lambda: None,
+        unready_reason: Callable[[], str | None] = lambda: None,
         on_change: Callable[[Change], None] = lambda _: None,
         learner: Callable[..., Learner] = PolicerLearner,
     ) -> None:
         """`paced` False: only concurrency and the circuit, for a backend that has no quota.
 
-        `ready_reason` says why the backend cannot serve at present. `on_change` is called with every change of a limit.
-        `learner` makes the learner of each rate.
+        `unready_reason` says why the backend cannot serve at present. `on_change` is called with every change of a
+        limit. `learner` makes the learner of each rate.
         """
         now = clock()
         self.clock = clock
         self.name = name
         self.model = model
         self.tier = tier
-        self.ready_reason = ready_reason
+        self.unready_reason = unready_reason
         self.has_answered = False
         """An attempt was answered once: failures are an outage then, and not a wrong address."""
         self.latency = 0.0

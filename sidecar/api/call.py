@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from math import isfinite
 
-from backends.base import Dialect, Reply, Request, Take
+from backends.base import Dialect, OnPiece, Reply, Request
 from backends.forwarded_headers import to_provider
 from backends.http1.interface import Answer, HttpRequest
 from sidecar.admission import Arrival, Priority, Ticket
@@ -269,8 +269,8 @@ class Call:
         assert self.ticket is not None and reply.chunks is not None  # noqa: S101  `ask` has both
         switch, clock = self.ticket.stopwatch.switch, self._now
         self.response = answer = self._answer(reply.status, reply.headers, length=None)
-        pour = reply.pour or partial(_pour, reply.chunks)
-        while not await pour(answer.write):
+        deliver = reply.deliver or partial(_deliver, reply.chunks)
+        while not await deliver(answer.write):
             switch("write", clock())
             await answer.drain()
             switch("body", clock())
@@ -308,10 +308,10 @@ class Call:
             self._dispatcher.invalid(self.api)
 
 
-async def _pour(chunks: AsyncIterator[bytes], take: Take) -> bool:
-    """Do the work of `Reply.pour` for a reply without that method. Return whether all chunks were written."""
+async def _deliver(chunks: AsyncIterator[bytes], on_piece: OnPiece) -> bool:
+    """Do the work of `Reply.deliver` for a reply without that method. Return whether all chunks were written."""
     async for chunk in chunks:
-        if not take(chunk):
+        if not on_piece(chunk):
             return False
     return True
 

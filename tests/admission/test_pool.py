@@ -168,7 +168,7 @@ async def test_when_an_upstream_closes_the_tickets_that_waited_for_it_go_to_the_
 @virtual
 async def test_an_upstream_that_is_not_ready_gets_nothing():
     reasons = {"a": "the model is loading"}
-    bench = Bench(UpstreamSettings("a", ready_reason=lambda: reasons.get("a")), UpstreamSettings("b"))
+    bench = Bench(UpstreamSettings("a", unready_reason=lambda: reasons.get("a")), UpstreamSettings("b"))
     assert bench.at_once().upstream is bench.upstreams["b"]
     reasons.clear()
     assert bench.at_once().upstream is bench.upstreams["a"]
@@ -177,7 +177,7 @@ async def test_an_upstream_that_is_not_ready_gets_nothing():
 @virtual
 async def test_a_ticket_goes_on_when_the_only_upstream_that_is_left_becomes_ready_again():
     reasons = {}
-    bench = Bench(UpstreamSettings("a"), UpstreamSettings("b", ready_reason=lambda: reasons.get("b")))
+    bench = Bench(UpstreamSettings("a"), UpstreamSettings("b", unready_reason=lambda: reasons.get("b")))
     reasons["b"] = "its worker restarts"
     entry = bench.enter(bench.returned("a"))
     assert not entry.done()
@@ -383,7 +383,7 @@ async def test_a_ticket_behind_the_head_of_the_queue_goes_to_the_next_tier_befor
 
 @virtual
 async def test_nobody_waits_for_an_upstream_that_is_not_ready_when_the_other_refuses_the_account():
-    bench = Bench(UpstreamSettings("a"), UpstreamSettings("b", tier=2, ready_reason=lambda: "the model is broken"))
+    bench = Bench(UpstreamSettings("a"), UpstreamSettings("b", tier=2, unready_reason=lambda: "the model is broken"))
     bench.report(bench.at_once(), "account", reason="no money")
     with pytest.raises(AccountClosed, match="no money"):
         bench.enter()

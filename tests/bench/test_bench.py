@@ -12,7 +12,7 @@ from bench.cost.alone import quantile
 from bench.cost.figures import Figure, compared
 from bench.cost.flame import rooms
 from bench.cost.peers import PEERS, USUAL
-from bench.cost.side_by_side import Seen
+from bench.cost.side_by_side import Measurement
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -55,16 +55,16 @@ def test_the_table_marks_a_missed_target_as_missed():
     assert table.splitlines()[2:] == ["| a | ≤ 1 ms | 2 ms | **missed** |", "| b | ≤ 1 | 0.5 | met |"]
 
 
-def _rounds(**proxies: Seen) -> dict:
+def _rounds(**proxies: Measurement) -> dict:
     cases = [(kind, count) for kind in ("small", "frame", "stream") for count in (1, 16)]
     return {case: {name: [seen] * 3 for name, seen in proxies.items()} for case in cases}
 
 
 def test_ratios_compare_the_time_that_a_proxy_adds_and_not_the_whole_wait_of_the_client():
     rounds = _rounds(
-        direct=Seen(9000, 0.0001, 0, 0.0002, 0.00001),
-        sidecar=Seen(1000, 0.0004, 0.0006, 0.0010, 0.00006),
-        bare=Seen(2000, 0.0003, 0.0003, 0.0006, 0.00003),
+        direct=Measurement(9000, 0.0001, 0, 0.0002, 0.00001),
+        sidecar=Measurement(1000, 0.0004, 0.0006, 0.0010, 0.00006),
+        bare=Measurement(2000, 0.0003, 0.0003, 0.0006, 0.00003),
     )
     found = {figure.name: figure for figure in report.ratios(rounds)}
     assert found["frame, 1 connection: p50 added ÷ bare"].value == pytest.approx(3 / 2)
@@ -78,8 +78,8 @@ def test_ratios_compare_the_time_that_a_proxy_adds_and_not_the_whole_wait_of_the
 
 
 def test_the_picture_shows_every_proxy_except_litellm():
-    seen = Seen(1000, 0.001, 0.001, 0.001, 0.001)
-    rounds = _rounds(direct=Seen(9000, 0.0001, 0), sidecar=seen, bare=seen, litellm=seen)
+    seen = Measurement(1000, 0.001, 0.001, 0.001, 0.001)
+    rounds = _rounds(direct=Measurement(9000, 0.0001, 0), sidecar=seen, bare=seen, litellm=seen)
     drawn = report.picture(rounds, {"sidecar": 55e6, "bare": 40e6, "litellm": 300e6})
     assert drawn.count("vlm-sidecar") == drawn.count("aiohttp pass-through") == 5
     assert "LiteLLM" not in drawn

@@ -135,4 +135,4 @@ async def test_a_failed_device_ends_the_engine_and_readiness_reports_it(backend,
     monkeypatch.setattr(model, "generate", fail)
     with pytest.raises(Unreachable, match="engine died"):
         await ask(backend, chat())
-    assert backend.ready_reason() is not None
+    assert backend.unready_reason() is not None

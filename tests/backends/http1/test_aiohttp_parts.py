@@ -235,11 +235,11 @@ async def test_raw_response_message_has_our_fields():
 async def test_tcp_connector_factory_makes_the_protocol_of_connect(parts):
     server = await asyncio.start_server(lambda *_: None, "127.0.0.1", 0)
     made = parts.PartsConnector()
-    way = parts.Way(URL(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"), None)
-    connection = await made.connect(way, [], aiohttp.ClientTimeout(connect=BOUND))
+    target = parts.ConnectTarget(URL(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"), None)
+    connection = await made.connect(target, [], aiohttp.ClientTimeout(connect=BOUND))
     assert type(connection.protocol) is parts.ResponseProtocol
     assert list(signature(aiohttp.TCPConnector.connect).parameters)[1:] == ["req", "traces", "timeout"]
-    parts.cut(connection)
+    parts.abort(connection)
     await made.close()
     server.close()
 
@@ -247,7 +247,9 @@ async def test_tcp_connector_factory_makes_the_protocol_of_connect(parts):
 async def test_connection_has_protocol_and_transport_until_it_is_closed(parts):
     server = await asyncio.start_server(lambda *_: None, "127.0.0.1", 0)
     made = parts.PartsConnector()
-    connection = await made.connect_new(parts.Way(URL(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"), None))
+    connection = await made.connect_new(
+        parts.ConnectTarget(URL(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"), None)
+    )
     assert isinstance(connection, connector.Connection)
     assert connection.transport is connection.protocol.transport and parts.can_be_reused(connection)
     connection.close()
@@ -286,7 +288,7 @@ async def test_server_disconnected_error_message_is_text_only_if_no_answer_had_b
         error = protocol.exception()
         assert isinstance(error, aiohttp.ServerDisconnectedError)
         assert isinstance(error.message, str) is not answered
-        assert parts.died_idle(error) is not answered
+        assert parts.broke_before_answer(error) is not answered
 
 
 # -- other behaviours that are relied upon ----------------------------------------------------------------------------
@@ -296,9 +298,9 @@ async def test_behaviour_connect_takes_proxy_authorization_from_the_proxys_url(p
     server = await asyncio.start_server(lambda *_: None, "127.0.0.1", 0)
     made = parts.PartsConnector()
     proxy = URL(f"http://u:p@127.0.0.1:{server.sockets[0].getsockname()[1]}")
-    way = parts.Way(URL("http://provider.example/v1"), proxy)
-    parts.cut(await made.connect_new(way))
-    assert way.headers["Proxy-Authorization"] == "Basic dTpw"
+    target = parts.ConnectTarget(URL("http://provider.example/v1"), proxy)
+    parts.abort(await made.connect_new(target))
+    assert target.headers["Proxy-Authorization"] == "Basic dTpw"
     await made.close()
     server.close()
 
@@ -323,7 +325,7 @@ async def test_behaviour_a_message_that_is_consumed_before_its_body_counts_for_e
 
 
 async def test_behaviour_a_read_resumes_reading_and_can_parse_more(parts):
-    """Why `resume_reading` does nothing without a pause, and `_Pouring.on_data` ignores a call from inside itself."""
+    """Why `resume_reading` does nothing without a pause, and `_Delivery.on_data` ignores a call from inside itself."""
     resumed = []
 
     class Counting(parts.ResponseProtocol):

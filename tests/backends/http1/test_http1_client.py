@@ -240,7 +240,7 @@ async def test_the_reader_of_a_body_that_stops_being_http_gets_an_error(connecte
         async with asyncio.timeout(BOUND):
             reply = await send(backend, request_)
             try:
-                await reply.pour(lambda _: True)
+                await reply.deliver(lambda _: True)
             finally:
                 await reply.aclose()
 
@@ -253,8 +253,8 @@ async def test_a_stream_that_is_dropped_leaves_nothing_for_the_garbage_collector
     gc.disable()
     try:
         reply = await send(backend, STREAM)
-        assert reply.pour is not None
-        assert not await reply.pour(lambda _: False)
+        assert reply.deliver is not None
+        assert not await reply.deliver(lambda _: False)
         await reply.aclose()
         del reply
         await asyncio.sleep(0)

@@ -119,7 +119,7 @@ async def test_a_row_that_breaks_its_batch_fails_alone_and_the_others_are_answer
     assert "Camera" not in poisoned.message  # an error message of the model's code may quote a prompt
     assert [answer.text for at, answer in enumerate(outcomes) if at != 5] == alone[:5] + alone[6:]
     assert backend.batches == [8, 4, 4, 2, 1, 1, 2]
-    assert backend.ready_reason() is None
+    assert backend.unready_reason() is None
 
 
 async def test_a_row_that_the_processor_refuses_is_rejected_and_the_others_are_answered(serve, tap, monkeypatch):
@@ -156,10 +156,10 @@ async def test_a_dead_engine_is_restarted_at_once(serve, tap):
     outcomes = await gather_behind(backend, tap, [chat() for _ in range(3)])
     assert [type(outcome) for outcome in outcomes] == [Unreachable] * 3
     assert "engine died: SystemExit" in outcomes[0].message
-    assert backend.ready_reason()
+    assert backend.unready_reason()
     with pytest.raises(Unreachable, match="cannot answer"):
         await ask(backend, chat())
-    await until(lambda: backend.ready_reason() is None)
+    await until(lambda: backend.unready_reason() is None)
     assert (await ask(backend, chat())).text == expected
 
 
@@ -180,19 +180,19 @@ async def test_a_failed_device_ends_the_engine(serve, tap):
     with pytest.raises(Unreachable, match="AcceleratorError"):
         await ask(backend, chat())
     tap.fault = lambda *_: None
-    await until(lambda: backend.ready_reason() is None)
+    await until(lambda: backend.unready_reason() is None)
 
 
 async def test_an_engine_that_dies_twice_in_a_minute_waits_and_readiness_says_so(serve, tap, monkeypatch):
     backend = await serve()
     for _ in range(2):
-        await until(lambda: backend.ready_reason() is None)
+        await until(lambda: backend.unready_reason() is None)
         tap.fault = lambda *_: SystemExit()
         with pytest.raises(Unreachable):
             await ask(backend, chat())
         tap.fault = lambda *_: None
-    assert "SystemExit" in backend.ready_reason()
-    seconds = int(backend.ready_reason().split()[-2])
+    assert "SystemExit" in backend.unready_reason()
+    seconds = int(backend.unready_reason().split()[-2])
     assert backend_module.RESTART_INTERVAL_SECONDS / 2 < seconds <= backend_module.RESTART_INTERVAL_SECONDS
 
 
@@ -203,9 +203,9 @@ async def test_an_engine_that_cannot_be_restarted_is_tried_until_it_starts(serve
     with pytest.raises(Unreachable):
         await ask(backend, chat())
     tap.fault = lambda *_: ValueError("still broken")  # also breaks the warm-up of every new engine
-    await until(lambda: "cannot answer: ValueError" in (backend.ready_reason() or ""))
+    await until(lambda: "cannot answer: ValueError" in (backend.unready_reason() or ""))
     tap.fault = lambda *_: None
-    await until(lambda: backend.ready_reason() is None)
+    await until(lambda: backend.unready_reason() is None)
 
 
 async def test_the_thread_of_a_closed_backend_has_ended(serve):
@@ -215,7 +215,7 @@ async def test_the_thread_of_a_closed_backend_has_ended(serve):
     assert len(before) == 1
     await backend.close()
     await until(lambda: not any(thread.is_alive() for thread in before))
-    assert backend.ready_reason() == "closed"
+    assert backend.unready_reason() == "closed"
 
 
 async def test_close_ends_a_batch_at_its_next_step(serve, tap):
@@ -224,7 +224,7 @@ async def test_close_ends_a_batch_at_its_next_step(serve, tap):
     asking = asyncio.create_task(ask(backend, chat(max_tokens=10**6)))
     await until(lambda: tap.running)
     closing = asyncio.create_task(backend.close())
-    await until(lambda: backend.ready_reason() == "closed")
+    await until(lambda: backend.unready_reason() == "closed")
     tap.allow(2)
     await closing
     await asyncio.wait([asking])

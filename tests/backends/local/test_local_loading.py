@@ -29,7 +29,7 @@ async def refusal(model: object, **options) -> str:
     backend = LocalBackend(str(model), **options)
     with pytest.raises(BackendError) as caught:
         await backend.start()
-    assert backend.ready_reason() is not None
+    assert backend.unready_reason() is not None
     await backend.close()
     return caught.value.message
 
@@ -95,16 +95,16 @@ async def test_no_request_is_accepted_before_the_model_is_loaded(model_of, tap):
     from local_calls import ask, chat
 
     backend = LocalBackend(str(model_of("idefics3")))
-    assert backend.ready_reason() == "the model is not loaded"
+    assert backend.unready_reason() == "the model is not loaded"
     await tap.hold()
     starting = asyncio.create_task(backend.start())
     await until(lambda: tap.running)  # the warm-up
-    assert backend.ready_reason() == "the model is being loaded"
+    assert backend.unready_reason() == "the model is being loaded"
     with pytest.raises(Unreachable, match="the model is being loaded"):
         await ask(backend, chat())
     tap.allow(10)
     await starting
-    assert backend.ready_reason() is None
+    assert backend.unready_reason() is None
     await backend.close()
 
 

@@ -82,16 +82,16 @@ async def read_all(reply: Reply) -> bytes:
 
 
 async def pour_all(reply: Reply) -> bytes:
-    """Read a stream with `pour`, and pause it after every second piece."""
+    """Read a stream with `deliver`, and pause it after every second piece."""
     taken: list[bytes] = []
 
     def take(piece: bytes) -> bool:
         taken.append(piece)
         return len(taken) % 2 == 1
 
-    assert reply.pour is not None
+    assert reply.deliver is not None
     async with asyncio.timeout(BOUND):
-        while not await reply.pour(take):
+        while not await reply.deliver(take):
             pass
         await reply.aclose()
     return b"".join(taken)
@@ -395,7 +395,7 @@ async def test_pour_keeps_the_order_of_a_burst_and_returns_all_its_bytes(backend
         await begun.wait()
         for start in range(0, len(sent), 50_000):
             await link.chunk(sent[start : start + 50_000])
-        await link.gone()  # no end of the stream, because it would also flush bytes that `pour` left behind
+        await link.gone()  # no end of the stream, because it would also flush bytes that `deliver` left behind
 
     def take(piece: bytes) -> bool:
         taken.extend(piece)
@@ -405,13 +405,13 @@ async def test_pour_keeps_the_order_of_a_burst_and_returns_all_its_bytes(backend
 
     upstream.script = script
     reply = await backend.send(OPENAI, Timings())
-    assert reply.pour is not None
-    pouring = asyncio.ensure_future(reply.pour(take))
+    assert reply.deliver is not None
+    delivering = asyncio.ensure_future(reply.deliver(take))
     begun.set()
     async with asyncio.timeout(BOUND):
         await done
     assert taken == delta("first") + sent
-    pouring.cancel()
+    delivering.cancel()
     await reply.aclose()
 
 
@@ -441,24 +441,24 @@ async def test_pour_passes_on_nothing_during_a_pause_or_after_an_error(backend, 
 
     upstream.script = script
     reply = await backend.send(OPENAI, Timings())
-    assert reply.pour is not None
-    assert not await reply.pour(take_one)
+    assert reply.deliver is not None
+    assert not await reply.deliver(take_one)
     await next_one()
     assert taken == [delta("0")]
-    assert not await reply.pour(take_one)
+    assert not await reply.deliver(take_one)
     assert taken == [delta("0"), delta("1")]
 
-    pouring = asyncio.ensure_future(reply.pour(take_one))
+    delivering = asyncio.ensure_future(reply.deliver(take_one))
     await asyncio.sleep(0)
-    pouring.cancel()
+    delivering.cancel()
     await next_one()
-    assert pouring.cancelled()
+    assert delivering.cancelled()
     assert taken == [delta("0"), delta("1")]
 
     with pytest.raises(ConnectionResetError):
-        await reply.pour(fail)
+        await reply.deliver(fail)
     await next_one()
-    assert not await reply.pour(take_one)
+    assert not await reply.deliver(take_one)
     assert taken == [delta("0"), delta("1"), delta("3")]
     await reply.aclose()
 
