@@ -181,8 +181,8 @@ async def _text(http: HttpRequest, status: int, text: str) -> Answer:
 
 
 def _upstream_line(backend: dict[str, Any]) -> str:
-    held = [lane for lane in backend["models"] if lane["hold"]]
-    return "\n".join(f"{backend['name']} on hold for {lane['model']}: {lane['hold']['reason']}" for lane in held)
+    held = [model for model in backend["models"] if model["hold"]]
+    return "\n".join(f"{backend['name']} on hold for {model['model']}: {model['hold']['reason']}" for model in held)
 
 
 def _is_loopback(remote: str) -> bool:

@@ -170,7 +170,7 @@ class Upstream:
         self._answers = 0
         self._p90 = self._p99 = 0.0  # of the latencies
         self._cost = TokenCost()
-        self._held_by: Cause | None = None  # since the last start
+        self._delayed_by: Cause | None = None  # since the last start
         self.started = 0
         """Attempts so far."""
         # Of refusals for growth or concurrency: the attempts that had started at the last one, and how many of those
@@ -206,9 +206,9 @@ class Upstream:
                     return at, gate.name
         return now, None
 
-    def held(self, cause: Cause | None) -> None:
+    def note_delay(self, cause: Cause | None) -> None:
         """Note the gate that delays the next attempt."""
-        self._held_by = cause
+        self._delayed_by = cause
 
     def cost(self, ticket: Ticket) -> float:
         """Return the estimated LLM tokens of the ticket: its input and an answer of average length.
@@ -223,7 +223,7 @@ class Upstream:
         """One attempt goes out."""
         ticket.attempts += 1
         self.started += 1
-        held, self._held_by = self._held_by, None
+        held, self._delayed_by = self._delayed_by, None
         circuit, growth = self.circuit, self.growth
         if not circuit.dormant:
             circuit.reserve(now, ticket, 0.0, held=False)
@@ -257,15 +257,15 @@ class Upstream:
             self.circuit.settle(now, reservations[0], verdict, blamed=blamed)
         if accepted:
             self._answered(now, permit, verdict)
-            if self._paced and (self.requests.forgot or self.tokens.forgot):
-                self.requests.forgot = self.tokens.forgot = False
+            if self._paced and (self.requests.limit_forgotten or self.tokens.limit_forgotten):
+                self.requests.limit_forgotten = self.tokens.limit_forgotten = False
                 self.circuit.rise(now)
         elif refused:
             if self.concurrency.discovered:
                 self.requests.resume(now, 1.0)  # what was taken for its limit was none
             if blamed in ("request_rate", "token_rate"):
                 gate = self.requests if blamed == "request_rate" else self.tokens
-                if gate.nothing_accepted:
+                if gate.refuses_everything:
                     self.circuit.open(now, CircuitState.BLACKOUT, verdict.reason, verdict.retry_after)
             elif blamed in ("growth", "concurrency") and self._nothing_accepted(permit):
                 self.circuit.open(now, CircuitState.BLACKOUT, verdict.reason, verdict.retry_after)
@@ -301,7 +301,7 @@ class Upstream:
         if permit.number > self._started_before:
             self._refused_in_row = 0
         if self._paced and verdict.usage is not None:
-            self._cost.counted(permit.ticket.tokens, *verdict.usage)
+            self._cost.learn(permit.ticket.tokens, *verdict.usage)
         seconds = now - permit.sent_at
         self.latency += (0.1 if self._latencies else 1.0) * (seconds - self.latency)
         self.concurrency.answer_seconds = self.circuit.answer_seconds = self.latency
@@ -324,14 +324,14 @@ class Upstream:
             for gate in (self.requests, self.tokens):
                 if gate.learner.limit < inf:
                     gate.resume(now, recovery)
-                    self.circuit.passes = gate.learner.windowed
+                    self.circuit.ends_by_itself = gate.learner.windowed
         elif state is CircuitState.OUTAGE or self.requests.learner.limit == inf:
             self.requests.resume(now, OUTAGE_SHARE)
 
     # -- looking ahead -------------------------------------------------------------------------------------------------
 
     @property
-    def away(self) -> bool:
+    def unavailable(self) -> bool:
         """The provider cannot answer: it is down, has no room, or refuses the account.
 
         A blackout (it refuses every call because of a limit) does not count: it ends, and the wait can be predicted.

@@ -53,31 +53,31 @@ class Circuit:
 
     __slots__ = (
         "_answered",
-        "_asked",
         "_cold",
-        "_confirmed",
         "_failed",
         "_failures",
+        "_longest_failed_wait",
         "_on_change",
         "_on_close",
         "_probe",
         "_probed_at",
         "_random",
         "_refusal_seconds",
+        "_retry_after_until",
         "_rising",
         "_sent_at",
         "_silent",
         "_step",
+        "_true_retry_afters",
         "_unanswered",
-        "_vain",
         "_window_ends",
         "answer_seconds",
         "dormant",
+        "ends_by_itself",
         "gap",
         "last_refused",
         "name",
         "next_probe",
-        "passes",
         "reason",
         "since",
         "state",
@@ -107,7 +107,7 @@ class Circuit:
         self.last_refused = 0.0
         self.gap = 0.0
         """Seconds from the last refusal to the successful probe in the previous blackout: this wait was long enough."""
-        self.passes = False
+        self.ends_by_itself = False
         """True: blackouts end by themselves, for example with a quota window, however often probes are sent."""
         self.answer_seconds = 0.0
         """Seconds that an answer takes, set by the upstream; 0 while none is known."""
@@ -126,9 +126,9 @@ class Circuit:
         self._failures = self._silent = 0
         self._failed: set[Ticket] = set()
         self._step = FIRST_STEP
-        self._vain = 0.0  # the longest wait in seconds after which a probe was refused again
-        self._asked = 0.0  # loop time until which a Retry-After asked to wait
-        self._confirmed = 0
+        self._longest_failed_wait = 0.0  # the longest wait in seconds after which a probe was refused again
+        self._retry_after_until = 0.0  # loop time until which a Retry-After asked to wait
+        self._true_retry_afters = 0
 
     def __repr__(self) -> str:
         opened = self.state and f"open {self.state.value} since={self.since:.3f} next_probe={self.next_probe:.3f}"
@@ -157,7 +157,7 @@ class Circuit:
 
     def advance(self, now: float) -> None:
         """Count attempts as answered that were not refused for long enough."""
-        if self._probe is not None and self._patience(now) <= 0:
+        if self._probe is not None and self._probe_passes_in(now) <= 0:
             self._close(now)
         while self._unanswered and now >= next(iter(self._unanswered.values())) + ANSWERED_SECONDS:
             del self._unanswered[next(iter(self._unanswered))]
@@ -169,7 +169,7 @@ class Circuit:
         if self.state is not None:
             if self._probe is None:
                 return max(now, self.next_probe)
-            return min(now + self._patience(now), max(now, self.next_probe, self._probed_at + MAX_STEP))
+            return min(now + self._probe_passes_in(now), max(now, self.next_probe, self._probed_at + MAX_STEP))
         if self._cold:
             return max(now, self._sent_at + COLD_STEP_SECONDS)
         if not self._rising:
@@ -262,13 +262,15 @@ class Circuit:
         jitter = 1.0 + 0.2 * self._random()
         if self.state is None:
             self.since = now
-            self._asked = 0.0
+            self._retry_after_until = 0.0
             self._step = FIRST_STEP
-            if state is CircuitState.BLACKOUT and not self.passes:  # as long as it took, unless that was tried in vain
-                self._step = min(max(self.gap, 1.01 * self._vain, FIRST_STEP), MAX_STEP)
+            if (
+                state is CircuitState.BLACKOUT and not self.ends_by_itself
+            ):  # as long as it took, unless that was tried in vain
+                self._step = min(max(self.gap, 1.01 * self._longest_failed_wait, FIRST_STEP), MAX_STEP)
         elif state is self.state:
             if state is CircuitState.BLACKOUT:
-                self._vain = max(self._vain, now - self.last_refused)
+                self._longest_failed_wait = max(self._longest_failed_wait, now - self.last_refused)
             self._step = min(self._step * (GROWTH if self._step < SHORT_STEP else SLOW_GROWTH), MAX_STEP)
         before, self.state = self.state, state
         self.dormant = False
@@ -290,15 +292,15 @@ class Circuit:
         self._on_close(now, state, Recovery(self.since, self._probed_at, self._probed_at - self.last_refused))
         if state is CircuitState.BLACKOUT:
             self.gap = self._probed_at - self.last_refused
-            if self.gap <= self._vain:
+            if self.gap <= self._longest_failed_wait:
                 # A shorter wait was enough. So a refusal does not restart a penalty: the blackout ends by itself.
-                self._vain = 0.0
-        if self._asked:
-            early = self._asked - self._probed_at
-            if early > 0.5 * (self._asked - self.since):
-                self._confirmed = 0  # the probe was accepted long before the time that the provider named
-            elif early <= 0 and self.last_refused < self._asked:
-                self._confirmed += 1
+                self._longest_failed_wait = 0.0
+        if self._retry_after_until:
+            early = self._retry_after_until - self._probed_at
+            if early > 0.5 * (self._retry_after_until - self.since):
+                self._true_retry_afters = 0  # the probe was accepted long before the time that the provider named
+            elif early <= 0 and self.last_refused < self._retry_after_until:
+                self._true_retry_afters += 1
         self.state = None
         self._cold = False
         self._unanswered.clear()
@@ -321,11 +323,11 @@ class Circuit:
         It may delay the next probe, by at most `trust` seconds. It never makes the next probe earlier.
         """
         if retry_after is not None and isfinite(retry_after) and retry_after > 0:
-            self._asked = now + retry_after
-            trust = MUCH_TRUST if self._confirmed >= 2 else LITTLE_TRUST
+            self._retry_after_until = now + retry_after
+            trust = MUCH_TRUST if self._true_retry_afters >= 2 else LITTLE_TRUST
             self.next_probe = max(self.next_probe, now + min(retry_after, trust))
 
-    def _patience(self, now: float) -> float:
+    def _probe_passes_in(self, now: float) -> float:
         """Return the seconds until a probe without a verdict counts as accepted.
 
         Infinite outside a blackout: there a missing refusal proves nothing.
