@@ -19,8 +19,8 @@ log = logging.getLogger("sidecar")
 #: Seconds between two measurements of the event loop's lag.
 _LAG_STEP_SECONDS = 0.25
 #: Maximum number of open connections: of the data listener, and of the admin listener, which other pods can reach.
-_MAX_CALLERS = 4096
-_MAX_WATCHERS = 128
+_MAX_DATA_CONNECTIONS = 4096
+_MAX_ADMIN_CONNECTIONS = 128
 #: New objects after which Python's garbage collector runs. Requests create objects that are still in use for a while
 #: (for example the times of sending), so Python's default of 700 would start many collections that find nothing.
 _GARBAGE_OBJECTS = 10_000
@@ -83,8 +83,8 @@ class Sidecar:
             self._loop.add_signal_handler(number, self._on_signal)
         http = await choose()
         self.parts.metrics.set_http_implementation(http.name)
-        self._admin_listener = http.listener(self.parts.admin, max_connections=_MAX_WATCHERS)
-        self._data_listener = http.listener(self.parts.data, max_connections=_MAX_CALLERS)
+        self._admin_listener = http.listener(self.parts.admin, max_connections=_MAX_ADMIN_CONNECTIONS)
+        self._data_listener = http.listener(self.parts.data, max_connections=_MAX_DATA_CONNECTIONS)
         self.admin_port = await _open(self._admin_listener, settings.admin_host, settings.admin_port, "admin_port")
         for backend in self.parts.all_backends:
             try:

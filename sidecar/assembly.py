@@ -94,8 +94,8 @@ def assemble(settings: Settings, drain: Callable[[], None]) -> Parts:
     detector = None if settings.detector_model is None else make_detector(settings.detector_model)
     detector_admission = detector_dispatcher = None
     if detector is not None:
-        place = UpstreamSettings(detector.name, concurrency=detector.slots, paced=False)
-        detector_admission = Admission([place], queue_size=_DETECTOR_QUEUE)
+        detector_settings = UpstreamSettings(detector.name, concurrency=detector.slots, paced=False)
+        detector_admission = Admission([detector_settings], queue_size=_DETECTOR_QUEUE)
         detector_dispatcher = Dispatcher(detector_admission, [detector], metrics)
         admissions.append(detector_admission)
     health = Health()

@@ -54,8 +54,8 @@ def _key(value: str) -> str:
 
 
 Key = Annotated[str, AfterValidator(_key)]
-Learned = Annotated[Annotated[float, Field(gt=0)] | None, BeforeValidator(_auto)]
-LearnedCount = Annotated[Annotated[int, Field(ge=1)] | None, BeforeValidator(_auto)]
+NumberOrAuto = Annotated[Annotated[float, Field(gt=0)] | None, BeforeValidator(_auto)]
+CountOrAuto = Annotated[Annotated[int, Field(ge=1)] | None, BeforeValidator(_auto)]
 Port = Annotated[int, Field(ge=0, le=65535)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -102,9 +102,9 @@ class Settings(BaseModel):
         " such as https://cameras.lan/ file:///frames/; what lies below one is allowed",
     )
     detector_model: Path | None = Field(None, description="ONNX file for /api/inference/detect")
-    max_concurrency: LearnedCount = Field(None, description="attempts in flight; auto learns it, a number pins it")
-    requests_per_minute: Learned = Field(None, description="ceiling of the request rate; auto learns it")
-    tokens_per_minute: Learned = Field(None, description="ceiling of the LLM token rate; auto learns it")
+    max_concurrency: CountOrAuto = Field(None, description="attempts in flight; auto learns it, a number pins it")
+    requests_per_minute: NumberOrAuto = Field(None, description="ceiling of the request rate; auto learns it")
+    tokens_per_minute: NumberOrAuto = Field(None, description="ceiling of the LLM token rate; auto learns it")
     refusal_budget: Annotated[float, Field(gt=0, le=0.2)] = Field(
         0.005, description="share of upstream calls that may be spent on probing the limit"
     )

@@ -10,7 +10,7 @@ from running import chat
 from sidecar.admission.gates.bucket import TokenBucket
 from sidecar.dispatch.deadlines import Deadlines
 from sidecar.dispatch.dispatcher import Dispatcher
-from sidecar.observe import series
+from sidecar.observe import instruments
 from sidecar.observe.gauges import AdmissionGauges
 from sidecar.observe.trace import TracingStopwatch
 
@@ -37,8 +37,8 @@ OBJECTS = {
     "Sampler dashscope uptime=": lambda sidecar, pool: sidecar.parts.sampler,
     "TimeSeries recent=0 whole=0": lambda sidecar, pool: sidecar.parts.sampler.time_series["dashscope"],
     "Metrics requests=0 attempts=0": lambda sidecar, pool: sidecar.parts.metrics,
-    "Counter sidecar_x series=0": lambda sidecar, pool: series.Counter("sidecar_x", "", ()),
-    "Histogram sidecar_y series=0": lambda sidecar, pool: series.Histogram("sidecar_y", "", (), (1.0,)),
+    "Counter sidecar_x series=0": lambda sidecar, pool: instruments.Counter("sidecar_x", "", ()),
+    "Histogram sidecar_y series=0": lambda sidecar, pool: instruments.Histogram("sidecar_y", "", (), (1.0,)),
     "Dispatcher dashscope draining=False": lambda sidecar, pool: Dispatcher(
         sidecar.admission, sidecar.parts.backends, sidecar.parts.metrics
     ),

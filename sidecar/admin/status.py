@@ -14,7 +14,7 @@ from sidecar import __version__
 from sidecar.admin.health import Health
 from sidecar.admission import Admission, Change, GateStatus, PoolStatus, Priority, UpstreamStatus
 from sidecar.observe.format import duration, number, visible
-from sidecar.observe.gauges import distinct
+from sidecar.observe.gauges import upstreams_named
 from sidecar.observe.sampler import Sampler
 
 #: Keys with the longest queues that are shown.
@@ -97,7 +97,7 @@ class Queue:
 
 
 @dataclass(frozen=True, slots=True)
-class Backend:
+class UpstreamReport:
     """One upstream by name, with all its models."""
 
     name: str
@@ -143,7 +143,7 @@ class Status:
     reason: str | None
     backend: str
     simulated: bool
-    backends: list[Backend]
+    backends: list[UpstreamReport]
     throttles: list[Throttle]
     changes: list[LimitChange]
     """The latest first."""
@@ -174,17 +174,17 @@ def status_of(health: Health, admissions: Sequence[Admission], sampler: Sampler)
     )
 
 
-def _backend(name: str, pools: Sequence[PoolStatus], now: float, sampler: Sampler) -> Backend:
+def _backend(name: str, pools: Sequence[PoolStatus], now: float, sampler: Sampler) -> UpstreamReport:
     queues = [pool for pool in pools if pool.upstreams[0].name == name]
     by_priority = {one.name.lower(): sum(pool.waiting[one] for pool in queues) for one in Priority}
-    places = [(pool, one) for pool in pools for one in pool.upstreams if one.name == name]
-    places.sort(key=lambda place: place[0].last_used, reverse=True)
-    return Backend(
+    pairs = [(pool, one) for pool in pools for one in pool.upstreams if one.name == name]
+    pairs.sort(key=lambda place: place[0].last_used, reverse=True)
+    return UpstreamReport(
         name=name,
-        in_flight=sum(one.concurrency.in_flight or 0 for one in distinct(pools, name)),
+        in_flight=sum(one.concurrency.in_flight or 0 for one in upstreams_named(pools, name)),
         queue=Queue(sum(by_priority.values()), sum(pool.waiting_bytes for pool in queues), by_priority),
         totals={key: round(value, 3) for key, value in sampler.totals.get(name, {}).items()},
-        models=[_model(pool, one, now) for pool, one in places],
+        models=[_model(pool, one, now) for pool, one in pairs],
     )
 
 

@@ -117,7 +117,7 @@ class Admission:
     def enter(self, ticket: Ticket) -> Permit | asyncio.Future[Permit]:
         """Do the first, synchronous part of `permit`: return the permit, or the future that will bring it."""
         pool = self.pool(ticket.model)
-        if self.draining and not ticket.returned:
+        if self.draining and not ticket.requeued:
             raise Draining(
                 "the sidecar is shutting down and takes no new work: try again in 1 s, its successor may be there",
                 retry_after=1.0,
@@ -130,7 +130,7 @@ class Admission:
             if other.stopwatch.started > ticket.stopwatch.started:  # it arrived while this ticket was upstream
                 raise superseded
             pool.refuse(other, superseded)
-        if not ticket.returned:
+        if not ticket.requeued:
             pool.recognise(ticket)
             self._check_bounds(pool, ticket)
         return pool.enter(ticket)
@@ -218,7 +218,7 @@ class Admission:
         if not self._arrivals.make_room(size):
             wait = pool.promise(now, ticket, room)
             raise QueueFull(
-                f"{self._arrivals.held()} bytes are waiting or being received and {size} more do not fit into "
+                f"{self._arrivals.bytes_in_use()} bytes are waiting or being received and {size} more do not fit into "
                 f"SIDECAR_QUEUE_BYTES = {self._queue_bytes}: try again after {wait:.0f} s, send smaller images, or "
                 "raise it",
                 retry_after=wait,

@@ -19,13 +19,13 @@ STALLED_SECONDS = 1.0
 class Arrivals:
     """All bodies that are being received, ordered by the time of their last byte, oldest first."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, most_bytes: int, waiting_bytes: Callable[[], int]) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, max_bytes: int, waiting_bytes: Callable[[], int]) -> None:
         """`waiting_bytes` returns the bytes of complete bodies in the queues."""
         self.bytes = 0
         self._loop = loop
-        self._most_bytes = most_bytes
+        self._max_bytes = max_bytes
         self._waiting_bytes = waiting_bytes
-        self._heard: dict[Arrival, float] = {}
+        self._last_byte_at: dict[Arrival, float] = {}
 
     def add(self, arrival: Arrival, more_bytes: int) -> None:
         """See `Arrival.add`."""
@@ -34,16 +34,16 @@ class Arrivals:
         size = arrival.bytes + more_bytes
         if not self.make_room(size, arrival):
             raise QueueFull(
-                f"{self.held(arrival)} bytes are waiting or being received and {size} of this body do not fit into "
-                f"SIDECAR_QUEUE_BYTES = {self._most_bytes}: try again after 1 s, send smaller images, or raise it",
+                f"{self.bytes_in_use(arrival)} bytes are waiting or being received and {size} of this body do not fit "
+                f"into SIDECAR_QUEUE_BYTES = {self._max_bytes}: try again after 1 s, send smaller images, or raise it",
                 retry_after=1.0,
             )
-        self._heard.pop(arrival, None)
-        self._heard[arrival] = self._loop.time()
+        self._last_byte_at.pop(arrival, None)
+        self._last_byte_at[arrival] = self._loop.time()
         arrival.bytes = size
         self.bytes += more_bytes
 
-    def held(self, own: Arrival | None = None) -> int:
+    def bytes_in_use(self, own: Arrival | None = None) -> int:
         """Return the bytes that wait or are being received, without the bytes of the arrival `own`."""
         return self._waiting_bytes() + self.bytes - (own.bytes if own is not None else 0)
 
@@ -52,17 +52,17 @@ class Arrivals:
 
         A body that is alone always fits.
         """
-        while (others := self.held(own)) and others + size_bytes > self._most_bytes:
-            stalled = next(iter(self._heard), own)
-            if stalled is own or stalled is None or self._loop.time() - self._heard[stalled] < STALLED_SECONDS:
+        while (others := self.bytes_in_use(own)) and others + size_bytes > self._max_bytes:
+            stalled = next(iter(self._last_byte_at), own)
+            if stalled is own or stalled is None or self._loop.time() - self._last_byte_at[stalled] < STALLED_SECONDS:
                 return False
             self.remove(stalled)
-            stalled.give_way(self._most_bytes)
+            stalled.give_way(self._max_bytes)
         return True
 
     def remove(self, arrival: Arrival) -> None:
         """Stop counting a body that is complete or abandoned. A second call does nothing."""
-        if self._heard.pop(arrival, None) is not None:
+        if self._last_byte_at.pop(arrival, None) is not None:
             self.bytes -= arrival.bytes
 
 
@@ -79,10 +79,10 @@ class Arrival:
         self._arrivals = arrivals
         self._reading = reading
 
-    def give_way(self, most_bytes: int) -> None:
+    def give_way(self, max_bytes: int) -> None:
         """Stop the reader now."""
         self.refusal = QueueFull(
-            f"the body paused after {self.bytes} bytes and gave way to others: SIDECAR_QUEUE_BYTES = {most_bytes} were "
+            f"the body paused after {self.bytes} bytes and gave way to others: SIDECAR_QUEUE_BYTES = {max_bytes} were "
             "waiting or being received: try again after 1 s and send it without a pause, or raise it",
             retry_after=1.0,
         )

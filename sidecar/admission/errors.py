@@ -34,4 +34,7 @@ class AccountClosed(NotAdmitted):
 
 
 class StillFailing(NotAdmitted):
-    """It was to go once more if other requests failed too; they do not. Never reaches a caller."""
+    """The request waited for a last retry, which is allowed only during an outage, and there is no outage.
+
+    Other requests are answered, so the retry is not sent. The dispatcher handles this error; no caller gets it.
+    """

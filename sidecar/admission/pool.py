@@ -29,7 +29,7 @@ SPILL_SECONDS = 2.0
 #: For an answer, an upstream should have this many times its usual seconds, and at least so many seconds; at most this
 #: share of the ticket's whole time while no answer is known. Before less is left, a ticket goes to a higher tier, or
 #: leaves an attempt without a byte for another upstream: the prediction for the present one was wrong then.
-LAST_CALL_ANSWERS, MIN_LAST_CALL_SECONDS, LAST_CALL_SHARE = 1.5, 0.5, 0.25
+SWITCH_ANSWERS, MIN_SWITCH_SECONDS, SWITCH_SHARE = 1.5, 0.5, 0.25
 #: Added to the load (attempts in flight as a share of the allowed ones) of an upstream that would answer too late.
 LATE = 1e6
 _WAY_OUT = (
@@ -51,7 +51,7 @@ class Pool:
         now = loop.time()
         self._loop = loop
         self.upstreams = upstreams
-        self._one = upstreams[0] if len(upstreams) == 1 else None
+        self._only_upstream = upstreams[0] if len(upstreams) == 1 else None
         self._all = (1 << len(upstreams)) - 1
         self.queue = FairQueue()
         """The tickets that may go to every upstream."""
@@ -61,7 +61,7 @@ class Pool:
         self.promises: Promises | None = None
         """Callers that were told to come back; None while there never were any."""
         self._timer: asyncio.TimerHandle | None = None
-        self._held_seconds = [0.0] * len(CAUSES)
+        self._wait_seconds = [0.0] * len(CAUSES)
         self.cause: Cause | None = None
         """The present cause of waiting; None while no ticket waits."""
         self._cause_since = self._entered_at = now
@@ -114,18 +114,18 @@ class Pool:
         refuses the account.
         """
         now = self._entered_at = self._loop.time()
-        one = self._one
+        one = self._only_upstream
         if one is not None and self.is_empty and ticket.not_before <= now and one.opening(now, ticket)[1] is None:
             return self._start(one, ticket, now)  # the usual case
-        left = self._left_for(ticket)
+        left = self._untried_by(ticket)
         self._check_accounts(now, left)
         if ticket.not_before > now:
             return self._enter_later(now, ticket)
         if self.is_empty and (upstream := self._choose(now, ticket, left)[0]) is not None:
             return self._start(upstream, ticket, now)
-        if not ticket.returned:
+        if not ticket.requeued:
             self._check_reachable(now, ticket)
-        self._account(now)
+        self._book_wait(now)
         self._enqueue(now, ticket)
         permit = ticket.permit
         assert permit is not None  # noqa: S101  `_enqueue` made it
@@ -155,8 +155,8 @@ class Pool:
     def _enqueue(self, now: float, ticket: Ticket) -> None:
         if ticket.permit is None or ticket.permit.done():
             ticket.permit = self._loop.create_future()
-        ticket.enter_queue(self._held_seconds)
-        left = self._left_for(ticket)
+        ticket.enter_queue(self._wait_seconds)
+        left = self._untried_by(ticket)
         if left == self._all:
             queue = self.queue
         elif (found := self._restricted.get(left)) is not None:
@@ -164,28 +164,28 @@ class Pool:
         else:
             queue = self._restricted[left] = FairQueue()
         queue.add(ticket)
-        if self._one is None:
+        if self._only_upstream is None:
             if self._is_late_below(now, ticket):
                 self._urgent.add(ticket)
-            elif (last_call := self._last_call(ticket, left)) < inf:
-                ticket.expiry = self._loop.call_at(max(last_call, now), self._hurry, ticket)
+            elif (last_call := self._latest_switch_at(ticket, left)) < inf:
+                ticket.expiry = self._loop.call_at(max(last_call, now), self._mark_urgent, ticket)
                 return
         self._set_expiry(now, ticket, left)
 
     def _set_expiry(self, now: float, ticket: Ticket, left: int) -> None:
         ticket.expiry = self._loop.call_at(max(ticket.deadline - self._latency(left), now), self._expire, ticket)
 
-    def _last_call(self, ticket: Ticket, left: int) -> float:
+    def _latest_switch_at(self, ticket: Ticket, left: int) -> float:
         """The latest time at which a higher tier should take the ticket; inf if no higher tier is left for it."""
         lowest = self.upstreams[0].tier
         higher = [one for bit, one in enumerate(self.upstreams) if left >> bit & 1 and one.tier > lowest]
         return ticket.deadline - max((_seconds_needed(ticket, one) for one in higher), default=-inf)
 
-    def _hurry(self, ticket: Ticket) -> None:
+    def _mark_urgent(self, ticket: Ticket) -> None:
         """The ticket still waits, and soon no upstream could answer it in time."""
         now = self._loop.time()
         self._urgent.add(ticket)
-        self._set_expiry(now, ticket, self._left_for(ticket))
+        self._set_expiry(now, ticket, self._untried_by(ticket))
         self.admit(now)
 
     def _enter_later(self, now: float, ticket: Ticket) -> asyncio.Future[Permit]:
@@ -205,7 +205,7 @@ class Pool:
             self._end_pause(now, ticket)
             if ticket.permit is None or ticket.permit.done():
                 continue  # its caller left in this loop iteration
-            if ticket.only_while_failing and not any(one.circuit.failing for _, one in self._places(ticket)):
+            if ticket.only_while_failing and not any(one.circuit.failing for _, one in self._untried_upstreams(ticket)):
                 ticket.permit.set_exception(StillFailing("the other requests are answered"))
                 continue
             self._enqueue(now, ticket)
@@ -224,20 +224,20 @@ class Pool:
                 self._later.sort()  # a sorted list is a heap
                 self._end_pause(now, ticket)
                 return True
-        left = self._left_for(ticket)
+        left = self._untried_by(ticket)
         queue = self.queue if left == self._all else self._restricted.get(left)
         if queue is None or ticket not in queue:
             return False
-        self._account(now)  # before it is gone: an empty queue books nothing
+        self._book_wait(now)  # before it is gone: an empty queue books nothing
         queue.remove(ticket)
-        self._left(ticket, now)
+        self._on_ticket_removed(ticket, now)
         return True
 
     # -- the decision --------------------------------------------------------------------------------------------------
 
     def admit(self, now: float) -> None:
         """Grant permits to the next tickets until a gate is closed. Then set the timer for the next call."""
-        self._account(now)
+        self._book_wait(now)
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -266,22 +266,22 @@ class Pool:
         while (ticket := queue.head()) is not None:
             if ticket.permit is None or ticket.permit.done():  # its caller left in this loop iteration
                 queue.remove(ticket)
-                self._left(ticket, now)
+                self._on_ticket_removed(ticket, now)
                 continue
             upstream, opens_at, cause = self._choose(now, ticket, left & ~claimed)
             if upstream is None:
                 self.cause = self.cause or cause or "turn"
                 for one in self.upstreams:
-                    one.held(cause)
+                    one.note_delay(cause)
                 return claimed | left, opens_at
             queue.take(ticket)
-            self._left(ticket, now)
+            self._on_ticket_removed(ticket, now)
             ticket.permit.set_result(self._start(upstream, ticket, now))
         return claimed, inf
 
     def _choose(self, now: float, ticket: Ticket, left: int) -> tuple[Upstream | None, float, Cause | None]:
         """Choose the open upstream of the lowest tier with the least load; else give when one opens, and the cause."""
-        one = self._one
+        one = self._only_upstream
         if one is not None:
             opens_at, cause = one.opening(now, ticket)
             return (one, now, None) if cause is None else (None, opens_at, cause)
@@ -313,7 +313,9 @@ class Pool:
 
     def _spills(self, now: float, ticket: Ticket, tier: int) -> bool:
         """Whether a higher tier may take tickets: the tiers below it cannot serve all that waits in time."""
-        below = [one for one in self.upstreams if one.tier < tier and one.unready_reason() is None and not one.away]
+        below = [
+            one for one in self.upstreams if one.tier < tier and one.unready_reason() is None and not one.unavailable
+        ]
         if not below or self._urgent:
             return True
         if now + min(one.circuit.seconds_left(now) + one.latency for one in below) > ticket.deadline:
@@ -365,7 +367,7 @@ class Pool:
                 circuit = upstream.circuit
                 if circuit.state is CircuitState.BILLING and not circuit.may_probe(now):
                     closed = closed or upstream
-                elif self._one is not None or upstream.unready_reason() is None:
+                elif self._only_upstream is not None or upstream.unready_reason() is None:
                     return None
         return closed
 
@@ -376,7 +378,7 @@ class Pool:
                 while (ticket := queue.head()) is not None:
                     self.refuse(ticket, self._account_closed(now, closed))
         for ticket in [entry[2] for entry in self._later]:
-            if (closed := self._refusing(now, self._left_for(ticket))) is not None:
+            if (closed := self._refusing(now, self._untried_by(ticket))) is not None:
                 self.refuse(ticket, self._account_closed(now, closed))
 
     @staticmethod
@@ -392,11 +394,11 @@ class Pool:
 
     def would_wait(self, now: float, ticket: Ticket) -> bool:
         """Whether a newcomer like this one could not start at once."""
-        return not self.is_empty or self._choose(now, ticket, self._left_for(ticket))[0] is None
+        return not self.is_empty or self._choose(now, ticket, self._untried_by(ticket))[0] is None
 
     def has_another(self, ticket: Ticket, upstream: Upstream) -> bool:
         """Whether an upstream that the ticket has not tried, beside this one, could take it."""
-        if self._one is not None:
+        if self._only_upstream is not None:
             return False
         return any(one is not upstream and self._may_take(ticket, one) for one in self.upstreams)
 
@@ -410,7 +412,7 @@ class Pool:
         if not others:
             return inf
         last_call = ticket.deadline - min(_seconds_needed(ticket, one) for one in others) - now
-        usual = max(_seconds_needed(ticket, upstream), LAST_CALL_ANSWERS * upstream.slow_seconds)
+        usual = max(_seconds_needed(ticket, upstream), SWITCH_ANSWERS * upstream.slow_seconds)
         return min(upstream.patience(ticket), max(last_call, usual))
 
     @staticmethod
@@ -419,26 +421,26 @@ class Pool:
         refused = upstream.circuit.state is CircuitState.BILLING
         return upstream not in ticket.tried and not refused and upstream.unready_reason() is None
 
-    def _left_for(self, ticket: Ticket) -> int:
+    def _untried_by(self, ticket: Ticket) -> int:
         """The upstreams that the ticket has not tried, as a set of bits; all of them again once it has tried each."""
         if not ticket.tried:
             return self._all
         return sum(1 << bit for bit, one in enumerate(self.upstreams) if one not in ticket.tried) or self._all
 
-    def _places(self, ticket: Ticket) -> list[tuple[int, Upstream]]:
-        left = self._left_for(ticket)
+    def _untried_upstreams(self, ticket: Ticket) -> list[tuple[int, Upstream]]:
+        left = self._untried_by(ticket)
         return [(bit, one) for bit, one in enumerate(self.upstreams) if left >> bit & 1]
 
     def _latency(self, left: int) -> float:
-        if self._one is not None:
-            return self._one.latency
+        if self._only_upstream is not None:
+            return self._only_upstream.latency
         return min(one.latency for bit, one in enumerate(self.upstreams) if left >> bit & 1)
 
     def _check_reachable(self, now: float, ticket: Ticket) -> None:
         left = ticket.deadline - now
-        latency = self._latency(self._left_for(ticket))
+        latency = self._latency(self._untried_by(ticket))
         wait = self._wait(now, ticket, guess=False)
-        if wait + latency > SERVABLE_SHARE * left and self.queue.overload(ticket.priority, ticket.key):
+        if wait + latency > SERVABLE_SHARE * left and self.queue.serve_newest_first(ticket.priority, ticket.key):
             wait = self._wait(now, ticket, guess=False)
         if wait + latency + min(self._kept_seconds(now, ticket), KEPT_SHARE * left) > left:
             raise DeadlineUnreachable(
@@ -455,7 +457,9 @@ class Pool:
         if self._restricted:
             requests += sum(len(queue) for queue in self._restricted.values())
             cost += sum(queue.cost for queue in self._restricted.values())
-        return self._seconds(now, ticket, [one for _, one in self._places(ticket)], requests, cost, guess=guess)
+        return self._seconds(
+            now, ticket, [one for _, one in self._untried_upstreams(ticket)], requests, cost, guess=guess
+        )
 
     def _seconds(
         self, now: float, ticket: Ticket, upstreams: Sequence[Upstream], requests: float, cost: float, *, guess: bool
@@ -473,7 +477,7 @@ class Pool:
     def _is_late_below(self, now: float, ticket: Ticket) -> bool:
         """Whether the ticket is predicted to be late if only the lowest tier serves it."""
         lowest = self.upstreams[0].tier
-        below = [one for one in self.upstreams if one.tier == lowest and not one.away]
+        below = [one for one in self.upstreams if one.tier == lowest and not one.unavailable]
         if not below or len(below) == len(self.upstreams):
             return False
         wait = self._seconds(now, ticket, below, *self.queue.ahead_of(ticket), guess=True)
@@ -511,9 +515,9 @@ class Pool:
 
     # -- accounting of the causes of waits -----------------------------------------------------------------------------
 
-    def _left(self, ticket: Ticket, now: float) -> None:
-        self._account(now)
-        ticket.leave_queue(self._held_seconds)
+    def _on_ticket_removed(self, ticket: Ticket, now: float) -> None:
+        self._book_wait(now)
+        ticket.leave_queue(self._wait_seconds)
         self._urgent.discard(ticket)
         if ticket.expiry is not None:
             ticket.expiry.cancel()
@@ -532,14 +536,14 @@ class Pool:
         self.refuse(ticket, why)
         self.admit(now)
 
-    def _account(self, now: float) -> None:
+    def _book_wait(self, now: float) -> None:
         """Book the time since the last call to the present cause. One total serves all tickets, without a loop."""
         if self.queue.tickets or self._restricted:
-            self._held_seconds[CAUSES.index(self.cause or "turn")] += now - self._cause_since
+            self._wait_seconds[CAUSES.index(self.cause or "turn")] += now - self._cause_since
         self._cause_since = now
 
 
 def _seconds_needed(ticket: Ticket, upstream: Upstream) -> float:
     """Return the seconds that an upstream should have for its answer."""
-    share = LAST_CALL_SHARE * (ticket.deadline - ticket.stopwatch.started)
-    return max(LAST_CALL_ANSWERS * upstream.latency, min(share, MIN_LAST_CALL_SECONDS)) if upstream.latency else share
+    share = SWITCH_SHARE * (ticket.deadline - ticket.stopwatch.started)
+    return max(SWITCH_ANSWERS * upstream.latency, min(share, MIN_SWITCH_SECONDS)) if upstream.latency else share

@@ -3,10 +3,10 @@ The fair queue: it decides which waiting ticket is next. It does not use limits,
 
 It has three levels. Their cost hardly grows with the number of keys and tickets (at most logarithmically):
 
-1. Priority classes share by weight.
-2. The keys within a class share by deficit round robin (Shreedhar & Varghese, 1995) over cost.
-3. Within a key, the earliest deadline goes first while the backlog can be served in time. If it cannot, the newest
-   ticket goes first, but after the tickets of callers that returned at the time of their Retry-After.
+1. Priority classes share the throughput by weight.
+2. The keys within a class share it by deficit round robin (Shreedhar & Varghese, 1995) over cost.
+3. Within a key, the earliest deadline is served first while the backlog can be served in time. Otherwise the newest
+   ticket is served first, but after the tickets of callers that returned at the time of their Retry-After.
 
 The round robin is the *surplus* variant: a key is served while its deficit is positive, and the last ticket may make
 the deficit negative. So the quantum need not be as large as the largest ticket, and one camera's huge frame does not
@@ -22,8 +22,8 @@ from math import inf
 
 from sidecar.admission.ticket import Priority, Ticket
 
-#: A key that could not be served in time has caught up when 1/CALM_SHARE of its backlog is left.
-CALM_SHARE = 8
+#: A key that could not be served in time has caught up when 1/CAUGHT_UP_DIVISOR of its backlog is left.
+CAUGHT_UP_DIVISOR = 8
 #: Callers that return at the time of their Retry-After come spaced in time. If more than this many such tickets of one
 #: key wait, they are a flood that is only mistaken for returning callers (which are recognised by key and time alone).
 MAX_PROMISED = 8
@@ -38,15 +38,15 @@ class _KeyQueue:
 
     __slots__ = (
         "_by_deadline",
-        "_calm_below",
+        "_caught_up_below",
         "_waiting",
         "cost",
         "deficit",
         "key",
         "latest",
-        "place",
+        "position",
         "promised",
-        "returned",
+        "requeued",
     )
 
     def __init__(self, key: str) -> None:
@@ -54,22 +54,22 @@ class _KeyQueue:
         self.latest: Ticket | None = None  # the ticket that a newer frame would supersede
         self.deficit = 0.0
         self.cost = 0.0  # sum over all waiting tickets
-        self.place = 0  # position in the ring: consecutive numbers from its head to its tail
-        self.returned: deque[Ticket] = deque()
+        self.position = 0  # position in the ring: consecutive numbers from its head to its tail
+        self.requeued: deque[Ticket] = deque()
         self.promised: OrderedDict[int, Ticket] = OrderedDict()  # a part of `_waiting`; newer tickets do not pass them
         self._waiting: OrderedDict[int, Ticket] = OrderedDict()  # in order of arrival
-        self._calm_below = 0  # newest first until fewer tickets than this are left; 0: earliest deadline first
+        self._caught_up_below = 0  # newest first until fewer tickets than this are left; 0: earliest deadline first
         self._by_deadline: list[tuple[float, int]] = []  # a heap; entries whose ticket has left are skipped
 
     def __len__(self) -> int:
-        return len(self.returned) + len(self._waiting)
+        return len(self.requeued) + len(self._waiting)
 
     def add(self, number: int, ticket: Ticket) -> None:
         self.cost += _cost(ticket)
         if ticket.latest:
             self.latest = ticket
-        if ticket.returned:
-            self.returned.append(ticket)
+        if ticket.requeued:
+            self.requeued.append(ticket)
             return
         if ticket.promised:
             self.promised[number] = ticket
@@ -78,12 +78,12 @@ class _KeyQueue:
 
     def oldest(self) -> float:
         waiting = islice(self._waiting.values(), 1)
-        return min(ticket.stopwatch.started for ticket in (*self.returned, *waiting))
+        return min(ticket.stopwatch.started for ticket in (*self.requeued, *waiting))
 
     def head(self) -> Ticket:
-        if self.returned:
-            return self.returned[0]
-        if self._calm_below:
+        if self.requeued:
+            return self.requeued[0]
+        if self._caught_up_below:
             if self.promised:  # in order of arrival; but newest first if they are a flood (see MAX_PROMISED)
                 many = len(self.promised) > MAX_PROMISED
                 return self.promised[next(reversed(self.promised) if many else iter(self.promised))]
@@ -92,19 +92,19 @@ class _KeyQueue:
             heappop(self._by_deadline)
         return self._waiting[self._by_deadline[0][1]]
 
-    def overload(self) -> bool:
-        changes = not self._calm_below
-        self._calm_below = max(self._calm_below, len(self) // CALM_SHARE, 1)
+    def serve_newest_first(self) -> bool:
+        changes = not self._caught_up_below
+        self._caught_up_below = max(self._caught_up_below, len(self) // CAUGHT_UP_DIVISOR, 1)
         return changes
 
     def remove(self, number: int, ticket: Ticket) -> None:
-        if len(self) - 1 < self._calm_below:
-            self._calm_below = 0
+        if len(self) - 1 < self._caught_up_below:
+            self._caught_up_below = 0
         self.cost -= _cost(ticket)
         if self.latest is ticket:
             self.latest = None
-        if ticket.returned:
-            self.returned.remove(ticket)
+        if ticket.requeued:
+            self.requeued.remove(ticket)
             return
         del self._waiting[number]
         self.promised.pop(number, None)
@@ -114,13 +114,13 @@ class _KeyQueue:
 
     def ahead_of(self, deadline: float, *, promised: bool) -> tuple[int, float]:
         """Return the number and the cost of the tickets that would be served before a new one with this deadline."""
-        if self._calm_below:
+        if self._caught_up_below:
             earlier = [] if promised else [*map(_cost, self.promised.values())]
         else:
             if self._waiting and deadline >= next(reversed(self._waiting.values())).deadline:
                 return len(self), self.cost  # the common case: all callers allow the same time
             earlier = [_cost(ticket) for ticket in self._waiting.values() if ticket.deadline <= deadline]
-        earlier += map(_cost, self.returned)
+        earlier += map(_cost, self.requeued)
         return len(earlier), sum(earlier)
 
 
@@ -151,7 +151,7 @@ class _Class:
         return self.length / self.cost if self.length else 0.0
 
     def append(self, queue: _KeyQueue) -> None:
-        queue.place = self.ring[-1].place + 1 if self.ring else 0
+        queue.position = self.ring[-1].position + 1 if self.ring else 0
         self.ring.append(queue)
 
     def rotate(self) -> None:
@@ -161,7 +161,7 @@ class _Class:
         """Return how many other keys have a turn before the next turn of this key, or of a new key (None)."""
         if queue is None or not self.ring:
             return self.active
-        return (queue.place - self.ring[0].place) * self.active / len(self.ring)  # empty keys have no turn
+        return (queue.position - self.ring[0].position) * self.active / len(self.ring)  # empty keys have no turn
 
 
 class FairQueue:
@@ -209,7 +209,7 @@ class FairQueue:
         return sorted(((key, *of_key) for key, of_key in totals.items()), key=lambda entry: -entry[1])[:most]
 
     def add(self, ticket: Ticket) -> None:
-        """Queue a ticket. A `returned` ticket goes to the head of its key."""
+        """Queue a ticket. A `requeued` ticket goes to the head of its key."""
         group = self._classes[ticket.priority]
         queue = group.keys.get(ticket.key)
         if queue is None:
@@ -281,17 +281,17 @@ class FairQueue:
             group.rotate()
         self.remove(ticket)
 
-    def overload(self, priority: Priority, key: str) -> bool:
+    def serve_newest_first(self, priority: Priority, key: str) -> bool:
         """
         Serve this key newest first until it has caught up. Call it if the key's backlog cannot be served in time.
 
-        Returns True if the order changes. In the other order, each ticket would be served just after its deadline. The
-        old tickets are refused when their time has run out.
+        Returns True if the order changes. With earliest deadline first, an overloaded key would serve each ticket just
+        after its deadline. With newest first, new tickets are in time and old ones are refused at their deadline.
         """
         queue = self._classes[priority].keys.get(key)
-        if not queue:  # nothing waits; the empty key may still have a place in the ring
+        if not queue:  # no ticket of the key waits; the empty key may still be in the ring
             return False
-        return queue.overload()
+        return queue.serve_newest_first()
 
     def ahead_of(self, ticket: Ticket) -> tuple[float, float]:
         """

@@ -16,9 +16,10 @@ from math import ceil
 SHARE = 0.9
 #: Seconds by which a returning caller may be late, or early because of clock error.
 LATE_SECONDS, EARLY_SECONDS = 2.0, 0.001
-#: The longest Retry-After in seconds, whatever the backlog; the maximum number of reserved places (bounds the memory).
-MAX_SECONDS, MOST = 3600, 4096
-#: Seconds that `make` examines at most to find one that is not crowded. Bounds the processor time of one refusal.
+#: The longest Retry-After in seconds for any backlog; the maximum number of reserved places (bounds the memory).
+MAX_SECONDS, MAX_RESERVED = 3600, 4096
+#: `make` tries at most this many later seconds to find a second that is not crowded. Bounds the processor time of one
+#: refusal.
 MAX_LATER = 100
 
 
@@ -39,9 +40,9 @@ class Promises:
         """
         Reserve a place for a caller with this key and return its Retry-After in whole seconds.
 
-        The time is `wait` seconds plus the time to serve the future places ahead of it at `per_second` requests/s.
-        Ahead of it are all future places of its own key, and from each other key as many as the queue's round robin
-        would serve first.
+        The Retry-After is `wait` seconds plus the time to serve the places ahead of the caller at SHARE x `per_second`
+        requests/s. Ahead are all future places of the same key, and of each other key the places that the queue's round
+        robin serves before this place.
         """
         self._advance(now)
         pace = max(SHARE * per_second, 1 / MAX_SECONDS)
@@ -53,16 +54,16 @@ class Promises:
         window, latest = max(1.0, 1.0 / pace), min(seconds + MAX_LATER, MAX_SECONDS)
         while seconds < latest and self._crowd(now + seconds, window, 2 * (own + 1)) >= pace * window:
             seconds += 1
-        if len(self._later) < MOST:
+        if len(self._later) < MAX_RESERVED:
             insort(self._later, (now + seconds, key))
             self._later_of_key[key] += 1
         return seconds
 
-    def _crowd(self, end: float, window: float, most: int) -> int:
-        """Count the places in the `window` seconds up to `end`, except of keys with more than `most` future places."""
+    def _crowd(self, end: float, window: float, max_own: int) -> int:
+        """Count the places in the `window` seconds up to `end`. Ignore keys with more than `max_own` future places."""
         end += EARLY_SECONDS  # include the places at `end` itself
         first, last = bisect_left(self._later, (end - window,)), bisect_left(self._later, (end,))
-        return sum(self._later_of_key[key] <= most for _, key in self._later[first:last])
+        return sum(self._later_of_key[key] <= max_own for _, key in self._later[first:last])
 
     def redeem(self, now: float, key: str) -> bool:
         """Return True if a place is reserved for this key now, and use that place up."""

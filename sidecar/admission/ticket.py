@@ -15,7 +15,10 @@ Part = Literal["queue", "lock", "first_byte", "body", "write"]
 
 
 class Priority(IntEnum):
-    """Priority classes. Each contains its own keys. They share 8 : 3 : 1, so that none starves."""
+    """Priority classes. Each class has its own keys.
+
+    The classes share the throughput in the ratio 8 : 3 : 1, so that no class starves.
+    """
 
     HIGH = 0
     NORMAL = 1
@@ -38,7 +41,7 @@ class Stopwatch:
         return f"<{type(self).__name__} in {self._part}{spent}>"
 
     def switch(self, part: Part, now: float) -> None:
-        """Book the time from `now` on to `part`."""
+        """Count the time after `now` as `part`."""
         self.seconds[self._part] += now - self._since
         self._part = part
         self._since = now
@@ -72,7 +75,7 @@ class Ticket:
         "permit",
         "priority",
         "promised",
-        "returned",
+        "requeued",
         "size_bytes",
         "stopwatch",
         "streaming",
@@ -111,24 +114,26 @@ class Ticket:
         self.attempts = 0
         self.backend = ""
         """The name of the backend of the last attempt."""
-        self.returned = False
-        """True: an upstream refused it, and it goes back to the head of its key's queue."""
+        self.requeued = False
+        """True: an attempt brought no answer and the ticket is queued again, at the head of its key's queue."""
         self.not_before = 0.0
-        """A retry may not go before this, on the loop's clock."""
+        """Loop time before which a retry may not be sent."""
         self.only_while_failing = False
-        """A last retry, for when `not_before` is over and the upstream still fails whichever request it gets."""
+        """True: this is the last retry. After `not_before` it is sent only if an untried upstream still fails for
+        different requests; otherwise the ticket gets `StillFailing`."""
         self.tried: tuple[object, ...] = ()
-        """The upstreams where an attempt failed in a way that would repeat."""
+        """Upstreams at which an attempt failed and would fail again."""
         self.waits_since = 0.0
-        """When it began to wait for `not_before`."""
+        """Loop time at which the ticket began to wait for `not_before`."""
         self.promised = False
-        """True: its caller was refused before and now returns at the time of its Retry-After."""
+        """True: the caller was refused before and now returns at the time of its Retry-After."""
         self.streaming = False
         """True: a part of the answer may have reached the caller, so no other attempt may follow."""
         self.cause_seconds: dict[Cause, float] | None = None
-        """Seconds in the queue by cause of the wait. None: it never waited."""
+        """Seconds in the queue by cause of the wait. None: the ticket never waited."""
         self.permit: Future[Any] | None = None
-        """Brings the pool's `Permit` while the ticket waits. A ticket does not know pools: they know tickets."""
+        """Future of the pool's `Permit` while the ticket waits. Typed as Any, because this module must not import the
+        pool."""
         self.expiry: TimerHandle | None = None
         self._causes_at_entry: tuple[float, ...] = ()
 
@@ -136,17 +141,17 @@ class Ticket:
         state = f"attempts={self.attempts} backend={self.backend!r} deadline={self.deadline:.3f} {self.stopwatch!r}"
         return f"<Ticket {id(self):#x} {self.priority.name} model={self.model[:40]!r} {state}>"
 
-    def enter_queue(self, held_seconds: list[float]) -> None:
-        """Store the queue's totals per cause at arrival: `held_seconds`, seconds in the order of `CAUSES`."""
-        self._causes_at_entry = tuple(held_seconds)
+    def enter_queue(self, wait_seconds: list[float]) -> None:
+        """Store the queue's total `wait_seconds` per cause at arrival, in the order of `CAUSES`."""
+        self._causes_at_entry = tuple(wait_seconds)
 
-    def leave_queue(self, held_seconds: list[float]) -> None:
-        """Book what was added to the queue's totals since `enter_queue`."""
-        for cause, before, after in zip(CAUSES, self._causes_at_entry, held_seconds, strict=True):
+    def leave_queue(self, wait_seconds: list[float]) -> None:
+        """Add to each cause the increase of the queue's total `wait_seconds` since `enter_queue`."""
+        for cause, before, after in zip(CAUSES, self._causes_at_entry, wait_seconds, strict=True):
             self.add_cause(cause, after - before)
 
     def add_cause(self, cause: Cause, seconds: float) -> None:
-        """Book seconds of waiting to the cause that delayed the request."""
+        """Add seconds of waiting to the cause that delayed the request."""
         if self.cause_seconds is None:
             self.cause_seconds = dict.fromkeys(CAUSES, 0.0)
         self.cause_seconds[cause] += seconds

@@ -1,4 +1,4 @@
-"""One account and model at one place: the gates in front of it, and everything that was learned about it."""
+"""One account and model at one provider (or in process): its gates, and the learned limits and latencies."""
 
 from __future__ import annotations
 
@@ -22,24 +22,26 @@ from sidecar.admission.ticket import Cause, Ticket
 
 #: After an outage the pace begins at this share of the learned limit.
 OUTAGE_SHARE = 0.4
-#: Share of the pace that counts as certain while no limit was met, or while the limit is only a guess.
+#: While no limit is known, or only guessed, `throughput` counts only this share of the pace.
 UNTRIED_SHARE = 0.25
-#: Seconds that an answer is taken to last until there was one.
+#: Assumed seconds per answer until the first answer is known.
 USUAL_SECONDS = 1.0
-#: So many refusals in a row, each of the first attempt after the refusal before, open the circuit whatever they name.
+#: The circuit opens after this many refusals in a row that are blamed on growth or concurrency. Each refused attempt
+#: must be the first attempt that started after the previous refusal was known.
 MAX_REFUSED_IN_ROW = 2
-#: Send times that the growth gate keeps before it forgets old ones.
+#: Number of send times that the growth gate may keep while dormant. Above it, old ones are deleted.
 MAX_REMEMBERED = 4096
-#: An attempt without a byte is given up after so many times the 99th percentile of an answer's time, at least so many
-#: seconds; while fewer answers than this are known, after half of the request's time.
+#: An attempt without a byte is stopped after PATIENCE_P99S times the 99th percentile of the answer times. While fewer
+#: than PATIENCE_ANSWERS answers are known: after half of the request's time. Never before MIN_PATIENCE_SECONDS.
 PATIENCE_P99S, MIN_PATIENCE_SECONDS, PATIENCE_ANSWERS = 3.0, 5.0, 20
 
 
 class Permit:
-    """The right to have one attempt in flight. `report` its verdict once; without one it ends as abandoned.
+    """The right to have one attempt in flight. Call `report` once with the verdict of the attempt.
 
-    To be used as `with await admission.permit(ticket) as permit:`. The end of the block reports an attempt that ended
-    without a verdict (its caller left): it was sent all the same, and counts as sent.
+    Use it as `with await admission.permit(ticket) as permit:`. If there is no verdict (for example because the caller
+    left), the end of the block reports `abandoned`. The attempt still counts as sent, because the provider may have
+    received it.
     """
 
     __slots__ = ("_on_end", "_reservations", "number", "sent_at", "ticket", "upstream")
@@ -56,7 +58,7 @@ class Permit:
         self.ticket = ticket
         self.sent_at = now
         self.number = upstream.started
-        """Its place among the attempts of the upstream, from 1."""
+        """Sequence number of the attempt at this upstream, starting at 1."""
         self._reservations: tuple[Any, ...] | None = reservations
         self._on_end = on_end
 
@@ -72,21 +74,21 @@ class Permit:
         self.release(self.upstream.clock())
 
     def report(self, verdict: Verdict) -> None:
-        """Settle every reservation, and let the next ticket go. The second time does nothing: the first one counted."""
+        """Settle all reservations, so that the next ticket can start. A second call does nothing."""
         reservations, self._reservations = self._reservations, None
         if reservations is not None:
             self.upstream.settle(self, reservations, verdict)
             self._on_end(self)
 
     def release(self, now: float) -> None:
-        """End an attempt that has no verdict."""
+        """End an attempt that has no verdict, as abandoned. Does nothing if the verdict was reported."""
         if self._reservations is not None:
             self.report(Verdict("abandoned", now))
 
 
 @dataclass(frozen=True, slots=True)
 class UpstreamStatus:
-    """What metrics, page, log, state file and dispatch read. Rates are per second, times on the event loop's clock."""
+    """State for metrics, status page and log. Rates are per second, times are on the event loop's clock."""
 
     name: str
     model: str
@@ -96,13 +98,13 @@ class UpstreamStatus:
     concurrency: GateStatus
     circuit: GateStatus
     probing: bool
-    """The half-open probe is in flight."""
+    """True: the half-open probe is in flight."""
     latency: float
-    """Seconds that an answer takes, smoothed; 0 while none is known."""
+    """Smoothed seconds per answer; 0 until the first answer."""
 
 
 class Upstream:
-    """The gates of one account and model, asked in order: the first closed one holds a ticket. Synchronous."""
+    """The gates of one account and model. The first closed gate, in a fixed order, delays a ticket. Never awaits."""
 
     def __init__(
         self,
@@ -121,10 +123,10 @@ class Upstream:
         on_change: Callable[[Change], None] = lambda _: None,
         learner: Callable[..., Learner] = PolicerLearner,
     ) -> None:
-        """`paced` False: only concurrency and the circuit, for a backend that has no quota.
+        """`paced` False: only concurrency and the circuit delay tickets, for a backend that has no quota.
 
-        `unready_reason` says why the backend cannot serve at present. `on_change` is called with every change of a
-        limit. `learner` makes the learner of each rate.
+        `unready_reason` returns why the backend cannot serve at present, or None. `on_change` is called with every
+        change of a limit. `learner` creates the learner of each rate.
         """
         now = clock()
         self.clock = clock
@@ -133,12 +135,12 @@ class Upstream:
         self.tier = tier
         self.unready_reason = unready_reason
         self.has_answered = False
-        """An attempt was answered once: failures are an outage then, and not a wrong address."""
+        """True after the first answer. From then on, failures mean an outage; before, the address may be wrong."""
         self.latency = 0.0
         """Smoothed seconds from the start of an attempt to its accepted verdict."""
         self.last_used = now
         self.on_end: list[Callable[[float], None]] = []
-        """Called when an attempt has ended: pools that wait for this upstream look again."""
+        """Called with the loop time when an attempt ends, so that waiting pools call `admit` again."""
         self._paced = paced
         self._pinned = concurrency is not None
         self.concurrency = ConcurrencyGate(concurrency or MAX_CONCURRENCY, refusal_budget)
@@ -168,13 +170,14 @@ class Upstream:
         self._gates: list[Gate] = [self.concurrency, *self._rates]
         self._latencies: deque[float] = deque(maxlen=64)
         self._answers = 0
-        self._p90 = self._p99 = 0.0  # of the latencies
+        self._p90 = self._p99 = 0.0  # percentiles of `_latencies`; the 99th percentile is their maximum
         self._cost = TokenCost()
-        self._held_by: Cause | None = None  # since the last start
+        self._delayed_by: Cause | None = None  # the gate that delays the next attempt, since the last start
         self.started = 0
-        """Attempts so far."""
-        # Of refusals for growth or concurrency: the attempts that had started at the last one, and how many of those
-        # that started first after one were refused in a row.
+        """Number of attempts so far."""
+        # For refusals blamed on growth or concurrency. `_started_before`: the number of attempts that had started when
+        # the last refusal arrived. `_refused_in_row`: how many times in a row the first attempt after a refusal was
+        # refused too.
         self._started_before = 0
         self._refused_in_row = 0
 
@@ -182,13 +185,16 @@ class Upstream:
         learners = f"{self.requests.learner!r} {self.tokens.learner!r}"
         return f"<Upstream {self.name} {self.model!r} {self.concurrency!r} {self.circuit!r} {learners}>"
 
-    # -- may a ticket go? ----------------------------------------------------------------------------------------------
+    # -- may a ticket start? -------------------------------------------------------------------------------------------
 
     def opening(self, now: float, ticket: Ticket) -> tuple[float, Cause | None]:
-        """When the ticket may start here (inf: only an event can tell), and the gate that holds it until then."""
+        """Return the loop time when the ticket may start here, and the gate that delays it (None: it may start now).
+
+        inf: the gate opens only after an event, for example the end of an attempt.
+        """
         circuit, concurrency = self.circuit, self.concurrency
         if circuit.state is not None:
-            circuit.advance(now)  # which may close it
+            circuit.advance(now)  # may close the circuit
         if circuit.state is not None:
             at = circuit.opens_at(now, 0.0)
             return (at, "hold") if at > now else (now, None)  # the probe passes every other gate
@@ -206,9 +212,9 @@ class Upstream:
                     return at, gate.name
         return now, None
 
-    def held(self, cause: Cause | None) -> None:
+    def note_delay(self, cause: Cause | None) -> None:
         """Note the gate that delays the next attempt."""
-        self._held_by = cause
+        self._delayed_by = cause
 
     def cost(self, ticket: Ticket) -> float:
         """Return the estimated LLM tokens of the ticket: its input and an answer of average length.
@@ -220,18 +226,19 @@ class Upstream:
     # -- an attempt ----------------------------------------------------------------------------------------------------
 
     def start(self, now: float, ticket: Ticket, on_end: Callable[[Permit], None]) -> Permit:
-        """One attempt goes out."""
+        """Start one attempt: reserve it at every gate and return its permit. `on_end` is called when it has ended."""
         ticket.attempts += 1
         self.started += 1
-        held, self._held_by = self._held_by, None
+        held, self._delayed_by = self._delayed_by, None
         circuit, growth = self.circuit, self.growth
         if not circuit.dormant:
             circuit.reserve(now, ticket, 0.0, held=False)
-        place = self.concurrency.reserve(now, ticket, 0.0, held=held == "concurrency")
+        in_flight = self.concurrency.reserve(now, ticket, 0.0, held=held == "concurrency")
         if not self._paced:
-            return Permit(self, ticket, now, (ticket, place), on_end)
+            return Permit(self, ticket, now, (ticket, in_flight), on_end)
         cost = self.cost(ticket)
-        # The mean of all until the first answer, and then of the latest.
+        # The typical cost of an attempt: until the first answer, the mean of the attempts in flight; afterwards a
+        # moving average (weight 0.05).
         self.tokens.learner.usual(cost, 0.05 if self._answers else 1.0 / self.concurrency.in_flight)
         requests = self.requests.reserve(now, ticket, 1.0, held=held == "request_rate")
         if not growth.dormant:
@@ -241,14 +248,15 @@ class Upstream:
             if len(growth.log) > MAX_REMEMBERED:
                 growth.trim(now)
         tokens = self.tokens.reserve(now, ticket, cost, held=held == "token_rate")
-        return Permit(self, ticket, now, (ticket, place, requests, now, tokens), on_end)
+        return Permit(self, ticket, now, (ticket, in_flight, requests, now, tokens), on_end)
 
     def settle(self, permit: Permit, reservations: tuple[Any, ...], verdict: Verdict) -> None:
-        """An attempt ended: tell every gate, once."""
+        """Report the verdict of an ended attempt to every gate. Called once for each attempt."""
         now = verdict.at
         accepted, refused = verdict.outcome == "accepted", verdict.outcome == "refused"
         blamed = self._blamed(now, reservations, verdict) if refused else None
-        # An accepted probe closes the circuit before the rates learn from it; a refused one opens it after they have.
+        # Order: an accepted probe closes the circuit before the rates learn from it. A refused attempt opens it
+        # afterwards.
         if accepted:
             self.circuit.settle(now, reservations[0], verdict, blamed=blamed)
         for gate, reservation in zip(self._gates, reservations[1:], strict=True):
@@ -257,41 +265,48 @@ class Upstream:
             self.circuit.settle(now, reservations[0], verdict, blamed=blamed)
         if accepted:
             self._answered(now, permit, verdict)
-            if self._paced and (self.requests.forgot or self.tokens.forgot):
-                self.requests.forgot = self.tokens.forgot = False
+            if self._paced and (self.requests.limit_forgotten or self.tokens.limit_forgotten):
+                self.requests.limit_forgotten = self.tokens.limit_forgotten = False
                 self.circuit.rise(now)
         elif refused:
             if self.concurrency.discovered:
-                self.requests.resume(now, 1.0)  # what was taken for its limit was none
+                # The refusals came from a concurrency limit, so the learned request rate was not a limit.
+                self.requests.resume(now, 1.0)
             if blamed in ("request_rate", "token_rate"):
                 gate = self.requests if blamed == "request_rate" else self.tokens
-                if gate.nothing_accepted:
+                if gate.refuses_everything:
                     self.circuit.open(now, CircuitState.BLACKOUT, verdict.reason, verdict.retry_after)
             elif blamed in ("growth", "concurrency") and self._nothing_accepted(permit):
                 self.circuit.open(now, CircuitState.BLACKOUT, verdict.reason, verdict.retry_after)
         self.last_used = now
 
     def _nothing_accepted(self, refused: Permit) -> bool:
-        """Whether the first attempts after the latest refusals were all refused: then only probes help."""
+        """Return True if the first attempt after each of the latest refusals was refused too.
+
+        Then the provider accepts nothing, and only single probes may be sent.
+        """
         after = refused.number - self._started_before
-        if after <= 0:  # it had started before the last refusal was known
+        if after <= 0:  # this attempt started before the last refusal was known
             return False
         self._refused_in_row = self._refused_in_row + 1 if after == 1 else 0
         self._started_before = self.started
         return self._refused_in_row >= MAX_REFUSED_IN_ROW
 
     def _blamed(self, now: float, reservations: tuple[Any, ...], verdict: Verdict) -> Cause | None:
-        """Return the cause of a refusal: the dimension that it names, unless another dimension explains it better."""
+        """Return the cause of a refusal: the limit that it names, unless another limit explains it better.
+
+        None: the refusal is for capacity, so no gate learns a limit from it.
+        """
         if verdict.named == "capacity":
             return None
         if not self._paced or self.circuit.state is not None:
             return "hold"
-        circuit, place, requests, _, tokens = reservations
+        circuit, in_flight, requests, _, tokens = reservations
         del circuit
-        if verdict.named in (None, "request_rate") and self.concurrency.explains(now, place) > 0:
+        if verdict.named in (None, "request_rate") and self.concurrency.explains(now, in_flight) > 0:
             return "concurrency"
         if verdict.named is None:
-            # the rate with the highest use of its own limit; requests while nothing is known
+            # The rate with the highest use of its own limit. While nothing is known: the request rate.
             by_tokens = self.tokens.explains(now, tokens)
             return "token_rate" if by_tokens > max(self.requests.explains(now, requests), 0.0) else "request_rate"
         return verdict.named
@@ -301,7 +316,7 @@ class Upstream:
         if permit.number > self._started_before:
             self._refused_in_row = 0
         if self._paced and verdict.usage is not None:
-            self._cost.counted(permit.ticket.tokens, *verdict.usage)
+            self._cost.learn(permit.ticket.tokens, *verdict.usage)
         seconds = now - permit.sent_at
         self.latency += (0.1 if self._latencies else 1.0) * (seconds - self.latency)
         self.concurrency.answer_seconds = self.circuit.answer_seconds = self.latency
@@ -312,7 +327,7 @@ class Upstream:
             self._p90, self._p99 = ordered[int(len(ordered) * 0.9)], ordered[-1]
         if self._pinned:
             return
-        # Enough for the pace: 2 x pace x p90 latency (Little's law with room), at least 8.
+        # Permits for the pace: 2 x pace x p90 latency (Little's law with a margin of 2), at least 8.
         if self.requests.learner.limit == inf:
             self.concurrency.size = MAX_CONCURRENCY
         else:
@@ -324,24 +339,26 @@ class Upstream:
             for gate in (self.requests, self.tokens):
                 if gate.learner.limit < inf:
                     gate.resume(now, recovery)
-                    self.circuit.passes = gate.learner.windowed
+                    self.circuit.ends_by_itself = gate.learner.windowed
         elif state is CircuitState.OUTAGE or self.requests.learner.limit == inf:
             self.requests.resume(now, OUTAGE_SHARE)
 
     # -- looking ahead -------------------------------------------------------------------------------------------------
 
     @property
-    def away(self) -> bool:
-        """The provider cannot answer: it is down, has no room, or refuses the account.
+    def unavailable(self) -> bool:
+        """True if the provider cannot answer: it is down, has no capacity, or refuses the account.
 
-        A blackout (it refuses every call because of a limit) does not count: it ends, and the wait can be predicted.
+        A blackout (the provider refuses every call because of a limit) does not count, because its end can be
+        predicted.
         """
         return self.circuit.state not in (None, CircuitState.BLACKOUT)
 
     def seconds_for(self, now: float, ticket: Ticket, requests: float, tokens: float, *, guess: bool = True) -> float:
-        """Seconds until this ticket could start behind so many others, of so many LLM tokens as tickets tell them.
+        """Return the seconds until this ticket could start behind `requests` other requests.
 
-        The circuit is taken to be closed. `guess` False: limits that are only a guess are left out.
+        `tokens`: the estimated input of the others in LLM tokens, in total. The circuit is assumed to be closed.
+        `guess=False`: ignore limits that are only estimated.
         """
         cost = self._cost.of(tokens, requests) + self.cost(ticket) if self._paced else 0.0
         ahead = Ahead(requests + 1, cost)
@@ -352,22 +369,26 @@ class Upstream:
         return wait
 
     def patience(self, ticket: Ticket) -> float:
-        """Seconds after which an attempt without a byte is given up, or counts as one that got no answer."""
+        """Return the seconds without a byte after which an attempt is stopped or counts as timed out.
+
+        It is stopped if another upstream can take the ticket. Otherwise it runs until its deadline, and then counts as
+        timed out.
+        """
         if self._answers < PATIENCE_ANSWERS:
             return max(MIN_PATIENCE_SECONDS, (ticket.deadline - ticket.stopwatch.started) / 2)
         return max(MIN_PATIENCE_SECONDS, PATIENCE_P99S * self._p99)
 
     @property
     def slow_seconds(self) -> float:
-        """The 90th percentile of the seconds that its answers take; 0 while none is known."""
+        """The 90th percentile of the seconds per answer; 0 until the first answer."""
         return self._p90
 
     def next_probe_in(self, now: float) -> float:
-        """Return the seconds until the next probe, before which no attempt can start; 0 while admission is open."""
+        """Return the seconds until the next probe; no attempt can start earlier. 0 while the circuit is closed."""
         return max(self.circuit.next_probe - now, 0.0) if self.circuit.state is not None else 0.0
 
     def throughput(self, now: float, ticket: Ticket) -> float:
-        """Return the rate in attempts/s, each like this ticket, that can certainly start."""
+        """Return how many attempts per second of this ticket's cost can start with certainty."""
         pace = self.concurrency.allowed / (self.latency or USUAL_SECONDS)
         if not self._paced:
             return pace
@@ -380,12 +401,15 @@ class Upstream:
     # -- state file and operators --------------------------------------------------------------------------------------
 
     def learned(self) -> dict[str, dict[str, float]]:
-        """What is worth remembering over a restart, by dimension. Rates are per second."""
+        """Return the learned limits to save for a restart, by dimension. Rates are per second.
+
+        `recall` accepts this data.
+        """
         known = {}
         for dimension, gate in (("requests", self.requests), ("tokens", self.tokens)):
-            one = gate.learner.snapshot()
-            if one.limit < inf:
-                known[dimension] = {"limit": one.limit, "burst": one.burst, "uncertainty": one.error}
+            rate = gate.learner.snapshot()
+            if rate.limit < inf:
+                known[dimension] = {"limit": rate.limit, "burst": rate.burst, "uncertainty": rate.error}
         if self.concurrency.learned < inf:
             known["concurrency"] = {"limit": self.concurrency.learned}
         return known
@@ -397,8 +421,8 @@ class Upstream:
         """
         for dimension, gate in (("requests", self.requests), ("tokens", self.tokens)):
             if dimension in learned:
-                one = learned[dimension]
-                gate.resume(now, Remembered(share * one["limit"], one["burst"], one["uncertainty"]))
+                rate = learned[dimension]
+                gate.resume(now, Remembered(share * rate["limit"], rate["burst"], rate["uncertainty"]))
         if "concurrency" in learned:
             self.concurrency.learned = max(round(share * learned["concurrency"]["limit"]), 1)
 

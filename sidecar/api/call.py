@@ -16,7 +16,7 @@ from backends.http1.interface import Answer, HttpRequest
 from sidecar.admission import Arrival, Priority, Ticket
 from sidecar.api.errors import Api, InvalidRequest, Problem, body_of, headers_of
 from sidecar.dispatch.dispatcher import DeadlineExceeded, Dispatcher
-from sidecar.observe.metrics import Outcome
+from sidecar.observe.metrics import RequestOutcome
 from sidecar.observe.trace import TracingStopwatch
 
 _PRIORITIES = {"high": Priority.HIGH, "normal": Priority.NORMAL, "low": Priority.LOW}
@@ -47,14 +47,14 @@ class Call:
         http: HttpRequest,
         api: Api,
         dispatcher: Dispatcher,
-        limits: CallSettings,
+        settings: CallSettings,
         detector: Dispatcher | None = None,
     ) -> None:
         self.http = http
         self.api: Api = api
-        self.limits = limits
+        self.settings = settings
         self.detector = detector
-        self.outcome: Outcome = "error"
+        self.outcome: RequestOutcome = "error"
         self.ticket: Ticket | None = None
         self.request_id = ""
         self.response: Answer | None = None
@@ -76,7 +76,7 @@ class Call:
         Raises `QueueFull`, or `InvalidRequest` (among others 413). If the announced size is above the limit, the 413 is
         raised before any of the body is read.
         """
-        http, max_bytes = self.http, self.limits.max_body_bytes
+        http, max_bytes = self.http, self.settings.max_body_bytes
         announced = http.content_length
         if announced is not None and announced > max_bytes:
             raise _too_large(max_bytes, announced)
@@ -88,14 +88,14 @@ class Call:
             await self._send_continue()
         if announced is not None and http.content.is_eof():
             return http.content.read_nowait()
-        reading = asyncio.timeout_at(self._arrived + self.limits.deadline)
+        reading = asyncio.timeout_at(self._arrived + self.settings.deadline)
         with self._dispatcher.admission.arrival(reading) as arrival:
             try:
                 async with reading:
                     return await self._receive(arrival, max_bytes)
             except TimeoutError:
                 raise arrival.refusal or InvalidRequest(
-                    f"the body did not come within {self.limits.deadline:g} s: send it sooner, or raise "
+                    f"the body did not come within {self.settings.deadline:g} s: send it sooner, or raise "
                     "SIDECAR_DEADLINE",
                     status=408,
                 ) from None
@@ -127,15 +127,15 @@ class Call:
                 field="X-Request-Id",
             )
 
-    def admit(self, *, model: str, tokens: float, size_bytes: int) -> Ticket:
+    def make_ticket(self, *, model: str, tokens: float, size_bytes: int) -> Ticket:
         """Create the ticket from the headers. Raises `InvalidRequest` that names the header."""
         headers = self.http.headers
         now = self._now()
-        key = headers.get(self.limits.key_header, "")
+        key = headers.get(self.settings.key_header, "")
         if len(key) > MAX_KEY_CHARS:
             raise InvalidRequest(
-                f"{self.limits.key_header} must be at most {MAX_KEY_CHARS} characters, not {len(key)}",
-                field=self.limits.key_header,
+                f"{self.settings.key_header} must be at most {MAX_KEY_CHARS} characters, not {len(key)}",
+                field=self.settings.key_header,
             )
         named = headers.get("X-Request-Priority", "normal")
         priority = _PRIORITIES.get(named.lower())
@@ -159,7 +159,7 @@ class Call:
         given = headers.get("traceparent")
         if given is not None and (trace := TRACE.match(given)) is not None and int(trace[3], 16) & 1:
             self.ticket.trace_id = trace[1]
-            if self.limits.traced:
+            if self.settings.traced:
                 self.ticket.stopwatch = TracingStopwatch(
                     now, arrived=self._arrived, trace_id=int(trace[1], 16), parent_id=int(trace[2], 16)
                 )
@@ -167,7 +167,7 @@ class Call:
 
     def _timeout_seconds(self, given: str | None) -> float:
         if given is None:
-            return self.limits.deadline
+            return self.settings.deadline
         try:
             seconds = float(given)
         except ValueError:
@@ -176,7 +176,7 @@ class Call:
             raise InvalidRequest(
                 f"X-Request-Timeout must be a number of seconds above 0, not {given[:40]!r}", field="X-Request-Timeout"
             )
-        return min(seconds, self.limits.deadline)
+        return min(seconds, self.settings.deadline)
 
     def forwarded_headers(self) -> dict[str, str]:
         """Return the caller's headers that are forwarded to the provider, and the request id."""
@@ -203,7 +203,7 @@ class Call:
         headers: Mapping[str, str] | None = None,
     ) -> Answer:
         """Send the caller's body unchanged to the upstream, and the upstream's answer unchanged to the caller."""
-        ticket = self.admit(model=model, tokens=tokens, size_bytes=len(body))
+        ticket = self.make_ticket(model=model, tokens=tokens, size_bytes=len(body))
         request = Request(
             dialect=dialect,
             path=path,
@@ -231,11 +231,11 @@ class Call:
     async def models(self) -> bytes:
         """Return the backend's list of models. Raises `DeadlineExceeded`."""
         try:
-            async with asyncio.timeout(self.limits.deadline):
+            async with asyncio.timeout(self.settings.deadline):
                 return await self._dispatcher.models()
         except TimeoutError as error:
             raise DeadlineExceeded(
-                f"no list of models within {self.limits.deadline:g} s: ask again, or raise SIDECAR_DEADLINE"
+                f"no list of models within {self.settings.deadline:g} s: ask again, or raise SIDECAR_DEADLINE"
             ) from error
 
     # -- answer --------------------------------------------------------------------------------------------------------

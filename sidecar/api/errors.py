@@ -12,7 +12,7 @@ from backends.base import BackendError, BillingRefused, Rejected, Throttled
 from backends.http1.errors import MalformedRequest
 from sidecar.admission import AccountClosed, DeadlineUnreachable, Draining, NotAdmitted, QueueFull, Superseded
 from sidecar.dispatch.dispatcher import DeadlineExceeded
-from sidecar.observe.metrics import Outcome
+from sidecar.observe.metrics import RequestOutcome
 
 Api = Literal["openai", "trio", "native"]
 #: Every error code of the sidecar itself. Any other code that a caller gets is the provider's.
@@ -53,7 +53,7 @@ class Problem:
     status: int
     code: str
     message: str
-    outcome: Outcome
+    outcome: RequestOutcome
     field: str | None = None
     retry_after: float | None = None
     body: bytes = b""
@@ -61,7 +61,7 @@ class Problem:
     """Any JSON value that callers of trio-core's API get instead of the message."""
 
 
-_NOT_ADMITTED: dict[type[NotAdmitted], tuple[int, Code, Outcome]] = {
+_NOT_ADMITTED: dict[type[NotAdmitted], tuple[int, Code, RequestOutcome]] = {
     QueueFull: (503, "queue_full", "shed"),
     DeadlineUnreachable: (503, "deadline_unreachable", "shed"),
     Draining: (503, "draining", "shed"),

@@ -17,7 +17,7 @@ async def generation(call: Call) -> Answer:
     """Answer `POST …/multimodal-generation/generation`; with `X-DashScope-SSE: enable`, as a stream of events."""
     body = await call.read()
     parsed = parse_body(body, _read)
-    body, model = with_model(body, parsed, call.limits.default_model)
+    body, model = with_model(body, parsed, call.settings.default_model)
     stream = call.http.headers.get("X-DashScope-SSE", "").lower() == "enable"
     return await call.forward("native", PATH, body, model=model, tokens=parsed.tokens(model), stream=stream)
 

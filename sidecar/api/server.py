@@ -58,7 +58,7 @@ class DataServer:
     def __init__(
         self,
         dispatcher: Dispatcher,
-        limits: CallSettings,
+        settings: CallSettings,
         *,
         detector: Dispatcher | None = None,
         api_key: str | None = None,
@@ -66,7 +66,7 @@ class DataServer:
     ) -> None:
         self._dispatcher = dispatcher
         self._detector = detector
-        self._limits = limits
+        self._settings = settings
         self._api_key = api_key.encode() if api_key else None
         self._access_log = access_log
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -95,7 +95,7 @@ class DataServer:
         path = http.raw_path.partition("?")[0]
         methods = ENDPOINTS.get(path)
         endpoint = methods.get(http.method) if methods else self._passthrough_endpoint(path)
-        call = Call(http, endpoint.api if endpoint else _api_of(path), self._dispatcher, self._limits, self._detector)
+        call = Call(http, endpoint.api if endpoint else _api_of(path), self._dispatcher, self._settings, self._detector)
         task = http.task
         assert task is not None  # noqa: S101  this code runs in that task
         self._tasks.add(task)
@@ -131,7 +131,7 @@ class DataServer:
 
     def _passthrough_endpoint(self, path: str) -> Endpoint | None:
         """Return the endpoint for a path that is not ours: pass-through if it is enabled, otherwise None."""
-        passes = self._limits.passthrough and path.startswith(tuple(f"{base}/" for base in openai.BASES))
+        passes = self._settings.passthrough and path.startswith(tuple(f"{base}/" for base in openai.BASES))
         return _PASSTHROUGH if passes else None
 
     async def _answer(self, call: Call, error: Exception) -> Answer:

@@ -32,10 +32,10 @@ from sidecar.admission import (
     Upstream,
     Verdict,
 )
-from sidecar.admission.gates.base import Outcome as VerdictOutcome
+from sidecar.admission.gates.base import VerdictOutcome
 from sidecar.dispatch.deadlines import Deadlines
-from sidecar.dispatch.retry_policy import LOOK_AROUND_SECONDS, Action, RetryPolicy, Situation, jitter
-from sidecar.observe.metrics import Metrics, Outcome
+from sidecar.dispatch.retry_policy import OUTAGE_CHECK_SECONDS, Action, RetryPolicy, Situation, jitter
+from sidecar.observe.metrics import Metrics, RequestOutcome
 from sidecar.observe.trace import TracingStopwatch
 
 #: What a refusal names, by its kind; a kind that is not here names nothing.
@@ -144,14 +144,14 @@ class Dispatcher:
         action = self._policies[upstream.name].decide(now, situation)
         if action == "fail":
             return action
-        ticket.returned = True
+        ticket.requeued = True
         ticket.not_before, ticket.only_while_failing = now, False
         if action == "elsewhere":
             ticket.tried = (*ticket.tried, upstream)
         elif action == "again_later":
             ticket.not_before += jitter(self._random, failed_attempts, ticket.deadline - now)
         elif action == "again_if_failing":
-            ticket.not_before += min(LOOK_AROUND_SECONDS, max(ticket.deadline - now, 0.0))
+            ticket.not_before += min(OUTAGE_CHECK_SECONDS, max(ticket.deadline - now, 0.0))
             ticket.only_while_failing = True
         return action
 
@@ -255,7 +255,7 @@ class Dispatcher:
                 permit.report(Verdict("failed", now, reason=reason))
                 return "connect_error"
 
-    def finish(self, ticket: Ticket, api: str, outcome: Outcome) -> None:
+    def finish(self, ticket: Ticket, api: str, outcome: RequestOutcome) -> None:
         """The ticket's last byte is out, or it has failed: stop its watch and write its record, once."""
         ticket.stopwatch.stop(self.now())
         self._metrics.finished(ticket, api, ticket.backend or self.first, outcome)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from sidecar.admission.gates.base import Outcome
+from sidecar.admission.gates.base import VerdictOutcome
 
 #: Retries of failures (never of refusals) may be this share of the answers in the last window, so that we do not
 #: multiply the load of an ailing provider, and as many more as `RETRY_RESERVE`. Finagle's retry budget has the same
@@ -21,7 +21,7 @@ MAX_FAILED_ATTEMPTS = 3
 #: Full jitter: a retry waits between 0 and this many seconds, doubled for each failure before.
 RETRY_STEP_SECONDS = 0.5
 #: Before a request is given up, it waits this long: if others fail too then, it is not to blame.
-LOOK_AROUND_SECONDS = 1.0
+OUTAGE_CHECK_SECONDS = 1.0
 
 Action = Literal["again", "again_later", "again_if_failing", "elsewhere", "fail"]
 
@@ -30,7 +30,7 @@ Action = Literal["again", "again_later", "again_if_failing", "elsewhere", "fail"
 class Situation:
     """An attempt that brought no answer, and what is known around it."""
 
-    outcome: Outcome
+    outcome: VerdictOutcome
     elsewhere: bool
     """Another upstream, where it was not tried yet, could take the request."""
     failing: bool
@@ -42,7 +42,7 @@ class Situation:
 
 
 #: The first row whose outcome and condition fit decides; the last condition of a row is asked only for its outcome.
-TABLE: tuple[tuple[Outcome, Callable[[Situation], bool], Action], ...] = (
+TABLE: tuple[tuple[VerdictOutcome, Callable[[Situation], bool], Action], ...] = (
     ("refused", lambda _: True, "again"),
     ("failed", lambda one: one.elsewhere, "elsewhere"),
     ("failed", lambda one: one.failing, "again_later"),

@@ -44,7 +44,7 @@ class AdmissionGauges(Collector):
                     waiting = sum(pool.waiting[priority] for pool in queues)
                     requests.add_metric((name, priority.name.lower()), waiting)
                 size.add_metric((name,), sum(pool.waiting_bytes for pool in queues))
-                upstreams = list(distinct(pools, name))
+                upstreams = list(upstreams_named(pools, name))
                 in_flight.add_metric((name,), sum(one.concurrency.in_flight or 0 for one in upstreams))
                 for family, gates in (
                     (request_rate, [one.requests for one in upstreams]),
@@ -59,7 +59,7 @@ class AdmissionGauges(Collector):
         yield from (requests, size, in_flight, request_rate, token_rate, concurrency, state)
 
 
-def distinct(pools: Sequence[PoolStatus], name: str) -> Iterator[UpstreamStatus]:
+def upstreams_named(pools: Sequence[PoolStatus], name: str) -> Iterator[UpstreamStatus]:
     """Give the upstreams of this name: one for each model, or the one that all models share."""
     seen = set()
     for pool in pools:

@@ -15,12 +15,12 @@ from prometheus_client import CollectorRegistry, Gauge, Histogram, disable_creat
 
 from backends.base import Throttled, Usage
 from sidecar.admission import Priority, Ticket
-from sidecar.observe import series
+from sidecar.observe import instruments
 from sidecar.observe.trace import TracingStopwatch
 
 log = logging.getLogger("sidecar")
 
-Outcome = Literal[
+RequestOutcome = Literal[
     "ok", "invalid", "rejected_upstream", "moderated", "shed", "superseded", "deadline", "cancelled", "error"
 ]
 
@@ -59,15 +59,15 @@ class Metrics:
         # Otherwise each counter and histogram has a second series with its time of creation, which nobody queries.
         disable_created_metrics()  # type: ignore[no-untyped-call]
 
-        self._metrics: dict[str, series.Counter | series.Histogram] = {}
+        self._metrics: dict[str, instruments.Counter | instruments.Histogram] = {}
 
-        def counter(name: str, text: str, labels: tuple[str, ...]) -> defaultdict[series.Labels, float]:
-            metric = self._metrics[name] = series.Counter(name, text, labels)
+        def counter(name: str, text: str, labels: tuple[str, ...]) -> defaultdict[instruments.Labels, float]:
+            metric = self._metrics[name] = instruments.Counter(name, text, labels)
             registry.register(metric)
             return metric.by
 
-        def seconds(name: str, text: str, labels: tuple[str, ...]) -> series.Histogram:
-            metric = self._metrics[name] = series.Histogram(name, text, labels, BUCKETS)
+        def seconds(name: str, text: str, labels: tuple[str, ...]) -> instruments.Histogram:
+            metric = self._metrics[name] = instruments.Histogram(name, text, labels, BUCKETS)
             registry.register(metric)
             return metric
 
@@ -174,7 +174,7 @@ class Metrics:
         self._tokens[backend, model, "input"] += usage.input_tokens
         self._tokens[backend, model, "output"] += usage.output_tokens
 
-    def finished(self, ticket: Ticket, api: str, backend: str, outcome: Outcome) -> None:
+    def finished(self, ticket: Ticket, api: str, backend: str, outcome: RequestOutcome) -> None:
         """Write the metrics of a ticket that has ended with any outcome. Its stopwatch must be stopped."""
         seconds = ticket.stopwatch.seconds
         self._requests[api, backend, outcome] += 1

@@ -14,7 +14,7 @@ from math import inf
 from typing import Any
 
 from sidecar.admission import CAUSES, Admission, Change, PoolStatus
-from sidecar.observe.gauges import distinct
+from sidecar.observe.gauges import upstreams_named
 from sidecar.observe.metrics import Metrics
 from sidecar.observe.time_series import FIELDS, Point, TimeSeries
 
@@ -117,7 +117,7 @@ class Sampler:
         for pool in pools:
             if pool.upstreams[0].name == name and (count := sum(pool.waiting.values())):
                 waiting[pool.cause or "turn"] += count
-        upstreams = list(distinct(pools, name))
+        upstreams = list(upstreams_named(pools, name))
         used = {pool.model for pool in pools if now - pool.last_used < SUMMARY_SECONDS}
         for one in upstreams:
             if one.model in used or len(upstreams) == 1:
@@ -163,9 +163,9 @@ class Sampler:
     def _log_limits(self) -> None:
         """Log each limit once that is new, has changed enough since the last log line, or is in another state."""
         unlogged, self._unlogged = self._unlogged, {}
-        for place, changes in unlogged.items():
-            backend, model, dimension = place
-            old_state, old_limit = self._logged_limits.get(place, ("start", inf))
+        for limit_key, changes in unlogged.items():
+            backend, model, dimension = limit_key
+            old_state, old_limit = self._logged_limits.get(limit_key, ("start", inf))
             latest = changes[-1]
             moved = any(
                 one.new != old_limit and not abs(one.new - old_limit) < _MIN_LOGGED_CHANGE * old_limit
@@ -175,7 +175,7 @@ class Sampler:
             if moved or not routine:
                 if len(self._logged_limits) >= _MAX_LOGGED_LIMITS:
                     self._logged_limits.clear()
-                self._logged_limits[place] = (latest.state, latest.new)
+                self._logged_limits[limit_key] = (latest.state, latest.new)
                 unit = "tokens" if dimension == "token_rate" else "requests"
                 limit = "unknown" if latest.new == inf else f"{latest.new:.3g} {unit}/s"
                 log.info("%s: the limit of %s is %s (%s): %s", backend, model, limit, latest.state, latest.reason)

@@ -47,10 +47,10 @@ def test_received_bytes_stay_within_the_bound_and_are_released(bodies, waiting):
         tasks = [loop.create_task(receive(arrivals, pieces)) for pieces in bodies]
         while not all(task.done() for task in tasks):
             await asyncio.sleep(0.01)
-            alone = waiting == 0 and len(arrivals._heard) == 1
-            assert alone or arrivals.held() <= max(BOUND, waiting)
+            alone = waiting == 0 and len(arrivals._last_byte_at) == 1
+            assert alone or arrivals.bytes_in_use() <= max(BOUND, waiting)
         ends = await asyncio.gather(*tasks)
-        assert (arrivals.bytes, len(arrivals._heard)) == (0, 0)
+        assert (arrivals.bytes, len(arrivals._last_byte_at)) == (0, 0)
         if waiting + sum(more for pieces in bodies for _, more in pieces) <= BOUND:
             assert set(ends) == {"whole"}
 

@@ -225,7 +225,7 @@ def test_a_refused_frame_that_returns_is_superseded_by_a_newer_waiting_frame():
         new = admission.enter(Ticket(now=loop.time(), deadline=loop.time() + 60.0, key="a", model="m", latest=True))
         permit.report(Verdict("refused", loop.time(), "capacity", reason="busy"))
         permit.release(loop.time())
-        old.returned = True
+        old.requeued = True
         with pytest.raises(Superseded):
             admission.enter(old)
         (await new).release(loop.time())

@@ -91,7 +91,7 @@ async def call(admission, number, caller, ends):
                     permit.report(verdict_of(verdict, loop.time()))
             if verdict in ("accepted", "abandoned", "none"):
                 break
-            ticket.returned, ticket.only_while_failing = True, False
+            ticket.requeued, ticket.only_while_failing = True, False
             ticket.not_before = loop.time()
             if verdict in ("failed", "timed_out", "account"):
                 if pool.has_another(ticket, permit.upstream):

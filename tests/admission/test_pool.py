@@ -65,10 +65,10 @@ class Bench:
             permits.append(upstream.start(self.loop.time(), self.ticket(), self.admission.pool(MODEL)._ended))
         return permits
 
-    def returned(self, *tried, seconds=60.0, pause=0.0, **options):
+    def requeued(self, *tried, seconds=60.0, pause=0.0, **options):
         """A ticket that comes back from an attempt, and must not go to the upstreams in `tried`."""
         ticket = self.ticket(seconds=seconds, **options)
-        ticket.returned, ticket.not_before = True, self.loop.time() + pause
+        ticket.requeued, ticket.not_before = True, self.loop.time() + pause
         ticket.tried = tuple(self.upstreams[name] for name in tried)
         return ticket
 
@@ -93,7 +93,7 @@ def virtual(test):
 async def test_a_ticket_that_only_a_closed_upstream_may_take_delays_no_other_ticket():
     bench = Bench(UpstreamSettings("a"), UpstreamSettings("b"))
     bench.fail("a")
-    waiting = bench.enter(bench.returned("b"))
+    waiting = bench.enter(bench.requeued("b"))
     assert not waiting.done()
     for number in range(10):
         permit = bench.at_once(key=f"camera-{number}")
@@ -111,7 +111,7 @@ async def test_a_ticket_that_only_a_closed_upstream_may_take_delays_no_other_tic
 async def test_tickets_of_the_same_camera_are_not_delayed_by_it_either():
     bench = Bench(UpstreamSettings("a"), UpstreamSettings("b", concurrency=1))
     bench.fail("a", CircuitState.CAPACITY)
-    waiting = bench.enter(bench.returned("b"))
+    waiting = bench.enter(bench.requeued("b"))
     first = bench.at_once()
     entries = [bench.enter() for _ in range(5)]
     bench.report(first, "accepted")
@@ -134,7 +134,7 @@ async def test_a_ticket_that_may_go_only_to_one_upstream_goes_before_tickets_tha
     bench = Bench(UpstreamSettings("a", concurrency=1), UpstreamSettings("b", concurrency=1))
     (a,), (b,) = bench.fill("a"), bench.fill("b")
     anywhere = [bench.enter(key=str(number)) for number in range(3)]
-    only_b = bench.enter(bench.returned("a"))
+    only_b = bench.enter(bench.requeued("a"))
     bench.report(a, "accepted")
     assert [entry.done() for entry in anywhere] == [True, False, False]
     assert not only_b.done()
@@ -147,7 +147,7 @@ async def test_a_ticket_that_may_go_only_to_one_upstream_goes_before_tickets_tha
 async def test_an_open_upstream_that_failed_the_ticket_before_does_not_get_it_again():
     bench = Bench(UpstreamSettings("a"), UpstreamSettings("b"))
     bench.fail("b")
-    entry = bench.enter(bench.returned("a"))
+    entry = bench.enter(bench.requeued("a"))
     assert not entry.done()
     permit = await entry
     assert permit.upstream is bench.upstreams["b"]
@@ -179,7 +179,7 @@ async def test_a_ticket_goes_on_when_the_only_upstream_that_is_left_becomes_read
     reasons = {}
     bench = Bench(UpstreamSettings("a"), UpstreamSettings("b", unready_reason=lambda: reasons.get("b")))
     reasons["b"] = "its worker restarts"
-    entry = bench.enter(bench.returned("a"))
+    entry = bench.enter(bench.requeued("a"))
     assert not entry.done()
     await asyncio.sleep(3.0)
     reasons.clear()
@@ -203,7 +203,7 @@ async def test_upstreams_of_one_tier_share_by_their_load():
 async def test_a_retry_is_sent_at_its_time_and_delays_nobody_until_then():
     bench = Bench(UpstreamSettings("a"))
     began = bench.loop.time()
-    retry = bench.enter(bench.returned(pause=3.0))
+    retry = bench.enter(bench.requeued(pause=3.0))
     bench.report(bench.at_once(), "accepted")
     permit = await retry
     assert bench.loop.time() - began == pytest.approx(3.0)
@@ -213,7 +213,7 @@ async def test_a_retry_is_sent_at_its_time_and_delays_nobody_until_then():
 @virtual
 async def test_a_retry_counts_in_the_bounds_of_the_queue():
     bench = Bench(UpstreamSettings("a", concurrency=1), queue_size=1)
-    retry = bench.enter(bench.returned(pause=3.0, size_bytes=500))
+    retry = bench.enter(bench.requeued(pause=3.0, size_bytes=500))
     assert (bench.admission.waiting(), bench.admission.waiting_bytes()) == (1, 500)
     with pytest.raises(QueueFull):
         bench.enter()
@@ -227,7 +227,7 @@ async def test_a_retry_counts_in_the_bounds_of_the_queue():
 @virtual
 async def test_the_bytes_of_a_retry_count_in_the_bound_on_bytes():
     bench = Bench(UpstreamSettings("a"), queue_bytes=1000)
-    retry = bench.enter(bench.returned(pause=3.0, size_bytes=600))
+    retry = bench.enter(bench.requeued(pause=3.0, size_bytes=600))
     with pytest.raises(QueueFull, match="bytes"):
         bench.enter(size_bytes=600)
     bench.report(await retry, "accepted")
@@ -237,8 +237,8 @@ async def test_the_bytes_of_a_retry_count_in_the_bound_on_bytes():
 @virtual
 async def test_a_newer_frame_supersedes_a_retry():
     bench = Bench(UpstreamSettings("a"))
-    retry = bench.enter(bench.returned(pause=3.0, latest=True))
-    other = bench.enter(bench.returned(pause=3.0, latest=True, key="another camera"))
+    retry = bench.enter(bench.requeued(pause=3.0, latest=True))
+    other = bench.enter(bench.requeued(pause=3.0, latest=True, key="another camera"))
     await asyncio.sleep(1.0)
     bench.report(bench.at_once(latest=True), "accepted")
     with pytest.raises(Superseded):
@@ -252,7 +252,7 @@ async def test_a_newer_frame_supersedes_a_retry():
 async def test_a_retry_is_refused_at_its_deadline():
     bench = Bench(UpstreamSettings("a"))
     began = bench.loop.time()
-    retry = bench.enter(bench.returned(pause=30.0, seconds=2.0))
+    retry = bench.enter(bench.requeued(pause=30.0, seconds=2.0))
     with pytest.raises(DeadlineUnreachable):
         await retry
     assert bench.loop.time() - began == pytest.approx(2.0)
@@ -263,7 +263,7 @@ async def test_a_retry_is_refused_at_its_deadline():
 async def test_a_retry_that_waits_for_a_closed_upstream_is_refused_at_its_deadline():
     bench = Bench(UpstreamSettings("a", concurrency=1))
     (permit,) = bench.fill("a")
-    retry = bench.enter(bench.returned(pause=1.0, seconds=5.0))
+    retry = bench.enter(bench.requeued(pause=1.0, seconds=5.0))
     with pytest.raises(DeadlineUnreachable):
         await retry
     bench.report(permit, "accepted")
@@ -273,12 +273,12 @@ async def test_a_retry_that_waits_for_a_closed_upstream_is_refused_at_its_deadli
 @virtual
 async def test_while_the_sidecar_drains_a_retry_is_finished_and_a_new_request_is_refused():
     bench = Bench(UpstreamSettings("a"))
-    retry = bench.enter(bench.returned(pause=3.0))
+    retry = bench.enter(bench.requeued(pause=3.0))
     bench.admission.draining = True
     with pytest.raises(Draining):
         bench.enter()
     bench.report(await retry, "accepted")
-    again = bench.enter(bench.returned(pause=1.0))
+    again = bench.enter(bench.requeued(pause=1.0))
     bench.report(await again, "accepted")
     assert bench.at_rest()
 
@@ -286,7 +286,7 @@ async def test_while_the_sidecar_drains_a_retry_is_finished_and_a_new_request_is
 @virtual
 async def test_a_retry_whose_caller_leaves_waits_no_longer():
     bench = Bench(UpstreamSettings("a"))
-    task = bench.loop.create_task(bench.admission.permit(bench.returned(pause=3.0)))
+    task = bench.loop.create_task(bench.admission.permit(bench.requeued(pause=3.0)))
     await asyncio.sleep(1.0)
     assert bench.admission.waiting() == 1
     task.cancel()
@@ -298,7 +298,7 @@ async def test_a_retry_whose_caller_leaves_waits_no_longer():
 @virtual
 async def test_a_retry_whose_caller_leaves_in_the_moment_of_its_time_takes_no_permit():
     bench = Bench(UpstreamSettings("a"))
-    task = bench.loop.create_task(bench.admission.permit(bench.returned(pause=3.0)))
+    task = bench.loop.create_task(bench.admission.permit(bench.requeued(pause=3.0)))
     bench.loop.call_later(3.0, task.cancel)  # set before the pool's own timer, for the same time
     with pytest.raises(asyncio.CancelledError):
         await task
@@ -309,7 +309,7 @@ async def test_a_retry_whose_caller_leaves_in_the_moment_of_its_time_takes_no_pe
 @virtual
 async def test_a_retry_for_an_account_that_is_refused_meanwhile_is_refused_with_that():
     bench = Bench(UpstreamSettings("a"))
-    retry = bench.enter(bench.returned(pause=3.0))
+    retry = bench.enter(bench.requeued(pause=3.0))
     bench.report(bench.at_once(), "account", reason="no money")
     with pytest.raises(AccountClosed, match="no money"):
         await retry
@@ -319,7 +319,7 @@ async def test_a_retry_for_an_account_that_is_refused_meanwhile_is_refused_with_
 @virtual
 async def test_a_last_retry_goes_only_if_the_upstream_still_fails_other_requests():
     bench = Bench(UpstreamSettings("a"))
-    last = bench.returned(pause=1.0)
+    last = bench.requeued(pause=1.0)
     last.only_while_failing = True
     for outcome, goes in (("failed", True), ("accepted", False)):
         bench.report(bench.at_once(), "failed")
@@ -394,7 +394,7 @@ async def test_nobody_waits_for_an_upstream_that_is_not_ready_when_the_other_ref
 async def test_while_every_account_is_refused_every_waiting_ticket_is_refused_and_new_ones_too():
     bench = Bench(UpstreamSettings("a", concurrency=1), UpstreamSettings("b", concurrency=1))
     (a,), (b,) = bench.fill("a"), bench.fill("b")
-    anywhere, only_b, later = bench.enter(), bench.enter(bench.returned("a")), bench.enter(bench.returned(pause=9.0))
+    anywhere, only_b, later = bench.enter(), bench.enter(bench.requeued("a")), bench.enter(bench.requeued(pause=9.0))
     bench.report(a, "account", reason="no money at a")
     assert not anywhere.done()
     assert not only_b.done()
@@ -415,7 +415,7 @@ async def test_while_every_account_is_refused_every_waiting_ticket_is_refused_an
 async def test_a_ticket_that_only_a_refused_account_may_take_is_refused_though_another_upstream_answers():
     bench = Bench(UpstreamSettings("a"), UpstreamSettings("b"))
     bench.fail("a")
-    waiting = bench.enter(bench.returned("b"))
+    waiting = bench.enter(bench.requeued("b"))
     bench.upstreams["a"].circuit.open(bench.loop.time(), CircuitState.BILLING, "no money")
     bench.report(bench.at_once(), "accepted")
     with pytest.raises(AccountClosed, match="no money"):
@@ -439,7 +439,7 @@ async def test_a_permit_that_becomes_free_reaches_the_queue_of_another_model():
 
     def enter(model):
         ticket = bench.ticket(model=model)
-        ticket.returned, ticket.tried = True, (admission.pool(model).upstreams[0],)
+        ticket.requeued, ticket.tried = True, (admission.pool(model).upstreams[0],)
         return bench.enter(ticket)
 
     permit = enter("x")

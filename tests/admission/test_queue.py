@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from sidecar.admission import Priority, Ticket
-from sidecar.admission.queue import CALM_SHARE, WEIGHTS, FairQueue
+from sidecar.admission.queue import CAUGHT_UP_DIVISOR, WEIGHTS, FairQueue
 
 KEYS = ("a", "b", "c")
 keys, priorities = st.sampled_from(KEYS), st.sampled_from(Priority)
@@ -42,9 +42,9 @@ class Model(RuleBasedStateMachine):
     def expected(self, priority, key):
         """Return the ticket of this key that should be next."""
         own = self.of(priority, key)
-        returned = [ticket for ticket in own if ticket.returned]
-        if returned:
-            return returned[0]
+        requeued = [ticket for ticket in own if ticket.requeued]
+        if requeued:
+            return requeued[0]
         if self.newest_until.get((priority, key)):
             return own[-1]
         return min(own, key=lambda ticket: ticket.deadline)
@@ -59,11 +59,11 @@ class Model(RuleBasedStateMachine):
                 self.newest_until[ticket.priority, key] = 0
 
     @rule(
-        key=keys, priority=priorities, deadline=st.integers(1, 9), tokens=st.floats(0.0, 50.0), returned=st.booleans()
+        key=keys, priority=priorities, deadline=st.integers(1, 9), tokens=st.floats(0.0, 50.0), requeued=st.booleans()
     )
-    def add(self, key, priority, deadline, tokens, returned):
+    def add(self, key, priority, deadline, tokens, requeued):
         ticket = make_ticket(key, float(deadline), tokens, priority=priority, size_bytes=int(tokens))
-        ticket.returned = returned
+        ticket.requeued = requeued
         self.largest = max(self.largest, tokens)
         self.waiting.append(ticket)
         self.queue.add(ticket)
@@ -87,11 +87,11 @@ class Model(RuleBasedStateMachine):
     @rule(priority=priorities, key=keys)
     def overload(self, priority, key):
         own = len(self.of(priority, key))
-        changed = self.queue.overload(priority, key)
+        changed = self.queue.serve_newest_first(priority, key)
         before = self.newest_until.get((priority, key), 0)
         assert changed == (own > 0 and not before)
         if own:
-            self.newest_until[priority, key] = max(before, own // CALM_SHARE, 1)
+            self.newest_until[priority, key] = max(before, own // CAUGHT_UP_DIVISOR, 1)
 
     @invariant()
     def everything_is_counted(self):
@@ -188,7 +188,7 @@ def test_the_newest_goes_first_under_overload_until_the_key_has_caught_up():
     tickets = [make_ticket(deadline=float(number)) for number in range(16)]
     for ticket in tickets:
         queue.add(ticket)
-    assert queue.overload(Priority.NORMAL, "a")
+    assert queue.serve_newest_first(Priority.NORMAL, "a")
     order = [int(take_next(queue).deadline) for _ in range(16)]
     assert order == [*range(15, 0, -1), 0]
     for ticket in tickets:
@@ -196,11 +196,11 @@ def test_the_newest_goes_first_under_overload_until_the_key_has_caught_up():
     assert take_next(queue) is tickets[0]
 
 
-def test_a_returned_ticket_goes_before_all_others_of_its_key():
+def test_a_requeued_ticket_goes_before_all_others_of_its_key():
     queue = FairQueue()
     queue.add(make_ticket(deadline=1.0))
     refused = make_ticket(deadline=99.0)
-    refused.returned = True
+    refused.requeued = True
     queue.add(refused)
     assert queue.head() is refused
 

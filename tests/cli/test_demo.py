@@ -24,7 +24,7 @@ from sidecar.cli.demo import processes
 from sidecar.cli.demo.cameras import Answered, Result
 from sidecar.cli.demo.frames import HEIGHT, WIDTH, frame
 from sidecar.cli.demo.report import report
-from sidecar.cli.demo.table import Row, percentile, sentence, table
+from sidecar.cli.demo.table import Row, percentile, summary, table
 
 
 def test_a_frame_is_a_jpeg_that_pillow_can_decode():
@@ -59,7 +59,7 @@ def test_the_table_contains_the_measurements():
 def test_a_sender_that_lost_every_frame_has_no_times():
     row = Row("semaphore", Result(sent=5, lost=5), refusals=15)
     assert table("title", [row]).splitlines()[-1].split() == ["semaphore", "5", "5", "15", *["-"] * 6]
-    assert "no frame described, and 5 of 5 frames lost" in sentence([row], [row])
+    assert "no frame described, and 5 of 5 frames lost" in summary([row], [row])
 
 
 def test_percentiles_are_nearest_ranks():

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sidecar.admission.gates.base import Outcome
+from sidecar.admission.gates.base import VerdictOutcome
 from sidecar.dispatch.retry_policy import (
     MAX_FAILED_ATTEMPTS,
     RETRY_RESERVE,
@@ -78,7 +78,7 @@ def test_what_fits_no_row_is_told_to_the_caller(one):
 
 def test_every_situation_has_an_action_that_makes_sense():
     for outcome, elsewhere, failing, has_answered, attempts in product(
-        get_args(Outcome), (False, True), (False, True), (False, True), range(1, MAX_FAILED_ATTEMPTS + 2)
+        get_args(VerdictOutcome), (False, True), (False, True), (False, True), range(1, MAX_FAILED_ATTEMPTS + 2)
     ):
         one = Situation(outcome, elsewhere, failing, has_answered, attempts)
         for policy in (RetryPolicy(0.0), spent_policy()):

@@ -139,7 +139,8 @@ async def test_connections_that_send_no_complete_request_are_closed(serving, mon
 
 
 @pytest.mark.parametrize(
-    ("listener", "bound", "path"), [("data", "_MAX_CALLERS", "/health"), ("admin", "_MAX_WATCHERS", "/livez")]
+    ("listener", "bound", "path"),
+    [("data", "_MAX_DATA_CONNECTIONS", "/health"), ("admin", "_MAX_ADMIN_CONNECTIONS", "/livez")],
 )
 async def test_a_listener_bounds_its_connections_and_still_serves(serving, monkeypatch, listener, bound, path):
     monkeypatch.setattr(f"sidecar.app.{bound}", 5)

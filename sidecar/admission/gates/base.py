@@ -1,7 +1,7 @@
-"""What a gate is, what an attempt was told, and the statuses that everybody else reads.
+"""The interface of a gate, the outcome of an attempt, and the statuses for metrics, status page and log.
 
 A gate is one condition that can delay a ticket: a request rate, a token rate, growth, concurrency, or the circuit. All
-calls are synchronous and take `now` (seconds on the event loop's clock); nothing waits and nothing is scheduled here.
+methods are synchronous and take `now` (seconds on the event loop's clock). A gate never waits and sets no timer.
 """
 
 from __future__ import annotations
@@ -11,61 +11,65 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 from sidecar.admission.ticket import Cause, Ticket
 
-Outcome = Literal["accepted", "refused", "failed", "timed_out", "account", "abandoned"]
-#: What a provider can say that a refusal was about.
+VerdictOutcome = Literal["accepted", "refused", "failed", "timed_out", "account", "abandoned"]
+#: The limits that a provider can name in a refusal.
 Dimension = Literal["request_rate", "token_rate", "growth", "concurrency", "capacity"]
 
 
 class Verdict(NamedTuple):
-    """What one attempt was told. (A tuple: a frozen dataclass takes four times as long to make, once per attempt.)"""
+    """The outcome of one attempt.
 
-    outcome: Outcome
+    A tuple, because each attempt makes one and a frozen dataclass takes four times as long to make.
+    """
+
+    outcome: VerdictOutcome
     """`accepted`: the request passed the limits. `refused`: a limit refused it. `failed`: 5xx or a broken connection.
     `timed_out`: no byte came in time. `account`: the provider refuses the account (billing, key). `abandoned`: the
-    attempt ended without an answer that says anything."""
+    attempt ended without an answer that shows whether the provider accepted it."""
     at: float
-    """When it was told."""
+    """Loop time at which the outcome was known."""
     named: Dimension | None = None
-    """What a refusal was about, if the provider said so."""
+    """The limit that the provider named in a refusal; None if it named no limit."""
     usage: tuple[int, int] | None = None
     """LLM tokens of input and output, as the provider counted them."""
     retry_after: float | None = None
-    """Seconds that the provider asks to wait."""
+    """The provider's Retry-After in seconds."""
     reason: str = ""
 
 
 class Ahead(NamedTuple):
-    """What will be sent before a place in the queue is reached, this place included."""
+    """The requests and LLM tokens that must be sent up to and including one position in the queue."""
 
     requests: float
     tokens: float
-    """LLM tokens, estimated by the upstream."""
+    """LLM tokens, as the upstream estimates them."""
 
 
 @dataclass(frozen=True, slots=True)
 class GateStatus:
-    """What a gate shows to operators. Rates are per second."""
+    """The state of a gate, for operators. Rates are per second."""
 
     name: Cause
     limit: float | None
     """The learned limit; None while none is known."""
     pace: float | None = None
-    """The rate that is allowed now; None where nothing is paced."""
+    """The rate that is allowed now; None if the gate limits no rate now. Concurrency: the allowed attempts in
+    flight."""
     state: str = ""
     why: str = ""
     """Why the limit or the state last changed."""
     since: float = 0.0
-    """When that was, in seconds on the event loop's clock."""
+    """Loop time of the last change, in seconds."""
     burst: float | None = None
-    """Calls or LLM tokens that a pause saves up."""
+    """Burst: calls or LLM tokens that can be sent at once after a pause."""
     error: float | None = None
-    """The relative error of the limit."""
+    """The relative error of the limit: its uncertainty as a share of the limit."""
     factor: float | None = None
-    """Of growth: how much faster than before traffic may be."""
+    """Growth gate only: allowed calls/s as a multiple of the earlier calls/s."""
     in_flight: int | None = None
-    """Of concurrency: attempts that hold a place."""
+    """Concurrency gate only: attempts that hold a permit."""
     next_at: float | None = None
-    """Of the circuit: when the next probe may go."""
+    """Circuit only: loop time at which the next probe may be sent."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,12 +77,13 @@ class Change:
     """A learned limit or its state changed, or the circuit opened or closed."""
 
     at: float
+    """Loop time of the change."""
     dimension: Cause
     old: float
     new: float
-    """The limit before and after, per second; infinite while none is known; 0 for the circuit."""
+    """`old` and `new` are the limit before and after the change, per second. Infinite: unknown. 0 for the circuit."""
     state: str
-    """The learner's state, or why the circuit is open; empty where it has closed."""
+    """The learner's state, or the circuit's state; empty if the circuit has closed."""
     reason: str
 
 
@@ -89,37 +94,46 @@ class Gate(Protocol):
 
     @property
     def certain(self) -> bool:
-        """What the gate has learned was confirmed by accepted calls. A guess never refuses a request on arrival."""
+        """True if accepted calls have confirmed the learned limit, or if the gate does not guess.
+
+        If False, no request is refused on arrival because of this limit.
+        """
         ...
 
     dormant: bool
-    """The gate never closes at present: it need not be asked."""
+    """True: the gate is open at present, so callers need not ask it."""
 
     def advance(self, now: float) -> None:
-        """Let time pass up to `now`. To be called before the questions below."""
+        """Update the gate to the time `now`. Call it before the methods below."""
         ...
 
     def opens_at(self, now: float, cost: float) -> float:
-        """When an attempt of `cost` LLM tokens may start: `now` if open, inf if only an event opens the gate.
+        """Return the loop time at which an attempt of `cost` LLM tokens may start. Has no side effects.
 
-        A question: it never changes anything.
+        `now`: the gate is open. inf: the gate opens only after an event, for example the end of an attempt.
         """
         ...
 
     def reserve(self, now: float, ticket: Ticket, cost: float, *, held: bool) -> Any:
-        """An attempt of this ticket starts. `held`: this gate delayed it. Return what `settle` needs."""
+        """Record that an attempt of this ticket starts, and return its reservation for `settle`.
+
+        `held`: this gate delayed the attempt.
+        """
         ...
 
     def settle(self, now: float, reservation: Any, verdict: Verdict, *, blamed: Cause | None) -> None:
-        """The attempt ended. `blamed` names the gate that a refusal is booked to. Called once for each reservation."""
+        """Record that the attempt has ended. Call it exactly once for each reservation.
+
+        `blamed` is the cause of a refusal: the gate that must learn from it. None: no gate learns from it.
+        """
         ...
 
     def explains(self, now: float, reservation: Any) -> float:
-        """How well this gate explains a refusal of the attempt that names nothing, from 0 to 1. A question."""
+        """Return how well this gate explains a refusal that names no limit, from 0 to 1. Has no side effects."""
         ...
 
     def seconds_for(self, now: float, ahead: Ahead) -> float:
-        """Seconds until all of `ahead` may have started, as far as this gate is concerned."""
+        """Return the seconds after which this gate has let all of `ahead` start."""
         ...
 
     def status(self, now: float) -> GateStatus:

@@ -58,7 +58,7 @@ class TokenBucket:
             level = min(self.capacity, grown)
             self._at = now
         if self.rate == inf and rate != inf:
-            level = min(level, 0.0)  # an unlimited bucket was full without having been filled at any rate
+            level = min(level, 0.0)  # an unlimited bucket is always full: start it empty, so that no burst follows
         self.rate = rate
         self.capacity = capacity
         self._level = min(level, capacity)

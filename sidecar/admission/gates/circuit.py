@@ -1,4 +1,4 @@
-"""The circuit: closed while the provider answers; else open but for one half-open probe at a time."""
+"""The circuit is closed while the provider answers. While open, it lets one half-open probe pass at a time."""
 
 from __future__ import annotations
 
@@ -24,60 +24,61 @@ class CircuitState(StrEnum):
 #: The provider is down after OUTAGE_FAILURES consecutive failures (5xx, broken connections) of at least OUTAGE_TICKETS
 #: different requests: one request that makes the provider fail each time is not an outage.
 OUTAGE_FAILURES, OUTAGE_TICKETS = 6, 2
-#: Attempts in a row that got no byte in time, which mean the same.
+#: This many attempts in a row without a byte in time also open the circuit as an outage.
 OUTAGE_SILENT = 3
-#: If this many different requests have failed and none was answered in between, the failures are the provider's fault.
+#: If this many different requests fail in a row, the provider is the cause of the failures and not a request.
 FAILING_TICKETS = 2
 #: The step is the time from a refusal to the next probe. FIRST_STEP: the first step in seconds. The step grows by the
 #: factor GROWTH while it is below SHORT_STEP seconds, then by SLOW_GROWTH, up to MAX_STEP seconds.
 FIRST_STEP, GROWTH, SHORT_STEP, SLOW_GROWTH, MAX_STEP = 0.5, 2.0, 4.0, 1.25, 5.0
+#: Seconds between two probes while the provider refuses the account.
 BILLING_STEP = 30.0
-#: Seconds by which a Retry-After may delay the next probe: normally, and after it was twice found to be true.
+#: Seconds by which a Retry-After may delay the next probe: normally, and after two were found to be true.
 LITTLE_TRUST, MUCH_TRUST = 5.0, 30.0
-#: Longest estimate, in seconds, of the time for which admission stays closed.
+#: Maximum in seconds of the estimate that is made from the time for which the circuit has been open.
 MAX_GUESS = 60.0
-#: A probe counts as accepted if it is not refused within this many seconds, or within three times the usual time of a
-#: refusal if that is longer.
+#: In a blackout, a probe counts as accepted if it is not refused within this many seconds, or within three times the
+#: usual time of a refusal if that is longer.
 PATIENCE_SECONDS = 0.5
-#: After the circuit has closed, attempts may be unanswered: 2, 4, 8, … up to this many, then any number. The number
-#: doubles with each round of answers. An attempt counts as answered after so many seconds without a refusal or a
-#: failure, so that long answers do not delay the rise.
+#: After the circuit closes, the number of attempts without an answer is limited to 2, then 4, 8, … up to MAX_RISING;
+#: after that there is no limit. It doubles after each round of answers. An attempt counts as answered after
+#: ANSWERED_SECONDS without a refusal or a failure, so that long answers do not delay the rise.
 MAX_RISING, ANSWERED_SECONDS = 64, 2.0
-#: Seconds between the first attempts at a provider of which nothing is known, so that a first refusal (which takes
-#: about 50 ms) stops the rest of the first burst.
+#: Seconds between the first attempts, while nothing is known about the provider. A first refusal (which takes about
+#: 50 ms) then stops the rest of the first burst.
 COLD_STEP_SECONDS = 0.01
 
 
 class Circuit:
-    """Closed while `state` is None. While open, one probe at a time may go, at `next_probe`."""
+    """Closed while `state` is None. While open, it lets one probe at a time pass, at the loop time `next_probe`."""
 
     __slots__ = (
         "_answered",
-        "_asked",
         "_cold",
-        "_confirmed",
         "_failed",
         "_failures",
+        "_longest_failed_wait",
         "_on_change",
         "_on_close",
         "_probe",
         "_probed_at",
         "_random",
         "_refusal_seconds",
+        "_retry_after_until",
         "_rising",
         "_sent_at",
         "_silent",
         "_step",
+        "_true_retry_afters",
         "_unanswered",
-        "_vain",
         "_window_ends",
         "answer_seconds",
         "dormant",
+        "ends_by_itself",
         "gap",
         "last_refused",
         "name",
         "next_probe",
-        "passes",
         "reason",
         "since",
         "state",
@@ -95,8 +96,8 @@ class Circuit:
     ) -> None:
         """`on_close` is called when a probe was accepted, with the state that ends; `on_change` with every new state.
 
-        `window_ends` and `refusal_seconds` are the request rate's learner's. `random` gives the jitter, 0 to 1. `cold`:
-        the first attempts are spaced, since nothing is known of the provider.
+        `window_ends` and `refusal_seconds` are functions of the learner of the request rate. `random` returns the
+        jitter, from 0 to 1. `cold`: the first attempts are spaced, because nothing is known about the provider.
         """
         self.name: Cause = "hold"
         self.dormant = not cold
@@ -107,8 +108,8 @@ class Circuit:
         self.last_refused = 0.0
         self.gap = 0.0
         """Seconds from the last refusal to the successful probe in the previous blackout: this wait was long enough."""
-        self.passes = False
-        """True: blackouts end by themselves, for example with a quota window, however often probes are sent."""
+        self.ends_by_itself = False
+        """True: probes do not prolong a blackout, because it ends at a fixed time (for example with a quota window)."""
         self.answer_seconds = 0.0
         """Seconds that an answer takes, set by the upstream; 0 while none is known."""
         self._on_close = on_close
@@ -116,19 +117,19 @@ class Circuit:
         self._refusal_seconds = refusal_seconds
         self._random = random
         self._on_change = on_change
-        self._probe: Ticket | None = None  # whose attempt is the probe
-        self._probed_at = -inf
-        self._cold = cold  # no attempt has had a verdict
-        self._sent_at = -inf
-        self._rising = 0  # attempts that may be unanswered while the load rises; 0: any number
-        self._unanswered: dict[Ticket, float] = {}  # of those sent at first and while the load rises: when
-        self._answered = 0  # of the present round
+        self._probe: Ticket | None = None  # the ticket whose attempt is the probe
+        self._probed_at = -inf  # send time of the latest probe
+        self._cold = cold  # True until the first verdict
+        self._sent_at = -inf  # send time of the latest attempt
+        self._rising = 0  # while the load rises: maximum number of attempts without an answer; 0: no limit
+        self._unanswered: dict[Ticket, float] = {}  # send time of each unanswered attempt, while `_cold` or rising
+        self._answered = 0  # answers in the present round
         self._failures = self._silent = 0
         self._failed: set[Ticket] = set()
         self._step = FIRST_STEP
-        self._vain = 0.0  # the longest wait in seconds after which a probe was refused again
-        self._asked = 0.0  # loop time until which a Retry-After asked to wait
-        self._confirmed = 0
+        self._longest_failed_wait = 0.0  # the longest wait in seconds after which a probe was refused again
+        self._retry_after_until = 0.0  # loop time at which the provider's latest Retry-After ends
+        self._true_retry_afters = 0  # how many Retry-Afters in a row were found to be true
 
     def __repr__(self) -> str:
         opened = self.state and f"open {self.state.value} since={self.since:.3f} next_probe={self.next_probe:.3f}"
@@ -136,7 +137,7 @@ class Circuit:
 
     @property
     def probing(self) -> bool:
-        """The probe is in flight."""
+        """True while the probe is in flight."""
         return self._probe is not None
 
     @property
@@ -145,7 +146,10 @@ class Circuit:
         return self.state is not None or len(self._failed) >= FAILING_TICKETS
 
     def may_probe(self, now: float) -> bool:
-        """While open: the probe may go now. A probe that hangs does not keep the next one back for ever."""
+        """Return True if a probe may be sent now, while the circuit is open.
+
+        A probe without a verdict delays the next probe by at most MAX_STEP seconds.
+        """
         return now >= self.next_probe and (self._probe is None or now >= self._probed_at + MAX_STEP)
 
     # -- the gate ------------------------------------------------------------------------------------------------------
@@ -156,8 +160,11 @@ class Circuit:
         return True
 
     def advance(self, now: float) -> None:
-        """Count attempts as answered that were not refused for long enough."""
-        if self._probe is not None and self._patience(now) <= 0:
+        """Count an attempt as answered if it was sent ANSWERED_SECONDS ago and no refusal came.
+
+        Close the circuit if the probe was not refused in time.
+        """
+        if self._probe is not None and self._probe_passes_in(now) <= 0:
             self._close(now)
         while self._unanswered and now >= next(iter(self._unanswered.values())) + ANSWERED_SECONDS:
             del self._unanswered[next(iter(self._unanswered))]
@@ -165,11 +172,11 @@ class Circuit:
                 self._rise()
 
     def opens_at(self, now: float, cost: float) -> float:
-        """See `Gate`: `now` also if the half-open probe may go."""
+        """See `Gate`: `now` also if the half-open probe may be sent."""
         if self.state is not None:
             if self._probe is None:
                 return max(now, self.next_probe)
-            return min(now + self._patience(now), max(now, self.next_probe, self._probed_at + MAX_STEP))
+            return min(now + self._probe_passes_in(now), max(now, self.next_probe, self._probed_at + MAX_STEP))
         if self._cold:
             return max(now, self._sent_at + COLD_STEP_SECONDS)
         if not self._rising:
@@ -178,12 +185,12 @@ class Circuit:
             return next(iter(self._unanswered.values())) + ANSWERED_SECONDS
         if self._rising == 1:
             return now
-        # A round is spread over the time of an answer: a burst would tell the provider's burst, and not its rate.
+        # Spread a round over the time of one answer: a burst would test only the provider's burst size, not its rate.
         answer_seconds = min(self.answer_seconds or ANSWERED_SECONDS, ANSWERED_SECONDS)
         return max(now, self._sent_at + answer_seconds / self._rising)
 
     def reserve(self, now: float, ticket: Ticket, cost: float, *, held: bool) -> Ticket:
-        """See `Gate`. While the circuit is open, this attempt is the probe. A dormant circuit need not be asked."""
+        """See `Gate`. While the circuit is open, this attempt is the probe. Call it only if not `dormant`."""
         if self.state is not None:
             self._probe, self._probed_at = ticket, now
         elif self._rising or self._cold:
@@ -221,11 +228,11 @@ class Circuit:
                 self.open(now, CircuitState.BILLING, verdict.reason)
             case _:
                 pass
-        if reservation is self._probe:  # without a verdict: its caller left
+        if reservation is self._probe:  # still set: the verdict shows nothing, for example because the caller left
             self._probe = None
 
     def explains(self, now: float, reservation: Ticket) -> float:
-        """See `Gate`: everything is refused while the circuit is open."""
+        """See `Gate`: 1 while the circuit is open, because the provider then refuses all calls."""
         return float(self.state is not None)
 
     def seconds_for(self, now: float, ahead: Ahead) -> float:
@@ -233,10 +240,11 @@ class Circuit:
         return self.seconds_left(now)
 
     def seconds_left(self, now: float) -> float:
-        """A guess at how long it stays open.
+        """Return an estimate of the seconds for which the circuit stays open; 0 if it is closed.
 
-        What has lasted some time lasts as long again, as half of such things do whatever their scale (Gott, 1993); a
-        blackout as long as the one before, at least.
+        The estimate is the time for which the circuit has been open, at most MAX_GUESS: for an event of unknown length,
+        the median remaining time equals the elapsed time (Gott, 1993). It is at least the time until the next probe.
+        In a blackout, it is also at least the time until `gap` seconds after the last refusal.
         """
         if self.state is None:
             return 0.0
@@ -256,19 +264,21 @@ class Circuit:
     # -- opening and closing -------------------------------------------------------------------------------------------
 
     def open(self, now: float, state: CircuitState, reason: str, retry_after: float | None = None) -> None:
-        """Open, or stay open after a probe that failed too."""
+        """Open the circuit, or keep it open after a failed probe."""
         self._probe = None
         expected = self._window_ends(now) if state is CircuitState.BLACKOUT else now
         jitter = 1.0 + 0.2 * self._random()
         if self.state is None:
             self.since = now
-            self._asked = 0.0
+            self._retry_after_until = 0.0
             self._step = FIRST_STEP
-            if state is CircuitState.BLACKOUT and not self.passes:  # as long as it took, unless that was tried in vain
-                self._step = min(max(self.gap, 1.01 * self._vain, FIRST_STEP), MAX_STEP)
+            # Start with the wait that was enough in the previous blackout (`gap`). If a probe was refused after a wait
+            # of `_longest_failed_wait`, start slightly above that.
+            if state is CircuitState.BLACKOUT and not self.ends_by_itself:
+                self._step = min(max(self.gap, 1.01 * self._longest_failed_wait, FIRST_STEP), MAX_STEP)
         elif state is self.state:
             if state is CircuitState.BLACKOUT:
-                self._vain = max(self._vain, now - self.last_refused)
+                self._longest_failed_wait = max(self._longest_failed_wait, now - self.last_refused)
             self._step = min(self._step * (GROWTH if self._step < SHORT_STEP else SLOW_GROWTH), MAX_STEP)
         before, self.state = self.state, state
         self.dormant = False
@@ -283,22 +293,23 @@ class Circuit:
         self._heed(now, retry_after)
 
     def _close(self, now: float) -> None:
-        """The probe was accepted: the provider takes work again."""
+        """Close the circuit, because the probe was accepted."""
         state = self.state
         if self._probe is None or state is None:
             return
         self._on_close(now, state, Recovery(self.since, self._probed_at, self._probed_at - self.last_refused))
         if state is CircuitState.BLACKOUT:
             self.gap = self._probed_at - self.last_refused
-            if self.gap <= self._vain:
-                # A shorter wait was enough. So a refusal does not restart a penalty: the blackout ends by itself.
-                self._vain = 0.0
-        if self._asked:
-            early = self._asked - self._probed_at
-            if early > 0.5 * (self._asked - self.since):
-                self._confirmed = 0  # the probe was accepted long before the time that the provider named
-            elif early <= 0 and self.last_refused < self._asked:
-                self._confirmed += 1
+            if self.gap <= self._longest_failed_wait:
+                # This wait was not longer than an earlier wait that failed. So the length of the wait does not matter:
+                # a refusal restarts no penalty, and the blackout ends by itself.
+                self._longest_failed_wait = 0.0
+        if self._retry_after_until:
+            early = self._retry_after_until - self._probed_at
+            if early > 0.5 * (self._retry_after_until - self.since):
+                self._true_retry_afters = 0  # the probe was accepted long before the time that the provider named
+            elif early <= 0 and self.last_refused < self._retry_after_until:
+                self._true_retry_afters += 1
         self.state = None
         self._cold = False
         self._unanswered.clear()
@@ -316,19 +327,19 @@ class Circuit:
 
     def _heed(self, now: float, retry_after: float | None) -> None:
         """
-        Take account of a refusal's Retry-After in seconds. The newest value counts.
+        Delay the next probe until a refusal's Retry-After (seconds) has passed. The newest value counts.
 
-        It may delay the next probe, by at most `trust` seconds. It never makes the next probe earlier.
+        It delays the probe by at most `trust` seconds, and never makes it earlier.
         """
         if retry_after is not None and isfinite(retry_after) and retry_after > 0:
-            self._asked = now + retry_after
-            trust = MUCH_TRUST if self._confirmed >= 2 else LITTLE_TRUST
+            self._retry_after_until = now + retry_after
+            trust = MUCH_TRUST if self._true_retry_afters >= 2 else LITTLE_TRUST
             self.next_probe = max(self.next_probe, now + min(retry_after, trust))
 
-    def _patience(self, now: float) -> float:
+    def _probe_passes_in(self, now: float) -> float:
         """Return the seconds until a probe without a verdict counts as accepted.
 
-        Infinite outside a blackout: there a missing refusal proves nothing.
+        Infinite outside a blackout: in the other states, a missing refusal proves nothing.
         """
         if self._probe is None or self.state is not CircuitState.BLACKOUT:
             return inf
@@ -337,29 +348,34 @@ class Circuit:
     # -- rising slowly -------------------------------------------------------------------------------------------------
 
     def _rise_by(self, ticket: Ticket, verdict: Verdict) -> None:
-        """Let more attempts be unanswered if this one was answered, and fewer if it was refused or failed."""
+        """Adjust how many attempts may be without an answer.
+
+        An answered attempt counts towards the next doubling. After a failure or a refusal for capacity, start again at
+        1. After any other refusal, stop limiting: the gate that learns from that refusal sets the pace.
+        """
         was_sent = self._unanswered.pop(ticket, None) is not None
         good, bad = verdict.outcome == "accepted", verdict.outcome in ("refused", "failed")
         if self._cold and (good or bad):
             self._cold = False
-            # After a refusal the gate that learns from it raises the load slowly: by up to 1.4 with each accepted call.
+            # After a refusal, the gate that learned from it raises the load slowly, by a factor of at most 1.4 per
+            # accepted call.
             learned = verdict.outcome == "refused" and verdict.named != "capacity"
             self._start_rising(1 if bad and not learned else 0)
         elif was_sent and good:
             self._rise()
         elif was_sent and verdict.outcome == "refused" and verdict.named != "capacity":
-            self._start_rising(0)  # from now on the gate that learns from this refusal sets the pace
+            self._start_rising(0)
         elif was_sent and bad:
             self._start_rising(1)
 
     def rise(self, now: float) -> None:
-        """Let the load rise slowly from now on: what was learned turned out to be wrong."""
+        """Let the load rise slowly from now on, because the learned limit was wrong."""
         if self.state is None:
             self._unanswered.clear()
             self._start_rising(2)
 
     def _rise(self) -> None:
-        """One attempt was answered. Each round of answers doubles the number."""
+        """Count one answer. Each complete round of answers doubles the allowed number of attempts without an answer."""
         self._answered += 1
         if self._answered >= self._rising:
             self._start_rising(2 * self._rising if self._rising < MAX_RISING else 0)

@@ -9,17 +9,17 @@ from sidecar.admission.gates.base import Ahead, GateStatus, Verdict
 from sidecar.admission.ticket import Cause, Ticket
 
 MAX_CONCURRENCY = 1024
-#: Refusals are put down to concurrency only if SUSPECT_AFTER of them all met more attempts in flight than accepted
-#: attempts did. They must span at least SUSPECT_SECONDS seconds and SUSPECT_LATENCIES times the latency of an answer.
-#: Refusals close together can equally come from a rate limit that fell, and until the first answers arrive the number
-#: in flight only rises.
+#: Refusals are blamed on concurrency only if SUSPECT_AFTER refused attempts in a row had more attempts in flight beside
+#: them than the accepted attempts had. These refusals must span at least SUSPECT_SECONDS seconds and SUSPECT_LATENCIES
+#: times the latency of an answer. Reason: a rate limit that fell can also cause several refusals within a short time,
+#: and the number in flight only rises until the first answers arrive.
 SUSPECT_AFTER, SUSPECT_SECONDS, SUSPECT_LATENCIES = 4, 10.0, 3.0
-#: Concurrency is suspected only if at most this share of the accepted attempts had as many others in flight. With a
-#: larger share, four refusals at such numbers could be chance.
+#: Maximum share of accepted attempts that had at least as many attempts beside them as the suspected limit. With a
+#: larger share, the refusals could be chance.
 CHANCE = 0.1
 
 
-class Place:
+class InFlight:
     """One attempt in flight."""
 
     __slots__ = ("beside", "held", "sent_at")
@@ -27,43 +27,47 @@ class Place:
     def __init__(self, sent_at: float, beside: int, held: bool) -> None:
         self.sent_at = sent_at
         self.beside = beside
-        """Attempts in flight at the provider when this one started; refused ones were not."""
+        """Number of other attempts in flight at the provider when this attempt started. Attempts that the provider
+        refused are not counted."""
         self.held = held
+        """True: this gate delayed the attempt."""
 
 
 class ConcurrencyGate:
     """
-    A counting semaphore whose size moves. It never waits: a ticket that finds no free place stays in the queue.
+    A counting semaphore whose size changes. It never blocks: while no permit is free, tickets stay in the queue.
 
-    A smaller size revokes no permit: attempts in flight finish, and no other starts until the number is below the size.
+    A smaller size revokes no permit. Attempts in flight finish, and no attempt starts until fewer than `size` are in
+    flight.
     """
 
     __slots__ = (
-        "_budget", "_changed_at", "_cut_at", "_paid", "_places", "_suspects", "_taken", "answer_seconds", "discovered",
-        "dormant", "in_flight", "learned", "name", "size", "step",
+        "_accepted_by_beside", "_attempts", "_budget", "_changed_at", "_last_burst_at", "_paid", "_suspects",
+        "answer_seconds", "discovered", "dormant", "in_flight", "learned", "name", "size", "step",
     )  # fmt: skip
 
     def __init__(self, size: int, budget: float = 0.005) -> None:
         self.name: Cause = "concurrency"
         self.dormant = False
         self.size = size
-        """Permits that the pace needs, within the bound for memory."""
+        """Number of permits that the present pace needs, at most MAX_CONCURRENCY (bounds the memory)."""
         self.learned = inf
-        """The provider's limit on concurrency; infinite until a refusal has shown it."""
+        """The provider's limit on concurrency; infinite until refusals have shown it."""
         self.in_flight = 0
+        """Attempts that hold a permit."""
         self.step = 0
         """Attempts allowed at present above the learned limit, to test whether the provider allows more."""
         self.answer_seconds = 0.0
         """Seconds that an answer takes, set by the upstream; 0 while none is known."""
         self.discovered = False
-        """The last refusal has shown a limit that it did not name."""
+        """True: the last refusal revealed a concurrency limit although it did not name concurrency."""
         self._budget = budget
         self._changed_at = -inf
-        self._cut_at = -inf
-        self._paid = 0.0  # share of one refusal for which the budget has paid
+        self._last_burst_at = -inf
+        self._paid = 0.0  # saved refusal budget; at 1.0 one refusal may be risked
         self._suspects: deque[tuple[float, int]] = deque(maxlen=SUSPECT_AFTER)  # send time, other attempts in flight
-        self._taken: Counter[int] = Counter()  # accepted attempts by the number of other attempts in flight
-        self._places: dict[Place, None] = {}  # in flight, in the order in which they started
+        self._accepted_by_beside: Counter[int] = Counter()  # number of accepted attempts for each value of `beside`
+        self._attempts: dict[InFlight, None] = {}  # in flight, in the order in which they started
 
     def __repr__(self) -> str:
         return f"<ConcurrencyGate in_flight={self.in_flight} allowed={self.allowed} learned={self.learned}>"
@@ -84,35 +88,37 @@ class ConcurrencyGate:
         """See `Gate`."""
 
     def opens_at(self, now: float, cost: float) -> float:
-        """See `Gate`: only the end of an attempt, or a larger limit, opens it."""
+        """See `Gate`: a closed gate opens when an attempt ends or the limit rises."""
         return now if self.in_flight < self.size and self.in_flight < self.learned + self.step else inf
 
-    def reserve(self, now: float, ticket: Ticket, cost: float, *, held: bool) -> Place:
+    def reserve(self, now: float, ticket: Ticket, cost: float, *, held: bool) -> InFlight:
         """See `Gate`."""
-        place = Place(now, self.in_flight, held)
+        attempt = InFlight(now, self.in_flight, held)
         self.in_flight += 1
-        self._places[place] = None
-        return place
+        self._attempts[attempt] = None
+        return attempt
 
-    def settle(self, now: float, reservation: Place, verdict: Verdict, *, blamed: Cause | None) -> None:
+    def settle(self, now: float, reservation: InFlight, verdict: Verdict, *, blamed: Cause | None) -> None:
         """See `Gate`."""
         self.discovered = False
         if verdict.outcome == "accepted":
-            if reservation.beside < self.learned or self._was_surely_full_before(reservation):
+            if reservation.beside < self.learned or self._beside_is_final(reservation):
                 self._accepted(reservation.beside, reservation.held)
         elif verdict.outcome == "refused":
-            self._was_not_there(reservation)
+            self._remove_from_later(reservation)
             if blamed != "hold" and verdict.named != "capacity":
                 self._refused(now, reservation, verdict, blamed=blamed == "concurrency")
         self.in_flight -= 1
-        del self._places[reservation]  # a KeyError here is a defect of ours: a reservation was settled twice
+        del self._attempts[reservation]  # a KeyError here shows a bug in the caller: it settled a reservation twice
 
-    def explains(self, now: float, reservation: Place) -> float:
-        """See `Gate`: 1 if a limit on concurrency explains the latest refusals better than any rate does."""
-        return float(self.answer_seconds > 0 and (reservation.beside >= self.learned or self._least(reservation) > 0))
+    def explains(self, now: float, reservation: InFlight) -> float:
+        """See `Gate`: 1 if a concurrency limit explains the latest refusals better than a rate limit, else 0."""
+        return float(
+            self.answer_seconds > 0 and (reservation.beside >= self.learned or self._suspected_limit(reservation) > 0)
+        )
 
     def seconds_for(self, now: float, ahead: Ahead) -> float:
-        """See `Gate`: places become free at the rate of answers."""
+        """See `Gate`: permits become free at the rate of answers (allowed attempts / seconds per answer)."""
         if self.answer_seconds <= 0:
             return 0.0
         return max(ahead.requests - (self.allowed - self.in_flight), 0.0) * self.answer_seconds / self.allowed
@@ -130,8 +136,8 @@ class ConcurrencyGate:
     # -- what verdicts show --------------------------------------------------------------------------------------------
 
     def _accepted(self, beside: int, held: bool) -> None:
-        self._taken[beside] += 1
-        if beside >= self.learned:  # more than the learned limit: it has risen, so double the steps of the search
+        self._accepted_by_beside[beside] += 1
+        if beside >= self.learned:  # accepted above the learned limit, so the limit has risen: double the search step
             self.learned = beside + 1
             self.step = max(2 * self.step, 1)
         if self.learned < inf:
@@ -140,64 +146,72 @@ class ConcurrencyGate:
                 self._paid = 0.0
                 self.step = max(self.step, 1)
 
-    def _refused(self, now: float, place: Place, verdict: Verdict, *, blamed: bool) -> None:
+    def _refused(self, now: float, attempt: InFlight, verdict: Verdict, *, blamed: bool) -> None:
         if verdict.named in (None, "request_rate") and self.answer_seconds > 0:
-            self._weigh(now, place)
+            self._weigh(now, attempt)
         if not blamed:
             return
         self._changed_at = now
-        if place.sent_at > self._cut_at:  # one burst is one event
-            self._cut_at = now
-            learned = place.beside if self.learned == inf else min(self.learned, place.beside)
+        if attempt.sent_at > self._last_burst_at:  # the refusals of one burst count once
+            self._last_burst_at = now
+            learned = attempt.beside if self.learned == inf else min(self.learned, attempt.beside)
             self.learned = max(learned, 1)
-        elif place.beside >= 1:
-            self.learned = min(self.learned, place.beside)
+        elif attempt.beside >= 1:
+            self.learned = min(self.learned, attempt.beside)
         self.step = 0
         self._paid = 0.0
 
-    def _weigh(self, now: float, place: Place) -> None:
+    def _weigh(self, now: float, attempt: InFlight) -> None:
         """
-        A refusal named another limit, or none: see whether concurrency explains the latest ones better.
+        Check whether a concurrency limit explains the latest refusals better than the limit that they name.
 
-        A rate limit refuses at any number in flight. A limit on concurrency refuses only above the numbers at which
-        attempts were accepted, with few exceptions.
+        A rate limit refuses at any number in flight. A concurrency limit refuses only at higher numbers in flight than
+        those of accepted attempts, with few exceptions.
         """
-        if place.beside >= self.learned or place.sent_at <= self._cut_at:
+        if attempt.beside >= self.learned or attempt.sent_at <= self._last_burst_at:
             return
-        least = self._least(place)
-        self._cut_at = now
-        self._suspects.append((place.sent_at, place.beside))
-        if least > 0:
-            self.discovered = least < self.learned
-            self.learned = least
+        suspected = self._suspected_limit(attempt)
+        self._last_burst_at = now
+        self._suspects.append((attempt.sent_at, attempt.beside))
+        if suspected > 0:
+            self.discovered = suspected < self.learned
+            self.learned = suspected
             self._suspects.clear()
-        elif least < 0:
-            self._taken.clear()  # old observations may no longer be true: the provider's limit can change
+        elif suspected < 0:
+            self._accepted_by_beside.clear()  # the provider's limit can change, so old observations may be wrong
             self._suspects.clear()
 
-    def _least(self, place: Place) -> int:
-        """The limit that this refusal and the latest ones show; 0 while they are too few, -1 if they show none."""
-        if place.sent_at <= self._cut_at:
+    def _suspected_limit(self, attempt: InFlight) -> int:
+        """Return the limit that this refusal and the latest ones show.
+
+        0: there are too few refusals. -1: they show no concurrency limit.
+        """
+        if attempt.sent_at <= self._last_burst_at:
             return 0
-        suspects = [*self._suspects, (place.sent_at, place.beside)][-SUSPECT_AFTER:]
-        seconds = place.sent_at - suspects[0][0]
+        suspects = [*self._suspects, (attempt.sent_at, attempt.beside)][-SUSPECT_AFTER:]
+        seconds = attempt.sent_at - suspects[0][0]
         if len(suspects) < SUSPECT_AFTER or seconds < max(SUSPECT_SECONDS, SUSPECT_LATENCIES * self.answer_seconds):
             return 0
-        least = min(beside for _, beside in suspects)
-        above = sum(count for at, count in self._taken.items() if at >= least)
-        return -1 if least < 1 or above > min(SUSPECT_AFTER, CHANCE * self._taken.total()) else least
+        suspected = min(beside for _, beside in suspects)
+        above = sum(count for at, count in self._accepted_by_beside.items() if at >= suspected)
+        return (
+            -1 if suspected < 1 or above > min(SUSPECT_AFTER, CHANCE * self._accepted_by_beside.total()) else suspected
+        )
 
-    def _was_not_there(self, refused: Place) -> None:
-        """Correct `beside` of the later attempts: a refused attempt was not in flight at the provider beside them."""
+    def _remove_from_later(self, refused: InFlight) -> None:
+        """Reduce `beside` of the later attempts by 1, because the provider did not work on the refused attempt."""
         later = False
-        for other in self._places:
+        for other in self._attempts:
             if later:
                 other.beside -= 1
             later = later or other is refused
 
-    def _was_surely_full_before(self, accepted: Place) -> bool:
-        """No attempt that went out earlier, with as many beside it, may yet turn out to have been refused."""
-        for other in self._places:
+    def _beside_is_final(self, accepted: InFlight) -> bool:
+        """Return True if no earlier attempt with `beside` >= `learned` is still in flight.
+
+        Such an attempt could still be refused, and then `beside` of the attempt `accepted` was too high.
+        """
+        for other in self._attempts:
             if other is accepted:
                 break
             if other.beside >= self.learned:

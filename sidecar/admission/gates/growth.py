@@ -1,4 +1,4 @@
-"""The growth limit: some providers refuse calls because traffic rose too quickly, whatever the rate itself.
+"""The growth limit: some providers refuse calls because traffic rises too quickly, even at a low rate.
 
 DashScope reports "Request rate increased too quickly". The rule behind it is not published. This model is assumed:
 
@@ -15,17 +15,21 @@ from math import inf
 from sidecar.admission.gates.base import Ahead, GateStatus, Verdict
 from sidecar.admission.ticket import Cause, Ticket
 
-#: Seconds before the last second over which the earlier rate is measured. The provider's own value is unknown, so both
-#: are used and the lower rate counts.
+#: Seconds. The earlier rate is measured over this time before the last second. The provider's own value is unknown, so
+#: the gate measures over both and uses the lower rate.
 MEMORIES = (8.0, 12.0)
+#: The assumed factor until refusals show another value.
 FACTOR = 2.5
+#: Minimum of `GrowthGate.base`, in calls.
 MIN_BASE = 1.0
-#: Calls within so many seconds count as sent together: the first attempts at a provider are spaced by some ms.
+#: Calls within this many seconds count as one burst. Needed because the first attempts at a provider are sent some ms
+#: apart.
 TOGETHER_SECONDS = 0.1
-#: A further refusal shows the factor by the calls that were accepted in the second before it; CUT bounds what it takes
-#: off. While the gate delays calls and no further refusal comes, base and factor grow by the share RECOVERY per second,
-#: up to RECOVERED of what was refused last: so a cut that was too deep is made good within seconds. Beyond that the
-#: refusal budget pays for each step.
+#: After the first refusal, each refusal for growth gives a new factor: (calls accepted in the second before the refused
+#: call - base) / earlier rate. A refusal never raises the factor, and lowers it at most to CUT times its old value.
+#: While the gate delays calls and no refusal comes, base and factor grow by the share RECOVERY per second, up to
+#: RECOVERED times their values at the last refusal, so a cut that was too deep is corrected within seconds. Above that,
+#: the refusal budget pays for each step.
 CUT, RECOVERY, RECOVERED = 0.6, 0.1, 0.93
 
 
@@ -33,8 +37,18 @@ class GrowthGate:
     """Limit how quickly the rate of calls rises. Inactive, and without cost, until the first refusal for growth."""
 
     __slots__ = (
-        "_bound", "_budget", "_changed_at", "_cut_at", "_first", "_grown_at", "_refused_at_level", "base", "dormant",
-        "factor", "log", "name",
+        "_budget",
+        "_changed_at",
+        "_cut_at",
+        "_first",
+        "_grown_at",
+        "_held_count",
+        "_refused_at_level",
+        "base",
+        "dormant",
+        "factor",
+        "log",
+        "name",
     )  # fmt: skip
 
     def __init__(self, budget: float = 0.005) -> None:
@@ -43,15 +57,16 @@ class GrowthGate:
         self.factor = FACTOR
         self._budget = budget
         self.log: list[float] = []
-        """Send times of the calls that were not refused. While the gate is dormant, the upstream appends to it."""
+        """Send times of the calls that were not refused for growth, as loop times. While the gate is dormant, the
+        upstream appends to this list."""
         self.name: Cause = "growth"
         self.dormant = True
         self._changed_at = -inf
         self._cut_at = -inf
         self._first = False
-        self._refused_at_level = (0.0, 0.0)  # factor and base at the last refusal
+        self._refused_at_level = (0.0, 0.0)  # factor and base at the last refusal, before it changed them
         self._grown_at = -inf
-        self._bound = 0
+        self._held_count = 0
 
     @property
     def certain(self) -> bool:
@@ -78,7 +93,7 @@ class GrowthGate:
             self._changed_at = now
 
     def explains(self, now: float, reservation: float) -> float:
-        """See `Gate`. Only a provider that names growth is taken to limit it."""
+        """See `Gate`: 0, because a growth limit is assumed only if the provider names it."""
         return 0.0
 
     def status(self, now: float) -> GateStatus:
@@ -98,14 +113,16 @@ class GrowthGate:
         over = len(self.log) - last + 1 - self.allowed(now)
         if over <= 0:
             return 0.0
-        # wait until `over` calls (rounded up) of the last second are older than one second
+        # Wait until `over` calls (rounded up) of the last second are older than one second.
         index = min(last + max(int(over + 0.999) - 1, 0), len(self.log) - 1)
-        if index >= 0:  # ... and those sent with them: in small steps, each call would meet the edge of the rule
+        # Wait also for the calls that were sent together with the last of them. Otherwise the gate would open for one
+        # call at a time, each exactly at the limit.
+        if index >= 0:
             index = max(bisect_right(self.log, self.log[index] + TOGETHER_SECONDS) - 1, index)
         return max(self.log[index] + 1.0 - now, 1e-3) if index >= 0 else 0.1
 
     def seconds_for(self, now: float, ahead: Ahead) -> float:
-        """See `Gate`: each second allows more in the next one."""
+        """See `Gate`: the calls allowed in one second raise the number that is allowed in the next second."""
         if self.dormant:
             return 0.0
         requests = ahead.requests
@@ -122,34 +139,34 @@ class GrowthGate:
         return max(self.base + self.factor * self._rate_before(now), 1.0)
 
     def _rate_before(self, now: float) -> float:
-        """Return the calls per second before the last second: the lower one of those over both memories."""
+        """Return the calls/s before the last second: the lower of the two rates that MEMORIES gives."""
         before = bisect_right(self.log, now - 1.0)
         return min((before - bisect_left(self.log, now - 1.0 - memory)) / memory for memory in MEMORIES)
 
-    def _accepted(self, now: float) -> int:
-        """Return the calls of the last second that were not refused."""
+    def _count_not_refused(self, now: float) -> int:
+        """Return the number of calls of the last second that were not refused for growth."""
         return bisect_right(self.log, now) - bisect_right(self.log, now - 1.0)
 
-    def _sent(self, now: float, bound: bool) -> None:
-        """Record one sent attempt. `bound`: it had to wait for this gate."""
+    def _sent(self, now: float, held: bool) -> None:
+        """Record one sent attempt. `held`: this gate delayed it."""
         if len(self.log) > 64 and self.log[len(self.log) // 2] < now - 1.0 - MEMORIES[-1]:
             self.trim(now)
         self.log.append(now)
-        if bound:
+        if held:
             seconds, self._grown_at = min(now - self._grown_at, 0.5), now
             factor, base = self._refused_at_level
             if self.factor < RECOVERED * factor:
                 self.factor *= 1.0 + RECOVERY * seconds
             if self.base < RECOVERED * base:
                 self.base *= 1.0 + RECOVERY * seconds
-            self._bound += 1
-            if self._bound * self._budget >= 1.0:  # the budget allows one refusal: test whether more is allowed
-                self._bound = 0
+            self._held_count += 1
+            if self._held_count * self._budget >= 1.0:  # the budget allows one refusal: test whether more is allowed
+                self._held_count = 0
                 self.factor = min(self.factor * 1.05, 2 * FACTOR)
                 self.base *= 1.05
 
     def trim(self, now: float) -> None:
-        """Forget what is too old to count."""
+        """Delete the send times that are older than the longest memory."""
         del self.log[: bisect_left(self.log, now - 1.0 - MEMORIES[-1])]
 
     def _refused(self, now: float, sent_at: float) -> None:
@@ -161,14 +178,14 @@ class GrowthGate:
             self._first = self.dormant
             if not self.dormant:
                 self._refused_at_level = (self.factor, self.base)
-                shown = (self._accepted(sent_at) - self.base) / max(self._rate_before(sent_at), 1e-6)
+                shown = (self._count_not_refused(sent_at) - self.base) / max(self._rate_before(sent_at), 1e-6)
                 self.factor = max(CUT * self.factor, min(shown, self.factor))
                 self.base = max(self.base * 0.97, MIN_BASE)
             self._cut_at = now
-            self._bound = 0
+            self._held_count = 0
         if self._first:
-            # The first burst after a pause shows the base directly: the calls that were accepted of it.
-            taken = bisect_right(self.log, sent_at) - bisect_left(self.log, sent_at - 1.0)
+            # The number of accepted calls of the first burst after a pause shows the base directly.
+            accepted = bisect_right(self.log, sent_at) - bisect_left(self.log, sent_at - 1.0)
             before = bisect_left(self.log, sent_at - 1.0) - bisect_left(self.log, sent_at - 1.0 - MEMORIES[0])
-            self.base = max(taken - self.factor * before / MEMORIES[0], MIN_BASE)
+            self.base = max(accepted - self.factor * before / MEMORIES[0], MIN_BASE)
         self.dormant = False

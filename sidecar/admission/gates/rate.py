@@ -1,4 +1,4 @@
-"""The gate of one rate: requests per second, or LLM tokens per second. A token bucket, sized by a learner."""
+"""The gate of one rate, in requests/s or LLM tokens/s: a token bucket whose rate and size come from a learner."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from sidecar.admission.learning.learner import UNKNOWN, Effect, Learner, Recover
 from sidecar.admission.learning.policer import Sent
 from sidecar.admission.ticket import Cause, Ticket
 
-#: A limit that grows while nothing is refused is reported each time it has grown by this share.
+#: While no refusal comes and the limit grows, each growth by this share is reported to `on_change`.
 REPORTED_SHARE = 0.1
-#: While requests wait, an attempt goes out at least this often, whatever was learned: a limit that is far too low can
-#: only be found out by asking. An operator's ceiling may allow fewer.
+#: Seconds. While requests wait, at least one attempt is sent in this time, even above the learned limit: only a probe
+#: can show that the limit is far too low. With a lower ceiling of the operator, the time is longer.
 PROBE_SECONDS = 5.0
 
 
@@ -22,23 +22,35 @@ class RateGate:
     """Paces one dimension of one upstream. Amounts are 1 for each request, or the LLM tokens of an attempt."""
 
     __slots__ = (
-        "_accepted_at", "_bucket", "_filled_at", "_in_tokens", "_limit", "_on_change", "_probe_seconds", "_sent_at",
-        "_state", "dormant", "forgot", "learner", "name", "nothing_accepted",
+        "_accepted_at",
+        "_bucket",
+        "_filled_at",
+        "_in_tokens",
+        "_limit",
+        "_on_change",
+        "_probe_seconds",
+        "_sent_at",
+        "_state",
+        "dormant",
+        "learner",
+        "limit_forgotten",
+        "name",
+        "refuses_everything",
     )  # fmt: skip
 
     def __init__(
         self, now: float, name: Cause, learner: Learner, on_change: Callable[[Change], None] = lambda _: None
     ) -> None:
-        """`on_change` is called with every change of the limit that a verdict makes, and every tenth that it grows."""
+        """`on_change` is called when a verdict changes the limit, and each time the limit has grown by 10 %."""
         self.name: Cause = name
         self.learner = learner
         self.dormant = learner.unpaced
-        self.nothing_accepted = False
-        """The last refusal showed that everything is refused, whatever the pace."""
+        self.refuses_everything = False
+        """True: the last refusal showed that the provider refuses all calls, at any pace."""
         self._in_tokens = name == "token_rate"
         self._bucket = TokenBucket(now, inf, learner.capacity)
-        self.forgot = False
-        """The last accepted attempt showed that the limit was far too low."""
+        self.limit_forgotten = False
+        """True: the last accepted attempt showed that the limit was far too low, so the gate has forgotten it."""
         self._filled_at = -inf
         self._sent_at = self._accepted_at = now
         self._probe_seconds = max(PROBE_SECONDS, learner.ceiling_seconds)
@@ -48,10 +60,10 @@ class RateGate:
     @property
     def certain(self) -> bool:
         """See `Gate`."""
-        return self.learner.certain or self.learner.ceiling_seconds > 0  # an operator's ceiling is no guess
+        return self.learner.certain or self.learner.ceiling_seconds > 0  # an operator's ceiling is not a guess
 
     def advance(self, now: float) -> None:
-        """Let the bucket fill, at the pace of now from now on."""
+        """Fill the bucket up to `now`. From `now` on, fill it at the current pace."""
         learner = self.learner
         self._filled_at = now
         self._bucket.set(now, learner.pace(now), learner.capacity)
@@ -69,7 +81,7 @@ class RateGate:
         learner, self._sent_at = self.learner, now
         if self.dormant:
             return learner.sent(now, amount, held=held, pace=self._bucket.rate)
-        if now != self._filled_at:  # `opening` has advanced it, except for a probe
+        if now != self._filled_at:  # `Upstream.opening` has already advanced the gate, except if this is a probe
             self.advance(now)
         sent = learner.sent(now, amount, held=held, pace=self._bucket.rate)
         self._bucket.take(now, amount)
@@ -78,18 +90,22 @@ class RateGate:
         return sent
 
     def settle(self, now: float, reservation: Sent, verdict: Verdict, *, blamed: Cause | None) -> None:
-        """See `Gate`. A refusal that is booked to the circuit (`hold`) came while everything was refused."""
+        """See `Gate`.
+
+        A refusal blamed on the circuit (`hold`) teaches nothing new about this rate, because the provider refuses all
+        calls at that time.
+        """
         learner = self.learner
         if verdict.outcome == "accepted":
             learner.accepted(now, reservation)
             if not self.dormant:
-                self._doubt(now, reservation)
-            if self._in_tokens and verdict.usage is not None:  # what it cost takes the place of what was reserved
+                self._forget_limit_if_disproved(now, reservation)
+            if self._in_tokens and verdict.usage is not None:  # the real cost replaces the estimated cost
                 self._correct(now, reservation, max(float(sum(verdict.usage)), 1.0))
         elif verdict.outcome != "refused" or verdict.named == "capacity":
             learner.void(now, reservation)
         elif blamed == self.name:
-            self.nothing_accepted = self._apply(now, learner.refused(now, reservation))
+            self.refuses_everything = self._apply(now, learner.refused(now, reservation))
         elif blamed == "hold":
             learner.refused_too(now, reservation)
         else:
@@ -101,13 +117,13 @@ class RateGate:
         return used / (1.0 + used)
 
     def seconds_for(self, now: float, ahead: Ahead) -> float:
-        """See `Gate`: at the pace of now."""
+        """See `Gate`: at the current pace."""
         self.advance(now)
         amount = ahead.tokens if self._in_tokens else ahead.requests
         return max(amount - self._bucket.level(now), 0.0) / self.learner.pace(now)
 
     def resume(self, now: float, after: Recovery | Remembered | Unknown | float) -> None:
-        """Sending goes on after a pause; see `Learner.resumed`."""
+        """Continue after a pause or with another limit; see `Learner.resumed`."""
         self._accepted_at = now
         self._apply(now, self.learner.resumed(now, after))
 
@@ -127,15 +143,16 @@ class RateGate:
             error=known.error if learned else None,
         )
 
-    def _doubt(self, now: float, accepted: Sent) -> None:
-        """Forget a limit of which a probe has shown that it is far too low.
+    def _forget_limit_if_disproved(self, now: float, accepted: Sent) -> None:
+        """Forget the learned limit if an accepted call proves that it is far too low.
 
-        The limit let no call pass for so long that a probe went out, and the provider accepted it: its real limit is
-        unknown, and is looked for as at the start, but slowly.
+        Proof: no call was accepted for at least `_probe_seconds`, then a probe was sent and accepted, although the
+        limit (with a margin of 25 %) allows less than its amount in that time. Then search for the limit as at the
+        start, but slowly.
         """
         seconds, self._accepted_at = accepted.at - self._accepted_at, max(accepted.at, self._accepted_at)
-        self.forgot = self._probe_seconds <= seconds and 1.25 * self.learner.limit * seconds < accepted.amount
-        if self.forgot:
+        self.limit_forgotten = self._probe_seconds <= seconds and 1.25 * self.learner.limit * seconds < accepted.amount
+        if self.limit_forgotten:
             self._apply(now, self.learner.resumed(now, UNKNOWN))
 
     def _correct(self, now: float, reservation: Sent, amount: float) -> None:
@@ -145,7 +162,8 @@ class RateGate:
 
     def _apply(self, now: float, effect: Effect) -> bool:
         self.dormant = self.learner.unpaced
-        if effect.level is not None:  # whatever it held; what is below nothing has to flow in first
+        # Set the bucket to this level. A negative level is a debt: it must be refilled before the next call.
+        if effect.level is not None:
             self.advance(now)
             self._bucket.take(now, self._bucket.level(now) - effect.level)
         self._report(now)

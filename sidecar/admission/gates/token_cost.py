@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
-#: Assumed LLM tokens of an answer until the first answer was counted.
+#: Assumed LLM tokens of an answer until the provider has counted the first answer.
 USUAL_OUTPUT = 100.0
 
 
 class TokenCost:
-    """Input as tickets estimate it, times a correction learned from the provider's counts, plus an average answer."""
+    """cost = estimated input x correction + average output, in LLM tokens.
 
-    __slots__ = ("_counted", "_told", "correction", "output")
+    Tickets contain the estimated input. Correction and average output come from the provider's counts.
+    """
+
+    __slots__ = ("_counted", "_estimated", "correction", "output")
 
     def __init__(self) -> None:
         self.output = USUAL_OUTPUT
-        self._told = self._counted = 0.0  # input tokens: estimated by tickets, counted by the provider; both smoothed
+        # Smoothed sums of input tokens: as tickets estimate them, and as the provider counts them.
+        self._estimated = self._counted = 0.0
         self.correction = 1.0
 
     def of(self, tokens: float, requests: float = 1) -> float:
         """Return the LLM tokens that `requests` requests will use; `tokens` is their total estimated input."""
         return tokens * self.correction + requests * self.output
 
-    def counted(self, told: float, input_tokens: int, output_tokens: int) -> None:
-        """Learn from one request: its estimated input `told`, and the provider's counts of input and output tokens."""
-        self.output += (0.1 if self._told else 1.0) * (output_tokens - self.output)
-        # The ratio of the means, not the mean of the ratios: so a request has weight in proportion to its size.
-        self._told = 0.9 * self._told + told
+    def learn(self, estimated: float, input_tokens: int, output_tokens: int) -> None:
+        """Learn from one request: its `estimated` input, and the provider's counts of input and output LLM tokens."""
+        self.output += (0.1 if self._estimated else 1.0) * (output_tokens - self.output)
+        # A ratio of sums, not a mean of ratios: the weight of a request is proportional to its size.
+        self._estimated = 0.9 * self._estimated + estimated
         self._counted = 0.9 * self._counted + input_tokens
-        if self._told > 0:
-            self.correction = self._counted / self._told
+        if self._estimated > 0:
+            self.correction = self._counted / self._estimated

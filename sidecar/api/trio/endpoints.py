@@ -82,7 +82,7 @@ async def detect(call: Call) -> Answer:
     media_type(image)
     body = bytes(image)
     del image
-    ticket = call.admit(model="detector", tokens=0.0, size_bytes=len(body))
+    ticket = call.make_ticket(model="detector", tokens=0.0, size_bytes=len(body))
     request = Request("openai", "/detect", body, "detector", deadline=ticket.deadline)
     del body
     try:
@@ -106,7 +106,7 @@ async def status(call: Call) -> Answer:
 
     `vlm_loaded` is always true, because the data listener opens only after the backend has started.
     """
-    answer = {"vlm_loaded": True, "vlm_model": call.limits.default_model, "yolo_loaded": call.detector is not None}
+    answer = {"vlm_loaded": True, "vlm_model": call.settings.default_model, "yolo_loaded": call.detector is not None}
     return await _respond(call, answer)
 
 
@@ -134,7 +134,7 @@ def _question(
             image,
             media,
             prompt,
-            model=given.model or call.limits.default_model,
+            model=given.model or call.settings.default_model,
             max_tokens=given.max_tokens,
             response_format=given.response_format,
             extra_body=given.extra_body,
@@ -143,7 +143,7 @@ def _question(
         raise InvalidRequest(f"the body holds what no JSON can: {error}") from None
     size = base64_size(image)
     tokens = len(prompt) / CHARS_PER_TOKEN + (UNKNOWN_IMAGE_TOKENS if size is None else image_tokens(*size, model))
-    ticket = call.admit(model=model, tokens=tokens, size_bytes=len(body))
+    ticket = call.make_ticket(model=model, tokens=tokens, size_bytes=len(body))
     request = Request(
         "openai", "/chat/completions", body, model, headers=call.forwarded_headers(), deadline=ticket.deadline
     )

@@ -7,7 +7,7 @@ from html import escape
 from pathlib import Path
 from statistics import fmean
 
-from sidecar.cli.demo.table import Row, percentile, sentence, table
+from sidecar.cli.demo.table import Row, percentile, summary, table
 
 _STYLE = Path(__file__).parents[2] / "admin" / "page" / "page.css"
 _EXTRA_STYLE = (
@@ -25,12 +25,12 @@ def report(scenarios: list[tuple[str, list[Row]]]) -> str:
         f"<section><h2>{escape(title)}</h2>{_bars(rows)}{_shares(rows)}<pre>{escape(_figures(rows))}</pre></section>"
         for title, rows in scenarios
     )
-    summary = escape(sentence(scenarios[0][1], scenarios[-1][1]))
+    heading = escape(summary(scenarios[0][1], scenarios[-1][1]))
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>vlm-sidecar demo</title>'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f'<meta name="color-scheme" content="light dark"><style>{_STYLE.read_text()}{_EXTRA_STYLE}</style></head>'
-        f"<body><h1>vlm-sidecar demo</h1><p>{summary}</p>{sections}</body></html>\n"
+        f"<body><h1>vlm-sidecar demo</h1><p>{heading}</p>{sections}</body></html>\n"
     )
 
 

@@ -16,7 +16,7 @@ from sidecar.cli import top
 from sidecar.cli.demo import cameras, processes
 from sidecar.cli.demo.cameras import CAMERAS, Result, Semaphore, ThroughSidecar
 from sidecar.cli.demo.report import report
-from sidecar.cli.demo.table import Row, sentence, table
+from sidecar.cli.demo.table import Row, summary, table
 
 #: Seconds that the simulated provider takes for an answer. cortex measured this value (contract.md, "The story it
 #: serves").
@@ -105,7 +105,7 @@ async def _show(speed: float) -> list[tuple[str, list[Row]]]:
         "\n(a semaphore's client cannot tell); upstream: the provider."
     )
     print()
-    print(sentence(no_quota, with_quota))
+    print(summary(no_quota, with_quota))
     return [(no_quota_title, no_quota), (with_quota_title, with_quota)]
 
 

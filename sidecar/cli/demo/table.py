@@ -37,7 +37,7 @@ def table(title: str, rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def sentence(no_quota: list[Row], with_quota: list[Row]) -> str:
+def summary(no_quota: list[Row], with_quota: list[Row]) -> str:
     """Return a summary with one line per sender.
 
     `no_quota` and `with_quota` have the same senders in the same order, the sidecar last.

@@ -150,7 +150,7 @@ def test_a_blackout_is_told_from_a_refusal():
         now += 0.2
         refuse(gate, now + 0.05, send(gate, now, held=True))
         now += 0.06
-    assert gate.nothing_accepted
+    assert gate.refuses_everything
 
 
 @pytest.mark.parametrize(("rate", "burst"), [(0.64, 1.28), (0.8, 3.2), (1.5, 2.5)])
