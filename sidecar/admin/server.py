@@ -14,7 +14,7 @@ from prometheus_client.exposition import choose_encoder
 from backends.http1.interface import Answer, Handler, HttpRequest
 from sidecar.admin.health import Health
 from sidecar.admin.live import BackendHistory, History, Tick
-from sidecar.admin.status import Backend, Status
+from sidecar.admin.status import Status, UpstreamReport
 from sidecar.observe.sampler import Sampler
 from sidecar.observe.time_series import FIELDS
 
@@ -177,7 +177,7 @@ async def _text(http: HttpRequest, status: int, text: str) -> Answer:
     return await _respond(http, status, f"{text}\n".encode(), headers)
 
 
-def _upstream_line(backend: Backend) -> str:
+def _upstream_line(backend: UpstreamReport) -> str:
     held = [(one.model, one.hold.reason) for one in backend.models if one.hold is not None]
     return "\n".join(f"{backend.name} on hold for {model}: {reason}" for model, reason in held)
 
