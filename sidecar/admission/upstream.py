@@ -143,7 +143,7 @@ class Upstream:
         """Called with the loop time when an attempt ends, so that waiting pools call `admit` again."""
         self._paced = paced
         self._pinned = concurrency is not None
-        self.concurrency = ConcurrencyGate(concurrency or MAX_CONCURRENCY, refusal_budget)
+        self.concurrency = ConcurrencyGate(concurrency or MAX_CONCURRENCY, refusal_budget, on_change)
         ceilings = (requests_per_second, tokens_per_second) if paced else (inf, inf)
         self.requests = RateGate(
             now,
@@ -157,7 +157,7 @@ class Upstream:
             learner(now, ceiling=ceilings[1], budget=refusal_budget, typical=1000.0, dormant=True),
             on_change,
         )
-        self.growth = GrowthGate(refusal_budget)
+        self.growth = GrowthGate(refusal_budget, on_change)
         self.circuit = Circuit(
             on_close=self._on_circuit_closed,
             window_ends=self.requests.learner.window_ends,
@@ -170,6 +170,7 @@ class Upstream:
         self._gates: list[Gate] = [self.concurrency, *self._rates]
         self._latencies: deque[float] = deque(maxlen=64)
         self._answers = 0
+        self._accepted_at = -inf  # time of the latest accepted verdict
         self._p90 = self._p99 = 0.0  # percentiles of `_latencies`; the 99th percentile is their maximum
         self._cost = TokenCost()
         self._delayed_by: Cause | None = None  # the gate that delays the next attempt, since the last start
@@ -196,7 +197,7 @@ class Upstream:
         if circuit.state is not None:
             circuit.advance(now)  # may close the circuit
         if circuit.state is not None:
-            at = circuit.opens_at(now, 0.0)
+            at = max(circuit.opens_at(now, 0.0), self.requests.probe_opens_at(now))
             return (at, "hold") if at > now else (now, None)  # the probe passes every other gate
         if concurrency.opens_at(now, 0.0) > now:
             return inf, "concurrency"
@@ -253,6 +254,8 @@ class Upstream:
     def settle(self, permit: Permit, reservations: tuple[Any, ...], verdict: Verdict) -> None:
         """Report the verdict of an ended attempt to every gate. Called once for each attempt."""
         now = verdict.at
+        if verdict.outcome == "timed_out" and not self._is_silent(permit, now):
+            verdict = verdict._replace(outcome="abandoned")
         accepted, refused = verdict.outcome == "accepted", verdict.outcome == "refused"
         blamed = self._blamed(now, reservations, verdict) if refused else None
         # Order: an accepted probe closes the circuit before the rates learn from it. A refused attempt opens it
@@ -279,6 +282,13 @@ class Upstream:
             elif blamed in ("growth", "concurrency") and self._nothing_accepted(permit):
                 self.circuit.open(now, CircuitState.BLACKOUT, verdict.reason, verdict.retry_after)
         self.last_used = now
+
+    def _is_silent(self, permit: Permit, now: float) -> bool:
+        """Return True if an attempt without a byte shows an outage, and not only a caller with little time.
+
+        It waited much longer than the known answers took, and no attempt was accepted since it was sent.
+        """
+        return permit.sent_at >= self._accepted_at and now - permit.sent_at >= PATIENCE_P99S * self._p99
 
     def _nothing_accepted(self, refused: Permit) -> bool:
         """Return True if the first attempt after each of the latest refusals was refused too.
@@ -313,6 +323,7 @@ class Upstream:
 
     def _answered(self, now: float, permit: Permit, verdict: Verdict) -> None:
         self.has_answered = True
+        self._accepted_at = now
         if permit.number > self._started_before:
             self._refused_in_row = 0
         if self._paced and verdict.usage is not None:
@@ -336,6 +347,7 @@ class Upstream:
 
     def _on_circuit_closed(self, now: float, state: CircuitState, recovery: Recovery) -> None:
         if state is CircuitState.BLACKOUT:
+            self.concurrency.forget_guess(now)
             for gate in (self.requests, self.tokens):
                 if gate.learner.limit < inf:
                     gate.resume(now, recovery)
@@ -424,7 +436,7 @@ class Upstream:
                 rate = learned[dimension]
                 gate.resume(now, Remembered(share * rate["limit"], rate["burst"], rate["uncertainty"]))
         if "concurrency" in learned:
-            self.concurrency.learned = max(round(share * learned["concurrency"]["limit"]), 1)
+            self.concurrency.recall(now, round(share * learned["concurrency"]["limit"]))
 
     def status(self, now: float) -> UpstreamStatus:
         """Return the present state."""

@@ -60,8 +60,8 @@ class Circuit:
         "_longest_failed_wait",
         "_on_change",
         "_on_close",
-        "_probe",
         "_probed_at",
+        "_probes",
         "_random",
         "_refusal_seconds",
         "_retry_after_until",
@@ -117,7 +117,7 @@ class Circuit:
         self._refusal_seconds = refusal_seconds
         self._random = random
         self._on_change = on_change
-        self._probe: Ticket | None = None  # the ticket whose attempt is the probe
+        self._probes: dict[Ticket, float] = {}  # in flight: send times. More than one only if an answer is slow
         self._probed_at = -inf  # send time of the latest probe
         self._cold = cold  # True until the first verdict
         self._sent_at = -inf  # send time of the latest attempt
@@ -137,8 +137,8 @@ class Circuit:
 
     @property
     def probing(self) -> bool:
-        """True while the probe is in flight."""
-        return self._probe is not None
+        """True while a probe is in flight."""
+        return bool(self._probes)
 
     @property
     def failing(self) -> bool:
@@ -150,7 +150,7 @@ class Circuit:
 
         A probe without a verdict delays the next probe by at most MAX_STEP seconds.
         """
-        return now >= self.next_probe and (self._probe is None or now >= self._probed_at + MAX_STEP)
+        return now >= self.next_probe and (not self._probes or now >= self._probed_at + MAX_STEP)
 
     # -- the gate ------------------------------------------------------------------------------------------------------
 
@@ -164,8 +164,8 @@ class Circuit:
 
         Close the circuit if the probe was not refused in time.
         """
-        if self._probe is not None and self._probe_passes_in(now) <= 0:
-            self._close(now)
+        if self._probe_passes_in(now) <= 0:
+            self._close(now, self._probed_at)
         while self._unanswered and now >= next(iter(self._unanswered.values())) + ANSWERED_SECONDS:
             del self._unanswered[next(iter(self._unanswered))]
             if self._rising:
@@ -174,7 +174,7 @@ class Circuit:
     def opens_at(self, now: float, cost: float) -> float:
         """See `Gate`: `now` also if the half-open probe may be sent."""
         if self.state is not None:
-            if self._probe is None:
+            if not self._probes:
                 return max(now, self.next_probe)
             return min(now + self._probe_passes_in(now), max(now, self.next_probe, self._probed_at + MAX_STEP))
         if self._cold:
@@ -192,7 +192,7 @@ class Circuit:
     def reserve(self, now: float, ticket: Ticket, cost: float, *, held: bool) -> Ticket:
         """See `Gate`. While the circuit is open, this attempt is the probe. Call it only if not `dormant`."""
         if self.state is not None:
-            self._probe, self._probed_at = ticket, now
+            self._probes[ticket] = self._probed_at = now
         elif self._rising or self._cold:
             self._unanswered[ticket] = now
         self._sent_at = now
@@ -200,14 +200,15 @@ class Circuit:
 
     def settle(self, now: float, reservation: Ticket, verdict: Verdict, *, blamed: Cause | None) -> None:
         """See `Gate`."""
-        is_probe = reservation is self._probe
+        probed_at = self._probes.pop(reservation, None)
+        is_probe = probed_at is not None
         if not self.dormant:
             self._rise_by(reservation, verdict)
         match verdict.outcome:
             case "accepted":
                 self._forget_failures()
-                if is_probe:
-                    self._close(now)
+                if probed_at is not None:
+                    self._close(now, probed_at)
             case "refused":
                 self._forget_failures()
                 if verdict.named == "capacity":
@@ -216,7 +217,8 @@ class Circuit:
                     self._refused(now, self.state, verdict, opens=is_probe)
             case "failed":
                 self._failures += 1
-                self._failed.add(reservation)
+                if len(self._failed) < OUTAGE_TICKETS:  # more are not needed, and each keeps its request in memory
+                    self._failed.add(reservation)
                 down = self._failures >= OUTAGE_FAILURES and len(self._failed) >= OUTAGE_TICKETS
                 if is_probe or (self.state is None and down):
                     self.open(now, CircuitState.OUTAGE, verdict.reason)
@@ -227,9 +229,9 @@ class Circuit:
             case "account":
                 self.open(now, CircuitState.BILLING, verdict.reason)
             case _:
-                pass
-        if reservation is self._probe:  # still set: the verdict shows nothing, for example because the caller left
-            self._probe = None
+                if probed_at is not None:  # it shows nothing, for example because its caller left: keep the distance
+                    step = BILLING_STEP if self.state is CircuitState.BILLING else self._step
+                    self.next_probe = max(self.next_probe, probed_at + step)
 
     def explains(self, now: float, reservation: Ticket) -> float:
         """See `Gate`: 1 while the circuit is open, because the provider then refuses all calls."""
@@ -265,7 +267,6 @@ class Circuit:
 
     def open(self, now: float, state: CircuitState, reason: str, retry_after: float | None = None) -> None:
         """Open the circuit, or keep it open after a failed probe."""
-        self._probe = None
         expected = self._window_ends(now) if state is CircuitState.BLACKOUT else now
         jitter = 1.0 + 0.2 * self._random()
         if self.state is None:
@@ -292,20 +293,21 @@ class Circuit:
         self.next_probe = now + step
         self._heed(now, retry_after)
 
-    def _close(self, now: float) -> None:
-        """Close the circuit, because the probe was accepted."""
+    def _close(self, now: float, probed_at: float) -> None:
+        """Close the circuit, because the probe that was sent at `probed_at` was accepted."""
         state = self.state
-        if self._probe is None or state is None:
+        if state is None:
             return
-        self._on_close(now, state, Recovery(self.since, self._probed_at, self._probed_at - self.last_refused))
+        waited = max(probed_at - self.last_refused, 0.0)
+        self._on_close(now, state, Recovery(self.since, probed_at, waited))
         if state is CircuitState.BLACKOUT:
-            self.gap = self._probed_at - self.last_refused
+            self.gap = waited
             if self.gap <= self._longest_failed_wait:
                 # This wait was not longer than an earlier wait that failed. So the length of the wait does not matter:
                 # a refusal restarts no penalty, and the blackout ends by itself.
                 self._longest_failed_wait = 0.0
         if self._retry_after_until:
-            early = self._retry_after_until - self._probed_at
+            early = self._retry_after_until - probed_at
             if early > 0.5 * (self._retry_after_until - self.since):
                 self._true_retry_afters = 0  # the probe was accepted long before the time that the provider named
             elif early <= 0 and self.last_refused < self._retry_after_until:
@@ -316,7 +318,7 @@ class Circuit:
         self._start_rising(2)  # the probe was the first round
         self.reason = ""
         self.next_probe = -inf
-        self._probe = None
+        self._probes.clear()
         self._on_change(Change(now, "hold", 0.0, 0.0, "", f"a probe was accepted after {now - self.since:.1f} s"))
 
     def _refused(self, now: float, state: CircuitState, verdict: Verdict, *, opens: bool) -> None:
@@ -341,7 +343,7 @@ class Circuit:
 
         Infinite outside a blackout: in the other states, a missing refusal proves nothing.
         """
-        if self._probe is None or self.state is not CircuitState.BLACKOUT:
+        if not self._probes or self.state is not CircuitState.BLACKOUT:
             return inf
         return self._probed_at + max(PATIENCE_SECONDS, 3 * self._refusal_seconds()) - now
 
@@ -350,8 +352,9 @@ class Circuit:
     def _rise_by(self, ticket: Ticket, verdict: Verdict) -> None:
         """Adjust how many attempts may be without an answer.
 
-        An answered attempt counts towards the next doubling. After a failure or a refusal for capacity, start again at
-        1. After any other refusal, stop limiting: the gate that learns from that refusal sets the pace.
+        An answered attempt counts towards the next doubling. After a refusal for capacity, or failures of two requests
+        with no answer between them, start again at 1: one failure may be the fault of its request. After any other
+        refusal, stop limiting: the gate that learns from that refusal sets the pace.
         """
         was_sent = self._unanswered.pop(ticket, None) is not None
         good, bad = verdict.outcome == "accepted", verdict.outcome in ("refused", "failed")
@@ -365,7 +368,7 @@ class Circuit:
             self._rise()
         elif was_sent and verdict.outcome == "refused" and verdict.named != "capacity":
             self._start_rising(0)
-        elif was_sent and bad:
+        elif was_sent and bad and (verdict.outcome == "refused" or self._failed - {ticket}):
             self._start_rising(1)
 
     def rise(self, now: float) -> None:

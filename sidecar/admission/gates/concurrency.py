@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter, deque
+from collections.abc import Callable
 from math import inf
 
-from sidecar.admission.gates.base import Ahead, GateStatus, Verdict
+from sidecar.admission.gates.base import Ahead, Change, GateStatus, Verdict
 from sidecar.admission.ticket import Cause, Ticket
 
 MAX_CONCURRENCY = 1024
@@ -42,11 +43,13 @@ class ConcurrencyGate:
     """
 
     __slots__ = (
-        "_accepted_by_beside", "_attempts", "_budget", "_changed_at", "_last_burst_at", "_paid", "_suspects",
-        "answer_seconds", "discovered", "dormant", "in_flight", "learned", "name", "size", "step",
+        "_accepted_by_beside", "_attempts", "_budget", "_changed_at", "_confirming", "_last_burst_at", "_on_change",
+        "_paid", "_suspects", "answer_seconds", "discovered", "dormant", "guessed", "in_flight", "learned", "name",
+        "size", "step",
     )  # fmt: skip
 
-    def __init__(self, size: int, budget: float = 0.005) -> None:
+    def __init__(self, size: int, budget: float = 0.005, on_change: Callable[[Change], None] = lambda _: None) -> None:
+        """`budget`: share of attempts that may be refused. `on_change` is called when the learned limit changes."""
         self.name: Cause = "concurrency"
         self.dormant = False
         self.size = size
@@ -61,7 +64,12 @@ class ConcurrencyGate:
         """Seconds that an answer takes, set by the upstream; 0 while none is known."""
         self.discovered = False
         """True: the last refusal revealed a concurrency limit although it did not name concurrency."""
+        self.guessed = False
+        """True: the learned limit rests on one burst of refusals, or on the state file. So the search for more is free,
+        and nobody is refused because of it."""
+        self._confirming = False  # an attempt was accepted since the last burst of refusals
         self._budget = budget
+        self._on_change = on_change
         self._changed_at = -inf
         self._last_burst_at = -inf
         self._paid = 0.0  # saved refusal budget; at 1.0 one refusal may be risked
@@ -82,7 +90,7 @@ class ConcurrencyGate:
     @property
     def certain(self) -> bool:
         """See `Gate`."""
-        return True
+        return not self.guessed
 
     def advance(self, now: float) -> None:
         """See `Gate`."""
@@ -103,7 +111,7 @@ class ConcurrencyGate:
         self.discovered = False
         if verdict.outcome == "accepted":
             if reservation.beside < self.learned or self._beside_is_final(reservation):
-                self._accepted(reservation.beside, reservation.held)
+                self._accepted(now, reservation.beside, reservation.held)
         elif verdict.outcome == "refused":
             self._remove_from_later(reservation)
             if blamed != "hold" and verdict.named != "capacity":
@@ -135,14 +143,32 @@ class ConcurrencyGate:
 
     # -- what verdicts show --------------------------------------------------------------------------------------------
 
-    def _accepted(self, beside: int, held: bool) -> None:
+    def recall(self, now: float, limit: int) -> None:
+        """Begin with a limit from before a restart: a guess."""
+        self._set(now, max(limit, 1), "remembered")
+        self.guessed = True
+
+    def forget_guess(self, now: float) -> None:
+        """Forget a limit that is only a guess."""
+        if self.guessed:
+            self._set(now, inf, "it was a guess, from refusals of every call")
+            self.guessed, self.step = False, 0
+
+    def _set(self, now: float, limit: float, why: str) -> None:
+        old, self.learned = self.learned, limit
+        if limit != old:
+            self._changed_at = now
+            self._on_change(Change(now, self.name, old, limit, "guessed" if self.guessed else "", why))
+
+    def _accepted(self, now: float, beside: int, held: bool) -> None:
         self._accepted_by_beside[beside] += 1
+        self._confirming = True
         if beside >= self.learned:  # accepted above the learned limit, so the limit has risen: double the search step
-            self.learned = beside + 1
+            self._set(now, beside + 1, "more in flight were accepted")
             self.step = max(2 * self.step, 1)
         if self.learned < inf:
             self._paid = min(self._paid + self._budget, 1.0)
-            if held and self._paid >= 1.0:
+            if held and (self.guessed or self._paid >= 1.0):
                 self._paid = 0.0
                 self.step = max(self.step, 1)
 
@@ -154,10 +180,10 @@ class ConcurrencyGate:
         self._changed_at = now
         if attempt.sent_at > self._last_burst_at:  # the refusals of one burst count once
             self._last_burst_at = now
-            learned = attempt.beside if self.learned == inf else min(self.learned, attempt.beside)
-            self.learned = max(learned, 1)
+            self.guessed, self._confirming = not self._confirming, False
+            self._set(now, max(min(self.learned, attempt.beside), 1), "refused for concurrency")
         elif attempt.beside >= 1:
-            self.learned = min(self.learned, attempt.beside)
+            self._set(now, min(self.learned, attempt.beside), "refused for concurrency")
         self.step = 0
         self._paid = 0.0
 
@@ -175,7 +201,7 @@ class ConcurrencyGate:
         self._suspects.append((attempt.sent_at, attempt.beside))
         if suspected > 0:
             self.discovered = suspected < self.learned
-            self.learned = suspected
+            self._set(now, suspected, "refused only with more in flight")
             self._suspects.clear()
         elif suspected < 0:
             self._accepted_by_beside.clear()  # the provider's limit can change, so old observations may be wrong

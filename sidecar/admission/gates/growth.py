@@ -10,9 +10,10 @@ A burst after a pause violates this rule; a steady stream never does.
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
+from collections.abc import Callable
 from math import inf
 
-from sidecar.admission.gates.base import Ahead, GateStatus, Verdict
+from sidecar.admission.gates.base import Ahead, Change, GateStatus, Verdict
 from sidecar.admission.ticket import Cause, Ticket
 
 #: Seconds. The earlier rate is measured over this time before the last second. The provider's own value is unknown, so
@@ -43,6 +44,7 @@ class GrowthGate:
         "_first",
         "_grown_at",
         "_held_count",
+        "_on_change",
         "_refused_at_level",
         "base",
         "dormant",
@@ -51,11 +53,15 @@ class GrowthGate:
         "name",
     )  # fmt: skip
 
-    def __init__(self, budget: float = 0.005) -> None:
+    def __init__(self, budget: float = 0.005, on_change: Callable[[Change], None] = lambda _: None) -> None:
+        """`budget` is the share of attempts that may be refused. `on_change` is called after each refusal for growth
+        that changed the base.
+        """
         self.base = inf
         """Calls allowed in one second after a pause; infinite until the first refusal for growth."""
         self.factor = FACTOR
         self._budget = budget
+        self._on_change = on_change
         self.log: list[float] = []
         """Send times of the calls that were not refused for growth, as loop times. While the gate is dormant, the
         upstream appends to this list."""
@@ -89,8 +95,11 @@ class GrowthGate:
     def settle(self, now: float, reservation: float, verdict: Verdict, *, blamed: Cause | None) -> None:
         """See `Gate`."""
         if verdict.outcome == "refused" and blamed == "growth":
+            old = self.base
             self._refused(now, reservation)
             self._changed_at = now
+            if self.base != old:
+                self._on_change(Change(now, self.name, old, self.base, "", "refused for growth"))
 
     def explains(self, now: float, reservation: float) -> float:
         """See `Gate`: 0, because a growth limit is assumed only if the provider names it."""

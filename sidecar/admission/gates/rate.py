@@ -120,7 +120,14 @@ class RateGate:
         """See `Gate`: at the current pace."""
         self.advance(now)
         amount = ahead.tokens if self._in_tokens else ahead.requests
-        return max(amount - self._bucket.level(now), 0.0) / self.learner.pace(now)
+        learner = self.learner
+        if learner.ceiling_seconds > 0 and not learner.certain:  # of a guess, only the operator's ceiling counts
+            return ahead.requests * learner.ceiling_seconds
+        return max(amount - self._bucket.level(now), 0.0) / learner.pace(now)
+
+    def probe_opens_at(self, now: float) -> float:
+        """Return the loop time at which a probe may be sent: the operator's ceiling holds for it too."""
+        return max(now, self._sent_at + self.learner.ceiling_seconds)
 
     def resume(self, now: float, after: Recovery | Remembered | Unknown | float) -> None:
         """Continue after a pause or with another limit; see `Learner.resumed`."""

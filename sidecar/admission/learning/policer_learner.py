@@ -331,7 +331,7 @@ class PolicerLearner:
     def resumed(self, now: float, after: Recovery | Remembered | Unknown | float) -> Effect:
         """See `Learner`."""
         if after is UNKNOWN or (isinstance(after, Recovery) and not self._confirmed):
-            refusal_seconds = self.refusal_seconds
+            refusal_seconds, unanswered = self.refusal_seconds, self._start.unanswered
             # Called anew: no part of what was learned may be left.
             self.__init__(  # type: ignore[misc]
                 now,
@@ -340,7 +340,7 @@ class PolicerLearner:
                 typical=self.estimate.typical,
                 dormant=self._dormant,
             )
-            self.refusal_seconds = refusal_seconds
+            self.refusal_seconds, self._start.unanswered = refusal_seconds, unanswered
             return Effect(0.0)
         if isinstance(after, Recovery):
             if self.state is State.START:
