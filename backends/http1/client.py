@@ -137,7 +137,7 @@ class Response(ReceivedResponse):
         return self.headers.get("Content-Type", "").partition(";")[0].strip().lower()
 
     def close_unless_read(self) -> None:
-        """Close the connection at once. If the body was read, do nothing: the connection is already in the pool."""
+        """Close the connection at once. If the body was read, the connection is already pooled or closed."""
         connection, self._connection = self._connection, None
         if connection is not None:
             self._drop_content()

@@ -120,7 +120,7 @@ class Connection(RequestProtocol):
     # -- through -------------------------------------------------------------------------------------------------------
 
     async def _answer_all(self) -> None:
-        """Answer the requests that have arrived, and the requests that arrive during this."""
+        """Answer the requests that have arrived, and the requests that arrive in the meantime."""
         keeps_alive = True
         try:
             while self.waiting and keeps_alive:
