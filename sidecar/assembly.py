@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("sidecar")
 
-#: Frames that may wait for the detector. A longer queue would wait longer than a detection is worth.
+#: Maximum number of frames that wait for the detector. In a longer queue, detections would come too late to be useful.
 _DETECTOR_QUEUE = 64
 
 
@@ -65,11 +65,11 @@ class Parts:
 
     @property
     def all_backends(self) -> list[Backend]:
-        """Everything that is started and closed."""
+        """All backends, including the detector; `app.py` starts and closes them."""
         return [*self.backends, *([self.detector] if self.detector is not None else [])]
 
     def drain(self) -> None:
-        """Take nothing new from now on."""
+        """Refuse new requests from now on."""
         self.health.draining = self.admission.draining = True
         if self.detector_admission is not None:
             self.detector_admission.draining = True
@@ -124,22 +124,29 @@ def assemble(settings: Settings, drain: Callable[[], None]) -> Parts:
 
 
 def _no_backend_is_ready(backends: Sequence[Backend]) -> str | None:
-    """Give the reason of the first backend when no backend can serve; else None."""
+    """Return the reason of the first backend if no backend can serve, else None."""
     reasons = [backend.unready_reason() for backend in backends]
     return None if None in reasons else reasons[0]
 
 
 def _backend(settings: Settings, name: str, metrics: Metrics, queued: Sequence[Callable[[], int]]) -> Backend:
-    """Make a backend. `queued` will hold the function that counts what waits: admission is made after the backends."""
+    """Make a backend.
+
+    `queued` is still empty. Later it gets the function that counts waiting requests, because admission is created after
+    the backends.
+    """
     if name != "local":
         return make_backend(settings, name)
-    # The engine's thread asks: it reads the lengths of a few lists, once, and needs no lock.
+    # The engine's thread calls this function. It reads a few list lengths once, so it needs no lock.
     observe = metrics.batch_size.labels(name).observe
     return make_backend(settings, name, queued=lambda: queued[0]() if queued else 0, on_batch=observe)
 
 
 def _upstream(settings: Settings, backend: Backend, tier: int) -> UpstreamSettings:
-    """Describe a backend to admission. One with slots of its own has no quota to learn."""
+    """Return a backend's settings for admission.
+
+    A backend with a fixed number of slots has no quota, so nothing is learned.
+    """
     return UpstreamSettings(
         backend.name,
         tier,
@@ -198,7 +205,7 @@ def make_detector(model: Path) -> Backend:
 
 
 def _state_file(settings: Settings, admission: Admission, backends: Sequence[Backend]) -> StateFile | None:
-    """Load the file of learned limits into admission; None where no file is set."""
+    """Load the file of learned limits into admission. Return None if no file is set."""
     if settings.state_file is None:
         return None
     state_file = StateFile(settings.state_file, admission, {backend.name: backend.account for backend in backends})
@@ -219,7 +226,10 @@ def _spans() -> Spans | None:
 
 
 def _key(settings: Settings) -> Callable[[], str | None]:
-    """Give the function that reads the provider's key. The file wins over the value: it can be rotated."""
+    """Return the function that reads the provider's key.
+
+    The key file has priority over the key setting, because the file can be replaced while the sidecar runs.
+    """
     if settings.dashscope_api_key_file is None:
         return lambda: settings.dashscope_api_key
     try:

@@ -27,8 +27,8 @@ FOREIGN_NAMES: dict[str, str] = {
 
 SECRETS = frozenset({"dashscope_api_key", "api_key"})
 
-#: Settings whose feature does not exist yet, by field, and what this version does instead. Who sets one expects it to
-#: have an effect, so the start refuses it: contract.md, "Settings".
+#: Settings whose feature does not exist yet, by field, and what this version does instead. If an operator sets such a
+#: setting, the sidecar does not start, because the operator expects an effect: contract.md, "Settings".
 NOT_YET: dict[str, str] = {
     "shared_url": "this version cannot share one account's quota between sidecars",
     "shared_url_file": "this version cannot share one account's quota between sidecars",

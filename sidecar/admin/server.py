@@ -147,7 +147,8 @@ class AdminServer:
     async def _post_drain(self, http: HttpRequest) -> Answer:
         """Start the drain.
 
-        Only callers on this machine may do so, and no web page: browsers send these headers with requests of a page.
+        Only callers on this machine may do so. Requests with `Origin` or `Sec-Fetch-Site`, or with a foreign `Host`,
+        are refused: a browser sent them for a web page.
         """
         if not _is_loopback(http.remote):
             return await _text(http, 403, "drain is taken from loopback only")

@@ -1,4 +1,4 @@
-"""`GET /status`: what an operator asks when requests wait. Made from frozen statuses when it is asked for.
+"""`GET /status`: shows why requests wait. Each call builds the answer from frozen status objects.
 
 The dataclasses here are the schema of the answer; docs/reference.md shows it.
 """
@@ -17,7 +17,7 @@ from sidecar.observe.format import duration, number, visible
 from sidecar.observe.gauges import upstreams_named
 from sidecar.observe.sampler import Sampler
 
-#: Keys with the longest queues that are shown.
+#: Maximum number of keys in `longest_queues`.
 _MAX_KEYS = 20
 
 
@@ -36,7 +36,7 @@ class Rate:
 
 @dataclass(frozen=True, slots=True)
 class Growth:
-    """How quickly traffic may rise: `base` calls a second, and `factor` times the calls a second before."""
+    """How quickly traffic may rise. Allowed calls in one second: `base` + `factor` x the earlier calls/s."""
 
     base: float
     factor: float
@@ -76,7 +76,7 @@ class Model:
 
     model: str
     bound_by: str | None
-    """What holds the queue: a cause of `sidecar_queue_wait_cause_seconds_total`; None while nothing waits."""
+    """Why the queue waits: a cause of `sidecar_queue_wait_cause_seconds_total`; None while the queue is empty."""
     in_words: str
     waiting: int
     requests: Rate
@@ -89,7 +89,7 @@ class Model:
 
 @dataclass(frozen=True, slots=True)
 class Queue:
-    """What waits. Requests that could go to several upstreams are shown at the first one."""
+    """The waiting requests. Requests that several upstreams could take are shown at the first upstream."""
 
     requests: int
     bytes: int
@@ -110,7 +110,7 @@ class UpstreamReport:
 
 @dataclass(frozen=True, slots=True)
 class Throttle:
-    """Refusals within one second."""
+    """Refusals of one kind by one backend in one sample (one second)."""
 
     seconds_ago: float
     backend: str
@@ -134,7 +134,10 @@ class LimitChange:
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """The whole answer. It names cameras (keys) and models, never a prompt, an image or a key of ours."""
+    """The whole answer. It contains camera keys and model names.
+
+    It never contains prompts, images or the sidecar's API keys.
+    """
 
     version: str
     python: str
@@ -150,7 +153,7 @@ class Status:
 
 
 def status_of(health: Health, admissions: Sequence[Admission], sampler: Sampler) -> Status:
-    """Return everything that `GET /status` says."""
+    """Return the data of `GET /status`."""
     uptime = sampler.uptime
     names = [name for admission in admissions for name in admission.names]
     return Status(
@@ -170,21 +173,21 @@ def status_of(health: Health, admissions: Sequence[Admission], sampler: Sampler)
             Throttle(round(uptime - seen["t"], 1), seen["backend"], seen["kind"], seen["count"])
             for seen in reversed(sampler.throttles)
         ],
-        changes=[_change(*one, now=admissions[0].loop.time()) for one in reversed(sampler.changes)],
+        changes=[_change(*change, now=admissions[0].loop.time()) for change in reversed(sampler.changes)],
     )
 
 
 def _backend(name: str, pools: Sequence[PoolStatus], now: float, sampler: Sampler) -> UpstreamReport:
     queues = [pool for pool in pools if pool.upstreams[0].name == name]
-    by_priority = {one.name.lower(): sum(pool.waiting[one] for pool in queues) for one in Priority}
-    pairs = [(pool, one) for pool in pools for one in pool.upstreams if one.name == name]
-    pairs.sort(key=lambda place: place[0].last_used, reverse=True)
+    by_priority = {priority.name.lower(): sum(pool.waiting[priority] for pool in queues) for priority in Priority}
+    pairs = [(pool, upstream) for pool in pools for upstream in pool.upstreams if upstream.name == name]
+    pairs.sort(key=lambda pair: pair[0].last_used, reverse=True)
     return UpstreamReport(
         name=name,
-        in_flight=sum(one.concurrency.in_flight or 0 for one in upstreams_named(pools, name)),
+        in_flight=sum(upstream.concurrency.in_flight or 0 for upstream in upstreams_named(pools, name)),
         queue=Queue(sum(by_priority.values()), sum(pool.waiting_bytes for pool in queues), by_priority),
         totals={key: round(value, 3) for key, value in sampler.totals.get(name, {}).items()},
-        models=[_model(pool, one, now) for pool, one in pairs],
+        models=[_model(pool, upstream, now) for pool, upstream in pairs],
     )
 
 
@@ -241,7 +244,7 @@ def _rate(gate: GateStatus, now: float) -> Rate:
 
 
 def in_words(pool: PoolStatus, upstream: UpstreamStatus, now: float) -> str:
-    """What holds this model's requests at present, as a person would say it."""
+    """Return a sentence that says why this model's requests wait."""
     waiting = sum(pool.waiting.values()) if pool.upstreams[0] is upstream else 0
     circuit, in_flight = upstream.circuit, upstream.concurrency.in_flight
     if circuit.state:

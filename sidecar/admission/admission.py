@@ -1,4 +1,4 @@
-"""The door to admission: `with await admission.permit(ticket) as permit:`."""
+"""The entry point of admission: `with await admission.permit(ticket) as permit:`."""
 
 from __future__ import annotations
 
@@ -17,49 +17,51 @@ from sidecar.admission.pool import KEPT_SHARE, Pool
 from sidecar.admission.ticket import Cause, Priority, Ticket
 from sidecar.admission.upstream import Permit, Upstream, UpstreamStatus
 
-#: Models that have a pool of their own. The least recently used idle one goes when there are more.
+#: Maximum number of pools (one per model). Above it, the least recently used idle pool is deleted.
 MAX_POOLS = 64
 
 
 @dataclass(frozen=True, slots=True)
 class UpstreamSettings:
-    """What is known of an upstream before anything is learned. Rates are ceilings, per second."""
+    """The operator's settings for one upstream. Rates are ceilings, per second."""
 
     name: str = ""
     tier: int = 1
-    """Upstreams of a higher tier serve what those below cannot serve in time."""
+    """A higher tier serves only requests that the lower tiers cannot serve in time."""
     requests_per_second: float = inf
     tokens_per_second: float = inf
     concurrency: int | None = None
-    """Attempts in flight; None: derived from the pace, and learned."""
+    """Maximum number of attempts in flight; None: derived from the pace, and learned."""
     refusal_budget: float = 0.005
     paced: bool = True
-    """False: the backend has no quota; only concurrency and the circuit hold tickets back."""
+    """False: the backend has no quota; only concurrency and the circuit delay tickets."""
     only_model: str | None = None
-    """The model that answers whatever model is named, so that all models share one upstream."""
+    """The only model of this backend, or None. It answers every request, whatever model the request names, so all names
+    share one upstream."""
     unready_reason: Callable[[], str | None] = lambda: None
-    """Why the backend cannot serve at present; None while it can."""
+    """Returns why the backend cannot serve at present, or None while it can."""
 
 
 @dataclass(frozen=True, slots=True)
 class PoolStatus:
-    """What waits for one model, and the upstreams that can answer it. Times are on the event loop's clock."""
+    """The waiting requests of one model, and the upstreams that can answer them. Times are loop times in seconds."""
 
     model: str
     waiting: dict[Priority, int]
     waiting_bytes: int
     cause: Cause | None
-    """What holds the queue; None while nothing waits."""
+    """Why the queue waits; None while it is empty."""
     last_used: float
     upstreams: tuple[UpstreamStatus, ...]
     longest_queues: tuple[tuple[str, int, float], ...]
-    """Of the keys with the longest queues: key, tickets, and when the oldest of them arrived."""
+    """The keys with the longest queues: key, number of tickets, and loop time at which the oldest ticket arrived."""
 
 
 class Admission:
-    """Who goes next, and when. Every model has a `Pool`; the bounds on what waits hold for all pools together.
+    """Decides which request is sent next, and when. Each model has its own `Pool`.
 
-    Create and use it in one event loop. That loop is its only clock.
+    The bounds on waiting requests and bytes apply to all pools together. Create and use it in one event loop. That loop
+    is its only clock.
     """
 
     def __init__(
@@ -70,16 +72,16 @@ class Admission:
         queue_bytes: int = 256 * 1024 * 1024,
         random: Random | None = None,
     ) -> None:
-        """`upstreams` are all that can answer, in order; `random` gives the jitter between probes."""
+        """`upstreams`: settings of all upstreams, in order of tier. `random`: source of the jitter between probes."""
         self.loop = asyncio.get_running_loop()
         self.draining = False
         self.on_change: list[Callable[[str, str, Change], None]] = []
-        """Called with upstream, model and event whenever a learned limit changes."""
+        """Called with upstream, model and change whenever a learned limit changes or a circuit opens or closes."""
         self._settings = upstreams
         self._queue_size = queue_size
         self._queue_bytes = queue_bytes
         self._random = random
-        fixed = {one.only_model for one in upstreams}
+        fixed = {settings.only_model for settings in upstreams}
         self._only_model = upstreams[0].only_model if None not in fixed else None
         self._upstreams: dict[tuple[str, str], Upstream] = {}
         self._pools: OrderedDict[str, Pool] = OrderedDict()
@@ -92,7 +94,7 @@ class Admission:
     @property
     def names(self) -> list[str]:
         """The names of the upstreams, in order."""
-        return [one.name for one in self._settings]
+        return [settings.name for settings in self._settings]
 
     async def permit(self, ticket: Ticket) -> Permit:
         """Wait for the ticket's turn and return its permit. Use it in a `with` block, which releases it at the end.
@@ -115,7 +117,7 @@ class Admission:
             del entry  # its error may refer to this frame: a reference cycle would keep the request body in memory
 
     def enter(self, ticket: Ticket) -> Permit | asyncio.Future[Permit]:
-        """Do the first, synchronous part of `permit`: return the permit, or the future that will bring it."""
+        """Do the first, synchronous part of `permit`: return the permit, or the future of the permit."""
         pool = self.pool(ticket.model)
         if self.draining and not ticket.requeued:
             raise Draining(
@@ -127,7 +129,7 @@ class Admission:
                 f"a newer request of key {ticket.key!r} took its place: where both answers are wanted, send no "
                 "X-Queue-Policy: latest"
             )
-            if other.stopwatch.started > ticket.stopwatch.started:  # it arrived while this ticket was upstream
+            if other.stopwatch.started > ticket.stopwatch.started:  # `other` arrived while `ticket` was upstream
                 raise superseded
             pool.refuse(other, superseded)
         if not ticket.requeued:
@@ -136,13 +138,15 @@ class Admission:
         return pool.enter(ticket)
 
     def pool(self, model: str) -> Pool:
-        """The queue and the upstreams of a model, made when first asked for."""
+        """Return the pool of a model. Create it on first use."""
         model = self._only_model or model
         pool = self._pools.get(model)
         if pool is None:
             if len(self._pools) >= MAX_POOLS:
-                self._forget_one()
-            pool = self._pools[model] = Pool(self.loop, [self._upstream(one, model) for one in self._settings])
+                self._delete_idle_pool()
+            pool = self._pools[model] = Pool(
+                self.loop, [self._upstream(settings, model) for settings in self._settings]
+            )
         return pool
 
     def _upstream(self, settings: UpstreamSettings, model: str) -> Upstream:
@@ -153,7 +157,7 @@ class Admission:
         return upstream
 
     def make_upstream(self, settings: UpstreamSettings, model: str) -> Upstream:
-        """Make the upstream of a model. A benchmark puts an oracle in its place."""
+        """Create the upstream of a model. A benchmark overrides this method to use one that knows the real limits."""
 
         def on_change(change: Change) -> None:
             for notify in self.on_change:
@@ -181,24 +185,25 @@ class Admission:
         return Arrival(self._arrivals, reading)
 
     def arriving_bytes(self) -> int:
-        """Return the bytes received so far of bodies that are not complete."""
+        """Return the number of bytes received so far of incomplete request bodies."""
         return self._arrivals.bytes
 
     def waiting(self) -> int:
-        """Tickets that wait, in all pools."""
+        """Return the number of waiting tickets in all pools."""
         return sum(pool.waiting for pool in self._pools.values())
 
     def waiting_bytes(self) -> int:
-        """Bytes of request bodies that wait, in all pools."""
+        """Return the number of bytes of the waiting request bodies in all pools."""
         return sum(pool.waiting_bytes for pool in self._pools.values())
 
     def in_flight(self) -> int:
-        """Attempts that hold a permit, at all upstreams."""
-        return sum(one.concurrency.in_flight for one in self._upstreams.values())
+        """Return the number of attempts that hold a permit, at all upstreams."""
+        return sum(upstream.concurrency.in_flight for upstream in self._upstreams.values())
 
     def _check_bounds(self, pool: Pool, ticket: Ticket) -> None:
+        """Raise `QueueFull` if the ticket does not fit into the bounds on waiting requests and bytes."""
         if not self._arrivals.bytes:
-            for other in self._pools.values():  # as a loop: this is asked for each request
+            for other in self._pools.values():  # a plain loop, because this code runs for each request
                 if not other.is_empty:
                     break
             else:
@@ -224,28 +229,28 @@ class Admission:
                 retry_after=wait,
             )
 
-    def _forget_one(self) -> None:
-        """Forget the pool that was used least recently, among those in which nothing waits or is in flight."""
+    def _delete_idle_pool(self) -> None:
+        """Delete the least recently used pool that has no waiting ticket and no attempt in flight."""
         idle = [
             model
             for model, pool in self._pools.items()
-            if not pool.waiting and not any(one.concurrency.in_flight for one in pool.upstreams)
+            if not pool.waiting and not any(upstream.concurrency.in_flight for upstream in pool.upstreams)
         ]
         if idle:
             oldest = min(idle, key=lambda model: self._pools[model].last_used)
             pool = self._pools.pop(oldest)
             pool.close()
-            kept = {one for other in self._pools.values() for one in other.upstreams}
-            self._upstreams = {key: one for key, one in self._upstreams.items() if one in kept}
+            kept = {upstream for other in self._pools.values() for upstream in other.upstreams}
+            self._upstreams = {key: upstream for key, upstream in self._upstreams.items() if upstream in kept}
 
     # -- state file and operators --------------------------------------------------------------------------------------
 
     def learned(self, name: str) -> dict[str, Any]:
-        """What is worth remembering of an upstream over a restart, by model: plain data for `recall`."""
+        """Return the learned limits of an upstream to save for a restart, by model. `recall` accepts this data."""
         return {
             model: learned
-            for (upstream, model), one in self._upstreams.items()
-            if upstream == name and (learned := one.learned())
+            for (upstream_name, model), upstream in self._upstreams.items()
+            if upstream_name == name and (learned := upstream.learned())
         }
 
     def recall(self, name: str, learned: Mapping[str, Any], share: float) -> None:
@@ -259,7 +264,10 @@ class Admission:
                     upstream.recall(self.loop.time(), limits, share)
 
     def status(self, longest: int = 0) -> Iterator[PoolStatus]:
-        """Give the present state of every pool, with so many of the longest queues: this walks over all keys."""
+        """Yield the present state of each pool, with the `longest` longest key queues.
+
+        A value above 0 costs a walk over all keys.
+        """
         now = self.loop.time()
         for model, pool in self._pools.items():
             yield PoolStatus(
@@ -268,6 +276,6 @@ class Admission:
                 pool.waiting_bytes,
                 pool.cause,
                 pool.last_used,
-                tuple(one.status(now) for one in pool.upstreams),
+                tuple(upstream.status(now) for upstream in pool.upstreams),
                 tuple(pool.queue.longest(longest)) if longest else (),
             )

@@ -14,7 +14,7 @@ class NotAdmitted(Exception):
 
 
 class QueueFull(NotAdmitted):
-    """A bound of the queue (requests or bytes) is reached."""
+    """The queue has reached its maximum number of requests or bytes."""
 
 
 class DeadlineUnreachable(NotAdmitted):

@@ -309,7 +309,11 @@ class Call:
 
 
 async def _deliver(chunks: AsyncIterator[bytes], on_piece: OnPiece) -> bool:
-    """Do the work of `Reply.deliver` for a reply without that method. Return whether all chunks were written."""
+    """Pass the chunks to `on_piece`, for a reply without its own `deliver`.
+
+    Return False as soon as `on_piece` returns False (it asks for a pause; call again to continue). Return True after
+    the last chunk.
+    """
     async for chunk in chunks:
         if not on_piece(chunk):
             return False

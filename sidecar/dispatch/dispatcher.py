@@ -1,7 +1,7 @@
-"""Takes a ticket through: permit, attempt, verdict back to admission, and round again while that helps.
+"""Runs a ticket: get a permit, make an attempt, report the verdict to admission, and repeat if a retry is useful.
 
-The only loop around backends. Admission says when and where an attempt may go; `RetryPolicy` says what a failed one
-means for the request; here each attempt is made and its outcome reported, once.
+This is the only retry loop around backends. Admission decides when and at which upstream an attempt starts.
+`RetryPolicy` decides what follows a failed attempt. The dispatcher makes each attempt and reports its outcome once.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from sidecar.dispatch.retry_policy import OUTAGE_CHECK_SECONDS, Action, RetryPol
 from sidecar.observe.metrics import Metrics, RequestOutcome
 from sidecar.observe.trace import TracingStopwatch
 
-#: What a refusal names, by its kind; a kind that is not here names nothing.
+#: Refusal kind -> the limit that the provider named. Other kinds name no limit.
 _NAMED: dict[str, Dimension] = {
     kind: kind for kind in ("request_rate", "token_rate", "growth", "concurrency", "capacity")
 }
@@ -49,20 +49,20 @@ class DeadlineExceeded(Exception):
 
 
 class NoByteInTime(DeadlineExceeded):
-    """The upstream sent no byte of an answer for so long that another one gets the request."""
+    """The upstream sent no byte within its patience, so another upstream gets the request."""
 
 
 class Dispatcher:
-    """The loop around the backends of one admission."""
+    """The retry loop around the backends of one admission."""
 
     def __init__(self, admission: Admission, backends: Sequence[Backend], metrics: Metrics) -> None:
-        """`backends` answer for the upstreams of the same names."""
+        """Each backend serves the upstream of the same name."""
         self.admission = admission
         self.backends = {backend.name: backend for backend in backends}
         self.first = backends[0].name
         self._metrics = metrics
         self.now = admission.loop.time
-        """The time, on the loop's clock."""
+        """Returns the loop time in seconds."""
         self._deadlines = Deadlines(admission.loop)
         self._policies = {name: RetryPolicy(self.now()) for name in self.backends}
         self._random = random.Random()  # noqa: S311  jitter, not a secret
@@ -72,11 +72,11 @@ class Dispatcher:
 
     @property
     def draining(self) -> bool:
-        """Nothing new is taken."""
+        """True while draining: new requests are refused."""
         return self.admission.draining
 
     async def models(self) -> bytes:
-        """The list of models of the first backend that gives one. Raises the error of the last backend."""
+        """Return the list of models of the first backend that returns one. Raises the error of the last backend."""
         *others, last = self.backends.values()
         for backend in others:
             try:
@@ -91,16 +91,17 @@ class Dispatcher:
         request: Request,
         on_stream: Callable[[Reply], Awaitable[None]] | None = None,
     ) -> Reply:
-        """Bring the ticket's answer.
+        """Return the answer to the ticket's request.
 
-        A whole answer is returned after its permit went back. A streaming one is handed to `on_stream` while it holds
-        its permit, and returned when that is done. Raises `NotAdmitted` (queue), `BackendError` (what the provider
-        said, never a throttling one), or `DeadlineExceeded`.
+        A complete answer is returned after its permit is released. A streaming answer is passed to `on_stream`, which
+        writes it while the permit is held; then it is returned. Raises `NotAdmitted`, `BackendError` (the provider's
+        error; `Throttled` only inside a stream that has begun) or `DeadlineExceeded`.
         """
         watch = ticket.stopwatch
         failed_attempts = 0
-        # Without its traceback, and not kept where it is raised: that holds this frame, and they would keep each other,
-        # and with them the body, until the next collection of garbage.
+        # The failure is stored without its traceback and cleared when it is raised. The traceback refers to this frame
+        # and the frame to the failure: this cycle would keep the request body in memory until the next garbage
+        # collection.
         last_failure: Exception | None = None
         while True:  # one round is one permit and one attempt
             try:
@@ -127,12 +128,12 @@ class Dispatcher:
                 if action == "fail":
                     raise
                 if action in ("elsewhere", "again_if_failing") or self._is_out(permit.upstream):
-                    failed_attempts = 0  # the failures of an outage are not this request's
+                    failed_attempts = 0  # during an outage, failures are not counted against the request
                 last_failure = failure.with_traceback(None)
                 self._metrics.retry(permit.upstream.name, last_failure)
 
     def _decide(self, ticket: Ticket, upstream: Upstream, failure: Exception, failed_attempts: int) -> Action:
-        """Decide what a failed attempt means for the request; the ticket notes what it may still do."""
+        """Decide what to do after a failed attempt, and store on the ticket where and when it may be retried."""
         now = self.now()
         situation = Situation(
             _outcome_of(failure),
@@ -157,7 +158,10 @@ class Dispatcher:
 
     @staticmethod
     def _is_out(upstream: Upstream) -> bool:
-        """Whether this is an outage, or the beginning of one. One that never answered may be a wrong address."""
+        """Return True if the upstream has an outage, or an outage begins.
+
+        An upstream that never answered is not counted: its address may be wrong.
+        """
         return upstream.has_answered and upstream.circuit.failing
 
     async def _attempt(
@@ -215,7 +219,7 @@ class Dispatcher:
         return reply
 
     async def _send(self, permit: Permit, request: Request, timings: Timings) -> Reply:
-        """Send; stop an attempt that gets no byte in time, if another upstream could take the request."""
+        """Send the request. Raises `NoByteInTime` if no byte comes in time and another upstream can take it."""
         ticket, upstream = permit.ticket, permit.upstream
         backend = self.backends[upstream.name]
         patience = self.admission.pool(ticket.model).patience(self.now(), ticket, upstream)
@@ -242,7 +246,8 @@ class Dispatcher:
                 self._metrics.throttled(name, "billing", error.code)
                 return "throttled"
             case Rejected():
-                # The request passed the limits. A refused key is the account's fault, if another account can answer.
+                # The request passed the limits. 401: the provider refuses the key. With several backends, report
+                # `account`, so that another backend is tried. With one backend, the caller gets the 401.
                 if error.status == 401:
                     self._metrics.key_refused(name, reason)
                 about_account = error.status == 401 and len(self.backends) > 1
@@ -256,17 +261,20 @@ class Dispatcher:
                 return "connect_error"
 
     def finish(self, ticket: Ticket, api: str, outcome: RequestOutcome) -> None:
-        """The ticket's last byte is out, or it has failed: stop its watch and write its record, once."""
+        """Record a ticket that has ended, with success or failure: stop its stopwatch and write its metrics.
+
+        Call it once for each ticket.
+        """
         ticket.stopwatch.stop(self.now())
         self._metrics.finished(ticket, api, ticket.backend or self.first, outcome)
 
     def invalid(self, api: str) -> None:
-        """A request that never became a ticket: its own fault."""
+        """Count an invalid request, which never became a ticket."""
         self._metrics.invalid(api, self.first)
 
     @staticmethod
     def _record_timings(ticket: Ticket, timings: Timings, now: float) -> None:
-        """Put the backend's own marks on the ticket's watch."""
+        """Add the backend's times (start of work, first byte) to the ticket's stopwatch."""
         started = timings.work_started
         if started is not None:
             ticket.stopwatch.switch("first_byte", started)
@@ -274,14 +282,14 @@ class Dispatcher:
 
 
 def _outcome_of(failure: Exception) -> VerdictOutcome:
-    """The outcome that decides what a failure means for the request."""
+    """Return the outcome that the retry policy uses for this failure."""
     match failure:
         case Throttled():
             return "refused"
         case NoByteInTime():
             return "timed_out"
         case BillingRefused() | Rejected(status=401):
-            return "account"  # a 401 is never about the caller's own bearer, which is not sent on
+            return "account"  # a 401 concerns the sidecar's key: the caller's bearer token is not forwarded
         case Rejected():
             return "accepted"
         case _:

@@ -1,7 +1,7 @@
-"""What a failed attempt means for its request: once more, elsewhere, or an error to the caller.
+"""Decides what follows a failed attempt: a retry, an attempt at another upstream, or an error for the caller.
 
-A table, and the budget that one of its rows needs. Nothing waits here: a retry is a ticket that goes back to the queue
-with a time before which it is not sent.
+Contains the table of decisions and the retry budget. A retry does not wait here: its ticket goes back to the queue with
+`not_before`.
 """
 
 from __future__ import annotations
@@ -13,14 +13,15 @@ from typing import Literal
 
 from sidecar.admission.gates.base import VerdictOutcome
 
-#: Retries of failures (never of refusals) may be this share of the answers in the last window, so that we do not
-#: multiply the load of an ailing provider, and as many more as `RETRY_RESERVE`. Finagle's retry budget has the same
-#: 20 %, of 10 s; tower's too.
+#: Retry budget: in each RETRY_WINDOW_SECONDS, at most RETRY_SHARE x answers + RETRY_RESERVE retries after failures.
+#: Refusals do not use it. It keeps retries from multiplying the load of a failing provider. Source: the retry budgets
+#: of Finagle and tower use 20 % over 10 s.
 RETRY_SHARE, RETRY_RESERVE, RETRY_WINDOW_SECONDS = 0.2, 10, 10.0
+#: Maximum number of consecutive failed attempts of one request while the upstream has no outage.
 MAX_FAILED_ATTEMPTS = 3
-#: Full jitter: a retry waits between 0 and this many seconds, doubled for each failure before.
+#: Full jitter: a retry waits between 0 and this many seconds. Each earlier failure of the request doubles the maximum.
 RETRY_STEP_SECONDS = 0.5
-#: Before a request is given up, it waits this long: if others fail too then, it is not to blame.
+#: Seconds before the last retry. If other requests fail too by then, this request is not the cause and is retried.
 OUTAGE_CHECK_SECONDS = 1.0
 
 Action = Literal["again", "again_later", "again_if_failing", "elsewhere", "fail"]
@@ -28,49 +29,53 @@ Action = Literal["again", "again_later", "again_if_failing", "elsewhere", "fail"
 
 @dataclass(frozen=True, slots=True)
 class Situation:
-    """An attempt that brought no answer, and what is known around it."""
+    """A failed attempt and the facts that the decision needs."""
 
     outcome: VerdictOutcome
     elsewhere: bool
-    """Another upstream, where it was not tried yet, could take the request."""
+    """True if an upstream that the request has not tried could take it."""
     failing: bool
-    """The upstream has answered before, and now fails request after request: an outage."""
+    """True if the upstream has answered before and now fails different requests in a row: an outage."""
     has_answered: bool
-    """The upstream has answered before: it is no wrong address."""
+    """True if the upstream has answered before, so its address is right."""
     failed_attempts: int
-    """Of this request, one after the other."""
+    """Number of consecutive failed attempts of this request."""
 
 
-#: The first row whose outcome and condition fit decides; the last condition of a row is asked only for its outcome.
+#: The first row whose outcome and condition match gives the action. A condition is evaluated only if the outcome of its
+#: row matches.
 TABLE: tuple[tuple[VerdictOutcome, Callable[[Situation], bool], Action], ...] = (
     ("refused", lambda _: True, "again"),
-    ("failed", lambda one: one.elsewhere, "elsewhere"),
-    ("failed", lambda one: one.failing, "again_later"),
-    ("failed", lambda one: one.failed_attempts < MAX_FAILED_ATTEMPTS, "again_later"),  # within the budget
-    ("failed", lambda one: one.has_answered, "again_if_failing"),
-    ("timed_out", lambda one: one.elsewhere, "elsewhere"),
-    ("account", lambda one: one.elsewhere, "elsewhere"),
+    ("failed", lambda situation: situation.elsewhere, "elsewhere"),
+    ("failed", lambda situation: situation.failing, "again_later"),
+    ("failed", lambda situation: situation.failed_attempts < MAX_FAILED_ATTEMPTS, "again_later"),  # within the budget
+    ("failed", lambda situation: situation.has_answered, "again_if_failing"),
+    ("timed_out", lambda situation: situation.elsewhere, "elsewhere"),
+    ("account", lambda situation: situation.elsewhere, "elsewhere"),
 )
 
 
 class RetryBudget:
-    """How many retries the latest answers pay for, in a window of two halves."""
+    """Limits retries to a share of the recent answers.
+
+    The window is counted in two halves, and the older half is dropped.
+    """
 
     __slots__ = ("_answers", "_began", "_retries")
 
     def __init__(self, now: float) -> None:
         self._began = now
-        self._answers = [0, 0]  # in the half before, in this one
+        self._answers = [0, 0]  # in the previous half, in the present half
         self._retries = [0, 0]
 
     def answered(self, now: float) -> None:
-        """An attempt brought a whole answer."""
+        """Count one complete answer."""
         if now - self._began >= RETRY_WINDOW_SECONDS / 2:
             self._move(now)
         self._answers[1] += 1
 
     def take(self, now: float) -> bool:
-        """Use one retry. Return False if none is left."""
+        """Use one retry. Return False if the budget has no retry left."""
         self._move(now)
         if sum(self._retries) + 1 > RETRY_RESERVE + RETRY_SHARE * sum(self._answers):
             return False
@@ -86,7 +91,7 @@ class RetryBudget:
 
 
 class RetryPolicy:
-    """Decides for one upstream."""
+    """Decides what follows the failed attempts at one upstream."""
 
     __slots__ = ("budget",)
 
@@ -104,6 +109,6 @@ class RetryPolicy:
 
 
 def jitter(rng: random.Random, failed_attempts: int, seconds_left: float) -> float:
-    """Seconds to wait before a retry."""
+    """Return the seconds to wait before a retry."""
     longest = RETRY_STEP_SECONDS * 2.0 ** (failed_attempts - 1)
     return rng.uniform(0.0, min(longest, max(seconds_left, 0.0)))

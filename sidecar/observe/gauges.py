@@ -12,16 +12,17 @@ from sidecar.admission import Admission, CircuitState, PoolStatus, Priority, Sta
 
 
 class AdmissionGauges(Collector):
-    """The gauges of the contract. The models of an upstream are summed; a queue counts for its pool's first upstream.
+    """The gauges of the contract.
 
-    A limit that is not known yet has no sample. A state is 1 while any model is in it.
+    Each value is the sum over the models of an upstream. A queue is counted only at the first upstream of its pool. A
+    limit that is not known yet has no sample. A state is 1 while any model is in it.
     """
 
     def __init__(self, admissions: Sequence[Admission]) -> None:
         self._admissions = admissions
 
     def __repr__(self) -> str:
-        return f"<AdmissionGauges {','.join(name for one in self._admissions for name in one.names)}>"
+        return f"<AdmissionGauges {','.join(name for admission in self._admissions for name in admission.names)}>"
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
         """Return the present values."""
@@ -45,11 +46,11 @@ class AdmissionGauges(Collector):
                     requests.add_metric((name, priority.name.lower()), waiting)
                 size.add_metric((name,), sum(pool.waiting_bytes for pool in queues))
                 upstreams = list(upstreams_named(pools, name))
-                in_flight.add_metric((name,), sum(one.concurrency.in_flight or 0 for one in upstreams))
+                in_flight.add_metric((name,), sum(upstream.concurrency.in_flight or 0 for upstream in upstreams))
                 for family, gates in (
-                    (request_rate, [one.requests for one in upstreams]),
-                    (token_rate, [one.tokens for one in upstreams]),
-                    (concurrency, [one.concurrency for one in upstreams]),
+                    (request_rate, [upstream.requests for upstream in upstreams]),
+                    (token_rate, [upstream.tokens for upstream in upstreams]),
+                    (concurrency, [upstream.concurrency for upstream in upstreams]),
                 ):
                     known = sum(gate.limit for gate in gates if gate.limit is not None)
                     if known:
@@ -60,25 +61,25 @@ class AdmissionGauges(Collector):
 
 
 def upstreams_named(pools: Sequence[PoolStatus], name: str) -> Iterator[UpstreamStatus]:
-    """Give the upstreams of this name: one for each model, or the one that all models share."""
+    """Yield the upstreams with this name: one upstream per model, or a single upstream that all models share."""
     seen = set()
     for pool in pools:
-        for one in pool.upstreams:
-            if one.name == name and one.model not in seen:
-                seen.add(one.model)
-                yield one
+        for upstream in pool.upstreams:
+            if upstream.name == name and upstream.model not in seen:
+                seen.add(upstream.model)
+                yield upstream
 
 
 def _states(upstreams: Sequence[UpstreamStatus]) -> Counter[tuple[str, str]]:
-    """How many models are in each state, 0 for those that none is in."""
+    """Count the models in each state. States without a model have the count 0."""
     counts: Counter[tuple[str, str]] = Counter(
         {(dimension, state.value): 0 for dimension in ("requests", "tokens") for state in State}
         | {("hold", state.value): 0 for state in CircuitState}
     )
-    for one in upstreams:
-        counts["requests", one.requests.state] += 1
-        if one.tokens.limit is not None:
-            counts["tokens", one.tokens.state] += 1
-        if one.circuit.state:
-            counts["hold", one.circuit.state] += 1
+    for upstream in upstreams:
+        counts["requests", upstream.requests.state] += 1
+        if upstream.tokens.limit is not None:
+            counts["tokens", upstream.tokens.state] += 1
+        if upstream.circuit.state:
+            counts["hold", upstream.circuit.state] += 1
     return counts

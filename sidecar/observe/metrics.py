@@ -33,8 +33,8 @@ MAX_MODELS = 20
 #: The label value of each priority.
 _PRIORITIES = {priority: priority.name.lower() for priority in Priority}
 
-#: The metrics that `totals` reads: name of the metric, prefix of the key in `totals`, label whose value is the rest of
-#: the key (None: the prefix is the whole key).
+#: The metrics that `totals` reads. Rows: metric, key prefix, label. The key in `totals` is `prefix.label-value`, for
+#: example `requests.ok`; without a label it is the prefix.
 _TOTALS = (
     ("sidecar_requests", "requests", "outcome"),
     ("sidecar_upstream_attempts", "attempts", "result"),

@@ -119,9 +119,9 @@ class Sampler:
                 waiting[pool.cause or "turn"] += count
         upstreams = list(upstreams_named(pools, name))
         used = {pool.model for pool in pools if now - pool.last_used < SUMMARY_SECONDS}
-        for one in upstreams:
-            if one.model in used or len(upstreams) == 1:
-                for unit, gate in (("requests", one.requests), ("tokens", one.tokens)):
+        for upstream in upstreams:
+            if upstream.model in used or len(upstreams) == 1:
+                for unit, gate in (("requests", upstream.requests), ("tokens", upstream.tokens)):
                     if gate.limit is not None:
                         learned[unit].append(gate.limit)
         values: dict[str, float | None] = {
@@ -138,7 +138,7 @@ class Sampler:
             "upstream_seconds": increases.get("seconds.upstream", 0.0),
             "limit": sum(learned["requests"]) if learned["requests"] else None,
             "token_limit": sum(learned["tokens"]) if learned["tokens"] else None,
-            "in_flight": sum(one.concurrency.in_flight or 0 for one in upstreams),
+            "in_flight": sum(upstream.concurrency.in_flight or 0 for upstream in upstreams),
             **{f"waiting.{cause}": count for cause, count in waiting.items()},
         }
         return tuple(None if (value := values[field]) is None else round(value, 3) for field in FIELDS)
@@ -161,15 +161,15 @@ class Sampler:
             log.info("%s: %s takes work again", backend, model)
 
     def _log_limits(self) -> None:
-        """Log each limit once that is new, has changed enough since the last log line, or is in another state."""
+        """Write one log line for each limit that is new, has a new state, or has changed enough since its last line."""
         unlogged, self._unlogged = self._unlogged, {}
         for limit_key, changes in unlogged.items():
             backend, model, dimension = limit_key
             old_state, old_limit = self._logged_limits.get(limit_key, ("start", inf))
             latest = changes[-1]
             moved = any(
-                one.new != old_limit and not abs(one.new - old_limit) < _MIN_LOGGED_CHANGE * old_limit
-                for one in changes
+                change.new != old_limit and not abs(change.new - old_limit) < _MIN_LOGGED_CHANGE * old_limit
+                for change in changes
             )
             routine = latest.state == old_state or {latest.state, old_state} <= _ROUTINE_STATES
             if moved or not routine:
