@@ -142,8 +142,8 @@ class Admission:
         model = self._only_model or model
         pool = self._pools.get(model)
         if pool is None:
-            if len(self._pools) >= MAX_POOLS:
-                self._delete_idle_pool()
+            while len(self._pools) >= MAX_POOLS and self._delete_idle_pool():
+                pass
             pool = self._pools[model] = Pool(
                 self.loop, [self._upstream(settings, model) for settings in self._settings]
             )
@@ -229,19 +229,21 @@ class Admission:
                 retry_after=wait,
             )
 
-    def _delete_idle_pool(self) -> None:
-        """Delete the least recently used pool that has no waiting ticket and no attempt in flight."""
-        idle = [
-            model
-            for model, pool in self._pools.items()
-            if not pool.waiting and not any(upstream.concurrency.in_flight for upstream in pool.upstreams)
-        ]
-        if idle:
-            oldest = min(idle, key=lambda model: self._pools[model].last_used)
-            pool = self._pools.pop(oldest)
-            pool.close()
-            kept = {upstream for other in self._pools.values() for upstream in other.upstreams}
-            self._upstreams = {key: upstream for key, upstream in self._upstreams.items() if upstream in kept}
+    def _delete_idle_pool(self) -> bool:
+        """Delete the least recently used pool that has no waiting ticket and no attempt in flight. False: none is idle.
+
+        Pools that have learned no limit go first.
+        """
+        idle = [(model, pool) for model, pool in self._pools.items() if not (pool.waiting or pool.in_flight)]
+        if not idle:
+            return False
+        oldest, pool = min(idle, key=lambda one: (one[1].has_learned, one[1].last_used))
+        del self._pools[oldest]
+        pool.close()
+        for settings, upstream in zip(self._settings, pool.upstreams, strict=True):
+            if not upstream.on_end:  # no other pool uses it
+                del self._upstreams[settings.name, settings.only_model or oldest]
+        return True
 
     # -- state file and operators --------------------------------------------------------------------------------------
 

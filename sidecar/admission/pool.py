@@ -70,7 +70,11 @@ class Pool:
         self._wait_seconds = [0.0] * len(CAUSES)
         self.cause: Cause | None = None
         """The present cause of waiting; None while no ticket waits."""
-        self._cause_since = self._entered_at = now
+        self._cause_since = now
+        self.last_used = now
+        """Loop time at which the last ticket arrived or the last attempt ended."""
+        self.in_flight = 0
+        """Attempts of this pool's tickets that are in flight."""
         self._urgent: set[Ticket] = set()  # tickets that the lowest tier would probably answer after their deadline
         for upstream in upstreams:
             upstream.on_end.append(self._on_end)
@@ -92,9 +96,9 @@ class Pool:
         return sum(queue.length(priority) for queue in self.queues()) + later
 
     @property
-    def last_used(self) -> float:
-        """Loop time at which the last ticket arrived or the last attempt ended."""
-        return max(self._entered_at, *(upstream.last_used for upstream in self.upstreams))
+    def has_learned(self) -> bool:
+        """True if a limit is known of an upstream that only this pool uses."""
+        return any(len(upstream.on_end) == 1 and upstream.learned() for upstream in self.upstreams)
 
     @property
     def is_empty(self) -> bool:
@@ -119,7 +123,7 @@ class Pool:
         Raises `DeadlineUnreachable` for a ticket that cannot be served in time, `AccountClosed` while every provider
         refuses the account.
         """
-        now = self._entered_at = self._loop.time()
+        now = self.last_used = self._loop.time()
         only = self._only_upstream
         if only is not None and self.is_empty and ticket.not_before <= now and only.opening(now, ticket)[1] is None:
             return self._start(only, ticket, now)  # the usual case
@@ -171,9 +175,10 @@ class Pool:
             queue = self._restricted[untried] = FairQueue()
         queue.add(ticket)
         if self._only_upstream is None:
-            if self._is_late_below(now, ticket):
+            switch_at = self._latest_switch_at(ticket, untried)
+            if switch_at < inf and self._is_late_below(now, ticket):
                 self._urgent.add(ticket)
-            elif (switch_at := self._latest_switch_at(ticket, untried)) < inf:
+            elif switch_at < inf:
                 ticket.expiry = self._loop.call_at(max(switch_at, now), self._mark_urgent, ticket)
                 return
         self._set_expiry(now, ticket, untried)
@@ -271,6 +276,11 @@ class Pool:
         if look_at < inf:
             self._timer = self._loop.call_at(look_at, self._look_again)
 
+    @staticmethod
+    def _is_usable(now: float, upstream: Upstream) -> bool:
+        """Return True if the upstream is ready and may get an attempt, at least the probe that is due."""
+        return upstream.unready_reason() is None and (not upstream.unavailable or upstream.circuit.may_probe(now))
+
     def _admit_from(self, now: float, queue: FairQueue, untried: int, claimed: int) -> tuple[int, float]:
         """Admit tickets from one queue until its first ticket cannot start.
 
@@ -332,30 +342,37 @@ class Pool:
     def _spills(self, now: float, ticket: Ticket, tier: int) -> bool:
         """Return True if a higher tier may take tickets: the lower tiers cannot serve all waiting tickets in time."""
         below = [
-            lower
-            for lower in self.upstreams
+            (bit, lower)
+            for bit, lower in enumerate(self.upstreams)
             if lower.tier < tier and lower.unready_reason() is None and not lower.unavailable
         ]
         if not below or self._urgent:
             return True
-        if now + min(lower.circuit.seconds_left(now) + lower.latency for lower in below) > ticket.deadline:
+        if now + min(lower.circuit.seconds_left(now) + lower.latency for _, lower in below) > ticket.deadline:
             return True
-        requests = sum(len(queue) for queue in self.queues())
-        cost = sum(queue.cost for queue in self.queues())
-        return self._seconds(now, ticket, below, max(requests - 1, 0), cost, guess=True) > SPILL_SECONDS
+        requests = max(len(self.queue) - 1, 0)
+        return self._seconds(now, ticket, below, requests, self.queue.cost, guess=True) > SPILL_SECONDS
 
     def _start(self, upstream: Upstream, ticket: Ticket, now: float) -> Permit:
         ticket.backend = upstream.name or ticket.backend
+        self.in_flight += 1
         return upstream.start(now, ticket, self._ended)
 
     def _ended(self, permit: Permit) -> None:
         """Give the free permit to the next ticket, in this pool or in a pool that shares the upstream."""
-        now = self._loop.time()
-        pools = permit.upstream.on_end
-        if len(pools) > 1:  # rotate the pools, so that each pool is asked first as often as the others
-            pools.append(pools.pop(0))
+        now = self.last_used = self._loop.time()
+        self.in_flight -= 1
+        upstream = permit.upstream
+        pools = upstream.on_end
+        if len(pools) == 1:
+            pools[0](now)
+            return
         for on_end in tuple(pools):
+            started = upstream.started
             on_end(now)
+            if upstream.started > started:  # the pools take turns: this one is asked last from now on
+                pools.remove(on_end)
+                pools.append(on_end)
 
     def _on_end(self, now: float) -> None:
         if self.cause is not None or not self.is_empty:
@@ -423,30 +440,28 @@ class Pool:
         """Return True if an upstream other than `upstream`, which the ticket has not tried, could take the ticket."""
         if self._only_upstream is not None:
             return False
-        return any(other is not upstream and self._may_take(ticket, other) for other in self.upstreams)
+        now = self._loop.time()
+        return any(other is not upstream and self._may_take(now, ticket, other) for other in self.upstreams)
 
     def patience(self, now: float, ticket: Ticket, upstream: Upstream) -> float:
         """Return the seconds without a byte after which an attempt at `upstream` is stopped.
 
-        inf: no other upstream can take the ticket. Normally the result is the upstream's own patience. It is shorter if
-        otherwise no other upstream could answer before the deadline, but this shortening never goes below the time that
-        slow answers of this upstream take.
+        inf: no other upstream can take the ticket, and this is no probe of an open circuit. Normally the result is the
+        upstream's own patience. It is shorter if otherwise no other upstream could answer before the deadline, but this
+        shortening never goes below the time that slow answers of this upstream take.
         """
-        others = [other for other in self.upstreams if other is not upstream and self._may_take(ticket, other)]
+        others = [other for other in self.upstreams if other is not upstream and self._may_take(now, ticket, other)]
         if not others:
-            return inf
+            probe = self._only_upstream is None and upstream.unavailable
+            return upstream.patience(ticket) if probe else inf
         switch_in = ticket.deadline - min(_seconds_needed(ticket, other) for other in others) - now
         usual = max(_seconds_needed(ticket, upstream), SWITCH_ANSWERS * upstream.slow_seconds)
         return min(upstream.patience(ticket), max(switch_in, usual))
 
-    @staticmethod
-    def _may_take(ticket: Ticket, upstream: Upstream) -> bool:
-        """Return True if the upstream can take the ticket.
-
-        The ticket has not tried the upstream, the upstream is ready, and its provider does not refuse the account.
-        """
+    def _may_take(self, now: float, ticket: Ticket, upstream: Upstream) -> bool:
+        """Return True if the upstream is usable, and the ticket has not tried it."""
         refused = upstream.circuit.state is CircuitState.BILLING
-        return upstream not in ticket.tried and not refused and upstream.unready_reason() is None
+        return upstream not in ticket.tried and not refused and self._is_usable(now, upstream)
 
     def _untried_by(self, ticket: Ticket) -> int:
         """Return the bit set of upstreams that the ticket has not tried. If it has tried all of them: all of them."""
@@ -488,24 +503,32 @@ class Pool:
         never be refused because of an estimate.
         """
         requests, cost = self.queue.ahead_of(ticket)
-        if self._restricted:
-            requests += sum(len(queue) for queue in self._restricted.values())
-            cost += sum(queue.cost for queue in self._restricted.values())
-        return self._seconds(
-            now, ticket, [upstream for _, upstream in self._untried_upstreams(ticket)], requests, cost, guess=guess
-        )
+        return self._seconds(now, ticket, self._untried_upstreams(ticket), requests, cost, guess=guess)
 
     def _seconds(
-        self, now: float, ticket: Ticket, upstreams: Sequence[Upstream], requests: float, cost: float, *, guess: bool
+        self,
+        now: float,
+        ticket: Ticket,
+        upstreams: Sequence[tuple[int, Upstream]],
+        requests: float,
+        cost: float,
+        *,
+        guess: bool,
     ) -> float:
-        """Return the seconds until `upstreams` together could start this ticket.
+        """Return the seconds until `upstreams` (with their bits) together could start this ticket.
 
-        Ahead of it are `requests` others with a total of `cost` estimated LLM tokens.
+        Ahead of it are `requests` others with a total of `cost` estimated LLM tokens, and at each upstream the tickets
+        that may go only to it and others.
         """
         rate = 0.0
-        for upstream in upstreams:
+        for bit, upstream in upstreams:
+            before, cost_before = requests, cost
+            for untried, queue in self._restricted.items():
+                if untried >> bit & 1:
+                    before += len(queue)
+                    cost_before += queue.cost
             seconds = upstream.circuit.seconds_left(now) if guess else upstream.next_probe_in(now)
-            seconds += upstream.seconds_for(now, ticket, requests, cost, guess=guess)
+            seconds += upstream.seconds_for(now, ticket, before, cost_before, guess=guess)
             if len(upstreams) == 1 or seconds <= 0:
                 return seconds
             rate += 1.0 / seconds
@@ -514,11 +537,15 @@ class Pool:
     def _is_late_below(self, now: float, ticket: Ticket) -> bool:
         """Return True if the ticket would probably be answered after its deadline if only the lowest tier served it."""
         lowest = self.upstreams[0].tier
-        below = [upstream for upstream in self.upstreams if upstream.tier == lowest and not upstream.unavailable]
+        below = [
+            (bit, upstream)
+            for bit, upstream in enumerate(self.upstreams)
+            if upstream.tier == lowest and not upstream.unavailable
+        ]
         if not below or len(below) == len(self.upstreams):
             return False
         wait = self._seconds(now, ticket, below, *self.queue.ahead_of(ticket), guess=True)
-        return now + wait + min(upstream.latency for upstream in below) > ticket.deadline
+        return now + wait + min(upstream.latency for _, upstream in below) > ticket.deadline
 
     # -- callers that return after a Retry-After -----------------------------------------------------------------------
 

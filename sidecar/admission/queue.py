@@ -253,6 +253,7 @@ class FairQueue:
             return None
         group = self._choose()
         ring = group.ring
+        turns = 0
         while True:
             queue = ring[0]
             if not queue:
@@ -265,6 +266,13 @@ class FairQueue:
                 queue.deficit += self._quantum
                 if queue.deficit <= 0:  # the key still pays for a large ticket
                     group.rotate()
+                    turns += 1
+                    if turns >= len(ring):  # all keys pay: give every key the rounds that each needs, at once
+                        turns = 0
+                        debts = [-other.deficit for other in ring if other]
+                        rounds = min(debts) // self._quantum
+                        for other in ring:
+                            other.deficit += rounds * self._quantum
 
     def take(self, ticket: Ticket) -> None:
         """Remove the ticket that `head` returned and charge its key and class for it."""
@@ -326,6 +334,8 @@ class FairQueue:
             for group in self._classes.values():
                 if group.length and group.credit > 0:
                     return group
-            for priority, group in self._classes.items():
-                if group.length:
-                    group.credit += WEIGHTS[priority] * self._quantum
+            waiting = [(WEIGHTS[priority], group) for priority, group in self._classes.items() if group.length]
+            # As many rounds at once as no class needs fewer of: a class may owe thousands of them.
+            rounds = max(min(-group.credit / (weight * self._quantum) for weight, group in waiting) // 1.0, 1.0)
+            for weight, group in waiting:
+                group.credit += rounds * weight * self._quantum

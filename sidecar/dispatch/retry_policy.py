@@ -50,7 +50,7 @@ TABLE: tuple[tuple[VerdictOutcome, Callable[[Situation], bool], Action], ...] = 
     ("failed", lambda situation: situation.failing, "again_later"),
     ("failed", lambda situation: situation.failed_attempts < MAX_FAILED_ATTEMPTS, "again_later"),  # within the budget
     ("failed", lambda situation: situation.has_answered, "again_if_failing"),
-    ("timed_out", lambda situation: situation.elsewhere, "elsewhere"),
+    ("timed_out", lambda _: True, "elsewhere"),  # only an attempt that another upstream can follow is stopped early
     ("account", lambda situation: situation.elsewhere, "elsewhere"),
 )
 
