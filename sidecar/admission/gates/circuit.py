@@ -203,7 +203,7 @@ class Circuit:
         probed_at = self._probes.pop(reservation, None)
         is_probe = probed_at is not None
         if not self.dormant:
-            self._rise_by(reservation, verdict)
+            self._rise_by(now, reservation, verdict)
         match verdict.outcome:
             case "accepted":
                 self._forget_failures()
@@ -231,6 +231,8 @@ class Circuit:
             case _:
                 if probed_at is not None:  # it shows nothing, for example because its caller left: keep the distance
                     step = BILLING_STEP if self.state is CircuitState.BILLING else self._step
+                    if self.state is CircuitState.BLACKOUT:  # its caller had too little time even for a refusal
+                        step = FIRST_STEP
                     self.next_probe = max(self.next_probe, probed_at + step)
 
     def explains(self, now: float, reservation: Ticket) -> float:
@@ -349,14 +351,15 @@ class Circuit:
 
     # -- rising slowly -------------------------------------------------------------------------------------------------
 
-    def _rise_by(self, ticket: Ticket, verdict: Verdict) -> None:
+    def _rise_by(self, now: float, ticket: Ticket, verdict: Verdict) -> None:
         """Adjust how many attempts may be without an answer.
 
         An answered attempt counts towards the next doubling. After a refusal for capacity, or failures of two requests
         with no answer between them, start again at 1: one failure may be the fault of its request. After any other
         refusal, stop limiting: the gate that learns from that refusal sets the pace.
         """
-        was_sent = self._unanswered.pop(ticket, None) is not None
+        sent_at = self._unanswered.pop(ticket, None)
+        was_sent = sent_at is not None
         good, bad = verdict.outcome == "accepted", verdict.outcome in ("refused", "failed")
         if self._cold and (good or bad):
             self._cold = False
@@ -366,6 +369,9 @@ class Circuit:
             self._start_rising(1 if bad and not learned else 0)
         elif was_sent and good:
             self._rise()
+        elif sent_at is not None and verdict.outcome == "abandoned" and self._rising:
+            if now - sent_at >= max(PATIENCE_SECONDS, 3 * self._refusal_seconds()):  # a refusal would have come
+                self._rise()
         elif was_sent and verdict.outcome == "refused" and verdict.named != "capacity":
             self._start_rising(0)
         elif was_sent and bad and (verdict.outcome == "refused" or self._failed - {ticket}):
