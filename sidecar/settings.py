@@ -32,7 +32,7 @@ SECRETS = frozenset({"dashscope_api_key", "api_key"})
 NOT_YET: dict[str, str] = {
     "shared_url": "this version cannot share one account's quota between sidecars",
     "shared_url_file": "this version cannot share one account's quota between sidecars",
-    "spill": "this version has no tiers of upstreams; a later backend takes over when an earlier one is unreachable",
+    "spill": "this version has a fixed rule: a later backend takes what the earlier ones cannot answer in time",
     "upstream": "this version has one upstream per backend; set SIDECAR_DASHSCOPE_URL and the others at the top level",
 }
 
@@ -85,7 +85,7 @@ class Settings(BaseModel):
     dashscope_native_url: str | None = Field(
         None, description="base URL of DashScope's own API. Default: derived, …/compatible-mode/v1 becomes …/api/v1"
     )
-    dashscope_api_key: Key | None = Field(None, description="the provider's key")
+    dashscope_api_key: Key | None = Field(None, repr=False, description="the provider's key")
     dashscope_api_key_file: Path | None = Field(
         None, description="file that holds the provider's key; read again when it changes"
     )
@@ -120,7 +120,7 @@ class Settings(BaseModel):
     key_header: Annotated[str, Field(pattern=r"^[A-Za-z0-9-]+$")] = Field(
         "X-Camera-Id", description="header that holds the fair-queue key"
     )
-    api_key: Key | None = Field(None, description="bearer token that callers must send")
+    api_key: Key | None = Field(None, repr=False, description="bearer token that callers must send")
     state_file: Path | None = Field(None, description="file where the learned limits survive a restart")
     passthrough: bool = Field(False, description="other /v1 paths go to an HTTP upstream under the same admission")
     access_log: bool = Field(False, description="one log line a request, with its waits")
