@@ -3,7 +3,7 @@
     python bench/pictures.py        (about half a minute)
 
 Each picture shows over one time axis: the quota (unknown to the sidecar), the learned limit, the accepted requests, the
-refusals, and the controller's state.
+refusals, and the learner's state.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ CAMERAS = 9
 #: Runs of three minutes on two cores grew by 2, 13 and 22 MB. A leak of 4 KB with each of the 12,000 requests between
 #: these quarters is more than this bound.
 MEMORY_BYTES = 40 * 1024 * 1024
-#: Shorter runs (seconds) cannot show a leak: their second quarter is still warm-up, in which pools and caches fill.
+#: Seconds. A shorter run cannot show a leak: in its second quarter, pools and caches are still being filled.
 WARM_UP_SECONDS = 150
 HEAD = b"POST %b HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%b"
 

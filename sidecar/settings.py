@@ -14,7 +14,7 @@ from backends.registry import NAMES
 
 PREFIX = "SIDECAR_"
 
-#: Environment variables of other programs with the same meaning. SIDECAR_… variables win. contract.md, "Settings".
+#: Environment variables of other programs with the same meaning. SIDECAR_… variables have precedence.
 FOREIGN_NAMES: dict[str, str] = {
     "TRIO_REMOTE_VLM_URL": "dashscope_url",
     "TRIO_REMOTE_VLM_API_KEY": "dashscope_api_key",
@@ -28,7 +28,7 @@ FOREIGN_NAMES: dict[str, str] = {
 SECRETS = frozenset({"dashscope_api_key", "api_key"})
 
 #: Settings whose feature does not exist yet, by field, and what this version does instead. If an operator sets such a
-#: setting, the sidecar does not start, because the operator expects an effect: contract.md, "Settings".
+#: setting, the sidecar does not start, because the operator expects an effect.
 NOT_YET: dict[str, str] = {
     "shared_url": "this version cannot share one account's quota between sidecars",
     "shared_url_file": "this version cannot share one account's quota between sidecars",

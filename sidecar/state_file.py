@@ -29,7 +29,7 @@ SAVE_EVERY_SECONDS = 30.0
 #: any number of models.
 MAX_LIMITS = 256
 #: Maximum age of a limit in seconds, and the share of the limit that the sidecar starts with. An older limit is not
-#: used. Source: docs/limiting.md, "Whose limit, and for how long".
+#: used. Source: docs/limiting.md, "Limits per account and model, and the state file".
 SHARES = ((3600.0, 0.8), (86_400.0, 0.5))
 
 #: The learned limits of one model, by dimension: `{"requests": {"limit": 10.0, "burst": 5.0, "uncertainty": 0.01}}`.

@@ -180,7 +180,7 @@ class RequestProtocol(BaseProtocol):
             self._pause_reading_for_buffer()
 
     def request_done(self) -> None:
-        """Tell the parser that one request is answered, so that it continues if it had stopped at its limit.
+        """Notify the parser that one request is answered. The parser continues if it had stopped at its limit.
 
         Must be called only after the body of the request has arrived: see `message_consumed` in the module's docstring.
         """

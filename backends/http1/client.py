@@ -51,7 +51,7 @@ class Origin:
         proxy = connecting.environment_proxy(url)
         self._connector = connector
         self._idle: deque[tuple[Connection, float]] = deque()
-        """Idle connections, each with the time (loop clock) since which it is idle; the longest idle one is first."""
+        """Idle connections, each with the loop time at which it became idle. The first one has been idle longest."""
         self._timer: asyncio.TimerHandle | None = None  # closes connections that are idle for too long
         self._loop = loop = asyncio.get_running_loop()
         self._clock = loop.time

@@ -12,7 +12,7 @@ from backends.remote.refusals import classify
 
 
 def parsed(data: bytes) -> object:
-    """Return the JSON value in `data`, or None if `data` is not JSON. No valid answer is `null`."""
+    """Return the JSON value in `data`, or None if `data` is not JSON. (A valid answer is never JSON's `null`.)"""
     try:
         return cast("object", orjson.loads(data))
     except orjson.JSONDecodeError:

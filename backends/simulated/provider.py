@@ -302,7 +302,7 @@ class Call:
         await asyncio.sleep(max(0.0, self._profile.refusal_latency_seconds + offset))
 
     def _echo(self, prompt: Prompt) -> dict[str, object]:
-        """Return the data for an echo in the answer, so that a test can compare what arrived. It never has the key."""
+        """Return the data for an echo in the answer, so that a test can compare what arrived. The key is hidden."""
         headers = {name.lower(): value for name, value in self._request.headers.items()}
         if not prompt.echo and "x-simulate-echo" not in headers:
             return {}

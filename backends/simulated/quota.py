@@ -1,7 +1,7 @@
 """The limits of a simulated provider: policers as pure functions of time. Every call gets `now`; there is no clock.
 
-A policer has no queue: it accepts or refuses a request at once. The same objects also answer the questions of an
-oracle (`would_accept`, `next_accept_at`, `true_rate`). These questions do not use up quota.
+A policer has no queue: it accepts or refuses a request at once. An oracle in a benchmark also
+reads these objects (`would_accept`, `next_accept_at`, `true_rate`). Reading does not use up quota.
 """
 
 from __future__ import annotations

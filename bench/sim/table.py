@@ -1,4 +1,4 @@
-"""The scenarios of the design, each with its provider, its load and the targets for the sidecar."""
+"""The scenarios of docs/limiting.md, each with its provider, its load and the targets for the sidecar."""
 
 from __future__ import annotations
 

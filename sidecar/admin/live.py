@@ -15,7 +15,7 @@ class BackendHistory:
     recent: list[Point]
     """One point per second, of the last five minutes."""
     whole: list[Point]
-    """The time since the start in at most 300 points, which become coarser."""
+    """The time since the start in at most 300 points. With time, each point covers more seconds."""
 
 
 @dataclass(frozen=True, slots=True)

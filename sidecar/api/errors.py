@@ -48,7 +48,7 @@ class InvalidRequest(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """An error as the contract lists it. `body` is the provider's own error body, which is sent unchanged."""
+    """An error, as README.md lists it. `body` is the provider's own error body, which is sent unchanged."""
 
     status: int
     code: str

@@ -12,7 +12,7 @@ from sidecar.admission import Admission, CircuitState, PoolStatus, Priority, Sta
 
 
 class AdmissionGauges(Collector):
-    """The gauges of the contract.
+    """The gauges that docs/metrics.md lists.
 
     Each value is the sum over the models of an upstream. A queue is counted only at the first upstream of its pool. A
     limit that is not known yet has no sample. A state is 1 while any model is in it.

@@ -1,4 +1,4 @@
-"""The metrics of the contract. Times are written once, when a ticket has ended, from the ticket's stopwatch.
+"""The metrics that docs/metrics.md lists. Times are written once, when a ticket has ended, from the ticket's stopwatch.
 
 The request path reads nothing from this module, so metrics cannot delay or break a request. All state is in a `Metrics`
 object, so one process can run two sidecars.

@@ -28,7 +28,7 @@ SUMMARY_SECONDS = 10
 MAX_THROTTLES = 20
 #: Maximum number of entries in `Sampler.changes`, for `GET /status`.
 MAX_CHANGES = 50
-#: A learned limit is logged again when it has changed by this share, even if the controller is in a routine state.
+#: A learned limit is logged again when it has changed by this share, even if the learner is in a routine state.
 _MIN_LOGGED_CHANGE = 0.1
 _ROUTINE_STATES = frozenset({"steady", "probe"})
 #: Maximum number of limits whose last log line is remembered: callers choose the names of models.
