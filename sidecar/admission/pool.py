@@ -47,8 +47,8 @@ class Pool:
 
     A ticket has *tried* an upstream if its attempt failed there and would fail there again. Such tickets wait in
     restricted queues, one for each set of untried upstreams. So no ticket waits behind a ticket that is restricted to
-    other upstreams. Restricted queues are served first, because they are short. While the first ticket of a queue waits
-    for a closed upstream, tickets of later queues must not take that upstream.
+    other upstreams. Restricted queues are served first, because they are short. While the first ticket of a queue
+    waits, tickets of later queues must not take an upstream that this ticket could use.
 
     A set of upstreams is a bit set: bit i stands for `upstreams[i]`.
     """
@@ -75,7 +75,7 @@ class Pool:
         """Loop time at which the last ticket arrived or the last attempt ended."""
         self.in_flight = 0
         """Attempts of this pool's tickets that are in flight."""
-        self._urgent: set[Ticket] = set()  # tickets that the lowest tier would probably answer after their deadline
+        self._urgent: set[Ticket] = set()  # tickets that a higher tier should take now; see `_spills`
         for upstream in upstreams:
             upstream.on_end.append(self._on_end)
 
@@ -187,7 +187,7 @@ class Pool:
         ticket.expiry = self._loop.call_at(max(ticket.deadline - self._latency(untried), now), self._expire, ticket)
 
     def _latest_switch_at(self, ticket: Ticket, untried: int) -> float:
-        """Return the latest loop time at which a higher tier should take the ticket; inf if it cannot take it."""
+        """Return the latest loop time at which a higher tier should take the ticket; inf if there is none."""
         lowest = self.upstreams[0].tier
         higher = [
             upstream for bit, upstream in enumerate(self.upstreams) if untried >> bit & 1 and upstream.tier > lowest
@@ -243,7 +243,7 @@ class Pool:
         queue = self.queue if untried == self._all else self._restricted.get(untried)
         if queue is None or ticket not in queue:
             return False
-        self._book_wait(now)  # before the ticket is removed: it books nothing when the queue is empty
+        self._book_wait(now)  # before the removal: `_book_wait` books nothing for an empty queue
         queue.remove(ticket)
         self._on_ticket_removed(ticket, now)
         return True
@@ -305,9 +305,9 @@ class Pool:
         return claimed, inf
 
     def _choose(self, now: float, ticket: Ticket, untried: int) -> tuple[Upstream | None, float, Cause | None]:
-        """Choose the open upstream with the smallest load in the lowest possible tier, from the bit set `untried`.
+        """Choose the upstream with open gates and the smallest load in the lowest possible tier, from `untried`.
 
-        If none is open, return None, the loop time when the first one opens, and the cause of the wait.
+        If none has open gates, return None, the loop time when the first one opens, and the cause of the wait.
         """
         only = self._only_upstream
         if only is not None:
@@ -370,7 +370,7 @@ class Pool:
         for on_end in tuple(pools):
             started = upstream.started
             on_end(now)
-            if upstream.started > started:  # the pools take turns: this one is asked last from now on
+            if upstream.started > started:  # the pools take turns: next time, this pool is asked last
                 pools.remove(on_end)
                 pools.append(on_end)
 
@@ -447,8 +447,8 @@ class Pool:
         """Return the seconds without a byte after which an attempt at `upstream` is stopped.
 
         inf: no other upstream can take the ticket, and this is no probe of an open circuit. Normally the result is the
-        upstream's own patience. It is shorter if otherwise no other upstream could answer before the deadline, but this
-        shortening never goes below the time that slow answers of this upstream take.
+        upstream's own patience. It is shorter if another upstream could otherwise not answer before the deadline, but
+        never shorter than slow answers of this upstream take.
         """
         others = [other for other in self.upstreams if other is not upstream and self._may_take(now, ticket, other)]
         if not others:
@@ -517,8 +517,8 @@ class Pool:
     ) -> float:
         """Return the seconds until `upstreams` (with their bits) together could start this ticket.
 
-        Ahead of it are `requests` others with a total of `cost` estimated LLM tokens, and at each upstream the tickets
-        that may go only to it and others.
+        Ahead of the ticket are `requests` other tickets with `cost` estimated LLM tokens in total. At each upstream,
+        the tickets of the restricted queues that may use it are ahead too.
         """
         rate = 0.0
         for bit, upstream in upstreams:

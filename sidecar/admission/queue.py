@@ -25,7 +25,7 @@ from sidecar.admission.ticket import Priority, Ticket
 #: A key that could not be served in time has caught up when 1/CAUGHT_UP_DIVISOR of its backlog is left.
 CAUGHT_UP_DIVISOR = 8
 #: Callers that return at the time of their Retry-After come spaced in time. If more than this many such tickets of one
-#: key wait, they are a flood that is only mistaken for returning callers (which are recognised by key and time alone).
+#: key wait, most are new requests that are mistaken for returning callers: only key and time identify a caller.
 MAX_PROMISED = 8
 #: Maximum number of rounds for which a key is passed over after one large ticket. It bounds the loop in `head`.
 MAX_ROUNDS = 256
@@ -267,7 +267,7 @@ class FairQueue:
                 if queue.deficit <= 0:  # the key still pays for a large ticket
                     group.rotate()
                     turns += 1
-                    if turns >= len(ring):  # all keys pay: give every key the rounds that each needs, at once
+                    if turns >= len(ring):  # all keys have a debt: grant at once the rounds that the smallest needs
                         turns = 0
                         debts = [-other.deficit for other in ring if other]
                         rounds = min(debts) // self._quantum
@@ -335,7 +335,7 @@ class FairQueue:
                 if group.length and group.credit > 0:
                     return group
             waiting = [(WEIGHTS[priority], group) for priority, group in self._classes.items() if group.length]
-            # As many rounds at once as no class needs fewer of: a class may owe thousands of them.
+            # Grant several rounds at once: the fewest that any class needs, at least 1. A class may owe thousands.
             rounds = max(min(-group.credit / (weight * self._quantum) for weight, group in waiting) // 1.0, 1.0)
             for weight, group in waiting:
                 group.credit += rounds * weight * self._quantum

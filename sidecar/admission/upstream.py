@@ -22,7 +22,8 @@ from sidecar.admission.ticket import Cause, Ticket
 
 #: After an outage the pace begins at this share of the learned limit.
 OUTAGE_SHARE = 0.4
-#: While no limit is known, or only guessed, `throughput` counts only this share of the pace.
+#: While no limit is known, or only guessed, `throughput` counts this share of the pace, or the accepted rate if that is
+#: higher.
 UNTRIED_SHARE = 0.25
 #: Assumed seconds per answer until the first answer is known.
 USUAL_SECONDS = 1.0
@@ -286,7 +287,7 @@ class Upstream:
     def _is_silent(self, permit: Permit, now: float) -> bool:
         """Return True if an attempt without a byte shows an outage, and not only a caller with little time.
 
-        It waited much longer than the known answers took, and no attempt was accepted since it was sent.
+        The attempt waited much longer than the known answers took, and no attempt was accepted since it was sent.
         """
         return permit.sent_at >= self._accepted_at and now - permit.sent_at >= PATIENCE_P99S * self._p99
 

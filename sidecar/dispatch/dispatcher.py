@@ -49,7 +49,7 @@ class DeadlineExceeded(Exception):
 
 
 class NoByteInTime(DeadlineExceeded):
-    """The upstream sent no byte within its patience, so another upstream gets the request."""
+    """The upstream sent no byte in the time that `Pool.patience` allows, so another upstream gets the request."""
 
 
 class Dispatcher:

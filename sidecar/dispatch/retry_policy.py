@@ -50,7 +50,7 @@ TABLE: tuple[tuple[VerdictOutcome, Callable[[Situation], bool], Action], ...] = 
     ("failed", lambda situation: situation.failing, "again_later"),
     ("failed", lambda situation: situation.failed_attempts < MAX_FAILED_ATTEMPTS, "again_later"),  # within the budget
     ("failed", lambda situation: situation.has_answered, "again_if_failing"),
-    ("timed_out", lambda _: True, "elsewhere"),  # only an attempt that another upstream can follow is stopped early
+    ("timed_out", lambda _: True, "elsewhere"),  # an attempt is stopped early only if another upstream can take it
     ("account", lambda situation: situation.elsewhere, "elsewhere"),
 )
 
@@ -99,7 +99,7 @@ class RetryPolicy:
         self.budget = RetryBudget(now)
 
     def decide(self, now: float, situation: Situation) -> Action:
-        """Apply the table. A retry of a single request's failure uses the budget; one in an outage does not."""
+        """Apply the table. A retry after a failure uses the budget, except during an outage."""
         for outcome, fits, action in TABLE:
             if situation.outcome == outcome and fits(situation):
                 if action == "again_later" and not situation.failing and not self.budget.take(now):

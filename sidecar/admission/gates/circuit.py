@@ -33,7 +33,7 @@ FAILING_TICKETS = 2
 FIRST_STEP, GROWTH, SHORT_STEP, SLOW_GROWTH, MAX_STEP = 0.5, 2.0, 4.0, 1.25, 5.0
 #: Seconds between two probes while the provider refuses the account.
 BILLING_STEP = 30.0
-#: Seconds by which a Retry-After may delay the next probe: normally, and after two were found to be true.
+#: Seconds by which a Retry-After may delay the next probe: normally, and after two in a row were found to be true.
 LITTLE_TRUST, MUCH_TRUST = 5.0, 30.0
 #: Maximum in seconds of the estimate that is made from the time for which the circuit has been open.
 MAX_GUESS = 60.0
@@ -363,8 +363,8 @@ class Circuit:
         good, bad = verdict.outcome == "accepted", verdict.outcome in ("refused", "failed")
         if self._cold and (good or bad):
             self._cold = False
-            # After a refusal, the gate that learned from it raises the load slowly, by a factor of at most 1.4 per
-            # accepted call.
+            # After a refusal, the gate that learned from it raises the load slowly, by a factor of at most 1.42 per
+            # attempt.
             learned = verdict.outcome == "refused" and verdict.named != "capacity"
             self._start_rising(1 if bad and not learned else 0)
         elif was_sent and good:

@@ -65,8 +65,8 @@ class ConcurrencyGate:
         self.discovered = False
         """True: the last refusal revealed a concurrency limit although it did not name concurrency."""
         self.guessed = False
-        """True: the learned limit rests on one burst of refusals, or on the state file. So the search for more is free,
-        and nobody is refused because of it."""
+        """True: the learned limit rests on one burst of refusals, or on the state file. So the search for a higher
+        limit uses no refusal budget, and no request is refused on arrival because of this limit."""
         self._confirming = False  # an attempt was accepted since the last burst of refusals
         self._budget = budget
         self._on_change = on_change

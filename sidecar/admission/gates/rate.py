@@ -14,7 +14,7 @@ from sidecar.admission.ticket import Cause, Ticket
 #: While no refusal comes and the limit grows, each growth by this share is reported to `on_change`.
 REPORTED_SHARE = 0.1
 #: Seconds. While requests wait, at least one attempt is sent in this time, even above the learned limit: only a probe
-#: can show that the limit is far too low. With a lower ceiling of the operator, the time is longer.
+#: can show that the limit is far too low. An operator's ceiling below one attempt in this time makes the time longer.
 PROBE_SECONDS = 5.0
 
 
@@ -121,7 +121,7 @@ class RateGate:
         self.advance(now)
         amount = ahead.tokens if self._in_tokens else ahead.requests
         learner = self.learner
-        if learner.ceiling_seconds > 0 and not learner.certain:  # of a guess, only the operator's ceiling counts
+        if learner.ceiling_seconds > 0 and not learner.certain:  # a guessed limit: only the operator's ceiling counts
             return ahead.requests * learner.ceiling_seconds
         return max(amount - self._bucket.level(now), 0.0) / learner.pace(now)
 

@@ -1,1 +1,1 @@
-"""What is learned from verdicts: one dimension of one provider account and model at a time."""
+"""Learn the limits from verdicts: one learner for each dimension of one account and model."""

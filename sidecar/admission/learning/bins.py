@@ -1,4 +1,4 @@
-"""How much was taken of late, in bins: what a used-up window held."""
+"""The recently sent amounts in time bins. They show how much a used-up quota window allowed."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ from sidecar.admission.learning.tuning import HISTORY_BIN_SECONDS
 
 
 class History:
-    """Amounts by the time at which they were sent, for the last `seconds`."""
+    """The amounts of the last `seconds`, by send time."""
 
     __slots__ = ("_bins", "_seconds", "pending")
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
         self.pending: list[tuple[float, float]] = []
-        """Times and amounts that were sent and are not yet in a bin: an append for each attempt costs no call."""
+        """Send times and amounts that are not in a bin yet. To append here costs no method call for each attempt."""
         self._bins: deque[list[float]] = deque()  # [number, amount]
 
     def flush(self) -> None:
-        """Put what is pending into bins."""
+        """Put the pending amounts into bins."""
         pending, self.pending = self.pending, []
         for at, amount in pending:
             self._add(at, amount)
 
     def add(self, at: float, amount: float) -> None:
-        """Add what was sent, or take off what was refused (a negative amount)."""
+        """Add a sent amount, or subtract a refused amount (then `amount` is negative)."""
         if self.pending:
             self.flush()
         self._add(at, amount)
@@ -47,23 +47,23 @@ class History:
                 return
 
     def since(self, at: float) -> float:
-        """The amount from then on."""
+        """Return the total amount since the loop time `at`."""
         if self.pending:
             self.flush()
         number = int(at / HISTORY_BIN_SECONDS)
         total = 0.0
-        for one, amount in reversed(self._bins):  # the newest first: what is asked for is mostly of late
+        for one, amount in reversed(self._bins):  # newest first, because most calls ask for a recent time
             if one < number:
                 break
             total += amount
         return total
 
     def rate(self, now: float, seconds: float) -> float:
-        """The amount a second, in the last few seconds."""
+        """Return the amount per second over the last `seconds`."""
         return self.since(now - seconds) / seconds
 
     def back(self, at: float, amount: float) -> float | None:
-        """The time from which on so much was sent until `at`; None if less was."""
+        """Return the latest loop time from which `amount` was sent until `at`; None if less was sent."""
         if self.pending:
             self.flush()
         number = int(at / HISTORY_BIN_SECONDS)
@@ -75,7 +75,7 @@ class History:
         return None
 
     def next(self, at: float) -> float | None:
-        """When something was sent next after that time."""
+        """Return the end of the first bin after `at` that has an amount above 0; None if there is none."""
         if self.pending:
             self.flush()
         number, found = int(at / HISTORY_BIN_SECONDS), None

@@ -1,4 +1,4 @@
-"""What it tells when everything was refused for a while: a penalty for a refusal, or the rest of a used-up window."""
+"""Learn from a blackout, in which every call is refused: was it a penalty, or the rest of a used-up quota window?"""
 
 from __future__ import annotations
 
@@ -27,10 +27,11 @@ from sidecar.admission.learning.tuning import (
 
 class Blackouts:
     """
-    Remembers what was taken between them, and what the last one cost.
+    Remember the amounts accepted between blackouts, and what the last blackout showed.
 
-    Of a window is known what it holds, and the bounds of its length. Whether it is fixed or slides makes no difference
-    at an even pace: what it holds was taken since some time, and nothing is until that time is one length ago.
+    For a quota window, this class knows the amount that it allows, and bounds on its length. At an even pace, fixed and
+    sliding windows need no distinction: the whole amount was accepted since some time, and nothing more is accepted
+    until one window length after that time.
     """
 
     __slots__ = (
@@ -41,33 +42,34 @@ class Blackouts:
     def __init__(self, now: float) -> None:
         self.history = History(2.0 * BLACKOUT_WINDOW_SECONDS + 10.0)
         self.began = now
-        """When the provider took something again after the one before; when sending began, if there was none."""
+        """Loop time at which the provider accepted a call again after the previous blackout; before the first blackout,
+        the time at which sending began."""
         self.lost_seconds = 0.0
-        """How long nothing is taken after each refusal; 0 where refusals are not punished."""
+        """Seconds for which the provider accepts nothing after each refusal; 0 if refusals are not punished."""
         self.windowed = False
-        """The quota is one of windows."""
+        """True: the quota is counted in windows."""
         self.window = 0.0
-        """What such a window holds, or would if the last blackout was one's end."""
+        """Amount that such a window allows, or would allow if the last blackout was the rest of a window."""
         self.next_at = now
-        """When the next window begins, if one is used up."""
+        """Loop time at which the next window begins, if the present one is used up."""
         self.barren = 0
-        """Refusals with nothing taken between."""
+        """Number of refusals in a row without an accepted call between them."""
         self.explained_by: float | None = None
-        """The least limit that explains the refusal that is punished, if that came too early."""
-        self._least, self._most = 0.0, BLACKOUT_WINDOW_SECONDS  # seconds of a window
-        self._since: float | None = None  # the present one is used up, and was begun then
-        self._before: deque[tuple[float, float, float]] = deque(maxlen=2)  # what blackouts showed
+        """Lowest limit that explains the punished refusal, if that refusal came too early; else None."""
+        self._least, self._most = 0.0, BLACKOUT_WINDOW_SECONDS  # bounds on a window's length in seconds
+        self._since: float | None = None  # start of the present window, if it is used up
+        self._before: deque[tuple[float, float, float]] = deque(maxlen=2)  # past blackouts: window, _least, _most
         self._full_at = now
-        self._refused_at = now  # the last refusal's send time
+        self._refused_at = now  # send time of the last refused call
 
     @property
     def rate(self) -> float:
-        """What a window allows, a second."""
+        """The limit per second that the window implies."""
         return self.window / self._seconds
 
     @property
     def unsure(self) -> float:
-        """How well that rate is known, as a share."""
+        """Relative error of `rate`."""
         return (self._most - self._least) / (self._most + self._least)
 
     @property
@@ -75,17 +77,19 @@ class Blackouts:
         return (self._least + self._most) / 2
 
     def refused(self, at: float, amount: float) -> None:
-        """What was sent at that time was not taken."""
+        """Subtract an amount that was sent at `at` and refused."""
         self.history.add(at, -amount)
         self._refused_at = max(at, self._refused_at)
 
     def ended(self, closed_at: float, probed_at: float, step: float, typical: float) -> float:
         """
-        Everything was refused from `closed_at` until a probe sent at `probed_at`, `step` after the last refused one.
+        Learn from a blackout that began at `closed_at` and ended when the probe sent at `probed_at` was accepted.
 
-        Gives the rate at which was taken since the one before, this one included.
-        It was a window's if it was long, or if as much was taken before it as before one of the last two: where a fixed
-        window ended in between, more was.
+        `step`: seconds between the last refusal and that probe. Return the amount accepted since the previous blackout
+        per second, this blackout included. More than BLACKOUT_WINDOW_SECONDS count as BLACKOUT_WINDOW_SECONDS.
+
+        A window was used up if the blackout was long, or if the same amount was accepted before one of the last two
+        blackouts. Two are compared, because more is accepted if a fixed window ends in between.
         """
         taken = self.history.since(self.began) - typical
         seconds = probed_at - self.began
@@ -116,13 +120,13 @@ class Blackouts:
         return taken / max(min(seconds, BLACKOUT_WINDOW_SECONDS), 1e-3)
 
     def early(self, interval: Interval, estimate: Estimate) -> None:
-        """A refusal came too early that is likely to be punished: what it says counts as far as that agrees."""
-        if not estimate.has_credit:  # else what was taken in close succession would have been refused
+        """Note the lowest limit that explains a refusal that came too early and is probably punished; see `learn`."""
+        if not estimate.has_credit:  # calls accepted in close succession show a bucket of at least two requests
             estimate.burst = 2.0 * estimate.typical
         self.explained_by = interval.rate(inf)[0]
 
     def learn(self, now: float, seconds: float, whole: float, estimate: Estimate, *, guessed: bool) -> None:
-        """What the last one, of so many seconds, says of the limit; at `whole` was taken, blackout and all."""
+        """Learn the limit from the last blackout of `seconds`. `whole`: the accepted rate, with the blackout's time."""
         if self.windowed:
             estimate.know(self.rate, self.unsure)
             estimate.on(now, Event.BLACKOUT_ENDED, f"everything was refused for {seconds:.1f} s")
@@ -138,20 +142,20 @@ class Blackouts:
             estimate.on(now, Event.BLACKOUT_ENDED, f"refused, and everything with it for {seconds:.1f} s")
 
     def lost(self, estimate: Estimate) -> float:
-        """What each refusal costs, beyond what a burst makes good."""
+        """Return the amount that each refusal costs, beyond the amount that a burst makes up for."""
         return max(self.lost_seconds * estimate.limit - 0.7 * estimate.burst, 0.0)
 
     def full(self, now: float, at: float, estimate: Estimate) -> bool:
-        """Whether a refusal that was sent at that time fits to a window that is used up; then `next_at` is known."""
+        """Return True if a refused attempt that was sent at `at` fits a used-up window; then `next_at` is known."""
         if self._since is not None and (next_at := self.history.next(self._full_at)) is not None:
-            self._between(self._least, max(next_at - self._since, self._least))  # nothing was refused then
+            self._between(self._least, max(next_at - self._since, self._least))  # by then the window was over
         self._full_at = at
         since = self._since = self.history.back(at, self.window)
         if since is None or at - since > (1.0 + BLACKOUT_FITS) * self._most:
             self.windowed = False
             return False
         before = self.history.back(since, self.window + estimate.typical)
-        # no more than that was taken in the window before, though nothing was refused
+        # `window` and one more request were accepted from `before` to `since`, so a window is not longer than that
         self._between(at - since, max(self._most if before is None else since - before, at - since))
         self.next_at = since + self._seconds
         estimate.know(self.rate, self.unsure)
@@ -159,7 +163,7 @@ class Blackouts:
         return True
 
     def risen(self, now: float, estimate: Estimate) -> bool:
-        """More was taken than was thought to be allowed. Whether that fits to a window, a little shorter."""
+        """Return True if a slightly shorter window explains that more was accepted than the window allows."""
         since = self.history.back(now, self.window + estimate.typical)
         if since is None or now - since < (1.0 - BLACKOUT_FITS) * self._least:
             self.windowed = False
@@ -169,7 +173,7 @@ class Blackouts:
         return self.windowed
 
     def _between(self, least: float, most: float) -> None:
-        """Seconds that a window lasts at least and at most. What was thought counts as far as it agrees."""
+        """Set bounds on a window's length in seconds. Older bounds still count if they agree with the new bounds."""
         if least < self._most and most > self._least:
             least, most = max(least, self._least), min(most, self._most)
         self._least, self._most = least, max(most, least + HISTORY_BIN_SECONDS)
@@ -178,7 +182,7 @@ class Blackouts:
         return taken >= BLACKOUT_FEW * typical and abs(taken - window) <= max(BLACKOUT_SAME * taken, 0.5 * typical)
 
     def ends(self, now: float, typical: float) -> float:
-        """When best to look whether the window that is used up has ended; `now` where there is none."""
+        """Return the best loop time for the next probe of a used-up window; `now` if no window is used up."""
         since = self._since
         if since is None and not self.windowed and self._same(self.history.since(self.began), self.window, typical):
             since = self.began

@@ -10,18 +10,18 @@ from sidecar.admission.learning.tuning import EARLY_CUTS, EARLY_MEASURED, ESTIMA
 
 
 class EarlyRefusals:
-    """An episode of them."""
+    """One episode of early refusals."""
 
     __slots__ = ("_since", "_taken", "count")
 
     def __init__(self) -> None:
         self.count = 0
-        """In this episode."""
+        """Number of early refusals in this episode."""
         self._since = 0.0
         self._taken: list[Sent] = []
 
     def add(self, interval: Interval) -> None:
-        """One more, and what was taken since the refusal before."""
+        """Count an early refusal, and add the calls accepted since the previous refusal."""
         if self.count == 0:
             self._begin(interval.refused)
         else:
@@ -32,7 +32,7 @@ class EarlyRefusals:
         self.count, self._since, self._taken = 1, sent.at, []
 
     def cut(self, interval: Interval, estimate: Estimate) -> bool:
-        """Take a little off the limit, for chance. False if that was done often enough in this episode."""
+        """Lower the limit a little, because the refusal may be chance. Return False after enough cuts in an episode."""
         if self.count > len(EARLY_CUTS):
             return False
         estimate.limit *= EARLY_CUTS[self.count - 1]
@@ -41,7 +41,7 @@ class EarlyRefusals:
         return True
 
     def measure(self, sent: Sent, estimate: Estimate) -> float:
-        """Learn the lower limit that explains the episode up to this refusal. Gives by what share the other was off."""
+        """Learn the lower limit that explains the episode up to now. Return what `Estimate.replace` returns."""
         most = rate_between(self._since, self._taken, sent.at, sent.amount, inf)[1]
         off = estimate.replace(min(most, 0.9 * estimate.limit))
         estimate.unsure = EARLY_MEASURED

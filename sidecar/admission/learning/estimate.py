@@ -1,4 +1,4 @@
-"""What is known of one dimension's limit: how high it is, how much is let through at once, and how sure that is."""
+"""The estimate of one dimension's limit: the rate, the burst, and the relative error of the rate."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from sidecar.admission.learning.tuning import (
 
 
 class Estimate:
-    """A provider's bucket, as far as refusals have shown. Rates and amounts are in the dimension's unit."""
+    """The estimated token bucket of a provider. Rates and amounts are in the dimension's unit."""
 
     __slots__ = ("burst", "changed_at", "changed_why", "limit", "state", "typical", "unsure")
 
     def __init__(self, now: float, typical: float) -> None:
         self.state = State.START
         self.limit = inf
-        """What may be sent a second; infinite while nothing was ever refused."""
+        """Estimated limit per second; infinite until the first refusal."""
         self.burst = START_CREDIT * typical
-        """What the provider is taken to let through at once after a pause."""
+        """Estimated amount that the provider accepts at once after a pause."""
         self.unsure = ESTIMATE_UNSUREST
-        """The share by which the limit may be off."""
+        """Relative error of the limit."""
         self.typical = typical
-        """The amount of a usual request."""
+        """Amount of a usual request."""
         self.changed_at = now
         self.changed_why = "nothing was refused yet"
 
@@ -42,24 +42,24 @@ class Estimate:
         self.changed(now, why)
 
     def changed(self, now: float, why: str) -> None:
-        """Tell operators that it changed, and why."""
+        """Record the time and the reason of a change, for operators."""
         self.changed_at = now
         self.changed_why = why
 
     @property
     def has_credit(self) -> bool:
-        """A pause saves up more than the next request."""
+        """True if the bucket holds at least two usual requests, so that a pause saves up more than the next request."""
         return self.burst >= 2.0 * self.typical
 
     @property
     def cushion(self) -> float:
-        """What is left in the provider's bucket, so that chance (other callers, uneven ways) does not empty it."""
+        """Amount to leave in the provider's bucket, so that chance (other callers, uneven delays) cannot empty it."""
         return min(max(0.1 * self.burst, self.typical), 3.0 * self.typical)
 
     def bounds(self, interval: Interval) -> tuple[float, float]:
-        """The lowest and the highest limit that explain what was taken between two refusals."""
+        """Return the lowest and the highest limit that explain the calls accepted between two refusals."""
         low, high = interval.rate(self.burst)
-        for _ in range(2):  # a limit that has risen has mostly risen with its credit
+        for _ in range(2):  # if a limit has risen, its burst has usually risen in proportion
             risen = (low + high) / 2 / self.limit
             if risen < 1.0 + ESTIMATE_MOVED or self.unsure > ESTIMATE_VAGUE or not self.has_credit:
                 break
@@ -67,18 +67,18 @@ class Estimate:
         return low, high
 
     def know(self, limit: float, unsure: float, *, surest: float = ESTIMATE_SUREST) -> None:
-        """Take this for the limit, to within that share."""
+        """Set the limit and its relative error (at least `surest`, at most ESTIMATE_UNSUREST)."""
         self.limit = limit
         self.unsure = min(max(unsure, surest), ESTIMATE_UNSUREST)
 
     def narrow(self, low: float, high: float, *, blur: float = 0.0, anew: bool = False) -> float:
         """
-        A refusal bounds the limit, and no better than to within a share of `blur`. Gives what `replace` does.
+        Improve the limit with the bounds from a refusal. Return 0 if they agree with it, else what `replace` returns.
 
-        `anew`: whatever was thought of it before does not count.
+        `blur`: minimum relative error of the bounds. `anew`: do not average with the old limit.
         """
         width, middle = max((high - low) / (low + high), blur), (low + high) / 2
-        if self.unsure >= ESTIMATE_UNSUREST:  # as high as that leaves: few calls hardly bound it from below
+        if self.unsure >= ESTIMATE_UNSUREST:  # choose a high value: few calls hardly bound the limit from below
             middle = max(middle, high / (1.0 + ESTIMATE_UNSUREST))
         if not anew and low <= self.limit <= high:
             limit = self.limit + self.unsure / (self.unsure + width) * (middle - self.limit)
@@ -90,8 +90,10 @@ class Estimate:
 
     def replace(self, limit: float) -> float:
         """
-        Another limit. Gives by what share the one before was off, or 0 if that was not known well. Beyond
-        ESTIMATE_MOVED it has moved, and its credit with it.
+        Replace the limit. Return its relative change, or 0 if the old limit was not known well.
+
+        A change above ESTIMATE_MOVED means that the provider's limit has changed. Then the burst is scaled in
+        proportion. One call lowers the limit at most to ESTIMATE_LARGEST_CUT times its old value.
         """
         limit = max(limit, ESTIMATE_LARGEST_CUT * self.limit)
         off = abs(limit / self.limit - 1.0) if self.unsure <= ESTIMATE_VAGUE else 0.0
@@ -101,15 +103,15 @@ class Estimate:
         return off
 
     def spent(self) -> None:
-        """As much was taken at once as was thought to be there, and perhaps more is."""
+        """Raise the burst by 5 %: the provider accepted the whole estimated burst at once, so it may allow more."""
         self.burst = min(1.05 * self.burst, ESTIMATE_MAX_BURST_SECONDS * self.limit)
 
     def overspent(self, low: float) -> None:
-        """A burst was refused, of calls that came below the limit, which is at least so high."""
+        """Lower the burst: a burst was refused, although the rate was below the limit. The limit is at least `low`."""
         self.burst = max(0.85 * self.burst, self.typical)
         self.limit = max(self.limit, low)
 
     def recall(self, limit: float, burst: float, uncertainty: float) -> None:
-        """Begin with what was learned before a restart."""
+        """Start from values that were learned before a restart."""
         self.burst = max(burst, self.typical)
         self.know(limit, uncertainty, surest=ESTIMATE_RECALLED)

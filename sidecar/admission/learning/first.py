@@ -1,4 +1,4 @@
-"""What the first refusal shows: how much a provider takes at once, and so what its limit may be."""
+"""Guess burst and limit from the first refusal and the amount that the provider accepted before it."""
 
 from __future__ import annotations
 
@@ -21,37 +21,38 @@ from sidecar.admission.learning.tuning import (
 
 
 class FirstBurst:
-    """The calls up to the first refusal. Whether they were taken may come out only after it."""
+    """The calls sent up to the first refusal. Their verdicts may arrive only after it."""
 
     __slots__ = ("_since", "_until", "is_burst", "open", "searching", "taken")
 
     def __init__(self, refused_at: float, began: float, sent: Iterable[Sent]) -> None:
         self.is_burst = refused_at - began <= FIRST_SECONDS
-        """It came so soon that what was taken is mostly credit: the limit is a guess, and may well be far off."""
+        """True: the refusal came so soon that mostly a saved burst was accepted. The limit is then a guess, which may
+        be far off."""
         self.open = True
-        """Its refusals are still coming back."""
+        """True while refusals of these calls may still arrive."""
         self.searching = True
-        """The provider's bucket was empty, so that whatever is taken shows more."""
+        """True: the provider's bucket was empty, so accepted calls show a higher limit, and the guess grows."""
         self._since = began if self.is_burst else refused_at - START_WINDOW_SECONDS
         self._until = refused_at
         self.taken = sum(one.amount for one in sent if one.at >= self._since and not one.refused)
 
     def holds(self, one: Sent) -> bool:
-        """It is one of those that were taken, and what it took still counts."""
+        """Return True if `one` was sent before the refusal, was not refused, and its amount still counts."""
         return self.open and self._since <= one.at <= self._until and not one.refused
 
     def correct(self, more: float, estimate: Estimate, refusal_seconds: float) -> None:
-        """So much more was taken than it seemed; guess again."""
+        """Add `more` to the accepted amount (negative: less was accepted), and guess again."""
         self.taken += more
         self.guess(estimate, refusal_seconds)
 
     def guess(self, estimate: Estimate, refusal_seconds: float) -> None:
         """
-        Guess the limit from which on to look for a higher one, and the burst.
+        Guess the burst, and the limit from which the search for a higher limit begins.
 
-        taken = limit * (seconds + usual burst seconds): what a bucket held at first, and what flowed in meanwhile. The
-        fewer were taken, the less do they tell of the rate: then the search begins higher, but with no more than one
-        before each refusal is back.
+        taken = limit * (seconds + usual burst seconds): the first content of the bucket, and the amount refilled
+        meanwhile. A small accepted amount says little about the rate. Then the search begins at a higher rate, but with
+        at most one request per `refusal_seconds`.
         """
         typical, seconds = estimate.typical, self._until - self._since
         limit = max(self.taken / (seconds + FIRST_USUAL_BURST_SECONDS), FIRST_FLOOR / (1.0 + seconds) * typical)
@@ -64,13 +65,13 @@ class FirstBurst:
         estimate.limit, estimate.burst = limit, burst if burst >= 2.0 * typical else typical
 
     def none_for(self, seconds: float, estimate: Estimate) -> None:
-        """So long nothing was taken after a refusal: the limit is below one request in that time."""
+        """Lower the limit below one request per `seconds`, because nothing was accepted for so long after a refusal."""
         most = estimate.typical / seconds
         least = estimate.burst / FIRST_USUAL_BURST_SECONDS if estimate.has_credit else 0.0
         estimate.limit = max(min(estimate.limit, most), least)
 
     def growth(self, seconds: float, refusal_seconds: float) -> float:
-        """What the guess is multiplied by after so many seconds in which it held requests back."""
+        """Return the factor for the guess after `seconds` in which it delayed requests."""
         return exp(
             min(FIRST_SEARCH / (1.0 + FIRST_SEARCH_CAUTION * refusal_seconds) * seconds, FIRST_SEARCH_PER_REQUEST)
         )

@@ -1,9 +1,9 @@
-"""Which burst explains the last few refusals.
+"""Find the burst that explains the last few refusals.
 
-Each of them bounds the limit, and where the bounds do not meet, they were computed with a burst that is not the
-provider's.
+Each refusal bounds the limit. If these bounds have no common value, they were computed with a burst that differs from
+the provider's.
 
-Only small bursts are looked for: a large one hardly moves the bounds, since many calls lie between two refusals then.
+Only small bursts are tried. With a large burst, many calls lie between two refusals, so it hardly moves the bounds.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from sidecar.admission.learning.tuning import (
 
 
 class Fit:
-    """The last few refusals, each with what was taken since the one before."""
+    """The last few refusals, each with the calls accepted since the previous refusal."""
 
     __slots__ = ("_between",)
 
@@ -33,14 +33,14 @@ class Fit:
         self._between: deque[Interval] = deque(maxlen=FIT_REFUSALS)
 
     def forget(self) -> None:
-        """What came before does not count: the limit has moved, or other rules were at work."""
+        """Forget the refusals so far, because the limit has changed, or other rules were in effect."""
         self._between.clear()
 
     def refused(self, now: float, interval: Interval, estimate: Estimate) -> bool:
         """
-        One more. Whether another burst, and only that, explains them; then it is learned, with the limit.
+        Add a refusal. Return True if only another burst explains the refusals; then learn that burst and the limit.
 
-        If none does, the limit has moved, and only the last refusal counts from now on.
+        If no burst explains them, the limit has changed, and only the last refusal counts from now on.
         """
         self._between.append(interval)
         burst, typical = estimate.burst, estimate.typical

@@ -1,4 +1,4 @@
-"""What a learner is: it turns verdicts into the pace of one rate. Gates and everything else know only this contract."""
+"""The interface of a learner, which turns verdicts into the pace of one rate. The gates use only this interface."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from sidecar.admission.learning.policer import Sent
 
 
 class Effect(NamedTuple):
-    """What a verdict does to the gate in front."""
+    """The effect of a verdict on the gate."""
 
     level: float | None
-    """What the gate's bucket holds from now on; None: what it held before."""
+    """New level of the gate's bucket; None: unchanged."""
     nothing_accepted: bool = False
-    """Everything is refused, whatever the pace: the circuit must find out when that ends."""
+    """True: the provider refuses everything at any pace. The circuit must find out when this ends."""
 
 
 NO_EFFECT, EMPTY = Effect(None), Effect(0.0)
@@ -23,17 +23,18 @@ NO_EFFECT, EMPTY = Effect(None), Effect(0.0)
 
 @dataclass(frozen=True, slots=True)
 class Recovery:
-    """Everything was refused for a while; then a probe was accepted. Seconds on the event loop's clock."""
+    """The end of a time in which everything was refused: a probe was accepted. Times are loop times in seconds."""
 
     closed_at: float
+    """When the circuit opened."""
     probed_at: float
     """When the accepted probe was sent."""
     step: float
-    """Seconds before it in which nothing was sent."""
+    """Seconds between the last refusal and the accepted probe."""
 
 
 class Unknown(Enum):
-    """What was learned turned out to be wrong: the provider is as unknown as at the start."""
+    """The learned limit was wrong: start again, as with an unknown provider."""
 
     UNKNOWN = "unknown"
 
@@ -53,7 +54,7 @@ class Remembered:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """What a learner knows. Rates are per second; the limit is infinite while none is known."""
+    """The state of a learner. Rates are per second; the limit is infinite while none is known."""
 
     limit: float
     burst: float
@@ -61,16 +62,16 @@ class Snapshot:
     """The relative error of the limit."""
     state: str
     why: str
-    """Why limit or state last changed."""
+    """Why the limit or the state last changed."""
     since: float
-    """When that was, on the event loop's clock."""
+    """Loop time of that change, in seconds."""
 
 
 class Learner(Protocol):
-    """Learns the limit of one rate. Pure: every call takes `now`, nothing waits, nothing is scheduled."""
+    """Learns the limit of one rate. Time comes only from the arguments; a learner never waits and sets no timer."""
 
     unpaced: bool
-    """Nothing needs to be paced: no refusal was ever seen, and there is no ceiling."""
+    """True: no attempt is paced, because neither a limit nor a ceiling is known."""
 
     @property
     def limit(self) -> float:
@@ -79,82 +80,82 @@ class Learner(Protocol):
 
     @property
     def certain(self) -> bool:
-        """The limit was measured with calls that were accepted; False while it is a guess or only remembered."""
+        """True: the limit was measured with accepted calls. False while it is a guess or only remembered."""
         ...
 
     @property
     def ceiling_seconds(self) -> float:
-        """Seconds between two usual attempts at the operator's ceiling; 0 without one."""
+        """Seconds between two usual attempts at the operator's ceiling; 0 without a ceiling."""
         ...
 
     @property
     def guessed(self) -> bool:
-        """The limit is a first guess, and may be far off."""
+        """True: the limit is a first guess, and may be far off."""
         ...
 
     @property
     def refusal_seconds(self) -> float:
-        """How long a refusal takes to come back."""
+        """Seconds from sending an attempt to its refusal, smoothed."""
         ...
 
     @property
     def capacity(self) -> float:
-        """What may be sent at once after a pause."""
+        """Amount that may be sent at once after a pause."""
         ...
 
     def usual(self, amount: float, share: float) -> None:
-        """Move the amount of a usual attempt by this share of the way to `amount`: LLM tokens differ."""
+        """Move the usual amount of an attempt towards `amount` by this share of the difference."""
         ...
 
     def pace(self, now: float) -> float:
-        """What may be sent per second at present; infinite for everything."""
+        """Return the rate per second that may be sent now; infinite if there is no limit."""
         ...
 
     def sent(self, now: float, amount: float, *, held: bool, pace: float) -> Sent:
-        """An attempt goes out at this pace. `held`: it had to wait for this rate, so more would have been sent."""
+        """Record that an attempt is sent at this pace. `held`: this rate delayed it, so more would have been sent."""
         ...
 
     def accepted(self, now: float, sent: Sent) -> None:
-        """The provider accepted it."""
+        """Record that the provider accepted the attempt."""
         ...
 
     def settled(self, sent: Sent, amount: float) -> None:
-        """It took another amount than was reserved."""
+        """Replace the reserved amount of an attempt by its real amount."""
         ...
 
     def refused(self, now: float, sent: Sent) -> Effect:
-        """The provider refused it because of this rate."""
+        """Learn from an attempt that was refused because of this rate."""
         ...
 
     def refused_too(self, now: float, sent: Sent) -> None:
-        """It was refused while everything was refused."""
+        """Record an attempt that was refused while everything was refused."""
         ...
 
     def void(self, now: float, sent: Sent) -> None:
-        """It ended in a way that says nothing about this rate."""
+        """Record an attempt whose outcome says nothing about this rate."""
         ...
 
     def resumed(self, now: float, after: Recovery | Remembered | Unknown | float) -> Effect:
-        """Sending goes on after a blackout, after a restart, as at the start, or at this share of the limit."""
+        """Continue after a blackout, after a restart, as at the start, or at this share of the limit."""
         ...
 
     def window_ends(self, now: float) -> float:
-        """When the provider's present window ends; `now` where it has none."""
+        """Return the best loop time for the next probe of a used-up window; `now` if no window is used up."""
         ...
 
     @property
     def windowed(self) -> bool:
-        """The provider's quota is one of windows."""
+        """True if the provider's quota is counted in windows."""
         ...
 
     def rate(self, now: float) -> float:
-        """The accepted amount per second, lately."""
+        """Return the accepted amount per second of the last seconds."""
         ...
 
     def use(self, now: float) -> float:
-        """The accepted rate as a share of the limit; 0 while none is known."""
+        """Return the accepted rate as a share of the limit; 0 while no limit is known."""
         ...
 
     def snapshot(self) -> Snapshot:
-        """Return what is known."""
+        """Return the present state."""
         ...

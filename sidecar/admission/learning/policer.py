@@ -1,10 +1,11 @@
-"""What a refusal proves about a token bucket that nobody has seen.
+"""Compute bounds on the rate of an unknown token bucket from its refusals.
 
-A provider's quota is modelled as a policer: a bucket that refills at `rate` and holds `burst`; a call that finds less
-than its amount in it is refused and takes nothing. So at the instant of a refusal the bucket is *known*: as good as
-empty. Every call that was taken since then is a lower bound on the rate, and the next refusal is an upper bound: two
-refusals with n calls between them, `seconds` apart, give the rate to within 1/n. That holds whatever the burst is, as
-long as the bucket did not run full in between; where it did, the burst decides what was lost, hence `burst` below.
+A provider's quota is modelled as a policer: a bucket that refills at `rate` and holds at most `burst`. A call that
+finds less than its amount in the bucket is refused and takes nothing. So at a refusal the level of the bucket is
+*known*: it is nearly empty. The calls accepted since then give a lower bound on the rate, and the next refusal gives an
+upper bound: two refusals with n accepted calls between them give the rate to within 1/n. This holds for every burst, if
+the bucket was never full in between. If it was full, the burst decides how much was lost. So the functions below need
+`burst`.
 
 Linux' BBR estimates a policer's rate in the same way (`lt_bw` in net/ipv4/tcp_bbr.c), without the bounds.
 """
@@ -19,7 +20,7 @@ from sidecar.admission.learning.tuning import POLICER_MAX_REMEMBERED
 
 
 class Sent:
-    """One attempt as a controller remembers it: when it was sent, how much it took, and whether it was refused."""
+    """One attempt: when it was sent, its amount, and whether it was refused."""
 
     __slots__ = ("amount", "at", "bound", "refused")
 
@@ -27,12 +28,12 @@ class Sent:
         self.at = at
         self.amount = amount
         self.bound = bound
-        """It had to wait for this dimension: more would have been sent."""
+        """True: this dimension delayed the attempt, so more would have been sent."""
         self.refused = False
 
 
 class Interval:
-    """Between two refusals: the first left the bucket empty at `start`, and it gave `taken` until it refused one."""
+    """The time between two refusals: the bucket was empty at `start`, gave `taken`, and then refused `refused`."""
 
     __slots__ = ("refused", "start", "taken", "total")
 
@@ -43,40 +44,40 @@ class Interval:
         self.total = sum(one.amount for one in taken)
 
     def rate(self, burst: float) -> tuple[float, float]:
-        """The lowest and the highest rate that explain it; see `rate_between`."""
+        """Return the lowest and the highest rate that explain the interval; see `rate_between`."""
         return rate_between(self.start, self.taken, self.refused.at, self.refused.amount, burst)
 
     @property
     def mostly_bound(self) -> bool:
-        """It was used to the limit, but for a fifth."""
+        """True if this dimension delayed calls with at least 80 % of the accepted amount."""
         return sum(one.amount for one in self.taken if one.bound) >= 0.8 * self.total
 
 
 class Trace:
-    """What was sent since the provider's bucket was last known to be empty: since the last refusal, mostly."""
+    """The attempts sent since the provider's bucket was last known to be empty: usually, since the last refusal."""
 
     __slots__ = ("sent", "start")
 
     def __init__(self, now: float) -> None:
         self.start = now
-        """When it was empty."""
+        """Loop time at which the bucket was empty."""
         self.sent: deque[Sent] = deque()
-        """In order. Whoever appends calls `trim` above POLICER_MAX_REMEMBERED."""
+        """In the order of sending. Code that appends must call `trim` above POLICER_MAX_REMEMBERED."""
 
     def __iter__(self) -> Iterator[Sent]:
         return iter(self.sent)
 
     def trim(self) -> None:
-        """Forget the first half: what the bucket held before the later half is taken to be nothing."""
+        """Forget the older half, and assume that the bucket was empty at the end of that half."""
         for _ in range(POLICER_MAX_REMEMBERED // 2):
             self.start = self.sent.popleft().at
 
     def until(self, refused: Sent) -> Interval:
-        """What was taken since then, until this one was refused."""
+        """Return the interval from `start` to this refusal."""
         return Interval(self.start, [one for one in self.sent if not one.refused and one.at <= refused.at], refused)
 
     def emptied(self, at: float) -> None:
-        """The bucket was empty at that time too, so that what was sent before shows nothing more."""
+        """Record that the bucket was empty at `at`, so that earlier attempts show nothing more."""
         self.start = at
         while self.sent and self.sent[0].at <= at:
             self.sent.popleft()
@@ -84,9 +85,9 @@ class Trace:
 
 def level_after(start: float, level: float, sent: Sequence[Sent], *, at: float, rate: float, burst: float) -> float:
     """
-    What a bucket holds at `at` that held `level` at `start` and gave each of `sent` its amount.
+    Return the level at `at` of a bucket that had `level` at `start` and gave each of `sent` its amount.
 
-    level(t) = min(burst, level(t0) + rate * (t - t0)) - amount; negative where so much could not have been taken.
+    level(t) = min(burst, level(t0) + rate * (t - t0)) - amount; negative if the bucket could not have given so much.
     """
     for one in sent:
         level = min(burst, level + rate * (one.at - start)) - one.amount
@@ -96,8 +97,8 @@ def level_after(start: float, level: float, sent: Sequence[Sent], *, at: float, 
 
 def rate_between(start: float, taken: Sequence[Sent], at: float, amount: float, burst: float) -> tuple[float, float]:
     """
-    The lowest and the highest rate at which a bucket, empty at `start`, takes all of `taken` and refuses `amount` at
-    `at`. `taken` are in order, after `start` and not after `at`. (0, inf) where that says nothing.
+    Return the lowest and the highest rate at which a bucket, empty at `start`, accepts all of `taken` and then refuses
+    `amount` at the time `at`. `taken` is in order, after `start` and not after `at`. (0, inf): there are no bounds.
     """
     seconds = at - start
     if seconds <= 0:
@@ -105,9 +106,9 @@ def rate_between(start: float, taken: Sequence[Sent], at: float, amount: float, 
     total = sum(one.amount for one in taken)
     most = (total + amount) / seconds
     burst = max(burst, amount)
-    # The lowest at which no call found less than its amount, though it began with just less than `amount`.
+    # The lowest rate at which every call found its amount, if the bucket began with nearly `amount`.
     lowest = _bisect(most, lambda rate: _takes(start, amount, taken, rate, burst))
-    # The highest that leaves less than `amount` at the end, though it began with nothing.
+    # The highest rate that leaves less than `amount` at the end, if the bucket began empty.
     highest = _bisect(most, lambda rate: level_after(start, 0.0, taken, at=at, rate=rate, burst=burst) >= amount)
     return lowest, max(highest, lowest)
 
@@ -122,7 +123,7 @@ def _takes(start: float, level: float, sent: Sequence[Sent], rate: float, burst:
 
 
 def _bisect(guess: float, holds: Callable[[float], bool]) -> float:
-    """The rate from which on `holds`, to within a part in a thousand or so; 0 where it always does."""
+    """Return the lowest rate for which `holds` is true, to within about 0.1 %; about 0 if it is always true."""
     low, high = 0.0, guess
     while not holds(high) and high < 1000 * guess:
         low, high = high, 2 * high

@@ -1,16 +1,16 @@
-"""Learns one dimension's limit (requests, or LLM tokens, a second) from which attempts were refused.
+"""Learns the limit of one dimension (requests or LLM tokens per second) from the attempts that were refused.
 
-A quota is a policer: nothing slows down before a refusal, so the only signal is *which* attempts were refused, by the
-time at which they were sent. The controller is pure: every call takes `now`, nothing waits, nothing is scheduled.
+A quota is a policer: nothing slows down before a refusal, so the only signal is *which* attempts were refused, with
+their send times. Time comes only from the arguments; the learner never waits and sets no timer.
 
     START ──refused──▶ ASSESS ──the limit is known well──▶ STEADY ⇄ PROBE
                          ▲                                   │
                          └──── refused again and again ──────┤
                                                              └── so often that others must share it ──▶ SHARED
 
-A refusal gives bounds on the limit (`policer.rate_between`), so an estimate and how uncertain it is. The pace then
-starts below the estimate by that uncertainty and rises until the next refusal (`ramp.py`). The states ASSESS, STEADY
-and PROBE only name where on which ramp the pace is.
+A refusal gives bounds on the limit (`policer.rate_between`): an estimate with a relative error. The pace then starts
+below the estimate by that error and rises until the next refusal (`ramp.py`). The states ASSESS, STEADY and PROBE only
+name the position of the pace on its ramp.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ from sidecar.admission.learning.tuning import (
 
 
 class PolicerLearner:
-    """Today's learner of one dimension. Rates and amounts are in its unit: requests, or LLM tokens."""
+    """The learner of one dimension. Rates and amounts are in its unit: requests or LLM tokens."""
 
     def __init__(
         self, now: float, *, ceiling: float = inf, budget: float = 0.005, typical: float = 1.0, dormant: bool = False
@@ -67,17 +67,17 @@ class PolicerLearner:
         self.estimate = Estimate(now, typical)
         self.ceiling = ceiling
         self.refusal_seconds = 0.05
-        """How long a refusal takes to come back, smoothed."""
+        """Seconds from sending an attempt to its refusal, smoothed."""
         self.unpaced = dormant and ceiling == inf
-        """Whatever comes may go: nothing need be counted yet."""
+        """True: no attempt is paced, because neither a limit nor a ceiling is known."""
         self._budget, self._dormant = budget, dormant
         self._remembered_at = inf  # when a limit from before a restart was loaded; infinite after the first refusal
-        self._confirmed = False  # a call was accepted since the limit was a mere guess
+        self._confirmed = False  # True: a call was accepted since the start or the restart
         self._grown_at = now
-        self._cut_at = -inf  # what was sent until then, and is refused, is of the last event
+        self._cut_at = -inf  # refused attempts that were sent until this time belong to the last event
         self._trace = Trace(now)
         self._start = Start(dormant=dormant)
-        self._first: FirstBurst | None = None  # while the estimate is but a guess from it
+        self._first: FirstBurst | None = None  # not None while the limit is only a guess from it
         self._ramp = Ramp(budget)
         self._fit = Fit()
         self._early = EarlyRefusals()
@@ -94,12 +94,12 @@ class PolicerLearner:
 
     @property
     def state(self) -> State:
-        """What the controller is doing."""
+        """The present state."""
         return self.estimate.state
 
     @property
     def limit(self) -> float:
-        """The learned limit, a second; infinite while nothing was ever refused."""
+        """The learned limit per second; infinite until the first refusal."""
         return self.estimate.limit
 
     @property
@@ -114,7 +114,7 @@ class PolicerLearner:
 
     @property
     def guessed(self) -> bool:
-        """The limit is a guess from the first burst, and may well be far off."""
+        """See `Learner`."""
         return self._first is not None
 
     # -- the gate ------------------------------------------------------------------------------------------------------
@@ -129,7 +129,7 @@ class PolicerLearner:
 
     @property
     def capacity(self) -> float:
-        """See `Learner`. Beyond the start a cushion is left in the provider's bucket."""
+        """See `Learner`. After the start, a cushion stays in the provider's bucket."""
         estimate = self.estimate
         burst, typical = estimate.burst, estimate.typical
         if estimate.state is START:
@@ -137,7 +137,7 @@ class PolicerLearner:
         return max(burst - min(max(0.1 * burst, typical), 3.0 * typical), typical)  # `Estimate.cushion`
 
     def sent(self, now: float, amount: float, *, held: bool, pace: float) -> Sent:
-        """See `Learner`. Written out here, since it runs for each attempt: a call in Python costs as much as a line."""
+        """See `Learner`. Code of other classes is copied here, because this runs for each attempt: calls are slow."""
         if held and not self.unpaced:
             self._grow(now, amount)
         self._grown_at = now
@@ -158,7 +158,7 @@ class PolicerLearner:
         return one
 
     def _empty_for(self, now: float, pause: float) -> Effect:
-        """The provider's bucket is empty, so ours is too; for `pause` seconds it gives nothing."""
+        """Empty the gate's bucket, because the provider's is empty. Let it give nothing for `pause` more seconds."""
         level = -self.estimate.cushion if self.estimate.has_credit and not self.guessed else 0.0
         return Effect(level - pause * self.pace(now))
 
@@ -172,27 +172,27 @@ class PolicerLearner:
             self._share.climb.accepted()
 
     def void(self, now: float, sent: Sent) -> None:
-        """It ended, and says nothing of this limit."""
+        """See `Learner`."""
         self._start.answered(now, 0.0)
 
     def refused_too(self, now: float, sent: Sent) -> None:
-        """It was refused when everything was, which says nothing new."""
+        """See `Learner`."""
         sent.refused = True
         self._start.answered(now, 0.0)
         self._blackouts.refused(sent.at, sent.amount)
 
     def settled(self, sent: Sent, amount: float) -> None:
-        """It took another amount than was reserved."""
+        """See `Learner`."""
         self._blackouts.history.add(sent.at, amount - sent.amount)
         if self._first is not None and self._first.holds(sent):
             self._first.correct(amount - sent.amount, self.estimate, self.refusal_seconds)
         sent.amount = amount
 
     def refused(self, now: float, sent: Sent) -> Effect:
-        """See `Learner`. One burst of refusals, told by their send times, is one event."""
+        """See `Learner`. The refusals of one burst (recognised by their send times) are one event."""
         self.refused_too(now, sent)
         self._remembered_at = inf
-        weight = 1.0 if self.state is START else 0.3  # the first one takes the place of what was assumed
+        weight = 1.0 if self.state is START else 0.3  # the first value replaces the assumed value
         self.refusal_seconds = max(self.refusal_seconds + weight * (now - sent.at - self.refusal_seconds), 1e-3)
         if sent.at <= self._cut_at:
             if self._first is None or not self._first.open:
@@ -219,7 +219,7 @@ class PolicerLearner:
         if blackouts.windowed:
             rest = max(blackouts.next_at - now, 0.0)
             return Effect(self.estimate.typical - rest * self.pace(now), blackouts.barren >= 1)
-        # after the first one as long again, to see what became of the rest of the burst
+        # After the first refusal, wait once more for the time of a refusal: until all verdicts of the burst are known.
         level, _ = self._empty_for(now, now - sent.at if self._first is not None and self._first.open else 0.0)
         return Effect(level, blackouts.barren >= 2 or blackouts.lost_seconds > 0)
 
@@ -233,10 +233,10 @@ class PolicerLearner:
         self.estimate.on(now, Event.FIRST_REFUSAL, "first refusal")
 
     def _refusal(self, now: float, sent: Sent) -> bool:
-        """A refusal after others. Whether they come at any pace: then what counts is what a pace brings."""
+        """Learn from a refusal after the first one. If refusals come at any pace, begin a `Climb` and return True."""
         estimate = self.estimate
         burst, limit, pace = estimate.burst, estimate.limit, self.pace(now)
-        # neither a first guess nor a pace that was punished says anything of other paces
+        # A first guess, or a refusal that is punished, says nothing about refusals at other paces.
         counts = not (self.guessed or self._blackouts.lost_seconds)
         known = estimate.unsure < ESTIMATE_RECALLED
         if self._first is not None:
@@ -246,7 +246,7 @@ class PolicerLearner:
         return counts and slow and not self._blackouts.windowed and self._share.in_vain(now, limit, estimate)
 
     def _learn(self, now: float, interval: Interval) -> None:
-        """The limit from what was taken since the refusal before."""
+        """Learn the limit from the calls accepted since the previous refusal."""
         estimate, blackouts, guessed = self.estimate, self._blackouts, self.guessed
         blackouts.barren = 0 if interval.taken else blackouts.barren + 1
         pace = self._unbounded_pace()
@@ -263,7 +263,7 @@ class PolicerLearner:
             return
         low, high = estimate.bounds(interval)
         if not guessed and not interval.mostly_bound:
-            high = inf  # seldom at the limit: how full the bucket was hangs on a burst that is known badly
+            high = inf  # seldom at the limit: the level of the bucket depends on the burst, which is not known well
             if not interval.refused.bound and estimate.has_credit:
                 estimate.overspent(min(low, pace))
                 estimate.changed(now, "refused within a burst")
@@ -280,7 +280,7 @@ class PolicerLearner:
         self._early.count = 0
         blur = 0.0
         if blackouts.lost_seconds:
-            blur = 0.5 * estimate.burst / interval.total  # for the burst is known badly
+            blur = 0.5 * estimate.burst / interval.total  # because the burst is not known well
         elif estimate.has_credit and self._ramp.spent + estimate.typical >= estimate.burst:
             estimate.spent()
         sure = estimate.unsure <= ESTIMATE_VAGUE
@@ -296,7 +296,7 @@ class PolicerLearner:
                 self._share.as_alone()
 
     def _look_again(self, off: float) -> bool:
-        """Soon for a limit that has moved, and later each time for one that has not. Whether it has just moved."""
+        """Probe soon if the limit has changed, else later each time. Return True for the first change in a while."""
         if off <= ESTIMATE_MOVED:
             self._ramp.confirmed()
         elif self._ramp.moved():
@@ -305,7 +305,7 @@ class PolicerLearner:
         return False
 
     def _too_early(self, now: float, interval: Interval) -> None:
-        """It came before the pace had reached the limit: chance, other users of the account, or a lower limit."""
+        """Learn from a refusal below the limit: chance, other users of the account, or a lower limit."""
         estimate, early = self.estimate, self._early
         early.add(interval)
         if self._share.odd(now, estimate):
@@ -321,18 +321,18 @@ class PolicerLearner:
 
     @property
     def windowed(self) -> bool:
-        """The quota is one of windows, as far as blackouts have shown."""
+        """See `Learner`. Blackouts show it."""
         return self._blackouts.windowed
 
     def window_ends(self, now: float) -> float:
-        """When the present window ends; `now` where there are none."""
+        """See `Learner`."""
         return self._blackouts.ends(now, self.estimate.typical)
 
     def resumed(self, now: float, after: Recovery | Remembered | Unknown | float) -> Effect:
         """See `Learner`."""
         if after is UNKNOWN or (isinstance(after, Recovery) and not self._confirmed):
             refusal_seconds, unanswered = self.refusal_seconds, self._start.unanswered
-            # Called anew: no part of what was learned may be left.
+            # Initialise again, so that no part of what was learned is left.
             self.__init__(  # type: ignore[misc]
                 now,
                 ceiling=self.ceiling,
@@ -354,18 +354,18 @@ class PolicerLearner:
 
     def _recovered(self, now: float, closed_at: float, probed_at: float, step: float) -> None:
         """
-        Everything was refused from `closed_at` on until the probe sent at `probed_at` was taken; nothing was tried for
-        `step` seconds before that.
+        Learn from a blackout that began at `closed_at` and ended when the probe sent at `probed_at` was accepted.
 
-        If it was a penalty for the refusal, that refusal tells the limit as any other does. If it was the rest of a
-        used-up window, the limit is what was taken since the one before, over all of the time; which also holds,
-        nearly, where a refusal was punished that should not have come yet.
+        `step`: seconds between the last refusal and that probe. If the blackout was a penalty for its refusal, that
+        refusal bounds the limit like any other. If it was the rest of a used-up window, the limit is the amount
+        accepted since the previous blackout, divided by the whole time. That is also nearly true if the punished
+        refusal came too early.
         """
         estimate, blackouts = self.estimate, self._blackouts
         blackouts.began = max(self._start.began, blackouts.began)
         whole = blackouts.ended(closed_at, probed_at, step, estimate.typical)
         if self._first is not None and blackouts.barren:
-            self._first.none_for(step, estimate)  # each refusal may have begun it anew
+            self._first.none_for(step, estimate)  # each refusal may have restarted the penalty
             self._first.searching = not estimate.has_credit
         if self._share.climb is not None:
             blackouts.lost_seconds = 0.0
@@ -379,7 +379,7 @@ class PolicerLearner:
         self._begin()
 
     def _restart(self, now: float, share: float) -> Effect:
-        """Go on after a pause, such as an outage, at that share of the limit, and rise from there."""
+        """Continue after a pause, such as an outage, at this share of the limit, and rise from there."""
         if self.state is State.START:
             self._start.again(now)
             return NO_EFFECT
@@ -394,24 +394,24 @@ class PolicerLearner:
         return self.estimate.limit * height
 
     def _begin(self) -> None:
-        """Begin a new ramp with what is known now."""
+        """Begin a new ramp from the present estimate."""
         estimate, blackouts = self.estimate, self._blackouts
         estimate.limit = max(estimate.limit, ESTIMATE_LEAST * estimate.typical)
         self._ramp.begin(
             estimate,
             self.refusal_seconds,
-            # what is only guessed is soon to be known better, whatever that costs
+            # a guess must be improved soon, even if that costs refusals
             lost=0.0 if self.guessed else blackouts.lost(estimate),
             window=blackouts.window if blackouts.windowed else 0.0,
         )
 
     def _grow(self, now: float, amount: float) -> None:
-        """The pace was what held this amount back."""
+        """Raise the pace or the limit, because the pace delayed an attempt of this amount."""
         estimate, blackouts, seconds = self.estimate, self._blackouts, min(now - self._grown_at, 0.5)
         if self.state is State.START:
             self._start.grow(seconds)
         elif now - self._remembered_at > LEARNER_REMEMBERED_SECONDS and self._confirmed:
-            # Nothing was refused for so long: the limit may be far higher than it was.
+            # No refusal for LEARNER_REMEMBERED_SECONDS: the limit may be far higher than before the restart.
             estimate.limit *= exp(RAMP_RISE * min(now - self._grown_at, 1.0))
             estimate.unsure = ESTIMATE_UNSUREST
         elif self._first is not None and self._first.searching:
@@ -422,7 +422,7 @@ class PolicerLearner:
             if self._ramp.along >= 1.0 and self.pace(now) > (
                 LEARNER_MAX_AHEAD * blackouts.history.rate(now, LEARNER_LATE_SECONDS) + 3.0 * estimate.typical
             ):
-                seconds = 0.0  # something else holds most of them back
+                seconds = 0.0  # something else delays most requests
             self._ramp.grow(seconds, amount, estimate.typical)
             if blackouts.windowed and self._ramp.risen:
                 fits = blackouts.risen(now, estimate)
@@ -435,7 +435,7 @@ class PolicerLearner:
     # -- memory and operators ------------------------------------------------------------------------------------------
 
     def _recall(self, now: float, known: Remembered) -> None:
-        """Begin with what was learned before a restart, and find out soon how true it still is."""
+        """Start from a limit that was learned before a restart, and test soon whether it is still true."""
         self.estimate.recall(known.limit, known.burst, known.error)
         self._trace.emptied(now)
         self._cut_at = now
@@ -445,11 +445,11 @@ class PolicerLearner:
         self._begin()
 
     def rate(self, now: float) -> float:
-        """The accepted amount a second, of late."""
+        """See `Learner`."""
         return self._start.rate(now)
 
     def use(self, now: float) -> float:
-        """The accepted rate as a share of the limit; 0 while no limit is known."""
+        """See `Learner`."""
         return 0.0 if self.limit == inf else self.rate(now) / self.limit
 
     def snapshot(self) -> Snapshot:

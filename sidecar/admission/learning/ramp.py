@@ -1,9 +1,9 @@
-"""How far below or above the learned limit the pace is: the one mechanism by which a limit is looked for and probed.
+"""The pace as a multiple of the learned limit. The same ramp is used to search for a limit and to probe it later.
 
-A ramp begins below the limit by as much as the limit is unsure, rises slowly and ever faster, and ends with the next
-refusal. The less is known, the steeper; what is known well is probed as often as the refusal budget pays for. At its
-end it is above the limit, to spend what a bucket may have saved: once all of that must be gone and nothing was refused,
-the limit has risen, and the pace grows by a share a second until a refusal comes.
+A ramp begins below the limit by the relative error of the limit, rises slowly at first and then faster, and ends with
+the next refusal. An uncertain limit has a short, steep ramp. A well-known limit is probed as often as the refusal
+budget allows. At its end, the ramp is above the limit, to use up what the provider's bucket may have saved. If that is
+used up and no refusal came, the limit has risen. Then the pace grows exponentially until a refusal comes.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from sidecar.admission.learning.tuning import (
 
 
 class Ramp:
-    """Amounts are in the dimension's unit. `begin` says what is known; what was sent since moves it."""
+    """The present ramp. `begin` starts it; each sent amount moves it forward. Amounts are in the dimension's unit."""
 
     __slots__ = (
         "_budget", "_caution", "_credit", "_each", "_eager", "_excess", "_haste", "_length", "_no_credit", "_refusals",
@@ -44,40 +44,41 @@ class Ramp:
 
     def __init__(self, budget: float) -> None:
         self.rise = 1.0
-        """Growth of a limit that has risen."""
+        """Factor by which the limit is assumed to have risen."""
         self.height = 1.0
         """The pace as a share of the limit."""
         self.spent = 0.0
-        """What was sent above the limit since the ramp was to its end."""
+        """Amount sent above the limit since the ramp reached its end."""
         self._budget = budget
-        self._refusals = 0  # since a ramp ended as it should
-        self._each = 1.0  # refusals that it takes to end one, smoothed
+        self._refusals = 0  # since the limit was last confirmed
+        self._each = 1.0  # refusals per ramp, smoothed
         self._haste = RAMP_FIRST_HASTE
 
     def refused(self) -> None:
-        """One refusal."""
+        """Count one refusal."""
         self._refusals += 1
 
     def moved(self) -> bool:
-        """The limit is another: look again soon. False if it has just moved before: then others may share it."""
+        """Shorten the next ramps, because the limit has changed. Return False if it changed shortly before too."""
         if self._haste < 1.0:
             return False
         self._haste = RAMP_HASTE
         return True
 
     def confirmed(self) -> None:
-        """The limit is where it was: look again later than this time."""
+        """Lengthen the next ramp, because the limit has not changed."""
         if self._unsure <= ESTIMATE_VAGUE:
-            if self._haste == 1.0:  # what it took to learn a limit says nothing of what it takes to probe it
+            if self._haste == 1.0:  # refusals while a limit is being learned say nothing about probes
                 self._each += 0.5 * (min(max(self._refusals, 1), RAMP_MAX_EACH) - self._each)
             self._haste = min(self._haste * RAMP_HASTE_LEFT, 1.0)
         self._refusals = 0
 
     def begin(self, estimate: Estimate, refusal_seconds: float, *, lost: float = 0.0, window: float = 0.0) -> None:
         """
-        Start again at the foot, with what is known now.
+        Start a new ramp from the present estimate.
 
-        `lost` is what each refusal costs where it is punished; `window` is what a window holds where one was used up.
+        `lost`: amount that each refusal costs if refusals are punished, else 0. `window`: amount that a quota window
+        allows, 0 without windows.
         """
         limit, burst, typical = estimate.limit, estimate.burst, estimate.typical
         unsure = self._unsure = estimate.unsure
@@ -85,7 +86,7 @@ class Ramp:
         self._credit = RAMP_SPENT * burst + typical
         self._excess = min(max(typical / (limit * max(refusal_seconds, 1e-3)), RAMP_MIN_EXCESS), RAMP_MAX_EXCESS)
         self._caution = 1.0 + refusal_seconds
-        self._eager = (self._excess / RAMP_MAX_EXCESS) ** 2  # a refusal that is long in coming is not to be hurried
+        self._eager = (self._excess / RAMP_MAX_EXCESS) ** 2  # if refusals take long to arrive, rise with care
         self._vague = unsure / ESTIMATE_UNSUREST if unsure > ESTIMATE_VAGUE else 0.0
         if window:
             self._eager = self._vague = 0.0
@@ -95,7 +96,7 @@ class Ramp:
         if lost:
             length, longest, sure = max(length, lost / RAMP_LOST_SHARE), RAMP_MAX_LOSING_SECONDS, ESTIMATE_VAGUE
         elif not window:
-            # each probe of one that is slow to refuse costs many refusals
+            # If refusals take long to arrive, each probe costs many refusals.
             length *= min(self._haste * max(1.0, 0.5 * limit * refusal_seconds / typical), 1.0)
         length = min(max(length, RAMP_MIN_SECONDS * limit), longest * limit)
         self._length = max(length * sure / unsure, 2 * typical, window)
@@ -104,19 +105,19 @@ class Ramp:
         self._climb()
 
     def end(self, rise: float) -> None:
-        """Be at the end, as if the limit had risen, and grow from that share of it."""
+        """Go to the end of the ramp, as if the limit had risen, and grow from `rise` times the limit."""
         self._sent, self.spent = RAMP_RISEN_NO_CREDIT * self._length, self._credit
         self.rise = rise
         self._climb()
 
     @property
     def along(self) -> float:
-        """How far on the ramp, as a share of its length."""
+        """The position on the ramp, as a share of its length."""
         return self._sent / self._length
 
     @property
     def risen(self) -> bool:
-        """More was sent above the limit than is allowed, if it is what it was."""
+        """True if more was sent above the limit than the limit allows, so the limit has risen."""
         return self.spent >= self._credit
 
     def _climb(self) -> None:
@@ -128,7 +129,7 @@ class Ramp:
             self.height = (1.0 + max(self._unsure, self._excess)) * self.rise
 
     def grow(self, seconds: float, amount: float, typical: float) -> None:
-        """So much more was sent, after so many seconds in which the pace was what held requests back."""
+        """Move forward by the sent `amount`, after `seconds` in which the pace delayed requests."""
         height = self.height
         self._sent += amount
         if self.along < 1.0:

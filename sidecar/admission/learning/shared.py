@@ -1,10 +1,10 @@
-"""An account that others use too: no limit of one's own can be learned, only a share be kept.
+"""An account that others use too. No limit can be learned then, so the aim is a fair share of the limit.
 
-Two kinds of refusal come then. Those that the pace brings become fewer when it falls: growth, and a cut for each, let
-all who share shrink or grow towards equal shares, for who sends more is refused more often (after Chiu & Jain, 1989).
-But where a bucket has little credit, a call is refused whenever another's came just before, however seldom one asks.
-Against those it is no help to be slower: what counts is whether a faster pace brings more, so two paces take turns
-(`Climb`).
+There are two kinds of refusals. The first kind becomes rarer at a lower pace. Then slow growth, and a cut for each
+refusal, lead all users towards equal shares, because a user who sends more is refused more often (Chiu & Jain, 1989).
+The second kind comes at any pace: if a bucket allows almost no burst, a call is refused whenever another user's call
+came just before it. A lower pace does not help then. It matters only whether a higher pace gets more calls accepted, so
+two paces take turns (`Climb`).
 """
 
 from __future__ import annotations
@@ -49,32 +49,32 @@ from sidecar.admission.learning.tuning import (
 
 
 class Share:
-    """Whether others use the account, as refusals show it, and what the pace does then."""
+    """Detect from refusals whether others use the account, and adapt the limit while they do."""
 
     __slots__ = ("_cut", "_highest", "_limits", "_odd", "_often_since", "_refused", "calls", "climb")
 
     def __init__(self) -> None:
         self.climb: Climb | None = None
-        """While refusals come at any pace."""
-        self._odd = 0  # refusals that no limit of our own explains
-        self._limits: deque[float] = deque(maxlen=SHARED_ALIKE)  # at the latest events while others use the account
+        """Not None while refusals come at any pace."""
+        self._odd = 0  # unexplained refusals: no limit of a single user explains them
+        self._limits: deque[float] = deque(maxlen=SHARED_ALIKE)  # limits at the latest refusals while shared
         self.calls = 0
-        """Calls that went out."""
-        self._refused: deque[int] = deque(maxlen=SHARED_OFTEN)  # of them, the latest
+        """Number of sent calls."""
+        self._refused: deque[int] = deque(maxlen=SHARED_OFTEN)  # `calls` at the latest refusals
         self._often_since = inf
-        self._cut = SHARED_MAX_CUT  # of the next refusal
-        self._highest = 0.0  # limit since then
+        self._cut = SHARED_MAX_CUT  # share of the limit that the next refusal takes off
+        self._highest = 0.0  # the highest limit since `_often_since`
 
     def as_alone(self) -> None:
-        """A refusal came where it should if the account is ours alone."""
+        """Count a refusal that is explained without other users."""
         self._odd = max(self._odd - 1, 0)
 
     def explained(self, *, but: int = 0) -> None:
-        """What was odd of late is explained, but for so many refusals."""
+        """Forget the unexplained refusals, except for the number `but`."""
         self._odd = min(self._odd, but)
 
     def odd(self, now: float, estimate: Estimate) -> bool:
-        """A refusal came where it should not, by chance or for others. Whether it was one too many for chance."""
+        """Count an unexplained refusal (chance, or other users). Return True if there are too many for chance."""
         self._odd += 1
         if self._odd < SHARED_ODD:
             return False
@@ -86,7 +86,7 @@ class Share:
         return True
 
     def refused(self, now: float, estimate: Estimate) -> bool:
-        """A refusal while others share the account, which shows no limit. False if that is over, and it does."""
+        """Learn from a refusal while others use the account. Return False if they have left: then it shows a limit."""
         if now <= estimate.changed_at + SHARED_EPISODE_SECONDS:
             return True
         self._limits.append(estimate.limit)
@@ -110,7 +110,7 @@ class Share:
         return 1.0 if self.climb is None else self.climb.factor
 
     def growth(self, now: float, seconds: float, estimate: Estimate) -> float:
-        """What the limit is multiplied by after so many seconds in which it held calls back."""
+        """Return the factor for the limit after `seconds` in which it delayed calls."""
         if self.climb is not None:
             return 1.0
         refusals = SHARED_REFUSALS * sqrt(SHARED_USUAL / min(estimate.limit / estimate.typical, SHARED_LARGE))
@@ -119,10 +119,10 @@ class Share:
         return exp(min(refusals * self._cut * seconds, SHARED_MAX_GROWTH))
 
     def in_vain(self, now: float, limit: float, estimate: Estimate) -> bool:
-        """A refusal that a slower pace, at this limit, should have prevented. Whether they come at any pace."""
+        """Count a refusal that a lower pace should have prevented. If refusals come at any pace, climb: return True."""
         self._refused.append(self.calls)
         calls = self.calls - self._refused[0] + 1
-        # a larger bucket refuses only whoever is too fast
+        # A larger bucket refuses only a user that sends too fast.
         if (
             len(self._refused) < SHARED_OFTEN
             or calls > SHARED_OFTEN_CALLS
@@ -141,7 +141,7 @@ class Share:
         return True
 
     def sent(self, now: float, estimate: Estimate, refusal_seconds: float, pace: float) -> bool:
-        """One more call goes out, at this pace, during a climb. Whether that ends it: no refusals come any more."""
+        """Record a call that is sent during a climb. Return True if the climb ends, because refusals are rare now."""
         if self.climb is None:
             return False
         estimate.limit *= self.climb.sent(now, refusal_seconds, pace / estimate.typical)
@@ -155,11 +155,11 @@ class Share:
 
 class Climb:
     """
-    A pace that goes where more is taken, whatever share of it is refused.
+    A search for the pace at which more calls are accepted, whatever share of them is refused.
 
-    Blocks of calls go out a little above and a little below the pace in turn. Beyond what there is, more calls bring
-    only more refusals: the share that is refused grows by as much as the pace. Below that it stays what it is. The
-    pace moves by where it is between the two.
+    Blocks of calls are sent alternately a little above and a little below the pace. Above the available rate, more
+    calls bring only more refusals: the refused share grows with the pace. Below that rate, the refused share does not
+    change. In the first case the pace goes down, in the second it goes up, and between them it changes less.
     """
 
     __slots__ = (
@@ -167,15 +167,15 @@ class Climb:
     )  # fmt: skip
 
     def __init__(self, now: float, share: float) -> None:
-        """`share` of the calls before were refused."""
+        """`share`: refused share of the latest calls."""
         self._began = now
         self._settled = inf
         self._block = 0
         self._high = True
         self._first = True
         self._paced = True
-        self._calls, self._refused = [0.0, 0.0], [0.0, 0.0]  # below, above
-        self._share = share  # of the latest calls that were refused
+        self._calls, self._refused = [0.0, 0.0], [0.0, 0.0]  # in blocks below the pace, above the pace
+        self._share = share  # refused share of the latest calls
         self._row = 0
 
     @property
@@ -184,7 +184,7 @@ class Climb:
         return exp(CLIMB_APART if self._high else -CLIMB_APART)
 
     def sent(self, now: float, refusal_seconds: float, pace: float) -> float:
-        """One call goes out, at this pace if that is what held it back. Returns what the limit is multiplied by."""
+        """Record a call sent at this pace (requests per second). Return the factor for the limit."""
         self._block += 1
         if self._block == CLIMB_SETTLES:
             self._settled = now
@@ -204,7 +204,7 @@ class Climb:
     def _step(self) -> float:
         low, high = (refused / calls for refused, calls in zip(self._refused, self._calls, strict=True))
         taken = max(1.0 - (low + high) / 2, 0.1)
-        steep = min(max((high - low) / (2 * CLIMB_APART * taken), 0.0), 1.0)  # 1: more calls, and no more is taken
+        steep = min(max((high - low) / (2 * CLIMB_APART * taken), 0.0), 1.0)  # 1: more calls, but no more are accepted
         much = low > CLIMB_MAX_REFUSED
         self._first = self._first and steep < 0.5
         self._calls = [CLIMB_KEPT * calls for calls in self._calls]
@@ -214,12 +214,12 @@ class Climb:
         return exp((CLIMB_FIRST_STEP if self._first else CLIMB_STEP) * (1.0 - 2.0 * steep))
 
     def accepted(self) -> None:
-        """One call was taken."""
+        """Record an accepted call."""
         self._row = 0
         self._share *= 0.95
 
     def refused(self, sent_at: float) -> float:
-        """A call that was sent at that time was refused. Returns what the limit is multiplied by."""
+        """Record a refused call with its send time. Return the factor for the limit."""
         before = self.in_vain
         self._row += 1
         self._share += 0.05 * (1.0 - self._share)
@@ -231,10 +231,10 @@ class Climb:
 
     @property
     def in_vain(self) -> bool:
-        """More were refused in a row than chance explains."""
+        """True if more calls in a row were refused than chance explains."""
         return max(self._share, 0.1) ** self._row < 1e-4
 
     @property
     def needless(self) -> bool:
-        """What is slow enough is not refused."""
+        """True if almost no call in blocks below the pace was refused, so the climb is not needed."""
         return self._calls[0] >= CLIMB_CLEAN_CALLS and self._refused[0] <= CLIMB_CLEAN_SHARE * self._calls[0]

@@ -1,4 +1,4 @@
-"""How fast to send to a provider of which nothing is known, until its first refusal."""
+"""The pace for an unknown provider, until its first refusal."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from sidecar.admission.learning.tuning import (
 
 
 class Start:
-    """Paces in requests, whatever the dimension. Goes on measuring the accepted rate when the start is over."""
+    """The pace at the start, always in requests per second. Measures the accepted rate after the start too."""
 
     __slots__ = ("_answers", "_dormant", "_pace", "_total", "began", "unanswered")
 
     def __init__(self, *, dormant: bool) -> None:
         self.began = inf
-        """When the first request was sent."""
+        """Loop time at which the first request was sent; infinite before that."""
         self._dormant = dormant
         self._pace = START_PACE
         self.unanswered = 0
-        """Requests that went out and have not ended."""
+        """Number of requests that were sent and have not ended."""
         self._answers: deque[tuple[float, float]] = deque()
         self._total = 0.0
 
     def again(self, now: float) -> None:
-        """Begin anew: after a pause the provider is as unknown as at first, and all that waits is no first word."""
+        """Begin again after a pause, so that the waiting requests are not all sent at once."""
         self.began = now
 
     def answered(self, now: float, amount: float) -> None:
-        """A request has ended, and took this amount."""
+        """Record that a request has ended. `amount`: its accepted amount, 0 if it was not accepted."""
         self.unanswered -= 1
         self._answers.append((now, amount))
         self._total += amount
@@ -44,11 +44,11 @@ class Start:
             self._expire(now)
 
     def grow(self, seconds: float) -> None:
-        """So long the pace was what held requests back."""
+        """Raise the pace, after `seconds` in which it delayed requests."""
         self._pace *= exp(START_GROWTH * seconds)
 
     def pace(self, now: float) -> float:
-        """Requests a second that may go out; infinite for unpaced."""
+        """Return the requests per second that may be sent; infinite while they are not paced."""
         if self._dormant or self.unanswered < START_CREDIT or self.began == inf:
             return inf
         steps = (now - self.began) / START_CREDIT_STEP_SECONDS
@@ -58,7 +58,7 @@ class Start:
         return max(self._pace, START_HEADROOM * len(self._answers) / START_WINDOW_SECONDS)
 
     def rate(self, now: float) -> float:
-        """The accepted amount a second, of late."""
+        """Return the accepted amount per second, over the last START_WINDOW_SECONDS."""
         self._expire(now)
         return self._total / START_WINDOW_SECONDS
 

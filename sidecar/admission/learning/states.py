@@ -1,4 +1,4 @@
-"""The states of today's learner, and which event leads from which state to which."""
+"""The states of the learner, and the events that lead from one state to another."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from enum import Enum, StrEnum, auto
 
 
 class State(StrEnum):
-    """What the controller is doing. Also the values of the `state` label of `sidecar_limit_state`."""
+    """The state of the learner. The values are also values of the `state` label of `sidecar_limit_state`."""
 
     START = "start"
-    """Nothing was ever refused."""
+    """No refusal came yet."""
     ASSESS = "assess"
     """The limit is known roughly; the pace rises steeply to find it."""
     STEADY = "steady"
@@ -17,7 +17,7 @@ class State(StrEnum):
     PROBE = "probe"
     """The pace is above the limit, to see whether it has risen."""
     SHARED = "shared"
-    """Others use the account too: no limit of one's own can be learned, only a share be kept."""
+    """Others use the account too: no limit can be learned, so the aim is a fair share."""
 
 
 class Event(Enum):
@@ -41,8 +41,8 @@ class Event(Enum):
 
 
 _KNOWN = (State.ASSESS, State.STEADY, State.PROBE, State.SHARED)
-#: (state, event) → state. A pair that is missing is impossible: `Estimate.on` raises for it. `UNKNOWN` (see `Learner`)
-#: is no event: it makes a new learner.
+#: (state, event) → state. A missing pair is impossible: `Estimate.on` raises `KeyError` for it. `UNKNOWN` (see
+#: `Learner`) is no event: it initialises the learner again.
 TRANSITIONS: dict[tuple[State, Event], State] = {
     (State.START, Event.FIRST_REFUSAL): State.ASSESS,
     **{(state, Event.MEASURED_WELL): State.STEADY for state in _KNOWN},
@@ -56,5 +56,5 @@ TRANSITIONS: dict[tuple[State, Event], State] = {
     (State.SHARED, Event.OTHERS_LEFT): State.ASSESS,
     **{(state, Event.REMEMBERED): State.ASSESS for state in State},
 }
-#: By its own name: each call asks for it, and to look a member up in its enum takes as long as to call a function.
+#: Names of their own, because each attempt uses them, and looking up an enum member takes as long as a function call.
 START, SHARED = State.START, State.SHARED

@@ -1,175 +1,187 @@
-"""Every constant of the learner, once: its name, its value and what it is."""
+"""All constants of the learner, with their meaning."""
 
 from __future__ import annotations
 
 # -- start -----------------------------------------------------------------------------------------------
 
-#: Until anything is known, this many requests go out unpaced: what all cameras send at once.
+#: While nothing is known, this many requests are sent unpaced, because all cameras send their first frame at once.
 START_CREDIT = 16.0
-#: A silent provider is a willing one: refusals come back quickly, so as much again follows after each of these seconds
+#: Refusals arrive quickly, so silence means that nothing was refused: after each of these seconds, the allowed number
+#: of requests without an answer doubles
 START_CREDIT_STEP_SECONDS = 0.1
-#: ... up to this many without an answer.
+#: ... up to this maximum.
 START_MAX_UNANSWERED = 64.0
-#: Requests a second beyond that, growing by this share a second while they bind.
+#: Above that number: requests per second, and their exponential growth per second while the pace delays requests.
 START_PACE, START_GROWTH = 16.0, 0.4
-#: ... and never below this many times the accepted rate.
+#: The pace is at least this multiple of the rate at which requests end.
 START_HEADROOM = 1.25
 #: Seconds over which the accepted rate is measured.
 START_WINDOW_SECONDS = 1.5
 
 # -- first -----------------------------------------------------------------------------------------------
 
-#: Requests a second that any provider is taken to allow when a first refusal at once says nothing else.
+#: Minimum first guess of a limit in requests per second, if the first refusal comes at once.
 FIRST_FLOOR = 2.0
-#: A bucket may be small and yet fill quickly: more is looked for from so many requests a second on.
+#: A small bucket may fill quickly. If only one request was accepted before the first refusal, the search begins at this
+#: many requests per second; if n were accepted, at 1/n of it.
 FIRST_QUICK = 32.0
-#: Seconds of the limit that a bucket is taken to hold when nothing is known of it.
+#: Assumed size of an unknown bucket, in seconds of its limit.
 FIRST_USUAL_BURST_SECONDS = 1.5
-#: A first refusal within so many seconds shows a burst, and what came later a rate,
+#: A first refusal within this many seconds shows a burst; a later one shows a rate,
 FIRST_SECONDS = 5.0
-#: ... of which so much is taken to last.
+#: ... of which this share is assumed to last.
 FIRST_LASTING = 0.8
-#: Growth of the guess while nothing contradicts it: a second, where refusals come back at once; how much less for each
-#: second that they take; and from one request to the next at most.
+#: Exponential growth of the guess while no refusal contradicts it: per second, if refusals arrive at once; how much
+#: less for each second that a refusal takes; and the maximum from one request to the next.
 FIRST_SEARCH, FIRST_SEARCH_CAUTION, FIRST_SEARCH_PER_REQUEST = 2.0, 5.0, 0.35
 
 # -- estimate --------------------------------------------------------------------------------------------
 
-#: How unsure a limit is, as a share of it, at least and at most.
+#: Minimum and maximum relative error of a limit.
 ESTIMATE_SUREST, ESTIMATE_UNSUREST = 0.01, 0.3
-#: What is less sure than that is vague: more may be allowed, whatever was spent.
+#: A limit with a larger relative error than this is vague, that is, not known well.
 ESTIMATE_VAGUE = 0.05
-#: The least that a limit can be, in usual requests a second: one in an hour.
+#: Minimum of a limit in usual requests per second: one in an hour.
 ESTIMATE_LEAST = 1 / 3600
-#: Seconds of the limit that a bucket is taken to hold at most.
+#: The estimated burst is not raised above this many seconds of the limit.
 ESTIMATE_MAX_BURST_SECONDS = 6.0
-#: How uncertain a limit that was learned before a restart is at least.
+#: Minimum relative error of a limit that was learned before a restart.
 ESTIMATE_RECALLED = 0.1
-#: What one event leaves of the limit at least.
+#: One measurement lowers a limit at most to this share of its old value.
 ESTIMATE_LARGEST_CUT = 0.3
-#: A limit that is another by this share has moved.
+#: If a measured limit differs from the old limit by more than this share, the provider's limit has changed.
 ESTIMATE_MOVED = 0.2
 
 # -- policer ---------------------------------------------------------------------------------------------
 
-#: Sends remembered at most: beyond this many since a refusal, the rate is known better than it will stay true.
+#: Maximum number of remembered attempts. With more, the estimate would be more exact than the limit is constant.
 POLICER_MAX_REMEMBERED = 1000
 
 # -- ramp ------------------------------------------------------------------------------------------------
 
-#: A ramp's length as a share of the calls that pay for one refusal.
+#: Length of a ramp as a share of the calls that pay for one refusal: normally, and if the bucket holds fewer than two
+#: usual requests (no credit).
 RAMP, RAMP_NO_CREDIT = 1.0, 1.4
-#: Beyond its length the credit of a bucket is spent at this share above the limit at least and at most: between them so
-#: that no more than one further request goes out until the refusal is back.
+#: At its end, a ramp exceeds the limit by a share between these two, to use up the burst that the bucket saved. Between
+#: them, the share is so large that one extra request is sent in the time that a refusal takes.
 RAMP_MIN_EXCESS, RAMP_MAX_EXCESS = 0.05, 0.1
-#: No refusal means that the limit has risen when so many times the credit was spent; without credit, so far on the
-#: ramp.
+#: If no refusal came, the limit has risen: when this multiple of the burst was sent above the limit; without credit, at
+#: this multiple of the ramp's length.
 RAMP_SPENT, RAMP_RISEN_NO_CREDIT = 1.2, 1.15
-#: Growth a second of a risen limit, where refusals come back at once,
+#: Exponential growth per second of a limit that has risen, if refusals arrive at once,
 RAMP_RISE = 0.35
-#: ... at most by this share from one request to the next: at half a request a second, a second is no time,
+#: ... and the maximum growth from one request to the next, which counts at low rates.
 RAMP_RISE_PER_REQUEST = 0.08
-#: A ramp's length in seconds is held within these, since a limit may move: too slow for a small one is no use either.
+#: Minimum and maximum length in seconds of the ramp of a well-known limit, because a limit may change. Without credit,
+#: the maximum is twice as long.
 RAMP_MIN_SECONDS, RAMP_MAX_SECONDS = 4.0, 160.0
-#: Where each refusal begins a blackout, this share of the quota may be lost to probing, and a ramp may take so long.
+#: If each refusal begins a blackout: the share of the quota that probes may cost, and the maximum length in seconds.
 RAMP_LOST_SHARE, RAMP_MAX_LOSING_SECONDS = 0.02, 600.0
-#: Refusals to the end of a ramp that make the next one longer at most.
+#: Maximum of the refusals per ramp that are counted. More refusals per ramp make the next ramps longer.
 RAMP_MAX_EACH = 4.0
-#: A limit that has just moved may move again: the ramp after that is so much shorter, and each one that follows longer.
+#: A limit that has just changed may change again. RAMP_HASTE: factor for the length of the next ramp; RAMP_FIRST_HASTE:
+#: the same at the start. RAMP_HASTE_LEFT: each confirmed limit multiplies the factor by this, up to 1.
 RAMP_HASTE, RAMP_FIRST_HASTE, RAMP_HASTE_LEFT = 0.25, 0.35, 1.5
 
 # -- fit -------------------------------------------------------------------------------------------------
 
-#: So many refusals are to be explained, with no more than so many calls between any two of them.
+#: Number of refusals that one burst must explain, and maximum number of calls between two of them.
 FIT_REFUSALS, FIT_MAX_CALLS = 4, 60
-#: Bounds that miss one another by this share meet, for clocks and ways are uneven.
+#: Bounds that miss one another by at most this share count as meeting, because clocks and delays vary.
 FIT_MEET = 0.01
-#: A burst of more than so many usual requests is not small.
+#: A burst of more than this many usual requests is not small.
 FIT_SMALL = 4.0
-#: What is tried, as multiples of the present burst: the nearest first.
+#: The bursts that are tried, as multiples of the present burst, the nearest first.
 FIT_TRIED = (1.25, 0.8, 1.6, 0.6, 2.0, 0.5, 2.5, 0.4, 3.2, 4.0, 6.0)
 
 # -- early -----------------------------------------------------------------------------------------------
 
-#: What one leaves of the limit, the first and the second time in an episode; the third time it is measured.
+#: Factors for the limit at the first and second early refusal of an episode. At the third, the limit is measured.
 EARLY_CUTS = (0.985, 0.94)
-#: How unsure that limit is.
+#: Relative error of that measured limit.
 EARLY_MEASURED = 0.15
 
 # -- shared ----------------------------------------------------------------------------------------------
 
-#: So many refusals that no limit of one's own explains mean that others use the account too. So many still count when a
-#: lower limit has explained them: where more come, others are likelier than a limit that falls again.
+#: This many unexplained refusals show that others use the account. If a lower limit has explained them, SHARED_KEPT of
+#: them still count: if more come, other users are more probable than a limit that falls again.
 SHARED_ODD, SHARED_KEPT = 5, 2
-#: What a refusal takes off the limit: much at first, which evens the shares out, and less each time, which keeps them.
+#: Share of the limit that a refusal takes off: at first the maximum, so that shares become equal. Each later cut is
+#: SHARED_SETTLE times the one before, down to the minimum, so that shares stay equal.
 SHARED_MAX_CUT, SHARED_MIN_CUT, SHARED_SETTLE = 0.25, 0.1, 0.85
-#: So soon after another one, a refusal tells that somebody has come: much again.
+#: A refusal within this many seconds after the last event shows a new user: the cut is the maximum again.
 SHARED_CROWD_SECONDS = 5.0
-#: Refusals a second for which growth makes up, whatever each takes off, at a share of so many requests a second. At a
-#: larger one they are fewer by its root, up to that of so many: in requests, growth is less uneven than shares are.
+#: Refusals per second whose cuts are made up for by growth, at a limit of SHARED_USUAL requests per second. It is
+#: proportional to 1 / sqrt(limit), up to a limit of SHARED_LARGE: so growth in requests differs less than shares do.
 SHARED_REFUSALS, SHARED_USUAL, SHARED_LARGE = 0.03, 5.0, 20.0
-#: Growth from one request to the next at most.
+#: Maximum growth from one request to the next.
 SHARED_MAX_GROWTH = 0.02
-#: Where so many were to be expected and none came, somebody has gone.
+#: If this many refusals were expected since the last event and none came, a user has left.
 SHARED_GONE = 3.0
-#: Refusals within so many seconds are one event: somebody looks for more than there is.
+#: A refusal within this many seconds after an event belongs to it.
 SHARED_EPISODE_SECONDS = 2.0
-#: So many events in a row at the same limit, to within this share of a cut: it is ours alone, for what others leave
-#: varies.
+#: If this many events in a row occur at the same limit (to within SHARED_SAME of a cut), nobody else uses the account:
+#: the rate that other users leave would vary.
 SHARED_ALIKE, SHARED_SAME = 4, 0.2
-#: So many refusals within so many calls, and that for so many seconds, come at any pace: others who slow down too would
-#: have done so by then.
+#: Refusals come at any pace if SHARED_OFTEN of them come within SHARED_OFTEN_CALLS calls, and this lasts for
+#: SHARED_OFTEN_SECONDS. In that time, other users would have slowed down if a lower pace helped.
 SHARED_OFTEN, SHARED_OFTEN_CALLS, SHARED_OFTEN_SECONDS = 7, 45, 30.0
 
 # -- blackout --------------------------------------------------------------------------------------------
 
-#: A window that was used up is taken to be at most so long: quotas are told by the minute.
+#: Assumed maximum length of a quota window in seconds, because most quotas are per minute.
 BLACKOUT_WINDOW_SECONDS = 60.0
-#: A blackout longer than this, and than so many of the last wait, is no penalty that begins anew with each refusal.
+#: A blackout longer than this many seconds, and than this many times the wait before its last probe, is no penalty that
+#: each refusal restarts.
 BLACKOUT_MAX_PENALTY_SECONDS, BLACKOUT_MAX_PENALTY_STEPS = 10.0, 4.0
-#: Amounts that differ by less than this share, or by less than a request, are the same, if of so many requests.
+#: Two amounts are the same if they differ by at most this share or half a usual request, and the later one is at least
+#: BLACKOUT_FEW usual requests.
 BLACKOUT_SAME, BLACKOUT_FEW = 0.02, 6.0
-#: What took longer than a window by more than this share did not fill one.
+#: A window may be longer or shorter by this share than the known bounds on its length.
 BLACKOUT_FITS = 0.25
-#: The end of a window is looked for at least so much later each time, as a share of it.
+#: Minimum seconds until the next probe for the end of a window, as a share of the window's length.
 BLACKOUT_MIN_LOOK = 0.02
-#: What held less than this share of a window was none.
+#: If less than this share of the window's amount was accepted before a short blackout, the quota has no windows.
 BLACKOUT_LESS = 0.6
-#: A blackout in which less than so many requests would have gone out, or that the first probe ends, is no blackout.
+#: A blackout is ignored if fewer than this many usual requests would have been sent in it, or if it is shorter than
+#: this many seconds (the first probe ends it).
 BLACKOUT_PAUSE, BLACKOUT_PAUSE_SECONDS = 3.0, 0.75
 
-# -- controller ------------------------------------------------------------------------------------------
+# -- learner ---------------------------------------------------------------------------------------------
 
-#: A refusal before this share of a ramp's length has come too early,
+#: A refusal before this share of a ramp's length came too early,
 LEARNER_EARLY = 0.4
-#: ... and before this one, where a bucket that is ours alone would have had credit left.
+#: ... and before this share, it is unexplained if the bucket has credit: without other users, some credit would be
+#: left.
 LEARNER_SOON = 0.95
-#: A limit that was known well does not turn out to be off by more than this share, unless it has moved.
+#: If a well-known limit turns out to be wrong by more than this share, and has not changed, the refusal is unexplained.
 LEARNER_OFF = 0.05
-#: A limit that was remembered, and at which nothing was refused for so many seconds, is raised by RAMP_RISE a second.
+#: A remembered limit grows by RAMP_RISE per second after this many seconds without a refusal.
 LEARNER_REMEMBERED_SECONDS = 8.0
-#: A pace of more than so many times what goes out, of late, is not what holds requests back.
+#: If the pace is above LEARNER_MAX_AHEAD times the sent rate of the last LEARNER_LATE_SECONDS seconds, something else
+#: delays the requests.
 LEARNER_MAX_AHEAD, LEARNER_LATE_SECONDS = 2.0, 1.5
 
 # -- climb ------------------------------------------------------------------------------------------------
 
-#: How far above and below, as a logarithm.
+#: Natural logarithm of the factor between the pace of a block and the middle pace.
 CLIMB_APART = 0.25
-#: A block is of so many calls at least, and lasts for so many times that of a refusal.
+#: Minimum length of a block: this many calls, and this many times the time that a refusal takes.
 CLIMB_CALLS, CLIMB_REFUSALS = 8, 2.0
-#: The first ones of a block meet what the block before has left.
+#: The first calls of a block that do not count, because the previous block still affects them.
 CLIMB_SETTLES = 2
-#: The pace is what holds calls back if it brings more than this share of what it allows.
+#: The pace is what limits the calls if more than this share of what it allows was sent.
 CLIMB_BINDS = 0.7
-#: What the past weighs after each pair of blocks.
+#: Weight of the earlier blocks after each pair of blocks.
 CLIMB_KEPT = 0.8
-#: How far the pace moves at most after a pair of blocks: before it went down for the first time, and then.
+#: Maximum change of the pace (natural logarithm) after a pair of blocks: until it first goes down, and afterwards.
 CLIMB_FIRST_STEP, CLIMB_STEP = 0.5, 0.1
-#: A policer refuses nothing below its limit: then there is no need for this.
+#: A policer refuses nothing below its limit. If at most this share of at least this many calls below the pace is
+#: refused, the climb is not needed.
 CLIMB_CLEAN_SHARE, CLIMB_CLEAN_CALLS = 0.04, 25.0
-#: No more than this share is others' doing.
+#: If a larger share of the calls below the pace is refused, other users are not the only cause: the pace goes down.
 CLIMB_MAX_REFUSED = 0.6
-#: What refusals in a row leave of the limit.
+#: Factor for the limit after more refusals in a row than chance explains.
 CLIMB_IN_VAIN = 0.8
 
 # -- history ----------------------------------------------------------------------------------------------
