@@ -21,8 +21,8 @@ _LAG_STEP_SECONDS = 0.25
 #: Maximum number of open connections: of the data listener, and of the admin listener, which other pods can reach.
 _MAX_DATA_CONNECTIONS = 4096
 _MAX_ADMIN_CONNECTIONS = 128
-#: New objects after which Python's garbage collector runs. Requests create objects that are still in use for a while
-#: (for example the times of sending), so Python's default of 700 would start many collections that find nothing.
+#: Python's garbage collector runs after this number of new objects. Requests create objects that are still in use for a
+#: while (for example the times of sending), so Python's default of 700 would start many collections that find nothing.
 _GARBAGE_OBJECTS = 10_000
 #: Seconds to answer the requests that are still running when SIDECAR_DRAIN_TIMEOUT has passed.
 _LATE_ANSWER_SECONDS = 2.0

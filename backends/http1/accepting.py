@@ -124,7 +124,7 @@ class Counted(asyncio.Protocol):
     def __init__(self, inner: asyncio.Protocol, connections: set[Any], max_connections: int) -> None:
         """The object is in `connections` while the connection is open.
 
-        If there are then more than `max_connections`, it closes the connection immediately.
+        If more than `max_connections` are then open, the new connection is closed immediately.
         """
         self._inner, self._connections, self._max_connections = inner, connections, max_connections
         for name in ("data_received", "eof_received", "pause_writing", "resume_writing"):

@@ -12,7 +12,7 @@ part. `check` looks for all parts at start, see `implementation.py`.
 | 3 | `BaseProtocol._buffer_paused`, `._pause_reading_for_buffer()`, `._resume_reading_for_buffer()` (since 3.14.4) |
 | 4 | `BaseProtocol._drain_helper()`, `._drain_waiter` |
 | 5 | `http.HttpRequestParser(protocol, loop, limit, payload_exception, auto_decompress, max_msg_queue_size)` |
-| 6 | `HttpRequestParser.feed_data(data) -> (messages, upgraded, tail)`; a message is a pair with its body |
+| 6 | `HttpRequestParser.feed_data(data) -> (messages, upgraded, tail)`; `messages`: pairs of a message and its body |
 | 7 | `HttpRequestParser.message_consumed()` |
 | 8 | `http.RawRequestMessage`: `method`, `path`, `version`, `headers`, `should_close`, `chunked` |
 | 9 | `http.HttpProcessingError`, which the parsers raise |

@@ -19,7 +19,7 @@ log = logging.getLogger("sidecar")
 #: Maximum duration of the self-check in seconds. Usually it takes a few milliseconds.
 _CHECK_SECONDS = 5.0
 #: The body of the self-check, 300,000 bytes: more than the read buffers of both ends and more than the client's slice,
-#: so that the check also covers pauses.
+#: so that the check also covers flow control.
 _BODY = b"self-check" * 30_000
 
 

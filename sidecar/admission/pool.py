@@ -23,16 +23,16 @@ LOOK_AGAIN_SECONDS = 0.25
 #: If a new ticket needs more than this share of its remaining time (predicted wait plus answer), its key's backlog
 #: cannot be served in time: the key is then served newest first.
 SERVABLE_SHARE = 0.5
-#: New callers leave room for callers whose Retry-After ends within SOON_SECONDS: at most KEPT_SHARE of the queue's
-#: places, and at most KEPT_SHARE of their own remaining time.
+#: A new caller leaves room for callers whose Retry-After ends within SOON_SECONDS: at most KEPT_SHARE of the queue's
+#: places, and as much time as serving them takes, but at most KEPT_SHARE of the new caller's own remaining time.
 SOON_SECONDS, KEPT_SHARE = 4.0, 0.5
 #: Seconds. While the last waiting ticket is predicted to wait longer than this, a higher tier may take tickets.
 SPILL_SECONDS = 2.0
 #: Seconds of a ticket's time to reserve for an upstream's answer: SWITCH_ANSWERS times its usual answer time, and at
 #: least MIN_SWITCH_SECONDS (or SWITCH_SHARE of the ticket's whole time, if that is shorter). While no answer time is
-#: known: SWITCH_SHARE of the whole time. When only this much time is left, the prediction for the present upstream was
-#: wrong: a waiting ticket may go to a higher tier, and an attempt without a byte is stopped so that another upstream
-#: can answer.
+#: known: SWITCH_SHARE of the whole time. When only this much time is left, the present upstream is slower than it was
+#: predicted: a waiting ticket may go to a higher tier, and an attempt without a byte is stopped so that another
+#: upstream can answer.
 SWITCH_ANSWERS, MIN_SWITCH_SECONDS, SWITCH_SHARE = 1.5, 0.5, 0.25
 #: Added to the load of an upstream that would answer too late. (The load is the share of its permits that are in use.)
 LATE = 1e6
@@ -278,7 +278,7 @@ class Pool:
 
     @staticmethod
     def _is_usable(now: float, upstream: Upstream) -> bool:
-        """Return True if the upstream is ready and may get an attempt, at least the probe that is due."""
+        """Return True if the upstream is ready and may get an attempt now, even if this attempt is only a probe."""
         return upstream.unready_reason() is None and (not upstream.unavailable or upstream.circuit.may_probe(now))
 
     def _admit_from(self, now: float, queue: FairQueue, untried: int, claimed: int) -> tuple[int, float]:
@@ -437,7 +437,7 @@ class Pool:
         return not self.is_empty or self._choose(now, ticket, self._untried_by(ticket))[0] is None
 
     def has_another(self, ticket: Ticket, upstream: Upstream) -> bool:
-        """Return True if an upstream other than `upstream`, which the ticket has not tried, could take the ticket."""
+        """Return True if there is another upstream that the ticket has not tried and that could take it now."""
         if self._only_upstream is not None:
             return False
         now = self._loop.time()
@@ -447,8 +447,8 @@ class Pool:
         """Return the seconds without a byte after which an attempt at `upstream` is stopped.
 
         inf: no other upstream can take the ticket, and this is no probe of an open circuit. Normally the result is the
-        upstream's own patience. It is shorter if another upstream could otherwise not answer before the deadline, but
-        never shorter than slow answers of this upstream take.
+        upstream's own patience. It is shorter if otherwise too little time would be left for another upstream to
+        answer, but never shorter than the time that slow answers of this upstream take.
         """
         others = [other for other in self.upstreams if other is not upstream and self._may_take(now, ticket, other)]
         if not others:
@@ -517,8 +517,8 @@ class Pool:
     ) -> float:
         """Return the seconds until `upstreams` (with their bits) together could start this ticket.
 
-        Ahead of the ticket are `requests` other tickets with `cost` estimated LLM tokens in total. At each upstream,
-        the tickets of the restricted queues that may use it are ahead too.
+        Ahead of the ticket are `requests` other tickets with `cost` estimated LLM tokens in total. For each upstream,
+        add the tickets of those restricted queues that may use this upstream.
         """
         rate = 0.0
         for bit, upstream in upstreams:

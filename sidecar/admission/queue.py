@@ -10,7 +10,7 @@ It has three levels. Their cost hardly grows with the number of keys and tickets
 
 The round robin is the *surplus* variant: a key is served while its deficit is positive, and the last ticket may make
 the deficit negative. So the quantum need not be as large as the largest ticket, and one camera's huge frame does not
-make the quantum of all other cameras coarse. A key's deficit stays within (-largest cost, quantum].
+make the turns of all other cameras longer. A key's deficit stays within (-largest cost, quantum].
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ def _cost(ticket: Ticket) -> float:
 class _Class:
     """One priority class: a ring of the keys that have waiting tickets.
 
-    A key that becomes empty elsewhere than at the ring's head stays in the ring until its turn. Its removal from the
+    If a key becomes empty while it is not at the ring's head, it stays in the ring until its turn. Its removal from the
     middle would cost a walk over all keys.
     """
 
@@ -267,7 +267,7 @@ class FairQueue:
                 if queue.deficit <= 0:  # the key still pays for a large ticket
                     group.rotate()
                     turns += 1
-                    if turns >= len(ring):  # all keys have a debt: grant at once the rounds that the smallest needs
+                    if turns >= len(ring):  # all have debts: grant in one step the rounds that the smallest debt needs
                         turns = 0
                         debts = [-other.deficit for other in ring if other]
                         rounds = min(debts) // self._quantum
@@ -303,11 +303,12 @@ class FairQueue:
 
     def ahead_of(self, ticket: Ticket) -> tuple[float, float]:
         """
-        Return what will be served before this new ticket: the number of requests, and their cost. Predicts a wait.
+        Return what will be served before this new ticket: the number of requests, and their cost.
 
-        Each round gives one quantum to the ticket's key. The ticket is served in the round in which these quanta have
-        paid for the tickets ahead of it in its key. In each round until then, every other key gets one quantum too; the
-        keys that are before it in the ring get one more. Other classes meanwhile get their share by weight.
+        A wait is predicted from these numbers. Each round gives one quantum to the ticket's key. The ticket is served
+        in the round in which these quanta have paid for the tickets ahead of it in its key. In each round until then,
+        every other key gets one quantum too; the keys that are before the ticket's key in the ring get one more. Other
+        classes meanwhile get their share by weight.
         """
         group = self._classes[ticket.priority]
         queue = group.keys.get(ticket.key)
@@ -335,7 +336,8 @@ class FairQueue:
                 if group.length and group.credit > 0:
                     return group
             waiting = [(WEIGHTS[priority], group) for priority, group in self._classes.items() if group.length]
-            # Grant several rounds at once: the fewest that any class needs, at least 1. A class may owe thousands.
+            # Find the class that needs the fewest rounds, and grant that number of rounds (at least 1) in one step.
+            # This class may need thousands of rounds.
             rounds = max(min(-group.credit / (weight * self._quantum) for weight, group in waiting) // 1.0, 1.0)
             for weight, group in waiting:
                 group.credit += rounds * weight * self._quantum

@@ -1,9 +1,9 @@
 """Reserve a place for each caller that was refused with a `Retry-After`, for the time at which it will return.
 
-If each caller got only the predicted wait, all callers refused in one moment would return in one moment. By then, new
-callers would have taken their places, and they would be refused again. So each caller gets its own time, spaced by
-what can be served, and near that time new callers leave room. A returning caller is recognised by its key and the
-time, because callers have no identity of their own.
+If each caller got only the predicted wait, all callers that are refused at the same moment would return at the same
+moment. By then, new callers would have taken their places, and they would be refused again. So each caller gets its own
+time. The times are as far apart as the upstreams can serve the callers, and near its time new callers leave room. A
+returning caller is recognised by its key and the time, because callers have no identity of their own.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class Promises:
         Reserve a place for a caller with this key and return its Retry-After in whole seconds.
 
         The Retry-After is `wait` seconds plus the time to serve the places ahead of the caller at SHARE x `per_second`
-        requests/s. Ahead are all future places of the same key, and of each other key the places that the queue's round
-        robin serves before this place.
+        requests/s. These places are ahead: all future places of the same key, and those places of other keys that the
+        queue's round robin serves before this place.
         """
         self._advance(now)
         pace = max(SHARE * per_second, 1 / MAX_SECONDS)
@@ -50,7 +50,8 @@ class Promises:
         others = len(self._later_of_key) - (own > 0)
         ahead = min(own + others * (own + 1), len(self._later))
         seconds = max(ceil(min(wait + ahead / pace, MAX_SECONDS)), 1)
-        # Each caller's time starts from a different wait and is rounded up, so some seconds would be crowded.
+        # The predicted wait differs between callers, and the time is rounded up. So some seconds would get too many
+        # callers.
         window, latest = max(1.0, 1.0 / pace), min(seconds + MAX_LATER, MAX_SECONDS)
         while seconds < latest and self._crowd(now + seconds, window, 2 * (own + 1)) >= pace * window:
             seconds += 1

@@ -27,8 +27,8 @@ OUTAGE_SHARE = 0.4
 UNTRIED_SHARE = 0.25
 #: Assumed seconds per answer until the first answer is known.
 USUAL_SECONDS = 1.0
-#: The circuit opens after this many refusals in a row that are blamed on growth or concurrency. Each refused attempt
-#: must be the first attempt that started after the previous refusal was known.
+#: The circuit opens after this many refusals in a row that are blamed on growth or concurrency. A refusal continues the
+#: row only if the refused attempt was the first one that started after the previous refusal was known.
 MAX_REFUSED_IN_ROW = 2
 #: Number of send times that the growth gate may keep while dormant. Above it, old ones are deleted.
 MAX_REMEMBERED = 4096
@@ -174,7 +174,7 @@ class Upstream:
         self._accepted_at = -inf  # time of the latest accepted verdict
         self._p90 = self._p99 = 0.0  # percentiles of `_latencies`; the 99th percentile is their maximum
         self._cost = TokenCost()
-        self._delayed_by: Cause | None = None  # the gate that delays the next attempt, since the last start
+        self._delayed_by: Cause | None = None  # the gate that delays the next attempt; each start resets it to None
         self.started = 0
         """Number of attempts so far."""
         # For refusals blamed on growth or concurrency. `_started_before`: the number of attempts that had started when
@@ -259,8 +259,8 @@ class Upstream:
             verdict = verdict._replace(outcome="abandoned")
         accepted, refused = verdict.outcome == "accepted", verdict.outcome == "refused"
         blamed = self._blamed(now, reservations, verdict) if refused else None
-        # Order: an accepted probe closes the circuit before the rates learn from it. A refused attempt opens it
-        # afterwards.
+        # Order: an accepted probe closes the circuit first, then the rates learn from the probe. After a refused
+        # attempt, the rates learn first, then the circuit may open.
         if accepted:
             self.circuit.settle(now, reservations[0], verdict, blamed=blamed)
         for gate, reservation in zip(self._gates, reservations[1:], strict=True):
@@ -285,7 +285,7 @@ class Upstream:
         self.last_used = now
 
     def _is_silent(self, permit: Permit, now: float) -> bool:
-        """Return True if an attempt without a byte shows an outage, and not only a caller with little time.
+        """Return True if an attempt without a byte means an outage, and not only that its caller allowed little time.
 
         The attempt waited much longer than the known answers took, and no attempt was accepted since it was sent.
         """
@@ -401,7 +401,7 @@ class Upstream:
         return max(self.circuit.next_probe - now, 0.0) if self.circuit.state is not None else 0.0
 
     def throughput(self, now: float, ticket: Ticket) -> float:
-        """Return how many attempts per second of this ticket's cost can start with certainty."""
+        """Return how many attempts with the cost of this ticket can certainly start in one second."""
         pace = self.concurrency.allowed / (self.latency or USUAL_SECONDS)
         if not self._paced:
             return pace

@@ -99,8 +99,8 @@ class Dispatcher:
         """
         watch = ticket.stopwatch
         failed_attempts = 0
-        # The failure is stored without its traceback and cleared when it is raised. The traceback refers to this frame
-        # and the frame to the failure: this cycle would keep the request body in memory until the next garbage
+        # The failure is stored without its traceback and cleared when it is raised. The traceback refers to this frame,
+        # and this frame refers to the failure: this cycle would keep the request body in memory until the next garbage
         # collection.
         last_failure: Exception | None = None
         while True:  # one round is one permit and one attempt

@@ -12,7 +12,7 @@ def number(value: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Return a duration in the largest unit of which it has at least two: 119 s, 2 min, 3 h."""
+    """Return a duration in the largest unit in which its value is at least 2: 119 s, 2 min, 3 h."""
     for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
         if seconds >= 2 * size:
             return f"{seconds / size:.0f} {unit}"

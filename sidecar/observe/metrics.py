@@ -27,7 +27,7 @@ RequestOutcome = Literal[
 #: Upper bounds of the histogram buckets, in seconds: 1 ms to 120 s in steps of about a factor of 2.
 BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 1.5, 2.5, 5, 10, 15, 30, 45, 60, 90, 120)
 #: Maximum number of model names with their own label value. Later names get the value `other`, so that callers cannot
-#: create any number of time series.
+#: create an unlimited number of time series.
 MAX_MODELS = 20
 
 #: The label value of each priority.

@@ -54,9 +54,9 @@ class TimeSeries:
         self.recent: deque[Point] = deque(maxlen=POINTS)
         self.whole: list[Point] = []
         self._points_per_entry = 1
-        """Added points that one point of `whole` covers."""
+        """The number of added points that one point of `whole` covers."""
         self._in_last = 0
-        """Added points in the last point of `whole`; 0 when that point is complete."""
+        """The number of added points in the last point of `whole`; 0 when that point is complete."""
 
     def __repr__(self) -> str:
         return (

@@ -16,6 +16,8 @@ from bench.sim import clock
 from bench.sim.load import Run
 from bench.sim.systems import MODEL, Sidecar
 
+pytestmark = pytest.mark.long
+
 #: While there is demand, an attempt is sent at least every 5 s, plus 20 % jitter, plus the time of a refusal.
 MAX_GAP_SECONDS = 6.1
 RECOVERY_SECONDS = 30.0

@@ -33,9 +33,11 @@ FAILING_TICKETS = 2
 FIRST_STEP, GROWTH, SHORT_STEP, SLOW_GROWTH, MAX_STEP = 0.5, 2.0, 4.0, 1.25, 5.0
 #: Seconds between two probes while the provider refuses the account.
 BILLING_STEP = 30.0
-#: Seconds by which a Retry-After may delay the next probe: normally, and after two in a row were found to be true.
+#: Maximum delay of the next probe by a Retry-After, in seconds: LITTLE_TRUST normally, MUCH_TRUST after two
+#: Retry-Afters in a row were found to be true.
 LITTLE_TRUST, MUCH_TRUST = 5.0, 30.0
-#: Maximum in seconds of the estimate that is made from the time for which the circuit has been open.
+#: Seconds. The circuit is expected to stay open for as long as it has been open already. This is the maximum of that
+#: estimate.
 MAX_GUESS = 60.0
 #: In a blackout, a probe counts as accepted if it is not refused within this many seconds, or within three times the
 #: usual time of a refusal if that is longer.
@@ -229,7 +231,7 @@ class Circuit:
             case "account":
                 self.open(now, CircuitState.BILLING, verdict.reason)
             case _:
-                if probed_at is not None:  # it shows nothing, for example because its caller left: keep the distance
+                if probed_at is not None:  # the probe showed nothing (its caller left): keep the time between probes
                     step = BILLING_STEP if self.state is CircuitState.BILLING else self._step
                     if self.state is CircuitState.BLACKOUT:  # its caller had too little time even for a refusal
                         step = FIRST_STEP
@@ -306,7 +308,7 @@ class Circuit:
             self.gap = waited
             if self.gap <= self._longest_failed_wait:
                 # This wait was not longer than an earlier wait that failed. So the length of the wait does not matter:
-                # a refusal restarts no penalty, and the blackout ends by itself.
+                # a refused probe does not prolong the blackout, which ends by itself.
                 self._longest_failed_wait = 0.0
         if self._retry_after_until:
             early = self._retry_after_until - probed_at
@@ -355,8 +357,8 @@ class Circuit:
         """Adjust how many attempts may be without an answer.
 
         An answered attempt counts towards the next doubling. After a refusal for capacity, or failures of two requests
-        with no answer between them, start again at 1: one failure may be the fault of its request. After any other
-        refusal, stop limiting: the gate that learns from that refusal sets the pace.
+        with no answer between them, start again at 1. (One failure is not enough: its request may be the cause.) After
+        any other refusal, stop limiting: the gate that learns from that refusal sets the pace.
         """
         sent_at = self._unanswered.pop(ticket, None)
         was_sent = sent_at is not None

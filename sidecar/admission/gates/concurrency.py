@@ -13,7 +13,7 @@ MAX_CONCURRENCY = 1024
 #: Refusals are blamed on concurrency only if SUSPECT_AFTER refused attempts in a row had more attempts in flight beside
 #: them than the accepted attempts had. These refusals must span at least SUSPECT_SECONDS seconds and SUSPECT_LATENCIES
 #: times the latency of an answer. Reason: a rate limit that fell can also cause several refusals within a short time,
-#: and the number in flight only rises until the first answers arrive.
+#: and until the first answers arrive, the number in flight can only rise.
 SUSPECT_AFTER, SUSPECT_SECONDS, SUSPECT_LATENCIES = 4, 10.0, 3.0
 #: Maximum share of accepted attempts that had at least as many attempts beside them as the suspected limit. With a
 #: larger share, the refusals could be chance.

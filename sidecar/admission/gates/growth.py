@@ -16,8 +16,8 @@ from math import inf
 from sidecar.admission.gates.base import Ahead, Change, GateStatus, Verdict
 from sidecar.admission.ticket import Cause, Ticket
 
-#: Seconds. The earlier rate is measured over this time before the last second. The provider's own time is unknown, so
-#: the gate measures over both times and uses the lower rate.
+#: Seconds. The earlier rate is measured over this time before the last second. It is unknown over how many seconds the
+#: provider measures, so the gate measures over both times and uses the lower rate.
 MEMORIES = (8.0, 12.0)
 #: The assumed factor until refusals show another value.
 FACTOR = 2.5

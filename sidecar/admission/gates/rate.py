@@ -14,7 +14,8 @@ from sidecar.admission.ticket import Cause, Ticket
 #: While no refusal comes and the limit grows, each growth by this share is reported to `on_change`.
 REPORTED_SHARE = 0.1
 #: Seconds. While requests wait, at least one attempt is sent in this time, even above the learned limit: only a probe
-#: can show that the limit is far too low. An operator's ceiling below one attempt in this time makes the time longer.
+#: can show that the limit is far too low. If the operator's ceiling allows less than one attempt in this time, the time
+#: is longer.
 PROBE_SECONDS = 5.0
 
 
@@ -154,8 +155,8 @@ class RateGate:
         """Forget the learned limit if an accepted call proves that it is far too low.
 
         Proof: no call was accepted for at least `_probe_seconds`, then a probe was sent and accepted, although the
-        limit (with a margin of 25 %) allows less than its amount in that time. Then search for the limit as at the
-        start, but slowly.
+        limit (with a margin of 25 %) allows less in that time than the amount of the probe. Then search for the limit
+        as at the start, but slowly.
         """
         seconds, self._accepted_at = accepted.at - self._accepted_at, max(accepted.at, self._accepted_at)
         self.limit_forgotten = self._probe_seconds <= seconds and 1.25 * self.learner.limit * seconds < accepted.amount
