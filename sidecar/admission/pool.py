@@ -450,10 +450,11 @@ class Pool:
         upstream's own patience. It is shorter if otherwise too little time would be left for another upstream to
         answer, but never shorter than the time that slow answers of this upstream take.
         """
+        if self._only_upstream is not None:
+            return inf
         others = [other for other in self.upstreams if other is not upstream and self._may_take(now, ticket, other)]
         if not others:
-            probe = self._only_upstream is None and upstream.unavailable
-            return upstream.patience(ticket) if probe else inf
+            return upstream.patience(ticket) if upstream.unavailable else inf
         switch_in = ticket.deadline - min(_seconds_needed(ticket, other) for other in others) - now
         usual = max(_seconds_needed(ticket, upstream), SWITCH_ANSWERS * upstream.slow_seconds)
         return min(upstream.patience(ticket), max(switch_in, usual))
