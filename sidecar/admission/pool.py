@@ -500,8 +500,8 @@ class Pool:
     def _wait(self, now: float, ticket: Ticket, *, guess: bool) -> float:
         """Return the predicted seconds until a new ticket could start.
 
-        `guess=False`: ignore limits that are only estimated, and assume that the next probe is accepted. A request must
-        never be refused because of an estimate.
+        `guess=False`: ignore limits that are only guesses, and assume that the next probe is accepted. A request must
+        never be refused because of a guess.
         """
         requests, cost = self.queue.ahead_of(ticket)
         return self._seconds(now, ticket, self._untried_upstreams(ticket), requests, cost, guess=guess)
@@ -519,7 +519,7 @@ class Pool:
         """Return the seconds until `upstreams` (with their bits) together could start this ticket.
 
         Ahead of the ticket are `requests` other tickets with `cost` estimated LLM tokens in total. For each upstream,
-        add the tickets of those restricted queues that may use this upstream.
+        this method adds the tickets of the restricted queues that may use it.
         """
         rate = 0.0
         for bit, upstream in upstreams:

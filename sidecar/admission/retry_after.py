@@ -1,9 +1,9 @@
 """Reserve a place for each caller that was refused with a `Retry-After`, for the time at which it will return.
 
 If each caller got only the predicted wait, all callers that are refused at the same moment would return at the same
-moment. By then, new callers would have taken their places, and they would be refused again. So each caller gets its own
-time. The times are as far apart as the upstreams can serve the callers, and near its time new callers leave room. A
-returning caller is recognised by its key and the time, because callers have no identity of their own.
+moment. By then, new callers would have taken the places, and they themselves would be refused again. So each caller
+gets its own time. The times are as far apart as the upstreams can serve the callers, and near its time new callers
+leave room. A returning caller is recognised by its key and the time, because callers have no identity of their own.
 """
 
 from __future__ import annotations

@@ -119,8 +119,8 @@ class Ticket:
         self.not_before = 0.0
         """Loop time before which a retry may not be sent."""
         self.only_while_failing = False
-        """True: this is the last retry. After `not_before` it is sent only if an untried upstream still fails, and not
-        only for this request; otherwise the ticket gets `StillFailing`."""
+        """True: this is the last retry. After `not_before` it is sent only if an untried upstream still fails other
+        requests too; otherwise the ticket gets `StillFailing`."""
         self.tried: tuple[object, ...] = ()
         """Upstreams at which an attempt failed and would fail again."""
         self.waits_since = 0.0

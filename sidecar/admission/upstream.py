@@ -371,7 +371,7 @@ class Upstream:
         """Return the seconds until this ticket could start behind `requests` other requests.
 
         `tokens`: the estimated input of the others in LLM tokens, in total. The circuit is assumed to be closed.
-        `guess=False`: ignore limits that are only estimated.
+        `guess=False`: ignore limits that are only guesses.
         """
         cost = self._cost.of(tokens, requests) + self.cost(ticket) if self._paced else 0.0
         ahead = Ahead(requests + 1, cost)

@@ -277,8 +277,8 @@ class Call:
         self._error_sent = reply.failure is not None  # the provider's own error is already in the stream
 
     def _answer(self, status: int, headers: Mapping[str, str], *, length: int | None) -> Answer:
-        # Close the connection after this answer. In a drain the socket closes soon, and the caller's next request would
-        # fail. If the body was not read completely, its rest would be read as the next request.
+        # Close the connection after this answer in two cases. In a drain the socket closes soon, and the caller's next
+        # request would fail. If the body was not read completely, its rest would be read as the next request.
         if self.draining or not self.http.content.is_eof():
             self.http.keep_alive = False
         return self.http.answer(status, {**headers, **self._own_headers()}, length=length)

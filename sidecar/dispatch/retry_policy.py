@@ -21,7 +21,8 @@ RETRY_SHARE, RETRY_RESERVE, RETRY_WINDOW_SECONDS = 0.2, 10, 10.0
 MAX_FAILED_ATTEMPTS = 3
 #: Full jitter: a retry waits between 0 and this many seconds. Each earlier failure of the request doubles the maximum.
 RETRY_STEP_SECONDS = 0.5
-#: Seconds before the last retry. If other requests fail too by then, this request is not the cause and is retried.
+#: The last retry of a request waits this many seconds. If other requests also fail by then, this request is not the
+#: cause, and the retry is sent.
 OUTAGE_CHECK_SECONDS = 1.0
 
 Action = Literal["again", "again_later", "again_if_failing", "elsewhere", "fail"]
@@ -58,7 +59,7 @@ TABLE: tuple[tuple[VerdictOutcome, Callable[[Situation], bool], Action], ...] = 
 class RetryBudget:
     """Limits retries to a share of the recent answers.
 
-    The window is counted in two halves, and the older half is dropped.
+    The window has two halves, and both count. When a new half begins, the older of the two is dropped.
     """
 
     __slots__ = ("_answers", "_began", "_retries")

@@ -174,7 +174,7 @@ class Circuit:
                 self._rise()
 
     def opens_at(self, now: float, cost: float) -> float:
-        """See `Gate`: `now` also if the half-open probe may be sent."""
+        """See `Gate`. While the circuit is open, the result is `now` if the half-open probe may be sent now."""
         if self.state is not None:
             if not self._probes:
                 return max(now, self.next_probe)

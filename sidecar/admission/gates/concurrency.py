@@ -15,8 +15,8 @@ MAX_CONCURRENCY = 1024
 #: times the latency of an answer. Reason: a rate limit that fell can also cause several refusals within a short time,
 #: and until the first answers arrive, the number in flight can only rise.
 SUSPECT_AFTER, SUSPECT_SECONDS, SUSPECT_LATENCIES = 4, 10.0, 3.0
-#: Maximum share of accepted attempts that had at least as many attempts beside them as the suspected limit. With a
-#: larger share, the refusals could be chance.
+#: A concurrency limit of n is suspected only if at most this share of the accepted attempts had n or more attempts
+#: beside them. If the share is larger, the refusals could be chance.
 CHANCE = 0.1
 
 
@@ -189,7 +189,7 @@ class ConcurrencyGate:
 
     def _weigh(self, now: float, attempt: InFlight) -> None:
         """
-        Check whether a concurrency limit explains the latest refusals better than the limit that they name.
+        Check whether a concurrency limit explains the latest refusals better than a rate limit does.
 
         A rate limit refuses at any number in flight. A concurrency limit refuses only at higher numbers in flight than
         those of accepted attempts, with few exceptions.
