@@ -130,8 +130,8 @@ class HttpRequest(Protocol):
     def answer(self, status: int, headers: dict[str, str], *, length: int | None) -> Answer:
         """Begin the answer.
 
-        The answer may change the dict `headers`, so the caller must not use it afterwards. `length` is the length of
-        the whole body in bytes; None if the body is written in pieces.
+        The answer may change the dict `headers`, so the calling code must not use it afterwards. `length` is the length
+        of the whole body in bytes; None if the body is written in pieces.
         """
         ...
 
@@ -174,7 +174,7 @@ class Timings(Protocol):
 
 
 class Response(Protocol):
-    """An upstream's answer: its head, and its body as it arrives. The connection is free when the body is read."""
+    """An upstream's answer: its head, and its body as it arrives. The connection is free after the body was read."""
 
     @property
     def status(self) -> int:

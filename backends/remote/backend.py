@@ -128,7 +128,7 @@ class DashScopeBackend:
         return await self._exchange(self._base, "GET", "/models", {}, b"", timings=Timings(), read=_json_body)
 
     def _set_wait_timeout(self, headers: dict[str, str], deadline: float) -> None:
-        """Ask DashScope to queue a request instead of refusing it for growth, until the deadline at most."""
+        """Ask DashScope to queue a request (until its deadline at most) if it would refuse it for rising traffic."""
         left = int(deadline - asyncio.get_running_loop().time())
         if left >= _MIN_WAIT_SECONDS:
             headers.setdefault("X-Dashscope-Wait-Timeout", str(min(left, _MAX_WAIT_SECONDS)))

@@ -188,7 +188,8 @@ def _meaning(status: int, error: _Error) -> _Meaning:
     if status == 402 or (status < 500 and (_OUT_OF_FREE_QUOTA.search(text) or _OUT_OF_MONEY.search(text))):
         return "billing"
     throttling = status == 429 or code.startswith(("throttling", "rate_limit"))
-    # The patterns are used only if the status allows a limit: the message of an ordinary 4xx may quote the request.
+    # The patterns are used only if the status can mean a refusal by a limit: the message of an ordinary 4xx may quote
+    # the request.
     if throttling or status >= 500 or status < 400:
         for pattern, kind in _LIMIT_MESSAGES:
             if pattern.search(text):

@@ -71,8 +71,8 @@ def _shorten_images(body: bytes, chars: int) -> bytes:
     """Return the same JSON with each long base64 text cut to its first `chars` characters.
 
     The size of an image is almost always in this first part. Parsing the 100 KB of a frame only to find the size costs
-    more than all other work in this file. The body is returned unchanged if the next quote is escaped and so does not
-    end the string, or if the kept part contains an escape, which the cut could split.
+    more than all other work in this file. The body is returned unchanged if the first quote after `;base64,` is escaped
+    and does not end the string, or if the kept part contains an escape, which the cut could split.
     """
     pieces: list[bytes] = []
     done = 0

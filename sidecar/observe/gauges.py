@@ -71,7 +71,7 @@ def upstreams_named(pools: Sequence[PoolStatus], name: str) -> Iterator[Upstream
 
 
 def _states(upstreams: Sequence[UpstreamStatus]) -> Counter[tuple[str, str]]:
-    """Count the models in each state. States without a model have the count 0."""
+    """Count the models in each state. A state that no model is in has the count 0."""
     counts: Counter[tuple[str, str]] = Counter(
         {(dimension, state.value): 0 for dimension in ("requests", "tokens") for state in State}
         | {("hold", state.value): 0 for state in CircuitState}

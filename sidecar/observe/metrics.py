@@ -143,7 +143,7 @@ class Metrics:
             self._key_refused_by.discard(backend)
 
     def key_refused(self, backend: str, message: str) -> None:
-        """Log that the provider refused the sidecar's key, once until the provider accepts it.
+        """Log that the provider refused the sidecar's key. Repeat this only if a key was accepted in between.
 
         The log line is needed because a caller that gets the 401 cannot see which key was refused.
         """

@@ -22,14 +22,15 @@ def _last(old: float, new: float) -> float:
     return new
 
 
-#: The fields of a point, and how two neighbouring points are merged into one. None: the mean, weighted by the spans.
+#: The fields of a point, and how two neighbouring points are merged into one. None: the mean, weighted by the field
+#: `span`.
 _MERGE: dict[str, Callable[[float, float], float] | None] = {
     "t": _last,  # seconds since the start, at the end of the point
     "span": _sum,  # seconds that the point covers
     "sent": _sum,  # attempts that ended
     "refused": _sum,  # attempts that the provider refused because of a limit
     "answered": _sum,  # requests with the outcome ok
-    "lost": _sum,  # requests that the sidecar or the provider failed: shed, deadline, error
+    "lost": _sum,  # requests that failed because of the sidecar or the provider: shed, deadline, error
     "input_tokens": _sum,
     "output_tokens": _sum,
     "queue_seconds": _sum,  # of requests that ended, as in the histograms; the same for lock and upstream
