@@ -139,7 +139,6 @@ class Upstream:
         """True after the first answer. From then on, failures mean an outage; before, the address may be wrong."""
         self.latency = 0.0
         """Smoothed seconds from the start of an attempt to its accepted verdict."""
-        self.last_used = now
         self.on_end: list[Callable[[float], None]] = []
         """Called with the loop time when an attempt ends, so that waiting pools call `admit` again."""
         self._paced = paced
@@ -282,7 +281,6 @@ class Upstream:
                     self.circuit.open(now, CircuitState.BLACKOUT, verdict.reason, verdict.retry_after)
             elif blamed in ("growth", "concurrency") and self._nothing_accepted(permit):
                 self.circuit.open(now, CircuitState.BLACKOUT, verdict.reason, verdict.retry_after)
-        self.last_used = now
 
     def _is_silent(self, permit: Permit, now: float) -> bool:
         """Return True if an attempt without a byte means an outage, and not only that its caller allowed little time.
