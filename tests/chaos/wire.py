@@ -10,6 +10,7 @@ from typing import Literal
 
 Way = Literal["reset", "close", "garbage", "stall"]
 STALL_SECONDS = 0.3
+GARBAGE = b"\x00\xffgarbage"
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +79,7 @@ class Wire:
             return None
         self.faults += 1
         if fault.way == "garbage":
-            writer.write(b"\x00\xffgarbage\r\n\r\n" * 4)
+            writer.write((GARBAGE + b"\r\n\r\n") * 4)
             await writer.drain()
         elif fault.way == "stall":
             await asyncio.sleep(STALL_SECONDS)
