@@ -424,7 +424,10 @@ class ReceivedResponse:
             del delivery.ended
 
     def _drop_content(self) -> None:
-        """Remove the reference from an incomplete body to this answer. Otherwise the two keep each other in memory."""
+        """End an incomplete body with an error, so that it no longer refers to this answer.
+
+        Without this, the body and the answer refer to each other, and both stay in memory.
+        """
         if not self.content.is_eof():
             self.content.set_exception(aiohttp.ClientPayloadError())
 

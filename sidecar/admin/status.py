@@ -36,7 +36,10 @@ class Rate:
 
 @dataclass(frozen=True, slots=True)
 class Growth:
-    """How quickly traffic may rise. Allowed calls in one second: `base` + `factor` x the earlier calls/s."""
+    """How quickly traffic may rise.
+
+    Calls allowed in one second: `base` + `factor` x the calls per second of the 8 to 12 s before it.
+    """
 
     base: float
     factor: float

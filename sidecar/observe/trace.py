@@ -23,13 +23,13 @@ class TracedAttempt:
 
     backend: str
     span_id: int
-    """The id of the attempt's `upstream` span, which was sent to the upstream as its parent span."""
+    """The id of the attempt's `upstream` span. The upstream received it as the id of its parent span."""
     result: str = "cancelled"
 
 
 @dataclass(slots=True)
 class TracedStep:
-    """One period in the queue, waiting for the lock, or upstream. Times are seconds of the loop's clock."""
+    """One period of a request: in the queue, at the backend's lock, or upstream. Times are loop times in seconds."""
 
     name: str
     start: float
