@@ -7,9 +7,9 @@ from functools import lru_cache
 from math import ceil, floor, sqrt
 from struct import Struct
 
-#: How many base64 characters of an image are searched for its size: first the smallest number, then more. A usual JPEG
-#: header has the size in its first 168 bytes, and most other headers in the first few hundred bytes. Nearly all other
-#: files have EXIF data before the size, and the size in the first few KB.
+#: How many base64 characters of an image are searched for its size: first the smallest number, then more. 224: a
+#: usual JPEG has its size in the first 168 bytes. 1024: most other files have it in the first few hundred bytes. 8192:
+#: nearly all remaining files have EXIF data first, and the size in the first few KB.
 _PREFIX_CHARS = (224, 1024, 8192)
 
 #: The start of a JPEG segment: 0xFF, its marker, and its length in bytes.

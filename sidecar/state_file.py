@@ -2,7 +2,7 @@
 
 A restart without the file costs one burst of refusals. A restart under load with an outdated limit costs more, so the
 sidecar starts with a smaller share of an older limit. Each limit has its own age: the time since it was last learned. A
-restart without traffic does not change it.
+limit that was only loaded and saved again, without traffic, keeps its age.
 """
 
 from __future__ import annotations

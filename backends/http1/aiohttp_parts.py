@@ -258,7 +258,10 @@ class ResponseProtocol(ResponseHandler):
             super().resume_reading(resume_parser)
 
     def connection_lost(self, exc: BaseException | None) -> None:
-        """Report a reset to the reader of the body. aiohttp would take an answer without a length for complete."""
+        """Report a reset to the reader of the body.
+
+        Otherwise, if the answer has no length, aiohttp would treat the part that has arrived as a complete answer.
+        """
         if exc is not None and self._payload is not None and not self._payload.is_eof():
             self._payload.set_exception(aiohttp.ClientPayloadError(), exc)
         super().connection_lost(exc)

@@ -17,9 +17,9 @@ class Downloads:
     async def get(self, url: URL, *, max_bytes: int) -> tuple[int, bytes]:
         """Return the status and the body. Raises `HttpError`, `TimeoutError`.
 
-        The body is empty if the status is not 200. A body that is longer than `max_bytes` is cut, but not to less than
-        `max_bytes` + 1 bytes: so the length of the result shows that the body is too long. A redirect is not followed,
-        because it could lead to any address.
+        The body is empty if the status is not 200. Of a body that is longer than `max_bytes`, only a part is returned.
+        This part is always longer than `max_bytes`, so the caller can see that the body is too long. A redirect is not
+        followed, because it could lead to any address.
         """
         if self._session is None:
             self._session = aiohttp.ClientSession(timeout=self._timeout, cookie_jar=aiohttp.DummyCookieJar())

@@ -208,7 +208,8 @@ class LocalBackend:
         cause: str | None = None
         while True:
             if cause is None and self._engine is not None:
-                await asyncio.wait([self._engine.exited])  # unlike `await exited`, a cancellation keeps the future
+                # If this task is cancelled, `wait` does not cancel the future; `await exited` would.
+                await asyncio.wait([self._engine.exited])
                 cause = self._engine.exited.result()
             wait = max(0.0, next_start - loop.time())
             self._unready = f"{cause}; it is started again in {wait:.0f} s"

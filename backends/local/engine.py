@@ -139,9 +139,9 @@ class Engine:
     def _collect(self) -> list[_Job]:
         """Wait for the next batch: the oldest row, and the rows that can share its batch. Empty after `stop`.
 
-        A batch starts when it is full, or when no waiting row can share it. If no row waits at all, the engine first
-        waits up to `batch_wait_seconds` for more rows, but only while `queued` is not 0. Rows that arrive while images
-        are decoded join the batch.
+        A batch starts when it is full, or when rows wait in the mailbox but none of them can share it. If the mailbox
+        is empty, the engine waits up to `batch_wait_seconds` for more rows, while requests still wait in the sidecar's
+        queue (`queued` is not 0). Rows that arrive while images are decoded join the batch.
         """
         jobs: list[_Job] = []
         until = 0.0

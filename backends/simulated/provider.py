@@ -55,7 +55,7 @@ class Response:
     headers: Mapping[str, str]
     body: bytes = b""
     usage: Usage | None = None
-    """The usage that the answer reports; None if it reports none. A stream reports it by its end."""
+    """The usage that the answer reports; None if it reports none. A stream reports it at its end."""
     stream: bool = False
     breaks: bool = False
     """Whether the connection breaks before the end of the body."""
@@ -262,7 +262,7 @@ class Call:
         return "answered"
 
     def _stream(self, answer: Answer, outcome: Outcome) -> Iterator[tuple[int, Frame | None]]:
-        """Yield each frame with the LLM tokens that have been sent by its end; None for a reset.
+        """Yield pairs: the number of LLM tokens sent up to and including a frame, and the frame (None for a reset).
 
         A reset or an error happens half-way, after some content.
         """

@@ -84,7 +84,7 @@ class Bucket:
         return self._per_second / cost if cost > 0 else inf
 
     def carry_over(self, old: Self, now: float) -> None:
-        """Start with the amount that is missing in the other bucket, refilled at this bucket's rate."""
+        """At the start, the same amount is missing as in the other bucket. It is refilled at this bucket's rate."""
         missing = min(max(0.0, old._full_at - now) * old._per_second, self._burst)
         self._full_at = now + missing / self._per_second
 
