@@ -21,8 +21,8 @@ from backends.media import data_url_size, image_tokens
 CHARS_PER_TOKEN = 3.5
 #: Assumed width and height in pixels of an image that the request names by a remote URL.
 _REMOTE_SIZE = (1280, 720)
-#: The value of `created` (OpenAI's format, Unix time) at the start of the loop's clock. It is fixed, so that answers depend only on the seed and
-#: the loop's clock.
+#: The value of `created` (OpenAI's format, Unix time) at the start of the loop's clock. It is fixed, so that answers
+#: depend only on the seed and the loop's clock.
 _CREATED = 1_767_225_600
 
 _SENTENCES = (

@@ -65,14 +65,16 @@ class RateGate:
 
     def advance(self, now: float) -> None:
         """Fill the bucket up to `now`. From `now` on, fill it at the current pace."""
-        learner = self.learner
+        learner, bucket = self.learner, self._bucket
         self._filled_at = now
-        self._bucket.set(now, learner.pace(now), learner.capacity)
+        pace = learner.pace(now)
+        if pace != inf or bucket.rate != inf:
+            bucket.set(now, pace, learner.capacity)
 
     def opens_at(self, now: float, cost: float) -> float:
         """See `Gate`."""
-        wait = self._bucket.wait(now, cost if self._in_tokens else 1.0)
-        if wait <= 0:
+        bucket = self._bucket
+        if bucket.rate == inf or (wait := bucket.wait(now, cost if self._in_tokens else 1.0)) <= 0:
             return now
         return min(now + wait, max(now, self._sent_at + self._probe_seconds))
 
