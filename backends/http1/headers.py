@@ -18,9 +18,7 @@ def head_of(first_line: str, headers: Mapping[str, str], more: str = "") -> byte
     `more` contains headers that are already encoded, each with a line break before it. Raises `ValueError` if a header
     contains a line break, because it would start another header.
     """
-    head = first_line
-    for name, value in headers.items():
-        head += f"\r\n{name}: {value}"
+    head = "\r\n".join([first_line, *[f"{name}: {value}" for name, value in headers.items()]])
     if not len(headers) == head.count("\n") == head.count("\r"):
         raise ValueError("a line break in a header would begin another one")
     return f"{head}{more}\r\n\r\n".encode(errors="surrogateescape")

@@ -72,7 +72,8 @@ class Permit:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.release(self.upstream.clock())
+        if self._reservations is not None:
+            self.release(self.upstream.clock())
 
     def report(self, verdict: Verdict) -> None:
         """Settle all reservations, so that the next ticket can start. A second call does nothing."""
@@ -236,7 +237,7 @@ class Upstream:
             circuit.reserve(now, ticket, 0.0, held=False)
         in_flight = self.concurrency.reserve(now, ticket, 0.0, held=held == "concurrency")
         if not self._paced:
-            return Permit(self, ticket, now, (ticket, in_flight), on_end)
+            return Permit(self, ticket, now, (in_flight,), on_end)
         cost = self.cost(ticket)
         # The typical cost of an attempt: until the first answer, the mean of the attempts in flight; afterwards a
         # moving average (weight 0.05).
@@ -249,38 +250,35 @@ class Upstream:
             if len(growth.log) > MAX_REMEMBERED:
                 growth.trim(now)
         tokens = self.tokens.reserve(now, ticket, cost, held=held == "token_rate")
-        return Permit(self, ticket, now, (ticket, in_flight, requests, now, tokens), on_end)
+        return Permit(self, ticket, now, (in_flight, requests, now, tokens), on_end)
 
     def settle(self, permit: Permit, reservations: tuple[Any, ...], verdict: Verdict) -> None:
         """Report the verdict of an ended attempt to every gate. Called once for each attempt."""
-        now = verdict.at
-        if verdict.outcome == "timed_out" and not self._is_silent(permit, now):
-            verdict = verdict._replace(outcome="abandoned")
-        accepted, refused = verdict.outcome == "accepted", verdict.outcome == "refused"
-        blamed = self._blamed(now, reservations, verdict) if refused else None
-        # Order: an accepted probe closes the circuit first, then the rates learn from the probe. After a refused
-        # attempt, the rates learn first, then the circuit may open.
-        if accepted:
-            self.circuit.settle(now, reservations[0], verdict, blamed=blamed)
-        for gate, reservation in zip(self._gates, reservations[1:], strict=True):
-            gate.settle(now, reservation, verdict, blamed=blamed)
-        if not accepted:
-            self.circuit.settle(now, reservations[0], verdict, blamed=blamed)
-        if accepted:
+        now, ticket = verdict.at, permit.ticket
+        if verdict.outcome == "accepted":
+            self.circuit.settle(now, ticket, verdict, blamed=None)  # first: the rates may learn from an accepted probe
+            for gate, reservation in zip(self._gates, reservations, strict=True):
+                gate.settle(now, reservation, verdict, blamed=None)
             self._answered(now, permit, verdict)
-            if self._paced and (self.requests.limit_forgotten or self.tokens.limit_forgotten):
+            if self.requests.limit_forgotten or self.tokens.limit_forgotten:
                 self.requests.limit_forgotten = self.tokens.limit_forgotten = False
                 self.circuit.rise(now)
-        elif refused:
-            if self.concurrency.discovered:
-                # The refusals came from a concurrency limit, so the learned request rate was not a limit.
-                self.requests.resume(now, 1.0)
-            if blamed in ("request_rate", "token_rate"):
-                gate = self.requests if blamed == "request_rate" else self.tokens
-                if gate.refuses_everything:
-                    self.circuit.open(now, CircuitState.BLACKOUT, verdict.reason, verdict.retry_after)
-            elif blamed in ("growth", "concurrency") and self._nothing_accepted(permit):
-                self.circuit.open(now, CircuitState.BLACKOUT, verdict.reason, verdict.retry_after)
+            return
+        if verdict.outcome == "timed_out" and not self._is_silent(permit, now):
+            verdict = verdict._replace(outcome="abandoned")
+        blamed = self._blamed(now, reservations, verdict) if verdict.outcome == "refused" else None
+        for gate, reservation in zip(self._gates, reservations, strict=True):
+            gate.settle(now, reservation, verdict, blamed=blamed)
+        self.circuit.settle(now, ticket, verdict, blamed=blamed)  # last: it may open because of what the rates learned
+        if self.concurrency.discovered:
+            # The refusals came from a concurrency limit, so the learned request rate was not a limit.
+            self.requests.resume(now, 1.0)
+        if blamed in ("request_rate", "token_rate"):
+            nothing_accepted = (self.requests if blamed == "request_rate" else self.tokens).refuses_everything
+        else:
+            nothing_accepted = blamed in ("growth", "concurrency") and self._nothing_accepted(permit)
+        if nothing_accepted:
+            self.circuit.open(now, CircuitState.BLACKOUT, verdict.reason, verdict.retry_after)
 
     def _is_silent(self, permit: Permit, now: float) -> bool:
         """Return True if an attempt without a byte means an outage, and not only that its caller allowed little time.
@@ -310,8 +308,7 @@ class Upstream:
             return None
         if not self._paced or self.circuit.state is not None:
             return "hold"
-        circuit, in_flight, requests, _, tokens = reservations
-        del circuit
+        in_flight, requests, _, tokens = reservations
         if verdict.named in (None, "request_rate") and self.concurrency.explains(now, in_flight) > 0:
             return "concurrency"
         if verdict.named is None:
@@ -375,8 +372,7 @@ class Upstream:
         ahead = Ahead(requests + 1, cost)
         wait = 0.0
         for gate in self._gates:
-            if guess or gate.certain:
-                wait = max(wait, gate.seconds_for(now, ahead))
+            wait = max(wait, gate.seconds_for(now, ahead, guess=guess))
         return wait
 
     def patience(self, ticket: Ticket) -> float:

@@ -74,8 +74,9 @@ def check_looks(gate, now, cost, reservations):
     """Predict, explain and show; check that the gate opens when it would have opened without that."""
     gate.advance(now)
     answer = gate.opens_at(now, cost)
-    assert gate.seconds_for(now, Ahead(20.0, 4000.0)) >= 0.0
-    assert gate.seconds_for(now, Ahead(1.0, 1.0)) >= 0.0
+    for guess in (True, False):
+        assert gate.seconds_for(now, Ahead(20.0, 4000.0), guess=guess) >= 0.0
+        assert gate.seconds_for(now, Ahead(1.0, 1.0), guess=guess) >= 0.0
     for reservation in reservations:
         assert 0.0 <= gate.explains(now, reservation) <= 1.0
     status = gate.status(now)

@@ -92,14 +92,6 @@ class Gate(Protocol):
 
     name: Cause
 
-    @property
-    def certain(self) -> bool:
-        """True if accepted calls have confirmed the learned limit, or if the gate does not guess.
-
-        If False, no request is refused on arrival because of this limit.
-        """
-        ...
-
     dormant: bool
     """True: the gate is open at present, so callers need not ask it."""
 
@@ -132,8 +124,11 @@ class Gate(Protocol):
         """Return how well this gate explains a refusal that names no limit, from 0 to 1. Has no side effects."""
         ...
 
-    def seconds_for(self, now: float, ahead: Ahead) -> float:
-        """Return the seconds after which this gate has let all of `ahead` start."""
+    def seconds_for(self, now: float, ahead: Ahead, *, guess: bool) -> float:
+        """Return the seconds after which this gate has let all of `ahead` start.
+
+        `guess=False`: ignore a limit that is only a guess, because no request may be refused on arrival because of it.
+        """
         ...
 
     def status(self, now: float) -> GateStatus:

@@ -156,11 +156,6 @@ class Circuit:
 
     # -- the gate ------------------------------------------------------------------------------------------------------
 
-    @property
-    def certain(self) -> bool:
-        """See `Gate`."""
-        return True
-
     def advance(self, now: float) -> None:
         """Count an attempt as answered if it was sent ANSWERED_SECONDS ago and no refusal came.
 
@@ -202,6 +197,10 @@ class Circuit:
 
     def settle(self, now: float, reservation: Ticket, verdict: Verdict, *, blamed: Cause | None) -> None:
         """See `Gate`."""
+        if self.dormant and verdict.outcome == "accepted":  # the usual case: closed, and nothing to limit
+            if self._failures or self._silent:
+                self._forget_failures()
+            return
         probed_at = self._probes.pop(reservation, None)
         is_probe = probed_at is not None
         if not self.dormant:
@@ -241,7 +240,7 @@ class Circuit:
         """See `Gate`: 1 while the circuit is open, because the provider then refuses all calls."""
         return float(self.state is not None)
 
-    def seconds_for(self, now: float, ahead: Ahead) -> float:
+    def seconds_for(self, now: float, ahead: Ahead, *, guess: bool) -> float:
         """See `Gate`."""
         return self.seconds_left(now)
 

@@ -87,11 +87,6 @@ class ConcurrencyGate:
 
     # -- the gate ------------------------------------------------------------------------------------------------------
 
-    @property
-    def certain(self) -> bool:
-        """See `Gate`."""
-        return not self.guessed
-
     def advance(self, now: float) -> None:
         """See `Gate`."""
 
@@ -125,11 +120,12 @@ class ConcurrencyGate:
             self.answer_seconds > 0 and (reservation.beside >= self.learned or self._suspected_limit(reservation) > 0)
         )
 
-    def seconds_for(self, now: float, ahead: Ahead) -> float:
+    def seconds_for(self, now: float, ahead: Ahead, *, guess: bool) -> float:
         """See `Gate`: permits become free at the rate of answers (allowed attempts / seconds per answer)."""
         if self.answer_seconds <= 0:
             return 0.0
-        return max(ahead.requests - (self.allowed - self.in_flight), 0.0) * self.answer_seconds / self.allowed
+        allowed = self.size if self.guessed and not guess else self.allowed
+        return max(ahead.requests - (allowed - self.in_flight), 0.0) * self.answer_seconds / allowed
 
     def status(self, now: float) -> GateStatus:
         """See `Gate`."""
@@ -201,6 +197,7 @@ class ConcurrencyGate:
         self._suspects.append((attempt.sent_at, attempt.beside))
         if suspected > 0:
             self.discovered = suspected < self.learned
+            self.guessed = False
             self._set(now, suspected, "refused only with more in flight")
             self._suspects.clear()
         elif suspected < 0:

@@ -74,11 +74,6 @@ class GrowthGate:
         self._grown_at = -inf
         self._held_count = 0
 
-    @property
-    def certain(self) -> bool:
-        """See `Gate`."""
-        return True
-
     def advance(self, now: float) -> None:
         """See `Gate`."""
 
@@ -130,7 +125,7 @@ class GrowthGate:
             index = max(bisect_right(self.log, self.log[index] + TOGETHER_SECONDS) - 1, index)
         return max(self.log[index] + 1.0 - now, 1e-3) if index >= 0 else 0.1
 
-    def seconds_for(self, now: float, ahead: Ahead) -> float:
+    def seconds_for(self, now: float, ahead: Ahead, *, guess: bool) -> float:
         """See `Gate`: the calls allowed in one second raise the number that is allowed in the next second."""
         if self.dormant:
             return 0.0

@@ -58,11 +58,6 @@ class RateGate:
         self._on_change = on_change
         self._limit, self._state = learner.limit, learner.snapshot().state  # as last reported
 
-    @property
-    def certain(self) -> bool:
-        """See `Gate`."""
-        return self.learner.certain or self.learner.ceiling_seconds > 0  # an operator's ceiling is not a guess
-
     def advance(self, now: float) -> None:
         """Fill the bucket up to `now`. From `now` on, fill it at the current pace."""
         learner, bucket = self.learner, self._bucket
@@ -102,9 +97,14 @@ class RateGate:
         if verdict.outcome == "accepted":
             learner.accepted(now, reservation)
             if not self.dormant:
-                self._forget_limit_if_disproved(now, reservation)
+                seconds, self._accepted_at = reservation.at - self._accepted_at, max(reservation.at, self._accepted_at)
+                if seconds >= self._probe_seconds:
+                    self._forget_limit_if_disproved(now, reservation, seconds)
             if self._in_tokens and verdict.usage is not None:  # the real cost replaces the estimated cost
-                self._correct(now, reservation, max(float(sum(verdict.usage)), 1.0))
+                amount = max(float(sum(verdict.usage)), 1.0)
+                if not self.dormant:
+                    self._bucket.take(now, amount - reservation.amount)
+                learner.settled(reservation, amount)
         elif verdict.outcome != "refused" or verdict.named == "capacity":
             learner.void(now, reservation)
         elif blamed == self.name:
@@ -119,13 +119,13 @@ class RateGate:
         used = self.learner.use(now)
         return used / (1.0 + used)
 
-    def seconds_for(self, now: float, ahead: Ahead) -> float:
+    def seconds_for(self, now: float, ahead: Ahead, *, guess: bool) -> float:
         """See `Gate`: at the current pace."""
+        learner = self.learner
+        if not (guess or learner.certain):  # only the operator's ceiling is no guess
+            return ahead.requests * learner.ceiling_seconds
         self.advance(now)
         amount = ahead.tokens if self._in_tokens else ahead.requests
-        learner = self.learner
-        if learner.ceiling_seconds > 0 and not learner.certain:  # a guessed limit: only the operator's ceiling counts
-            return ahead.requests * learner.ceiling_seconds
         return max(amount - self._bucket.level(now), 0.0) / learner.pace(now)
 
     def probe_opens_at(self, now: float) -> float:
@@ -153,22 +153,16 @@ class RateGate:
             error=known.error if learned else None,
         )
 
-    def _forget_limit_if_disproved(self, now: float, accepted: Sent) -> None:
+    def _forget_limit_if_disproved(self, now: float, accepted: Sent, seconds: float) -> None:
         """Forget the learned limit if an accepted call proves that it is far too low.
 
-        Proof: no call was accepted for at least `_probe_seconds`, then a probe was sent and accepted, although the
-        limit (with a margin of 25 %) allows less in that time than the amount of the probe. Then search for the limit
-        as at the start, but slowly.
+        Proof: no call was accepted for `seconds` (at least `_probe_seconds`), then a probe was sent and accepted,
+        although the limit (with a margin of 25 %) allows less in that time than the amount of the probe. Then search
+        for the limit as at the start, but slowly.
         """
-        seconds, self._accepted_at = accepted.at - self._accepted_at, max(accepted.at, self._accepted_at)
-        self.limit_forgotten = self._probe_seconds <= seconds and 1.25 * self.learner.limit * seconds < accepted.amount
-        if self.limit_forgotten:
+        if 1.25 * self.learner.limit * seconds < accepted.amount:
+            self.limit_forgotten = True
             self._apply(now, self.learner.resumed(now, UNKNOWN))
-
-    def _correct(self, now: float, reservation: Sent, amount: float) -> None:
-        if not self.dormant:
-            self._bucket.take(now, amount - reservation.amount)
-        self.learner.settled(reservation, amount)
 
     def _apply(self, now: float, effect: Effect) -> bool:
         self.dormant = self.learner.unpaced

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 
+from sidecar.admission.learning.policer import Sent
 from sidecar.admission.learning.tuning import HISTORY_BIN_SECONDS
 
 
@@ -14,15 +15,16 @@ class History:
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
-        self.pending: list[tuple[float, float]] = []
-        """Send times and amounts that are not in a bin yet. To append here costs no method call for each attempt."""
+        self.pending: list[Sent] = []
+        """Attempts that are not in a bin yet. To append here costs no method call for each attempt."""
         self._bins: deque[list[float]] = deque()  # [number, amount]
 
     def flush(self) -> None:
         """Put the pending amounts into bins."""
         pending, self.pending = self.pending, []
-        for at, amount in pending:
-            self._add(at, amount)
+        for sent in pending:
+            sent.in_bins = True
+            self._add(sent.at, sent.amount)
 
     def add(self, at: float, amount: float) -> None:
         """Add a sent amount, or subtract a refused amount (then `amount` is negative)."""

@@ -22,7 +22,7 @@ from sidecar.admission.learning.tuning import POLICER_MAX_REMEMBERED
 class Sent:
     """One attempt: when it was sent, its amount, and whether it was refused."""
 
-    __slots__ = ("amount", "at", "bound", "refused")
+    __slots__ = ("amount", "at", "bound", "in_bins", "refused")
 
     def __init__(self, at: float, amount: float, bound: bool) -> None:
         self.at = at
@@ -30,6 +30,8 @@ class Sent:
         self.bound = bound
         """True: this dimension delayed the attempt, so more would have been sent."""
         self.refused = False
+        self.in_bins = False
+        """True: `History` has counted the amount in one of its bins."""
 
 
 class Interval:

@@ -148,10 +148,10 @@ class PolicerLearner:
         start.unanswered += 1
         if start.began == inf:
             start.began = now
-        history.pending.append((now, amount))
+        one = Sent(now, amount, held)
+        history.pending.append(one)
         if len(history.pending) > POLICER_MAX_REMEMBERED:
             history.flush()
-        one = Sent(now, amount, held)
         trace.sent.append(one)
         if len(trace.sent) > POLICER_MAX_REMEMBERED:
             trace.trim()
@@ -183,7 +183,8 @@ class PolicerLearner:
 
     def settled(self, sent: Sent, amount: float) -> None:
         """See `Learner`."""
-        self._blackouts.history.add(sent.at, amount - sent.amount)
+        if sent.in_bins:
+            self._blackouts.history.add(sent.at, amount - sent.amount)
         if self._first is not None and self._first.holds(sent):
             self._first.correct(amount - sent.amount, self.estimate, self.refusal_seconds)
         sent.amount = amount
