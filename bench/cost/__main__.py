@@ -22,6 +22,11 @@ from bench.cost.peers import PEERS, USUAL
 from bench.cost.processes import ROOT
 
 RATIOS = Path(__file__).with_name("ratios.json")
+#: The figures of how the cost of admission grows, and their numbers of upstreams.
+GROWTH = (
+    ("admission: 10 → 10,000 keys, 10 → 2,000 queued", 1),
+    ("the same, and 1 → 8 upstreams", 8),
+)
 PICTURE = report.IMAGES / "performance.svg"
 
 
@@ -36,12 +41,14 @@ def main() -> int:
     busy = os.getloadavg()[0]
     rounds, idle = side_by_side.run(list(options.peers))
     costs = [admission.one_round() for _ in range(admission.ROUNDS)]
-    growth = tuple(map(admission.growth, costs))
     figures = [
         *report.ratios(rounds),
         *report.streams(rounds),
         *_alone(),
-        Figure("admission: 10 → 10,000 keys, 10 → 2,000 queued", growth, " times", 1.5),
+        *(
+            Figure(name, tuple(admission.growth(cost, count) for cost in costs), " times", 1.5)
+            for name, count in GROWTH
+        ),
     ]
     made = [report.targets_table(figures), report.peers_table(rounds, idle), report.admission_table(costs)]
     print(*made, sep="\n\n", end="\n\n")

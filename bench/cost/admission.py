@@ -1,4 +1,4 @@
-"""Measure the cost of admission alone per request, and how it grows with the numbers of keys and waiting requests.
+"""Measure the cost of admission alone per request, and how it grows with keys, waiting requests and upstreams.
 
 Runs the real admission in virtual time. Nothing sleeps in real time, so the processor time is that of the code.
 """
@@ -11,22 +11,33 @@ import time
 from bench.sim import clock
 from sidecar.admission import Admission, Ticket, UpstreamSettings, Verdict
 
-#: Pairs: number of keys, number of requests that always wait. The growth is the ratio of the largest cost to that of
-#: the second pair; 1 means that the cost does not depend on the size.
-SIZES = ((10, 0), (10, 10), (10_000, 10), (10, 2_000), (10_000, 2_000))
+#: Number of keys, of requests that always wait, and of upstreams with one permit each.
+Size = tuple[int, int, int]
+SIZES: tuple[Size, ...] = (
+    (10, 0, 1),
+    (10, 10, 1),
+    (10_000, 10, 1),
+    (10, 2_000, 1),
+    (10_000, 2_000, 1),
+    (10, 10, 8),
+    (10_000, 2_000, 8),
+)
+#: The size with which the other sizes are compared.
+SMALL: Size = (10, 10, 1)
 ROUNDS = 5
 REQUESTS = 6_000
 
 
-def microseconds(keys: int, waiting: int) -> float:
+def microseconds(keys: int, waiting: int, upstreams: int) -> float:
     """Return the processor time of one request: enter, wait, permit, verdict, release. The cameras send in turn."""
 
     async def main() -> float:
-        admission = Admission([UpstreamSettings(concurrency=1)], queue_size=2 * waiting + 1)
+        settings = [UpstreamSettings(name=f"upstream-{number}", concurrency=1) for number in range(upstreams)]
+        admission = Admission(settings, queue_size=2 * waiting + upstreams)
         loop = admission.loop
         # warm: each request that waited at the start was served once; done: all requests were served.
         warm, done = asyncio.Event(), asyncio.Event()
-        left = REQUESTS + waiting + 1
+        left = REQUESTS + waiting + upstreams
         number = 0
 
         async def caller() -> None:
@@ -41,7 +52,7 @@ def microseconds(keys: int, waiting: int) -> float:
                     await asyncio.sleep(0.01)
                     permit.report(Verdict("accepted", loop.time(), usage=(300, 30)))
 
-        callers = [asyncio.ensure_future(caller()) for _ in range(waiting + 1)]
+        callers = [asyncio.ensure_future(caller()) for _ in range(waiting + upstreams)]
         await warm.wait()
         began = time.process_time()
         await done.wait()
@@ -52,11 +63,16 @@ def microseconds(keys: int, waiting: int) -> float:
     return clock.run(main())
 
 
-def growth(cost: dict[tuple[int, int], float]) -> float:
-    """Return the cost of the most expensive size of a round, divided by the cost with 10 keys and 10 waiting."""
-    return max(cost.values()) / cost[10, 10]
+def growth(cost: dict[Size, float], upstreams: int) -> float:
+    """Return the cost of the most expensive size with this number of upstreams, divided by the cost of SMALL."""
+    return max(cost[size] for size in SIZES if size[2] == upstreams) / cost[SMALL]
 
 
-def one_round() -> dict[tuple[int, int], float]:
+def one_round() -> dict[Size, float]:
     """Return microseconds per request by size. Each round measures all sizes, because the machine's speed varies."""
     return {size: microseconds(*size) for size in SIZES}
+
+
+if __name__ == "__main__":
+    for size, cost in one_round().items():
+        print(*size, f"{cost:.1f} µs")

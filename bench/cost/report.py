@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from statistics import median
 
+from bench.cost.admission import Size
 from bench.cost.figures import Figure
 from bench.cost.peers import PEERS
 from bench.cost.processes import ROOT
@@ -101,12 +102,14 @@ def peers_table(rounds: Rounds, idle: dict[str, float]) -> str:
     return "\n".join(lines)
 
 
-def admission_table(costs: list[dict[tuple[int, int], float]]) -> str:
-    """Return the table of the cost of admission alone, by the numbers of keys and waiting requests."""
+def admission_table(costs: list[dict[Size, float]]) -> str:
+    """Return the table of the cost of admission alone, by the numbers of keys, waiting requests and upstreams."""
     lines = ["| admission alone, in virtual time | µs a request | requests/s |", "|---|---|---|"]
-    for keys, waiting in costs[0]:
-        microseconds = median(cost[keys, waiting] for cost in costs)
-        lines.append(f"| {keys:,} keys, {waiting:,} waiting | {microseconds:.0f} | {1e6 / microseconds:,.0f} |")
+    for size in costs[0]:
+        microseconds = median(cost[size] for cost in costs)
+        keys, waiting, upstreams = size
+        name = f"{keys:,} keys, {waiting:,} waiting, {upstreams} upstream{'s' * (upstreams > 1)}"
+        lines.append(f"| {name} | {microseconds:.0f} | {1e6 / microseconds:,.0f} |")
     return "\n".join(lines)
 
 
