@@ -180,7 +180,11 @@ class Dispatcher:
         try:
             with self._deadlines.until(ticket.deadline):
                 try:
-                    reply = await self._send(permit, request, timings)
+                    patience = self.admission.pool(ticket.model).patience(self.now(), ticket, upstream)
+                    if patience == inf:
+                        reply = await self.backends[name].send(request, timings)
+                    else:
+                        reply = await self._send_within(patience, name, request, timings)
                 finally:
                     self._record_timings(ticket, timings, self.now())
                 if reply.chunks is not None:
@@ -220,18 +224,13 @@ class Dispatcher:
                 trace.end_attempt(result)
         return reply
 
-    async def _send(self, permit: Permit, request: Request, timings: Timings) -> Reply:
-        """Send the request. Raises `NoByteInTime` if no byte comes in time and another upstream can take it."""
-        ticket, upstream = permit.ticket, permit.upstream
-        backend = self.backends[upstream.name]
-        patience = self.admission.pool(ticket.model).patience(self.now(), ticket, upstream)
-        if patience == inf:
-            return await backend.send(request, timings)
+    async def _send_within(self, patience: float, name: str, request: Request, timings: Timings) -> Reply:
+        """Send the request to the backend `name`. Raises `NoByteInTime` if no byte comes within `patience` seconds."""
         try:
             with self._deadlines.until(self.now() + patience, unless=lambda: timings.first_byte is not None):
-                return await backend.send(request, timings)
+                return await self.backends[name].send(request, timings)
         except TimeoutError:
-            raise NoByteInTime(f"{upstream.name} sent no byte for {patience:.1f} s") from None
+            raise NoByteInTime(f"{name} sent no byte for {patience:.1f} s") from None
 
     def _report(self, permit: Permit, error: BackendError) -> str:
         """Report an attempt's error as a verdict. Return the result for the metrics."""
