@@ -15,6 +15,7 @@ from sidecar.admission.gates.circuit import Circuit, CircuitState
 from sidecar.admission.gates.concurrency import MAX_CONCURRENCY, ConcurrencyGate
 from sidecar.admission.gates.growth import GrowthGate
 from sidecar.admission.gates.rate import RateGate
+from sidecar.admission.gates.rise import RiseGate
 from sidecar.admission.gates.token_cost import TokenCost
 from sidecar.admission.learning.learner import Learner, Recovery, Remembered
 from sidecar.admission.learning.policer_learner import PolicerLearner
@@ -164,11 +165,14 @@ class Upstream:
             window_ends=self.requests.learner.window_ends,
             refusal_seconds=lambda: self.requests.learner.refusal_seconds,
             random=(random or Random()).random,  # noqa: S311  jitter, not a secret
-            cold=paced,
             on_change=on_change,
         )
-        self._rates: list[Gate] = [self.requests, self.growth, self.tokens] if paced else []
-        self._gates: list[Gate] = [self.concurrency, *self._rates]
+        self.rise = RiseGate(
+            cold=paced, refusal_seconds=self.circuit.refusal_seconds, others_fail=self.circuit.others_fail
+        )
+        rates: list[Gate] = [self.requests, self.growth, self.tokens] if paced else []
+        self._gates: list[Gate] = [self.concurrency, *rates]
+        self._paces: list[Gate] = [self.rise, *rates]  # the gates that `opening` asks last, in this order
         self._latencies: deque[float] = deque(maxlen=64)
         self._answers = 0
         self._accepted_at = -inf  # time of the latest accepted verdict
@@ -194,19 +198,15 @@ class Upstream:
 
         inf: the gate opens only after an event, for example the end of an attempt.
         """
-        circuit, concurrency = self.circuit, self.concurrency
+        circuit = self.circuit
         if circuit.state is not None:
             circuit.advance(now)  # may close the circuit
         if circuit.state is not None:
             at = max(circuit.opens_at(now, 0.0), self.requests.probe_opens_at(now))
             return (at, "hold") if at > now else (now, None)  # the probe passes every other gate
-        if concurrency.opens_at(now, 0.0) > now:
+        if self.concurrency.opens_at(now, 0.0) > now:
             return inf, "concurrency"
-        if not circuit.dormant:
-            circuit.advance(now)
-            if (at := circuit.opens_at(now, 0.0)) > now:
-                return at, "hold"
-        for gate in self._rates:
+        for gate in self._paces:
             if not gate.dormant:
                 gate.advance(now)
                 at = gate.opens_at(now, self.cost(ticket) if gate is self.tokens else 1.0)
@@ -232,9 +232,11 @@ class Upstream:
         ticket.attempts += 1
         self.started += 1
         held, self._delayed_by = self._delayed_by, None
-        circuit, growth = self.circuit, self.growth
-        if not circuit.dormant:
-            circuit.reserve(now, ticket, 0.0, held=False)
+        growth = self.growth
+        if self.circuit.state is not None:
+            self.circuit.reserve(now, ticket, 0.0, held=False)
+        elif not self.rise.dormant:
+            self.rise.reserve(now, ticket, 0.0, held=False)
         in_flight = self.concurrency.reserve(now, ticket, 0.0, held=held == "concurrency")
         if not self._paced:
             return Permit(self, ticket, now, (in_flight,), on_end)
@@ -255,6 +257,10 @@ class Upstream:
     def settle(self, permit: Permit, reservations: tuple[Any, ...], verdict: Verdict) -> None:
         """Report the verdict of an ended attempt to every gate. Called once for each attempt."""
         now, ticket = verdict.at, permit.ticket
+        if verdict.outcome == "timed_out" and not self._is_silent(permit, now):
+            verdict = verdict._replace(outcome="abandoned")
+        if not self.rise.dormant:
+            self.rise.settle(now, ticket, verdict, blamed=None)
         if verdict.outcome == "accepted":
             self.circuit.settle(now, ticket, verdict, blamed=None)  # first: the rates may learn from an accepted probe
             for gate, reservation in zip(self._gates, reservations, strict=True):
@@ -262,10 +268,8 @@ class Upstream:
             self._answered(now, permit, verdict)
             if self.requests.limit_forgotten or self.tokens.limit_forgotten:
                 self.requests.limit_forgotten = self.tokens.limit_forgotten = False
-                self.circuit.rise(now)
+                self.rise.start(permit.sent_at)
             return
-        if verdict.outcome == "timed_out" and not self._is_silent(permit, now):
-            verdict = verdict._replace(outcome="abandoned")
         blamed = self._blamed(now, reservations, verdict) if verdict.outcome == "refused" else None
         for gate, reservation in zip(self._gates, reservations, strict=True):
             gate.settle(now, reservation, verdict, blamed=blamed)
@@ -326,7 +330,7 @@ class Upstream:
             self._cost.learn(permit.ticket.tokens, *verdict.usage)
         seconds = now - permit.sent_at
         self.latency += (0.1 if self._latencies else 1.0) * (seconds - self.latency)
-        self.concurrency.answer_seconds = self.circuit.answer_seconds = self.latency
+        self.concurrency.answer_seconds = self.rise.answer_seconds = self.latency
         self._latencies.append(seconds)
         self._answers += 1
         if self._answers % 16 == 1:
@@ -342,6 +346,7 @@ class Upstream:
             self.concurrency.size = min(max(ceil(2 * pace * self._p90), 8), MAX_CONCURRENCY)
 
     def _on_circuit_closed(self, now: float, state: CircuitState, recovery: Recovery) -> None:
+        self.rise.start(recovery.probed_at)
         if state is CircuitState.BLACKOUT:
             self.concurrency.forget_guess(now)
             for gate in (self.requests, self.tokens):
