@@ -49,19 +49,16 @@ class Pool:
     restricted queues, one for each set of untried upstreams. So no ticket waits behind a ticket that is restricted to
     other upstreams. Restricted queues are served first, because they are short. While the first ticket of a queue
     waits, tickets of later queues must not take an upstream that this ticket could use.
-
-    A set of upstreams is a bit set: bit i stands for `upstreams[i]`.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop, upstreams: Sequence[Upstream]) -> None:
         now = loop.time()
         self._loop = loop
-        self.upstreams = upstreams
+        self.upstreams = tuple(upstreams)
         self._only_upstream = upstreams[0] if len(upstreams) == 1 else None
-        self._all = (1 << len(upstreams)) - 1
         self.queue = FairQueue()
         """The tickets that may go to every upstream."""
-        self._restricted: dict[int, FairQueue] = {}  # key: bit set of untried upstreams
+        self._restricted: dict[tuple[Upstream, ...], FairQueue] = {}  # key: the untried upstreams, in order
         self._later: list[tuple[float, int, Ticket]] = []  # heap of retries that may not be sent yet
         self._number = 0
         self.promises: Promises | None = None
@@ -167,7 +164,7 @@ class Pool:
             ticket.permit = self._loop.create_future()
         ticket.enter_queue(self._wait_seconds)
         untried = self._untried_by(ticket)
-        if untried == self._all:
+        if untried == self.upstreams:
             queue = self.queue
         elif (found := self._restricted.get(untried)) is not None:
             queue = found
@@ -183,16 +180,14 @@ class Pool:
                 return
         self._set_expiry(now, ticket, untried)
 
-    def _set_expiry(self, now: float, ticket: Ticket, untried: int) -> None:
+    def _set_expiry(self, now: float, ticket: Ticket, untried: tuple[Upstream, ...]) -> None:
         ticket.expiry = self._loop.call_at(max(ticket.deadline - self._latency(untried), now), self._expire, ticket)
 
-    def _latest_switch_at(self, ticket: Ticket, untried: int) -> float:
+    def _latest_switch_at(self, ticket: Ticket, untried: tuple[Upstream, ...]) -> float:
         """Return the latest loop time at which a higher tier should take the ticket; inf if there is none."""
         lowest = self.upstreams[0].tier
-        higher = [
-            upstream for bit, upstream in enumerate(self.upstreams) if untried >> bit & 1 and upstream.tier > lowest
-        ]
-        return ticket.deadline - max((_seconds_needed(ticket, upstream) for upstream in higher), default=-inf)
+        needed = [_seconds_needed(ticket, upstream) for upstream in untried if upstream.tier > lowest]
+        return ticket.deadline - max(needed, default=-inf)
 
     def _mark_urgent(self, ticket: Ticket) -> None:
         """Mark a waiting ticket as urgent, because soon no higher tier could answer it in time."""
@@ -218,9 +213,7 @@ class Pool:
             self._end_pause(now, ticket)
             if ticket.permit is None or ticket.permit.done():
                 continue  # its caller left in this loop iteration
-            if ticket.only_while_failing and not any(
-                upstream.circuit.failing for _, upstream in self._untried_upstreams(ticket)
-            ):
+            if ticket.only_while_failing and not any(upstream.circuit.failing for upstream in self._untried_by(ticket)):
                 ticket.permit.set_exception(StillFailing("the other requests are answered"))
                 continue
             self._enqueue(now, ticket)
@@ -240,7 +233,7 @@ class Pool:
                 self._end_pause(now, ticket)
                 return True
         untried = self._untried_by(ticket)
-        queue = self.queue if untried == self._all else self._restricted.get(untried)
+        queue = self.queue if untried == self.upstreams else self._restricted.get(untried)
         if queue is None or ticket not in queue:
             return False
         self._book_wait(now)  # before the removal: `_book_wait` books nothing for an empty queue
@@ -259,7 +252,8 @@ class Pool:
         if self._later:
             self._release_later(now)
         self.cause = None
-        claimed, look_at = 0, inf
+        claimed: tuple[Upstream, ...] = ()
+        look_at = inf
         if self._restricted:
             for untried, queue in list(self._restricted.items()):
                 claimed, opens_at = self._admit_from(now, queue, untried, claimed)
@@ -267,7 +261,7 @@ class Pool:
                 if not queue:
                     del self._restricted[untried]
         if self.queue.tickets:
-            _, opens_at = self._admit_from(now, self.queue, self._all, claimed)
+            _, opens_at = self._admit_from(now, self.queue, self.upstreams, claimed)
             look_at = min(look_at, opens_at)
         if look_at < inf:
             look_at = min(look_at, now + LOOK_AGAIN_SECONDS)
@@ -281,30 +275,34 @@ class Pool:
         """Return True if the upstream is ready and may get an attempt now, even if this attempt is only a probe."""
         return upstream.unready_reason() is None and (not upstream.unavailable or upstream.circuit.may_probe(now))
 
-    def _admit_from(self, now: float, queue: FairQueue, untried: int, claimed: int) -> tuple[int, float]:
+    def _admit_from(
+        self, now: float, queue: FairQueue, untried: tuple[Upstream, ...], claimed: tuple[Upstream, ...]
+    ) -> tuple[tuple[Upstream, ...], float]:
         """Admit tickets from one queue until its first ticket cannot start.
 
-        `claimed` is the bit set of upstreams that earlier queues wait for; tickets of this queue must not use them.
-        Return the bit set of upstreams that this and earlier queues wait for, and the loop time when one of the
-        upstreams of this queue opens.
+        `claimed`: the upstreams that earlier queues wait for; tickets of this queue must not use them. Return the
+        upstreams that this and earlier queues wait for, and the loop time when an upstream of this queue opens.
         """
+        unclaimed = tuple(upstream for upstream in untried if upstream not in claimed) if claimed else untried
         while (ticket := queue.head()) is not None:
             if ticket.permit is None or ticket.permit.done():  # its caller left in this loop iteration
                 queue.remove(ticket)
                 self._on_ticket_removed(ticket, now)
                 continue
-            upstream, opens_at, cause = self._choose(now, ticket, untried & ~claimed)
+            upstream, opens_at, cause = self._choose(now, ticket, unclaimed)
             if upstream is None:
                 self.cause = self.cause or cause or "turn"
                 for delayed in self.upstreams:
                     delayed.note_delay(cause)
-                return claimed | untried, opens_at
+                return claimed + untried, opens_at
             queue.take(ticket)
             self._on_ticket_removed(ticket, now)
             ticket.permit.set_result(self._start(upstream, ticket, now))
         return claimed, inf
 
-    def _choose(self, now: float, ticket: Ticket, untried: int) -> tuple[Upstream | None, float, Cause | None]:
+    def _choose(
+        self, now: float, ticket: Ticket, untried: tuple[Upstream, ...]
+    ) -> tuple[Upstream | None, float, Cause | None]:
         """Choose the upstream with open gates and the smallest load in the lowest possible tier, from `untried`.
 
         If none has open gates, return None, the loop time when the first one opens, and the cause of the wait.
@@ -316,9 +314,7 @@ class Pool:
         best: Upstream | None = None
         soonest, why = inf, None
         tier, least = 0, inf
-        for bit, upstream in enumerate(self.upstreams):
-            if not untried >> bit & 1:
-                continue
+        for upstream in untried:
             if upstream.unready_reason() is not None:
                 soonest = min(soonest, now + LOOK_AGAIN_SECONDS)  # poll: there is no event when it is ready again
                 continue
@@ -342,13 +338,13 @@ class Pool:
     def _spills(self, now: float, ticket: Ticket, tier: int) -> bool:
         """Return True if a higher tier may take tickets: the lower tiers cannot serve all waiting tickets in time."""
         below = [
-            (bit, lower)
-            for bit, lower in enumerate(self.upstreams)
+            lower
+            for lower in self.upstreams
             if lower.tier < tier and lower.unready_reason() is None and not lower.unavailable
         ]
         if not below or self._urgent:
             return True
-        if now + min(lower.circuit.seconds_left(now) + lower.latency for _, lower in below) > ticket.deadline:
+        if now + min(lower.circuit.seconds_left(now) + lower.latency for lower in below) > ticket.deadline:
             return True
         requests = max(len(self.queue) - 1, 0)
         return self._seconds(now, ticket, below, requests, self.queue.cost, guess=True) > SPILL_SECONDS
@@ -391,29 +387,28 @@ class Pool:
 
     # -- accounts that are refused -------------------------------------------------------------------------------------
 
-    def _check_accounts(self, now: float, untried: int) -> None:
+    def _check_accounts(self, now: float, untried: tuple[Upstream, ...]) -> None:
         """Raise `AccountClosed` if all untried upstreams refuse the account and none may get a probe now."""
         if (closed := self._refusing(now, untried)) is not None:
             raise self._account_closed(now, closed)
 
-    def _refusing(self, now: float, untried: int) -> Upstream | None:
+    def _refusing(self, now: float, untried: tuple[Upstream, ...]) -> Upstream | None:
         """If all untried upstreams refuse the account and none may get a probe now, return one of them, else None.
 
         Upstreams that are not ready are ignored, except if the pool has only one upstream.
         """
         closed: Upstream | None = None
-        for bit, upstream in enumerate(self.upstreams):
-            if untried >> bit & 1:
-                circuit = upstream.circuit
-                if circuit.state is CircuitState.BILLING and not circuit.may_probe(now):
-                    closed = closed or upstream
-                elif self._only_upstream is not None or upstream.unready_reason() is None:
-                    return None
+        for upstream in untried:
+            circuit = upstream.circuit
+            if circuit.state is CircuitState.BILLING and not circuit.may_probe(now):
+                closed = closed or upstream
+            elif self._only_upstream is not None or upstream.unready_reason() is None:
+                return None
         return closed
 
     def _refuse_for_account(self, now: float) -> None:
         """Refuse every ticket whose untried upstreams all refuse the account."""
-        for untried, queue in [(self._all, self.queue), *self._restricted.items()]:
+        for untried, queue in [(self.upstreams, self.queue), *self._restricted.items()]:
             if (closed := self._refusing(now, untried)) is not None:
                 while (ticket := queue.head()) is not None:
                     self.refuse(ticket, self._account_closed(now, closed))
@@ -464,22 +459,15 @@ class Pool:
         refused = upstream.circuit.state is CircuitState.BILLING
         return upstream not in ticket.tried and not refused and self._is_usable(now, upstream)
 
-    def _untried_by(self, ticket: Ticket) -> int:
-        """Return the bit set of upstreams that the ticket has not tried. If it has tried all of them: all of them."""
+    def _untried_by(self, ticket: Ticket) -> tuple[Upstream, ...]:
+        """Return the upstreams that the ticket has not tried. If it has tried all of them: all of them."""
         if not ticket.tried:
-            return self._all
-        return sum(1 << bit for bit, upstream in enumerate(self.upstreams) if upstream not in ticket.tried) or self._all
+            return self.upstreams
+        return tuple(upstream for upstream in self.upstreams if upstream not in ticket.tried) or self.upstreams
 
-    def _untried_upstreams(self, ticket: Ticket) -> list[tuple[int, Upstream]]:
-        """Return the bit and the upstream for each upstream of `_untried_by`."""
-        untried = self._untried_by(ticket)
-        return [(bit, upstream) for bit, upstream in enumerate(self.upstreams) if untried >> bit & 1]
-
-    def _latency(self, untried: int) -> float:
+    def _latency(self, untried: tuple[Upstream, ...]) -> float:
         """Return the smallest latency of the untried upstreams in seconds."""
-        if self._only_upstream is not None:
-            return self._only_upstream.latency
-        return min(upstream.latency for bit, upstream in enumerate(self.upstreams) if untried >> bit & 1)
+        return min(upstream.latency for upstream in untried)
 
     def _check_reachable(self, now: float, ticket: Ticket) -> None:
         """Raise `DeadlineUnreachable` if the predicted wait and answer take longer than the ticket's remaining time."""
@@ -504,28 +492,28 @@ class Pool:
         never be refused because of a guess.
         """
         requests, cost = self.queue.ahead_of(ticket)
-        return self._seconds(now, ticket, self._untried_upstreams(ticket), requests, cost, guess=guess)
+        return self._seconds(now, ticket, self._untried_by(ticket), requests, cost, guess=guess)
 
     def _seconds(
         self,
         now: float,
         ticket: Ticket,
-        upstreams: Sequence[tuple[int, Upstream]],
+        upstreams: Sequence[Upstream],
         requests: float,
         cost: float,
         *,
         guess: bool,
     ) -> float:
-        """Return the seconds until `upstreams` (with their bits) together could start this ticket.
+        """Return the seconds until `upstreams` together could start this ticket.
 
         Ahead of the ticket are `requests` other tickets with `cost` estimated LLM tokens in total. For each upstream,
         this method adds the tickets of the restricted queues that may use it.
         """
         rate = 0.0
-        for bit, upstream in upstreams:
+        for upstream in upstreams:
             before, cost_before = requests, cost
             for untried, queue in self._restricted.items():
-                if untried >> bit & 1:
+                if upstream in untried:
                     before += len(queue)
                     cost_before += queue.cost
             seconds = upstream.circuit.seconds_left(now) if guess else upstream.next_probe_in(now)
@@ -538,15 +526,11 @@ class Pool:
     def _is_late_below(self, now: float, ticket: Ticket) -> bool:
         """Return True if the ticket would probably be answered after its deadline if only the lowest tier served it."""
         lowest = self.upstreams[0].tier
-        below = [
-            (bit, upstream)
-            for bit, upstream in enumerate(self.upstreams)
-            if upstream.tier == lowest and not upstream.unavailable
-        ]
+        below = [upstream for upstream in self.upstreams if upstream.tier == lowest and not upstream.unavailable]
         if not below or len(below) == len(self.upstreams):
             return False
         wait = self._seconds(now, ticket, below, *self.queue.ahead_of(ticket), guess=True)
-        return now + wait + min(upstream.latency for _, upstream in below) > ticket.deadline
+        return now + wait + min(upstream.latency for upstream in below) > ticket.deadline
 
     # -- callers that return after a Retry-After -----------------------------------------------------------------------
 
