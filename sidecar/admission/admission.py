@@ -268,7 +268,7 @@ class Admission:
     def status(self, longest: int = 0) -> Iterator[PoolStatus]:
         """Yield the present state of each pool, with the `longest` longest key queues.
 
-        A value above 0 costs a walk over all keys.
+        A value above 0 costs a walk over all tickets.
         """
         now = self.loop.time()
         for model, pool in self._pools.items():
@@ -279,5 +279,5 @@ class Admission:
                 pool.cause,
                 pool.last_used,
                 tuple(upstream.status(now) for upstream in pool.upstreams),
-                tuple(pool.queue.longest(longest)) if longest else (),
+                tuple(pool.longest_queues(longest)) if longest else (),
             )

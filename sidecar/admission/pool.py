@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator, Sequence
-from heapq import heappop, heappush
+from heapq import nlargest
 from math import inf
+from operator import itemgetter
 
 from sidecar.admission.errors import AccountClosed, DeadlineUnreachable, NotAdmitted, StillFailing
 from sidecar.admission.gates.circuit import CircuitState
+from sidecar.admission.later import Later
 from sidecar.admission.queue import FairQueue
 from sidecar.admission.retry_after import Promises
 from sidecar.admission.ticket import CAUSES, Cause, Priority, Ticket
@@ -59,14 +61,14 @@ class Pool:
         self.queue = FairQueue()
         """The tickets that may go to every upstream."""
         self._restricted: dict[tuple[Upstream, ...], FairQueue] = {}  # key: the untried upstreams, in order
-        self._later: list[tuple[float, int, Ticket]] = []  # heap of retries that may not be sent yet
-        self._number = 0
+        self._later = Later()
+        self._places: dict[Ticket, FairQueue | Later] = {}  # every waiting ticket, and its queue
+        self._latest: dict[str, Ticket] = {}  # by key: the waiting ticket that a newer frame supersedes
         self.promises: Promises | None = None
         """Reserved places of callers that got a Retry-After; None until the first one."""
         self._timer: asyncio.TimerHandle | None = None
         self._wait_seconds = [0.0] * len(CAUSES)
-        self.cause: Cause | None = None
-        """The present cause of waiting; None while no ticket waits."""
+        self._cause: Cause | None = None  # what delays the first ticket of the first queue that waits
         self._cause_since = now
         self.last_used = now
         """Loop time at which the last ticket arrived or the last attempt ended."""
@@ -82,15 +84,33 @@ class Pool:
 
     # -- waiting tickets -----------------------------------------------------------------------------------------------
 
-    def queues(self) -> Iterator[FairQueue]:
-        """Yield every queue, in the order in which `admit` serves them."""
+    def queues(self) -> Iterator[FairQueue | Later]:
+        """Yield every queue."""
         yield from self._restricted.values()
         yield self.queue
+        yield self._later
+
+    @property
+    def cause(self) -> Cause | None:
+        """The present cause of waiting; None while no ticket waits."""
+        if len(self._places) > len(self._later.tickets):
+            return self._cause or "turn"
+        return "hold" if self._places else None
 
     def waiting_of(self, priority: Priority) -> int:
         """Return the number of waiting tickets of one priority class."""
-        later = sum(ticket.priority is priority for *_, ticket in self._later)
-        return sum(queue.length(priority) for queue in self.queues()) + later
+        return sum(queue.length(priority) for queue in self.queues())
+
+    def longest_queues(self, most: int) -> list[tuple[str, int, float]]:
+        """Return the `most` keys with the most waiting tickets: key, their number, arrival time of the oldest ticket.
+
+        Walks over all tickets: for displays, not for the request path.
+        """
+        totals: dict[str, tuple[int, float]] = {}
+        for ticket in self._places:
+            count, oldest = totals.get(ticket.key, (0, inf))
+            totals[ticket.key] = (count + 1, min(oldest, ticket.stopwatch.started))
+        return nlargest(most, ((key, *of_key) for key, of_key in totals.items()), key=itemgetter(1))
 
     @property
     def has_learned(self) -> bool:
@@ -100,17 +120,17 @@ class Pool:
     @property
     def is_empty(self) -> bool:
         """True if no ticket waits."""
-        return not (self.queue.tickets or self._restricted or self._later)
+        return not self._places
 
     @property
     def waiting(self) -> int:
         """Number of waiting tickets, including retries that may not be sent yet."""
-        return sum(len(queue) for queue in self.queues()) + len(self._later)
+        return len(self._places)
 
     @property
     def waiting_bytes(self) -> int:
         """Bytes of the request bodies of all waiting tickets."""
-        return sum(queue.bytes for queue in self.queues()) + sum(ticket.size_bytes for *_, ticket in self._later)
+        return sum(queue.bytes for queue in self.queues())
 
     # -- a ticket enters and leaves ------------------------------------------------------------------------------------
 
@@ -126,62 +146,64 @@ class Pool:
             return self._start(only, ticket, now)  # the usual case
         untried = self._untried_by(ticket)
         self._check_accounts(now, untried)
-        if ticket.not_before > now:
-            return self._enter_later(now, ticket)
-        if self.is_empty and (upstream := self._choose(now, ticket, untried)[0]) is not None:
-            return self._start(upstream, ticket, now)
-        if not ticket.requeued:
-            self._check_reachable(now, ticket)
-        self._book_wait(now)
-        self._enqueue(now, ticket)
-        permit = ticket.permit
-        assert permit is not None  # noqa: S101  `_enqueue` made it
+        if ticket.not_before <= now:
+            if self.is_empty and (upstream := self._choose(now, ticket, untried)[0]) is not None:
+                return self._start(upstream, ticket, now)
+            if not ticket.requeued:
+                self._check_reachable(now, ticket)
+        permit = self._enqueue(now, ticket)
         self.admit(now)
         return permit
 
     def leave(self, ticket: Ticket) -> None:
         """Remove a ticket whose caller has disconnected."""
         now = self._loop.time()
-        if self._take_out(ticket, now):
+        if self._take_out(now, ticket):
             self.admit(now)
 
     def refuse(self, ticket: Ticket, why: NotAdmitted) -> None:
         """Remove a waiting ticket from its queue and give the error to its caller."""
-        self._take_out(ticket, self._loop.time())
+        self._take_out(self._loop.time(), ticket)
         if ticket.permit is not None and not ticket.permit.done():
             ticket.permit.set_exception(why)
             ticket.permit = None
 
     def superseded_by(self, ticket: Ticket) -> Ticket | None:
         """Return the waiting ticket of the same key that `ticket` replaces, or None."""
-        for queue in self.queues():
-            if (other := queue.superseded_by(ticket)) is not None:
-                return other
-        return next((other for *_, other in self._later if other.latest and other.key == ticket.key), None)
+        return self._latest.get(ticket.key) if ticket.latest else None
 
-    def _enqueue(self, now: float, ticket: Ticket) -> None:
-        if ticket.permit is None or ticket.permit.done():
-            ticket.permit = self._loop.create_future()
+    def _enqueue(self, now: float, ticket: Ticket) -> asyncio.Future[Permit]:
+        """Add the ticket to its queue and set its timer. Return the future of its permit or error."""
+        self._book_wait(now)
+        permit = ticket.permit
+        if permit is None or permit.done():
+            permit = ticket.permit = self._loop.create_future()
+        if ticket.latest:
+            self._latest[ticket.key] = ticket
+        if ticket.not_before > now:
+            ticket.waits_since = now
+            self._later.add(ticket)
+            self._places[ticket] = self._later
+            ticket.expiry = self._loop.call_at(ticket.deadline, self._expire, ticket)
+            return permit
         ticket.enter_queue(self._wait_seconds)
         untried = self._untried_by(ticket)
-        if untried == self.upstreams:
-            queue = self.queue
-        elif (found := self._restricted.get(untried)) is not None:
-            queue = found
-        else:
-            queue = self._restricted[untried] = FairQueue()
+        queue = self.queue if untried == self.upstreams else self._restricted.setdefault(untried, FairQueue())
         queue.add(ticket)
-        if self._only_upstream is None:
-            switch_at = self._latest_switch_at(ticket, untried)
-            if switch_at < inf and self._is_late_below(now, ticket):
-                self._urgent.add(ticket)
-            elif switch_at < inf:
-                ticket.expiry = self._loop.call_at(max(switch_at, now), self._mark_urgent, ticket)
-                return
-        self._set_expiry(now, ticket, untried)
+        self._places[ticket] = queue
+        switch_at = inf if self._only_upstream is not None else self._latest_switch_at(ticket, untried)
+        if switch_at == inf:
+            self._set_expiry(now, ticket)
+        elif self._is_late_below(now, ticket):
+            self._urgent.add(ticket)
+            self._set_expiry(now, ticket)
+        else:
+            ticket.expiry = self._loop.call_at(max(switch_at, now), self._mark_urgent, ticket)
+        return permit
 
-    def _set_expiry(self, now: float, ticket: Ticket, untried: tuple[Upstream, ...]) -> None:
-        ticket.expiry = self._loop.call_at(max(ticket.deadline - self._latency(untried), now), self._expire, ticket)
+    def _set_expiry(self, now: float, ticket: Ticket) -> None:
+        at = ticket.deadline - self._latency(self._untried_by(ticket))
+        ticket.expiry = self._loop.call_at(max(at, now), self._expire, ticket)
 
     def _latest_switch_at(self, ticket: Ticket, untried: tuple[Upstream, ...]) -> float:
         """Return the latest loop time at which a higher tier should take the ticket; inf if there is none."""
@@ -193,53 +215,41 @@ class Pool:
         """Mark a waiting ticket as urgent, because soon no higher tier could answer it in time."""
         now = self._loop.time()
         self._urgent.add(ticket)
-        self._set_expiry(now, ticket, self._untried_by(ticket))
+        self._set_expiry(now, ticket)
         self.admit(now)
-
-    def _enter_later(self, now: float, ticket: Ticket) -> asyncio.Future[Permit]:
-        """Keep a retry until its `not_before`. Return the future of its permit or error."""
-        ticket.permit = permit = self._loop.create_future()
-        ticket.waits_since = now
-        self._number += 1
-        heappush(self._later, (ticket.not_before, self._number, ticket))
-        ticket.expiry = self._loop.call_at(ticket.deadline, self._expire, ticket)
-        self.admit(now)
-        return permit
 
     def _release_later(self, now: float) -> None:
         """Queue the retries whose `not_before` has passed."""
-        while self._later and self._later[0][0] <= now:
-            ticket = heappop(self._later)[2]
-            self._end_pause(now, ticket)
-            if ticket.permit is None or ticket.permit.done():
-                continue  # its caller left in this loop iteration
+        while (ticket := self._later.head()) is not None and ticket.not_before <= now:
             if ticket.only_while_failing and not any(upstream.circuit.failing for upstream in self._untried_by(ticket)):
-                ticket.permit.set_exception(StillFailing("the other requests are answered"))
+                self.refuse(ticket, StillFailing("the other requests are answered"))
                 continue
-            self._enqueue(now, ticket)
+            self._take_out(now, ticket)
+            if ticket.permit is not None and not ticket.permit.done():  # else its caller left in this loop iteration
+                self._enqueue(now, ticket)
 
-    def _end_pause(self, now: float, ticket: Ticket) -> None:
-        ticket.add_cause("hold", now - ticket.waits_since)
+    def _take_out(self, now: float, ticket: Ticket) -> bool:
+        """Remove a waiting ticket from its queue. Return False if the ticket is not waiting."""
+        queue = self._places.get(ticket)
+        if queue is None:
+            return False
+        queue.remove(ticket)
+        self._on_removed(now, ticket)
+        return True
+
+    def _on_removed(self, now: float, ticket: Ticket) -> None:
+        """Add up the causes of its wait, and cancel its timer."""
+        if self._latest.get(ticket.key) is ticket:
+            del self._latest[ticket.key]
+        if self._places.pop(ticket) is self._later:
+            ticket.add_cause("hold", now - ticket.waits_since)
+        else:
+            self._book_wait(now)
+            ticket.leave_queue(self._wait_seconds)
+            self._urgent.discard(ticket)
         if ticket.expiry is not None:
             ticket.expiry.cancel()
             ticket.expiry = None
-
-    def _take_out(self, ticket: Ticket, now: float) -> bool:
-        """Remove a waiting ticket from its queue. Return False if the ticket is not waiting."""
-        for entry in self._later:
-            if entry[2] is ticket:
-                self._later.remove(entry)
-                self._later.sort()  # a sorted list is a heap
-                self._end_pause(now, ticket)
-                return True
-        untried = self._untried_by(ticket)
-        queue = self.queue if untried == self.upstreams else self._restricted.get(untried)
-        if queue is None or ticket not in queue:
-            return False
-        self._book_wait(now)  # before the removal: `_book_wait` books nothing for an empty queue
-        queue.remove(ticket)
-        self._on_ticket_removed(ticket, now)
-        return True
 
     # -- the decision --------------------------------------------------------------------------------------------------
 
@@ -249,9 +259,9 @@ class Pool:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        if self._later:
+        if self._later.tickets:
             self._release_later(now)
-        self.cause = None
+        self._cause = None
         claimed: tuple[Upstream, ...] = ()
         look_at = inf
         if self._restricted:
@@ -265,8 +275,8 @@ class Pool:
             look_at = min(look_at, opens_at)
         if look_at < inf:
             look_at = min(look_at, now + LOOK_AGAIN_SECONDS)
-        if self._later:
-            look_at = min(look_at, self._later[0][0])
+        if (later := self._later.head()) is not None:
+            look_at = min(look_at, later.not_before)
         if look_at < inf:
             self._timer = self._loop.call_at(look_at, self._look_again)
 
@@ -287,16 +297,16 @@ class Pool:
         while (ticket := queue.head()) is not None:
             if ticket.permit is None or ticket.permit.done():  # its caller left in this loop iteration
                 queue.remove(ticket)
-                self._on_ticket_removed(ticket, now)
+                self._on_removed(now, ticket)
                 continue
             upstream, opens_at, cause = self._choose(now, ticket, unclaimed)
             if upstream is None:
-                self.cause = self.cause or cause or "turn"
+                self._cause = self._cause or cause or "turn"
                 for delayed in self.upstreams:
                     delayed.note_delay(cause)
                 return claimed + untried, opens_at
             queue.take(ticket)
-            self._on_ticket_removed(ticket, now)
+            self._on_removed(now, ticket)
             ticket.permit.set_result(self._start(upstream, ticket, now))
         return claimed, inf
 
@@ -371,7 +381,7 @@ class Pool:
                 pools.append(on_end)
 
     def _on_end(self, now: float) -> None:
-        if self.cause is not None or not self.is_empty:
+        if not self.is_empty:
             if any(upstream.circuit.state is CircuitState.BILLING for upstream in self.upstreams):
                 self._refuse_for_account(now)
             self.admit(now)
@@ -408,11 +418,7 @@ class Pool:
 
     def _refuse_for_account(self, now: float) -> None:
         """Refuse every ticket whose untried upstreams all refuse the account."""
-        for untried, queue in [(self.upstreams, self.queue), *self._restricted.items()]:
-            if (closed := self._refusing(now, untried)) is not None:
-                while (ticket := queue.head()) is not None:
-                    self.refuse(ticket, self._account_closed(now, closed))
-        for ticket in [entry[2] for entry in self._later]:
+        for ticket in list(self._places):
             if (closed := self._refusing(now, self._untried_by(ticket))) is not None:
                 self.refuse(ticket, self._account_closed(now, closed))
 
@@ -564,14 +570,6 @@ class Pool:
 
     # -- accounting of the causes of waits -----------------------------------------------------------------------------
 
-    def _on_ticket_removed(self, ticket: Ticket, now: float) -> None:
-        self._book_wait(now)
-        ticket.leave_queue(self._wait_seconds)
-        self._urgent.discard(ticket)
-        if ticket.expiry is not None:
-            ticket.expiry.cancel()
-            ticket.expiry = None
-
     def _expire(self, ticket: Ticket) -> None:
         ticket.expiry = None
         now, since = self._loop.time(), ticket.stopwatch.started
@@ -590,8 +588,7 @@ class Pool:
 
         Each ticket reads these totals when it enters and leaves a queue, so no loop over all tickets is needed.
         """
-        if self.queue.tickets or self._restricted:
-            self._wait_seconds[CAUSES.index(self.cause or "turn")] += now - self._cause_since
+        self._wait_seconds[CAUSES.index(self._cause or "turn")] += now - self._cause_since
         self._cause_since = now
 
 

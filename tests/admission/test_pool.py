@@ -1,9 +1,11 @@
 """One queue above several upstreams: who gets which permit, and what a retry in the queue is subject to."""
 
 import asyncio
+import gc
 from math import inf
 
 import pytest
+from steps import count_lines
 
 from bench.sim import clock
 from sidecar.admission import (
@@ -331,6 +333,87 @@ async def test_a_last_retry_goes_only_if_the_upstream_still_fails_other_requests
         else:
             with pytest.raises(StillFailing):
                 await entry
+    assert bench.at_rest()
+
+
+@virtual
+async def test_the_longest_queues_count_every_waiting_ticket():
+    bench = Bench(UpstreamSettings("a", concurrency=1), UpstreamSettings("b", concurrency=1))
+    held = [*bench.fill("a"), *bench.fill("b")]
+    began = bench.loop.time()
+    await asyncio.sleep(1.0)
+    only_b, later = bench.enter(bench.requeued("a", key="x")), bench.enter(bench.requeued(pause=9.0, key="x"))
+    await asyncio.sleep(1.0)
+    anywhere = [bench.enter(key="x"), bench.enter(key="y")]
+    (status,) = bench.admission.status(longest=2)
+    assert status.longest_queues == (("x", 3, began + 1.0), ("y", 1, began + 2.0))
+    (status,) = bench.admission.status(longest=1)
+    assert [key for key, *_ in status.longest_queues] == ["x"]
+    for permit in held:
+        bench.report(permit, "accepted")
+    for entry in (only_b, *anywhere, later):
+        bench.report(await entry, "accepted")
+    (status,) = bench.admission.status(longest=2)
+    assert status.longest_queues == ()
+
+
+@virtual
+async def test_while_only_retries_wait_the_cause_is_a_hold():
+    bench = Bench(UpstreamSettings("a"))
+
+    def cause():
+        (status,) = bench.admission.status()
+        return status.cause
+
+    assert cause() is None
+    retry = bench.enter(bench.requeued(pause=3.0))
+    assert cause() == "hold"
+    bench.report(bench.at_once(), "accepted")
+    assert cause() == "hold"
+    bench.report(await retry, "accepted")
+    assert cause() is None
+
+
+@virtual
+async def test_a_retry_that_leaves_costs_the_same_whether_ten_or_thousands_wait():
+    async def cost_of_leaving(count):
+        bench = Bench(UpstreamSettings("a"), queue_size=10_000)
+        pool, tickets = bench.admission.pool(MODEL), [bench.requeued(pause=9.0, size_bytes=7) for _ in range(count)]
+        for ticket in tickets:
+            bench.enter(ticket)
+        assert (pool.waiting, pool.waiting_bytes) == (count, 7 * count)
+        lines = count_lines(lambda: [pool.leave(ticket) for ticket in reversed(tickets[5:])])
+        assert (pool.waiting, pool.waiting_bytes) == (5, 35)
+        pool.close()
+        return lines / (count - 5)
+
+    assert await cost_of_leaving(2000) < 1.5 * await cost_of_leaving(20)
+
+
+@virtual
+async def test_retries_that_left_stay_in_no_memory():
+    bench = Bench(UpstreamSettings("a"))
+    pool = bench.admission.pool(MODEL)
+    stays = bench.enter(bench.requeued(pause=3.0))
+    for _ in range(500):
+        ticket = bench.requeued(pause=9.0)
+        bench.enter(ticket)
+        pool.leave(ticket)
+    gc.collect()
+    assert sum(isinstance(one, Ticket) for one in gc.get_objects()) < 100
+    bench.report(await stays, "accepted")
+
+
+@virtual
+async def test_a_retry_that_left_and_comes_back_waits_only_for_its_new_time():
+    bench = Bench(UpstreamSettings("a"))
+    began = bench.loop.time()
+    ticket = bench.requeued(pause=3.0)
+    bench.enter(ticket)
+    bench.admission.pool(MODEL).leave(ticket)
+    ticket.not_before = began + 5.0
+    bench.report(await bench.enter(ticket), "accepted")
+    assert bench.loop.time() - began == pytest.approx(5.0)
     assert bench.at_rest()
 
 

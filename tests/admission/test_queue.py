@@ -1,12 +1,12 @@
 """The fair queue: order within a key, shares between keys and classes, and a cost that is independent of its length."""
 
-import sys
 from collections import Counter
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from steps import count_lines
 
 from sidecar.admission import Priority, Ticket
 from sidecar.admission.queue import CAUGHT_UP_DIVISOR, WEIGHTS, FairQueue
@@ -224,24 +224,6 @@ def test_the_place_of_a_new_ticket_is_predicted(backlog, priority, key):
         ahead += 1
     assert ahead == pytest.approx(predicted, abs=9)
     assert ahead <= sum(backlog.values())
-
-
-def count_lines(call):
-    """Count the lines of Python that a call runs: a measure of its cost that is the same on every machine."""
-    count = 0
-
-    def trace(frame, event, arg):
-        nonlocal count
-        count += event == "line"
-        return trace
-
-    before = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        call()
-    finally:
-        sys.settrace(before)
-    return count
 
 
 @pytest.mark.parametrize(("keys_", "each"), [(10_000, 1), (1, 10_000), (100, 100)])
