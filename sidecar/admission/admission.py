@@ -11,7 +11,7 @@ from random import Random
 from typing import Any
 
 from sidecar.admission.arrivals import Arrival, Arrivals
-from sidecar.admission.errors import Draining, QueueFull, Superseded
+from sidecar.admission.errors import Draining, NotAdmitted, QueueFull, Superseded
 from sidecar.admission.gates.base import Change
 from sidecar.admission.pool import KEPT_SHARE, Pool
 from sidecar.admission.ticket import Cause, Priority, Ticket
@@ -124,18 +124,27 @@ class Admission:
                 "the sidecar is shutting down and takes no new work: try again in 1 s, its successor may be there",
                 retry_after=1.0,
             )
-        if ticket.latest and (other := pool.superseded_by(ticket)) is not None:
+        older = pool.superseded_by(ticket)
+        if older is not None:
             superseded = Superseded(
                 f"a newer request of key {ticket.key!r} took its place: where both answers are wanted, send no "
                 "X-Queue-Policy: latest"
             )
-            if other.stopwatch.started > ticket.stopwatch.started:  # `other` arrived while `ticket` was upstream
+            if older.stopwatch.started > ticket.stopwatch.started:  # `ticket` returns, and a newer frame has come since
                 raise superseded
-            pool.refuse(other, superseded)
-        if not ticket.requeued:
-            pool.recognise(ticket)
-            self._check_bounds(pool, ticket)
-        return pool.enter(ticket)
+            pool.take_out(self.loop.time(), older)  # its place is free for the newer ticket
+        try:
+            if not ticket.requeued:
+                pool.recognise(ticket)
+                self._check_bounds(pool, ticket, replaces=older is not None)
+            entry = pool.enter(ticket)
+        except NotAdmitted:
+            if older is not None:
+                pool.enqueue(self.loop.time(), older)
+            raise
+        if older is not None:
+            pool.refuse(older, superseded)
+        return entry
 
     def pool(self, model: str) -> Pool:
         """Return the pool of a model. Create it on first use."""
@@ -200,8 +209,11 @@ class Admission:
         """Return the number of attempts that hold a permit, at all upstreams."""
         return sum(upstream.concurrency.in_flight for upstream in self._upstreams.values())
 
-    def _check_bounds(self, pool: Pool, ticket: Ticket) -> None:
-        """Raise `QueueFull` if the ticket does not fit into the bounds on waiting requests and bytes."""
+    def _check_bounds(self, pool: Pool, ticket: Ticket, *, replaces: bool) -> None:
+        """Raise `QueueFull` if the ticket does not fit into the bounds on waiting requests and bytes.
+
+        `replaces`: it takes the place of an older ticket, which has left the queue. So only the bytes can be too many.
+        """
         if not self._arrivals.bytes:
             for other in self._pools.values():  # a plain loop, because this code runs for each request
                 if not other.is_empty:
@@ -212,7 +224,7 @@ class Admission:
         now = self.loop.time()
         room = max(min(self._queue_size, self._queue_bytes // max(size, 1)), 1)
         kept = min(pool.kept(now, ticket), int(KEPT_SHARE * room)) if waiting else 0
-        if waiting + kept >= self._queue_size:
+        if waiting + kept >= self._queue_size and not replaces:
             wait = pool.promise(now, ticket, room)
             about_to_come = f" and {kept} are about to come back as they were told" if kept else ""
             raise QueueFull(

@@ -151,28 +151,29 @@ class Pool:
                 return self._start(upstream, ticket, now)
             if not ticket.requeued:
                 self._check_reachable(now, ticket)
-        permit = self._enqueue(now, ticket)
+        permit = self.enqueue(now, ticket)
         self.admit(now)
         return permit
 
     def leave(self, ticket: Ticket) -> None:
         """Remove a ticket whose caller has disconnected."""
         now = self._loop.time()
-        if self._take_out(now, ticket):
+        if self.take_out(now, ticket):
             self.admit(now)
 
     def refuse(self, ticket: Ticket, why: NotAdmitted) -> None:
         """Remove a waiting ticket from its queue and give the error to its caller."""
-        self._take_out(self._loop.time(), ticket)
+        self.take_out(self._loop.time(), ticket)
         if ticket.permit is not None and not ticket.permit.done():
             ticket.permit.set_exception(why)
             ticket.permit = None
 
     def superseded_by(self, ticket: Ticket) -> Ticket | None:
-        """Return the waiting ticket of the same key that `ticket` replaces, or None."""
-        return self._latest.get(ticket.key) if ticket.latest else None
+        """Return the waiting ticket of the same key that `ticket` replaces, or None. Without a key: always None."""
+        other = self._latest.get(ticket.key) if ticket.latest and ticket.key else None
+        return other if other is not None and other.is_waiting else None
 
-    def _enqueue(self, now: float, ticket: Ticket) -> asyncio.Future[Permit]:
+    def enqueue(self, now: float, ticket: Ticket) -> asyncio.Future[Permit]:
         """Add the ticket to its queue and set its timer. Return the future of its permit or error."""
         self._book_wait(now)
         permit = ticket.permit
@@ -224,11 +225,11 @@ class Pool:
             if ticket.only_while_failing and not any(upstream.circuit.failing for upstream in self._untried_by(ticket)):
                 self.refuse(ticket, StillFailing("the other requests are answered"))
                 continue
-            self._take_out(now, ticket)
-            if ticket.permit is not None and not ticket.permit.done():  # else its caller left in this loop iteration
-                self._enqueue(now, ticket)
+            self.take_out(now, ticket)
+            if ticket.is_waiting:  # else its caller left in this loop iteration
+                self.enqueue(now, ticket)
 
-    def _take_out(self, now: float, ticket: Ticket) -> bool:
+    def take_out(self, now: float, ticket: Ticket) -> bool:
         """Remove a waiting ticket from its queue. Return False if the ticket is not waiting."""
         queue = self._places.get(ticket)
         if queue is None:
@@ -573,7 +574,7 @@ class Pool:
     def _expire(self, ticket: Ticket) -> None:
         ticket.expiry = None
         now, since = self._loop.time(), ticket.stopwatch.started
-        if ticket.permit is None or ticket.permit.done():
+        if not ticket.is_waiting:
             return
         why = DeadlineUnreachable(
             f"it waited {now - since:.1f} s of {ticket.deadline - since:.1f} s, and can no longer be answered "

@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+from inspect import signature
 from math import inf
 
 import pytest
@@ -84,7 +85,7 @@ def virtual(test):
     def run(**arguments):
         clock.run(test(**arguments))
 
-    run.__name__, run.__doc__ = test.__name__, test.__doc__
+    run.__name__, run.__doc__, run.__signature__ = test.__name__, test.__doc__, signature(test)
     return run
 
 
@@ -334,6 +335,77 @@ async def test_a_last_retry_goes_only_if_the_upstream_still_fails_other_requests
             with pytest.raises(StillFailing):
                 await entry
     assert bench.at_rest()
+
+
+# -- a newer frame takes the place of an older one ---------------------------------------------------------------------
+
+
+@virtual
+async def test_a_newer_frame_takes_the_place_of_the_older_one_in_a_full_queue():
+    bench = Bench(UpstreamSettings("a", concurrency=1), queue_size=1, queue_bytes=1000)
+    (permit,) = bench.fill("a")
+    older = bench.enter(latest=True, size_bytes=600)
+    newer = bench.enter(latest=True, size_bytes=700)
+    with pytest.raises(Superseded):
+        await older
+    assert bench.admission.waiting() == 1
+    bench.report(permit, "accepted")
+    bench.report(await newer, "accepted")
+    assert bench.at_rest()
+
+
+@virtual
+async def test_a_newer_frame_needs_none_of_the_places_that_are_kept_for_returning_callers():
+    bench = Bench(UpstreamSettings("a", concurrency=1), queue_size=2)
+    (permit,) = bench.fill("a")
+    first, older = bench.enter(key="first"), bench.enter(latest=True)
+    with pytest.raises(QueueFull):
+        bench.enter(key="returns later")
+    newer = bench.enter(latest=True)
+    with pytest.raises(Superseded):
+        await older
+    bench.report(permit, "accepted")
+    for entry in (first, newer):
+        bench.report(await entry, "accepted")
+    assert bench.at_rest()
+
+
+@pytest.mark.parametrize(
+    ("why", "options"),
+    [(QueueFull, {"size_bytes": 2000}), (DeadlineUnreachable, {"seconds": 0.3})],
+    ids=["its body does not fit", "it cannot be answered in time"],
+)
+@virtual
+async def test_a_newer_frame_that_is_refused_leaves_the_older_one_in_its_place(why, options):
+    bench = Bench(UpstreamSettings("a", concurrency=1), queue_bytes=1000)
+    permit = bench.at_once()
+    await asyncio.sleep(5.0)
+    bench.report(permit, "accepted")  # a usual answer now takes 0.5 s, because the average is smoothed
+    (permit,) = bench.fill("a")
+    older, other = bench.enter(latest=True), bench.enter(key="other", size_bytes=100)
+    with pytest.raises(why):
+        bench.enter(latest=True, **options)
+    assert bench.admission.waiting() == 2
+    assert not older.done()
+    bench.report(permit, "accepted")
+    for entry in (older, other):
+        bench.report(await entry, "accepted")
+    assert bench.at_rest()
+
+
+@virtual
+async def test_frames_without_a_key_do_not_supersede_each_other():
+    """Fault D2: two cameras that send no X-Camera-Id would take each other's places."""
+    bench = Bench(UpstreamSettings("a", concurrency=1))
+    (permit,) = bench.fill("a")
+    frames = [bench.enter(key="", latest=True) for _ in range(2)]
+    bench.report(permit, "accepted")
+    for frame in frames:
+        bench.report(await frame, "accepted")
+    assert bench.at_rest()
+
+
+# -- what the status shows ---------------------------------------------------------------------------------------------
 
 
 @virtual
