@@ -124,7 +124,7 @@ class Admission:
                 "the sidecar is shutting down and takes no new work: try again in 1 s, its successor may be there",
                 retry_after=1.0,
             )
-        older = pool.superseded_by(ticket)
+        older = pool.superseded_by(ticket) if ticket.latest else None
         if older is not None:
             superseded = Superseded(
                 f"a newer request of key {ticket.key!r} took its place: where both answers are wanted, send no "

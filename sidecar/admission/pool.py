@@ -13,7 +13,7 @@ from math import inf
 from operator import itemgetter
 
 from sidecar.admission.errors import AccountClosed, DeadlineUnreachable, NotAdmitted, StillFailing
-from sidecar.admission.gates.circuit import CircuitState
+from sidecar.admission.gates.circuit import Circuit, CircuitState
 from sidecar.admission.later import Later
 from sidecar.admission.queue import FairQueue
 from sidecar.admission.retry_after import Promises
@@ -141,16 +141,17 @@ class Pool:
         refuses the account.
         """
         now = self.last_used = self._loop.time()
-        only = self._only_upstream
-        if only is not None and self.is_empty and ticket.not_before <= now and only.opening(now, ticket)[1] is None:
+        only, may_start = self._only_upstream, not self._places and ticket.not_before <= now
+        if may_start and only is not None and only.opening(now, ticket)[1] is None:
             return self._start(only, ticket, now)  # the usual case
-        untried = self._untried_by(ticket)
-        self._check_accounts(now, untried)
-        if ticket.not_before <= now:
-            if self.is_empty and (upstream := self._choose(now, ticket, untried)[0]) is not None:
+        if (circuit := self._refusing(now)) is not None:
+            raise _account_closed(now, circuit)
+        if may_start and only is None:
+            upstream, _, _ = self._choose(now, ticket, self._allowed(now, self._untried_by(ticket)))
+            if upstream is not None:
                 return self._start(upstream, ticket, now)
-            if not ticket.requeued:
-                self._check_reachable(now, ticket)
+        if not ticket.requeued:
+            self._check_reachable(now, ticket)
         permit = self.enqueue(now, ticket)
         self.admit(now)
         return permit
@@ -169,8 +170,8 @@ class Pool:
             ticket.permit = None
 
     def superseded_by(self, ticket: Ticket) -> Ticket | None:
-        """Return the waiting ticket of the same key that `ticket` replaces, or None. Without a key: always None."""
-        other = self._latest.get(ticket.key) if ticket.latest and ticket.key else None
+        """Return the waiting ticket that this newer frame of its key replaces, or None. Without a key: always None."""
+        other = self._latest.get(ticket.key) if ticket.key else None
         return other if other is not None and other.is_waiting else None
 
     def enqueue(self, now: float, ticket: Ticket) -> asyncio.Future[Permit]:
@@ -281,11 +282,6 @@ class Pool:
         if look_at < inf:
             self._timer = self._loop.call_at(look_at, self._look_again)
 
-    @staticmethod
-    def _is_usable(now: float, upstream: Upstream) -> bool:
-        """Return True if the upstream is ready and may get an attempt now, even if this attempt is only a probe."""
-        return upstream.unready_reason() is None and (not upstream.unavailable or upstream.circuit.may_probe(now))
-
     def _admit_from(
         self, now: float, queue: FairQueue, untried: tuple[Upstream, ...], claimed: tuple[Upstream, ...]
     ) -> tuple[tuple[Upstream, ...], float]:
@@ -294,22 +290,33 @@ class Pool:
         `claimed`: the upstreams that earlier queues wait for; tickets of this queue must not use them. Return the
         upstreams that this and earlier queues wait for, and the loop time when an upstream of this queue opens.
         """
-        unclaimed = tuple(upstream for upstream in untried if upstream not in claimed) if claimed else untried
         while (ticket := queue.head()) is not None:
             if ticket.permit is None or ticket.permit.done():  # its caller left in this loop iteration
                 queue.remove(ticket)
                 self._on_removed(now, ticket)
                 continue
+            allowed = self._allowed(now, untried)
+            unclaimed = tuple(upstream for upstream in allowed if upstream not in claimed) if claimed else allowed
             upstream, opens_at, cause = self._choose(now, ticket, unclaimed)
             if upstream is None:
                 self._cause = self._cause or cause or "turn"
                 for delayed in self.upstreams:
                     delayed.note_delay(cause)
-                return claimed + untried, opens_at
+                return claimed + allowed, opens_at
             queue.take(ticket)
             self._on_removed(now, ticket)
             ticket.permit.set_result(self._start(upstream, ticket, now))
         return claimed, inf
+
+    def _allowed(self, now: float, untried: tuple[Upstream, ...]) -> tuple[Upstream, ...]:
+        """Return the upstreams to which a ticket may go that has tried all except `untried`.
+
+        These are the untried ones. But while none of them is usable, the ticket may go to every upstream: another
+        attempt where it failed is better than a long wait.
+        """
+        if untried is self.upstreams or any(_is_usable(now, upstream) for upstream in untried):
+            return untried
+        return self.upstreams
 
     def _choose(
         self, now: float, ticket: Ticket, untried: tuple[Upstream, ...]
@@ -383,8 +390,9 @@ class Pool:
 
     def _on_end(self, now: float) -> None:
         if not self.is_empty:
-            if any(upstream.circuit.state is CircuitState.BILLING for upstream in self.upstreams):
-                self._refuse_for_account(now)
+            if (circuit := self._refusing(now)) is not None:
+                for ticket in list(self._places):
+                    self.refuse(ticket, _account_closed(now, circuit))
             self.admit(now)
 
     def close(self) -> None:
@@ -398,35 +406,19 @@ class Pool:
 
     # -- accounts that are refused -------------------------------------------------------------------------------------
 
-    def _check_accounts(self, now: float, untried: tuple[Upstream, ...]) -> None:
-        """Raise `AccountClosed` if all untried upstreams refuse the account and none may get a probe now."""
-        if (closed := self._refusing(now, untried)) is not None:
-            raise self._account_closed(now, closed)
-
-    def _refusing(self, now: float, untried: tuple[Upstream, ...]) -> Upstream | None:
-        """If all untried upstreams refuse the account and none may get a probe now, return one of them, else None.
+    def _refusing(self, now: float) -> Circuit | None:
+        """If all upstreams refuse the account and none may get a probe now, return a circuit of one of them, else None.
 
         Upstreams that are not ready are ignored, except if the pool has only one upstream.
         """
-        closed: Upstream | None = None
-        for upstream in untried:
+        refusing: Circuit | None = None
+        for upstream in self.upstreams:
             circuit = upstream.circuit
             if circuit.state is CircuitState.BILLING and not circuit.may_probe(now):
-                closed = closed or upstream
+                refusing = refusing or circuit
             elif self._only_upstream is not None or upstream.unready_reason() is None:
                 return None
-        return closed
-
-    def _refuse_for_account(self, now: float) -> None:
-        """Refuse every ticket whose untried upstreams all refuse the account."""
-        for ticket in list(self._places):
-            if (closed := self._refusing(now, self._untried_by(ticket))) is not None:
-                self.refuse(ticket, self._account_closed(now, closed))
-
-    @staticmethod
-    def _account_closed(now: float, upstream: Upstream) -> AccountClosed:
-        circuit = upstream.circuit
-        return AccountClosed(circuit.reason, retry_after=max(circuit.next_probe - now, 0.0))
+        return refusing
 
     # -- predictions ---------------------------------------------------------------------------------------------------
 
@@ -436,14 +428,20 @@ class Pool:
 
     def would_wait(self, now: float, ticket: Ticket) -> bool:
         """Return True if a new ticket like this one would have to wait."""
-        return not self.is_empty or self._choose(now, ticket, self._untried_by(ticket))[0] is None
+        return not self.is_empty or self._choose(now, ticket, self._allowed(now, self._untried_by(ticket)))[0] is None
 
     def has_another(self, ticket: Ticket, upstream: Upstream) -> bool:
-        """Return True if there is another upstream that the ticket has not tried and that could take it now."""
-        if self._only_upstream is not None:
-            return False
-        now = self._loop.time()
-        return any(other is not upstream and self._may_take(now, ticket, other) for other in self.upstreams)
+        """Return True if another upstream could take the ticket now, after its attempt at `upstream`."""
+        return self._only_upstream is None and bool(self._others(self._loop.time(), ticket, upstream))
+
+    def _others(self, now: float, ticket: Ticket, upstream: Upstream) -> list[Upstream]:
+        """Return the usable upstreams except `upstream` that the ticket has not tried.
+
+        If there are none and `upstream` is unavailable: all other usable ones, because `_allowed` lets it go there.
+        """
+        usable = [other for other in self.upstreams if other is not upstream and _is_usable(now, other)]
+        untried = [other for other in usable if other not in ticket.tried]
+        return usable if upstream.unavailable and not untried else untried
 
     def patience(self, now: float, ticket: Ticket, upstream: Upstream) -> float:
         """Return the seconds without a byte after which an attempt at `upstream` is stopped.
@@ -454,17 +452,12 @@ class Pool:
         """
         if self._only_upstream is not None:
             return inf
-        others = [other for other in self.upstreams if other is not upstream and self._may_take(now, ticket, other)]
+        others = self._others(now, ticket, upstream)
         if not others:
             return upstream.patience(ticket) if upstream.unavailable else inf
         switch_in = ticket.deadline - min(_seconds_needed(ticket, other) for other in others) - now
         usual = max(_seconds_needed(ticket, upstream), SWITCH_ANSWERS * upstream.slow_seconds)
         return min(upstream.patience(ticket), max(switch_in, usual))
-
-    def _may_take(self, now: float, ticket: Ticket, upstream: Upstream) -> bool:
-        """Return True if the upstream is usable, and the ticket has not tried it."""
-        refused = upstream.circuit.state is CircuitState.BILLING
-        return upstream not in ticket.tried and not refused and self._is_usable(now, upstream)
 
     def _untried_by(self, ticket: Ticket) -> tuple[Upstream, ...]:
         """Return the upstreams that the ticket has not tried. If it has tried all of them: all of them."""
@@ -591,6 +584,21 @@ class Pool:
         """
         self._wait_seconds[CAUSES.index(self._cause or "turn")] += now - self._cause_since
         self._cause_since = now
+
+
+def _is_usable(now: float, upstream: Upstream) -> bool:
+    """Return True if the upstream is ready and may answer an attempt that starts now, even if this is a probe.
+
+    A probe of an upstream that refuses the account does not count: it would hardly ever be answered.
+    """
+    circuit = upstream.circuit
+    return upstream.unready_reason() is None and (
+        not upstream.unavailable or (circuit.state is not CircuitState.BILLING and circuit.may_probe(now))
+    )
+
+
+def _account_closed(now: float, circuit: Circuit) -> AccountClosed:
+    return AccountClosed(circuit.reason, retry_after=max(circuit.next_probe - now, 0.0))
 
 
 def _seconds_needed(ticket: Ticket, upstream: Upstream) -> float:

@@ -147,8 +147,6 @@ class Dispatcher:
             return action
         ticket.requeued = True
         ticket.not_before, ticket.only_while_failing = now, False
-        if upstream.unavailable and not situation.elsewhere:
-            ticket.tried = ()  # it was a probe of the only upstream that was left: the others may be tried again
         if action == "elsewhere":
             ticket.tried = (*ticket.tried, upstream)
         elif action == "again_later":

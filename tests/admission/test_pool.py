@@ -95,7 +95,7 @@ def virtual(test):
 @virtual
 async def test_a_ticket_that_only_a_closed_upstream_may_take_delays_no_other_ticket():
     bench = Bench(UpstreamSettings("a"), UpstreamSettings("b"))
-    bench.fail("a")
+    bench.fail("a", CircuitState.BLACKOUT)
     waiting = bench.enter(bench.requeued("b"))
     assert not waiting.done()
     for number in range(10):
@@ -113,7 +113,7 @@ async def test_a_ticket_that_only_a_closed_upstream_may_take_delays_no_other_tic
 @virtual
 async def test_tickets_of_the_same_camera_are_not_delayed_by_it_either():
     bench = Bench(UpstreamSettings("a"), UpstreamSettings("b", concurrency=1))
-    bench.fail("a", CircuitState.CAPACITY)
+    bench.fail("a", CircuitState.BLACKOUT)
     waiting = bench.enter(bench.requeued("b"))
     first = bench.at_once()
     entries = [bench.enter() for _ in range(5)]
@@ -147,14 +147,59 @@ async def test_a_ticket_that_may_go_only_to_one_upstream_goes_before_tickets_tha
 
 
 @virtual
-async def test_an_open_upstream_that_failed_the_ticket_before_does_not_get_it_again():
-    bench = Bench(UpstreamSettings("a"), UpstreamSettings("b"))
-    bench.fail("b")
+async def test_an_open_upstream_that_failed_the_ticket_before_does_not_get_it_again_while_the_other_works():
+    bench = Bench(UpstreamSettings("a"), UpstreamSettings("b", concurrency=1))
+    (permit,) = bench.fill("b")
     entry = bench.enter(bench.requeued("a"))
+    await asyncio.sleep(5.0)
     assert not entry.done()
+    bench.report(permit, "accepted")
     permit = await entry
     assert permit.upstream is bench.upstreams["b"]
     bench.report(permit, "accepted")
+    assert bench.at_rest()
+
+
+@pytest.mark.parametrize("state", [CircuitState.OUTAGE, CircuitState.CAPACITY, CircuitState.BILLING])
+@virtual
+async def test_a_ticket_goes_back_to_an_upstream_that_failed_it_while_no_other_can_answer(state):
+    bench = Bench(UpstreamSettings("a", concurrency=1), UpstreamSettings("b", concurrency=1))
+    bench.fail("b", state)
+    permit = bench.at_once(bench.requeued("a"))  # it arrives while b is out
+    assert permit.upstream is bench.upstreams["a"]
+    bench.report(permit, "accepted")
+    bench.report((await _probe(bench, "b")), "accepted")
+
+    (a,), (b,) = bench.fill("a"), bench.fill("b")
+    waits_for_b, anywhere = bench.enter(bench.requeued("a")), bench.enter(key="another")
+    bench.report(a, "accepted")
+    assert anywhere.done()
+    bench.fail("b", state)  # it waits for b when b fails
+    bench.report(anywhere.result(), "accepted")
+    assert waits_for_b.done()
+    assert waits_for_b.result().upstream is bench.upstreams["a"]
+    bench.report(waits_for_b.result(), "accepted")
+    b.release(bench.loop.time())
+    assert bench.at_rest()
+
+
+async def _probe(bench, name):
+    """Wait until the upstream may get a probe, and start it."""
+    upstream = bench.upstreams[name]
+    await asyncio.sleep(upstream.circuit.next_probe - bench.loop.time())
+    return upstream.start(bench.loop.time(), bench.ticket(), lambda permit: None)
+
+
+@virtual
+async def test_a_failed_ticket_may_be_the_probe_of_another_upstream_and_then_go_back():
+    bench = Bench(UpstreamSettings("a"), UpstreamSettings("b"))
+    bench.fail("b")
+    await asyncio.sleep(5.0)
+    permit = bench.at_once(bench.requeued("a"))
+    assert permit.upstream is bench.upstreams["b"]
+    bench.report(permit, "failed")
+    assert bench.admission.pool(MODEL).has_another(permit.ticket, permit.upstream)  # a may be tried again
+    assert bench.at_rest()
 
 
 @virtual
@@ -180,8 +225,9 @@ async def test_an_upstream_that_is_not_ready_gets_nothing():
 @virtual
 async def test_a_ticket_goes_on_when_the_only_upstream_that_is_left_becomes_ready_again():
     reasons = {}
-    bench = Bench(UpstreamSettings("a"), UpstreamSettings("b", unready_reason=lambda: reasons.get("b")))
+    bench = Bench(UpstreamSettings("a", concurrency=1), UpstreamSettings("b", unready_reason=lambda: reasons.get("b")))
     reasons["b"] = "its worker restarts"
+    (held,) = bench.fill("a")
     entry = bench.enter(bench.requeued("a"))
     assert not entry.done()
     await asyncio.sleep(3.0)
@@ -189,6 +235,7 @@ async def test_a_ticket_goes_on_when_the_only_upstream_that_is_left_becomes_read
     async with asyncio.timeout(1.0):
         permit = await entry
     assert permit.upstream is bench.upstreams["b"]
+    held.release(bench.loop.time())
 
 
 @virtual
@@ -567,14 +614,14 @@ async def test_while_every_account_is_refused_every_waiting_ticket_is_refused_an
 
 
 @virtual
-async def test_a_ticket_that_only_a_refused_account_may_take_is_refused_though_another_upstream_answers():
-    bench = Bench(UpstreamSettings("a"), UpstreamSettings("b"))
-    bench.fail("a")
+async def test_a_ticket_that_waits_for_an_account_that_is_refused_goes_back_to_the_other_upstream():
+    bench = Bench(UpstreamSettings("a", concurrency=1), UpstreamSettings("b"))
+    (permit,) = bench.fill("a")
     waiting = bench.enter(bench.requeued("b"))
-    bench.upstreams["a"].circuit.open(bench.loop.time(), CircuitState.BILLING, "no money")
-    bench.report(bench.at_once(), "accepted")
-    with pytest.raises(AccountClosed, match="no money"):
-        await waiting
+    assert not waiting.done()
+    bench.report(permit, "account", reason="no money")
+    assert waiting.result().upstream is bench.upstreams["b"]
+    bench.report(waiting.result(), "accepted")
     assert bench.at_rest()
 
 
