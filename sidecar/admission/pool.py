@@ -38,6 +38,9 @@ SPILL_SECONDS = 2.0
 SWITCH_ANSWERS, MIN_SWITCH_SECONDS, SWITCH_SHARE = 1.5, 0.5, 0.25
 #: Added to the load of an upstream that would answer too late. (The load is the share of its permits that are in use.)
 LATE = 1e6
+#: Why a ticket cannot start at an upstream now: the loop time when it may start there, the gate that delays it, and the
+#: upstream.
+Delay = tuple[float, Cause, Upstream]
 _WAY_OUT = (
     "ask less often, allow more time (X-Request-Timeout), or let a newer frame take an older one's place "
     "(X-Queue-Policy: latest)"
@@ -297,10 +300,11 @@ class Pool:
                 continue
             allowed = self._allowed(now, untried)
             unclaimed = tuple(upstream for upstream in allowed if upstream not in claimed) if claimed else allowed
-            upstream, opens_at, cause = self._choose(now, ticket, unclaimed)
+            upstream, opens_at, delays = self._choose(now, ticket, unclaimed)
             if upstream is None:
-                self._cause = self._cause or cause or "turn"
-                for delayed in self.upstreams:
+                if self._cause is None and delays:
+                    self._cause = min(delays, key=itemgetter(0))[1]
+                for _, cause, delayed in delays:
                     delayed.note_delay(cause)
                 return claimed + allowed, opens_at
             queue.take(ticket)
@@ -320,17 +324,17 @@ class Pool:
 
     def _choose(
         self, now: float, ticket: Ticket, untried: tuple[Upstream, ...]
-    ) -> tuple[Upstream | None, float, Cause | None]:
+    ) -> tuple[Upstream | None, float, list[Delay]]:
         """Choose the upstream with open gates and the smallest load in the lowest possible tier, from `untried`.
 
-        If none has open gates, return None, the loop time when the first one opens, and the cause of the wait.
+        If none has open gates, return None, the loop time when the first one opens, and what delays the ticket at each.
         """
         only = self._only_upstream
         if only is not None:
             opens_at, cause = only.opening(now, ticket)
-            return (only, now, None) if cause is None else (None, opens_at, cause)
+            return (only, now, []) if cause is None else (None, opens_at, [(opens_at, cause, only)])
         best: Upstream | None = None
-        soonest, why = inf, None
+        soonest, delays = inf, []
         tier, least = 0, inf
         for upstream in untried:
             if upstream.unready_reason() is not None:
@@ -342,16 +346,15 @@ class Pool:
                 tier = upstream.tier
             opens_at, cause = upstream.opening(now, ticket)
             if cause is not None:
-                if why is None or opens_at < soonest:
-                    why = cause
                 soonest = min(soonest, opens_at)
+                delays.append((opens_at, cause, upstream))
                 continue
             load = upstream.concurrency.in_flight / upstream.concurrency.allowed
             if now + upstream.latency > ticket.deadline:
                 load += LATE  # choose a late upstream only if no open upstream can answer in time
             if load < least:
                 best, least = upstream, load
-        return best, soonest if best is None else now, why if best is None else None
+        return best, soonest if best is None else now, delays
 
     def _spills(self, now: float, ticket: Ticket, tier: int) -> bool:
         """Return True if a higher tier may take tickets: the lower tiers cannot serve all waiting tickets in time."""

@@ -213,7 +213,7 @@ class Upstream:
                     return at, gate.name
         return now, None
 
-    def note_delay(self, cause: Cause | None) -> None:
+    def note_delay(self, cause: Cause) -> None:
         """Note the gate that delays the next attempt."""
         self._delayed_by = cause
 

@@ -1,9 +1,11 @@
 """One queue above several upstreams: who gets which permit, and what a retry in the queue is subject to."""
 
 import asyncio
+import contextlib
 import gc
 from inspect import signature
 from math import inf
+from unittest import mock
 
 import pytest
 from steps import count_lines
@@ -19,9 +21,12 @@ from sidecar.admission import (
     StillFailing,
     Superseded,
     Ticket,
+    Upstream,
     UpstreamSettings,
     Verdict,
 )
+from sidecar.admission.gates.concurrency import ConcurrencyGate
+from sidecar.admission.gates.rate import RateGate
 
 MODEL = "m"
 
@@ -244,6 +249,45 @@ async def test_upstreams_of_one_tier_share_by_their_load():
     names = [bench.at_once(key=str(number)).upstream.name for number in range(6)]
     assert (names.count("a"), names.count("b")) == (4, 2)
     assert names[:2] == ["a", "b"]
+
+
+@virtual
+async def test_each_upstream_learns_from_a_delay_by_its_own_gate_only():
+    bench = Bench(UpstreamSettings("a", concurrency=1), UpstreamSettings("b", requests_per_second=1.0))
+    (permit,) = bench.fill("a")
+    entries = [bench.enter(key=str(number)) for number in range(4)]
+    assert not entries[-2].done()
+    (status,) = bench.admission.status()
+    assert status.cause == "request_rate"  # b opens first: the time at which a place of a becomes free is unknown
+    with _delays() as delays:
+        bench.report(permit, "accepted")  # the next ticket goes to a
+        await entries[-1]  # the last one goes to b
+    assert delays == {(bench.upstreams["a"], "concurrency"), (bench.upstreams["b"], "request_rate")}
+
+
+@contextlib.contextmanager
+def _delays():
+    """Collect the pairs of upstream and gate for which a gate is told that it delayed an attempt."""
+    delays, starting = set(), []
+    start = Upstream.start
+
+    def watched_start(upstream, *arguments):
+        starting.append(upstream)
+        return start(upstream, *arguments)
+
+    def watched(reserve):
+        def watched_reserve(gate, *arguments, held):
+            if held:
+                delays.add((starting[-1], gate.name))
+            return reserve(gate, *arguments, held=held)
+
+        return watched_reserve
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(Upstream, "start", watched_start))
+        for kind in (ConcurrencyGate, RateGate):
+            stack.enter_context(mock.patch.object(kind, "reserve", watched(kind.reserve)))
+        yield delays
 
 
 # -- a retry is a ticket in the queue --------------------------------------------------------------------------------
