@@ -244,3 +244,23 @@ def test_taking_a_ticket_costs_the_same_whether_ten_or_ten_thousand_wait(keys_, 
 
     cost_of_few = turn_cost(min(keys_, 10), min(each, 10))
     assert turn_cost(keys_, each) < 1.5 * cost_of_few
+
+
+@pytest.mark.parametrize("huge", [1e3, 1e6, 1e12])
+def test_after_huge_tickets_the_next_turn_costs_as_many_steps_as_after_small_ones(huge):
+    """The rounds that pay for a huge ticket are granted in one step, to keys and to classes."""
+
+    def most_steps(tokens):
+        queue = FairQueue()
+        for priority in Priority:
+            for key in range(10):
+                for cost in (tokens, 1.0, 1.0):
+                    queue.add(make_ticket(str(key), tokens=cost, priority=priority))
+        steps = []
+        while queue:
+            steps.append(count_lines(lambda: take_next(queue)))
+        assert len(steps) == 90
+        return max(steps)
+
+    few = most_steps(1.0)
+    assert most_steps(huge) <= 4 * few
