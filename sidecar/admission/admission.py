@@ -124,7 +124,7 @@ class Admission:
                 "the sidecar is shutting down and takes no new work: try again in 1 s, its successor may be there",
                 retry_after=1.0,
             )
-        older = pool.superseded_by(ticket) if ticket.latest else None
+        older = pool.waiting.superseded_by(ticket) if ticket.latest else None
         if older is not None:
             superseded = Superseded(
                 f"a newer request of key {ticket.key!r} took its place: where both answers are wanted, send no "
@@ -199,11 +199,11 @@ class Admission:
 
     def waiting(self) -> int:
         """Return the number of waiting tickets in all pools."""
-        return sum(pool.waiting for pool in self._pools.values())
+        return sum(len(pool.waiting) for pool in self._pools.values())
 
     def waiting_bytes(self) -> int:
         """Return the number of bytes of the waiting request bodies in all pools."""
-        return sum(pool.waiting_bytes for pool in self._pools.values())
+        return sum(pool.waiting.bytes for pool in self._pools.values())
 
     def in_flight(self) -> int:
         """Return the number of attempts that hold a permit, at all upstreams."""
@@ -216,7 +216,7 @@ class Admission:
         """
         if not self._arrivals.bytes:
             for other in self._pools.values():  # a plain loop, because this code runs for each request
-                if not other.is_empty:
+                if other.waiting.tickets:
                     break
             else:
                 return  # if nothing waits, one request always fits, whatever its size
@@ -246,7 +246,7 @@ class Admission:
 
         Pools that have learned no limit go first.
         """
-        idle = [(model, pool) for model, pool in self._pools.items() if not (pool.waiting or pool.in_flight)]
+        idle = [(model, pool) for model, pool in self._pools.items() if not (pool.waiting.tickets or pool.in_flight)]
         if not idle:
             return False
         oldest, pool = min(idle, key=lambda one: (one[1].has_learned, one[1].last_used))
@@ -286,10 +286,10 @@ class Admission:
         for model, pool in self._pools.items():
             yield PoolStatus(
                 model,
-                {priority: pool.waiting_of(priority) for priority in Priority},
-                pool.waiting_bytes,
-                pool.cause,
+                {priority: pool.waiting.length(priority) for priority in Priority},
+                pool.waiting.bytes,
+                pool.waiting.cause,
                 pool.last_used,
                 tuple(upstream.status(now) for upstream in pool.upstreams),
-                tuple(pool.longest_queues(longest)) if longest else (),
+                tuple(pool.waiting.longest(longest)) if longest else (),
             )

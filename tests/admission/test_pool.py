@@ -134,7 +134,7 @@ async def test_tickets_of_the_same_camera_are_not_delayed_by_it_either():
 
 def _ticket_of(bench, entry):
     pool = bench.admission.pool(MODEL)
-    return next(ticket for queue in pool.queues() for ticket in queue.tickets if ticket.permit is entry)
+    return next(ticket for ticket in pool.waiting.tickets if ticket.permit is entry)
 
 
 @virtual
@@ -544,9 +544,9 @@ async def test_a_retry_that_leaves_costs_the_same_whether_ten_or_thousands_wait(
         pool, tickets = bench.admission.pool(MODEL), [bench.requeued(pause=9.0, size_bytes=7) for _ in range(count)]
         for ticket in tickets:
             bench.enter(ticket)
-        assert (pool.waiting, pool.waiting_bytes) == (count, 7 * count)
+        assert (len(pool.waiting), pool.waiting.bytes) == (count, 7 * count)
         lines = count_lines(lambda: [pool.leave(ticket) for ticket in reversed(tickets[5:])])
-        assert (pool.waiting, pool.waiting_bytes) == (5, 35)
+        assert (len(pool.waiting), pool.waiting.bytes) == (5, 35)
         pool.close()
         return lines / (count - 5)
 
