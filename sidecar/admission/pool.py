@@ -121,7 +121,7 @@ class Pool:
         self.waiting.add(now, ticket, None if untried is self.upstreams else untried)
         if ticket.not_before > now:
             ticket.expiry = self._loop.call_at(ticket.deadline, self._expire, ticket)
-        elif (switch_at := self._forecast.switch_at(now, ticket, untried)) < inf:
+        elif self._only_upstream is None and (switch_at := self._forecast.switch_at(now, ticket, untried)) < inf:
             ticket.expiry = self._loop.call_at(max(switch_at, now), self._mark_urgent, ticket)
         else:
             self._set_expiry(now, ticket)
@@ -200,7 +200,7 @@ class Pool:
             if permit is None or permit.done():  # its caller left in this loop iteration
                 self._remove(now, ticket)
                 continue
-            allowed = self._allowed(now, untried)
+            allowed = untried if untried is self.upstreams else self._allowed(now, untried)
             unclaimed = tuple(upstream for upstream in allowed if upstream not in claimed) if claimed else allowed
             upstream, opens_at, delays = self._choose(now, ticket, unclaimed)
             if upstream is None:
