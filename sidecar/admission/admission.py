@@ -36,8 +36,8 @@ class UpstreamSettings:
     paced: bool = True
     """False: the backend has no quota; only concurrency and the circuit delay tickets."""
     only_model: str | None = None
-    """The only model of this backend, or None. It answers every request, whatever model the request names, so all names
-    share one upstream."""
+    """The name of the backend's model if it has only one. The backend answers all requests with it, whatever model they
+    name, so all names share one upstream. None: the backend has a model for each name."""
     unready_reason: Callable[[], str | None] = lambda: None
     """Returns why the backend cannot serve at present, or None while it can."""
 
@@ -225,21 +225,19 @@ class Admission:
         room = max(min(self._queue_size, self._queue_bytes // max(size, 1)), 1)
         kept = min(pool.kept(now, ticket), int(KEPT_SHARE * room)) if waiting else 0
         if waiting + kept >= self._queue_size and not replaces:
-            wait = pool.promise(now, ticket, room)
             about_to_come = f" and {kept} are about to come back as they were told" if kept else ""
-            raise QueueFull(
-                f"{waiting} requests are waiting{about_to_come}, as many as SIDECAR_QUEUE_SIZE allows: "
-                f"try again after {wait:.0f} s, ask less often, or raise it",
-                retry_after=wait,
-            )
-        if not self._arrivals.make_room(size):
-            wait = pool.promise(now, ticket, room)
-            raise QueueFull(
+            why = f"{waiting} requests are waiting{about_to_come}, as many as SIDECAR_QUEUE_SIZE allows"
+            advice = "ask less often"
+        elif not self._arrivals.make_room(size):
+            why = (
                 f"{self._arrivals.bytes_in_use()} bytes are waiting or being received and {size} more do not fit into "
-                f"SIDECAR_QUEUE_BYTES = {self._queue_bytes}: try again after {wait:.0f} s, send smaller images, or "
-                "raise it",
-                retry_after=wait,
+                f"SIDECAR_QUEUE_BYTES = {self._queue_bytes}"
             )
+            advice = "send smaller images"
+        else:
+            return
+        wait = pool.promise(now, ticket, room)
+        raise QueueFull(f"{why}: try again after {wait:.0f} s, {advice}, or raise it", retry_after=wait)
 
     def _delete_idle_pool(self) -> bool:
         """Delete the least recently used pool that has no waiting ticket and no attempt in flight. False: none is idle.
@@ -278,15 +276,16 @@ class Admission:
                     upstream.recall(self.loop.time(), limits, share)
 
     def status(self, longest: int = 0) -> Iterator[PoolStatus]:
-        """Yield the present state of each pool, with the `longest` longest key queues.
+        """Yield the present state of each pool.
 
-        A value above 0 costs a walk over all tickets.
+        `longest`: the maximum number of keys in `longest_queues`. If it is above 0, the call walks over all waiting
+        tickets.
         """
         now = self.loop.time()
         for model, pool in self._pools.items():
             yield PoolStatus(
                 model,
-                {priority: pool.waiting.length(priority) for priority in Priority},
+                dict(pool.waiting.lengths),
                 pool.waiting.bytes,
                 pool.waiting.cause,
                 pool.last_used,

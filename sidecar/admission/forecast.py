@@ -11,10 +11,11 @@ from sidecar.admission.upstream import Upstream
 
 #: Seconds. While the last waiting ticket is predicted to wait longer than this, a higher tier may take tickets.
 SPILL_SECONDS = 2.0
-#: An upstream's answer is expected to need SWITCH_ANSWERS times its usual answer time, and at least MIN_SWITCH_SECONDS
-#: (or SWITCH_SHARE of the ticket's whole time, if that is shorter). While its answer time is unknown: SWITCH_SHARE of
-#: the whole time. When a ticket has only this much time left, it must switch: a ticket that waits may go to a higher
-#: tier, and an attempt without a byte is stopped, so that another upstream can still answer.
+#: A ticket keeps some of its time for another upstream, which may have to answer it in the end. This time is
+#: SWITCH_ANSWERS times the usual answer time of that upstream. It is at least MIN_SWITCH_SECONDS seconds, or
+#: SWITCH_SHARE of the ticket's whole time if that is shorter. While no answer time is known, it is SWITCH_SHARE of the
+#: whole time. When only this time is left, the other upstream may get the ticket: higher tiers take waiting tickets,
+#: and an attempt that has brought no byte is stopped.
 SWITCH_ANSWERS, MIN_SWITCH_SECONDS, SWITCH_SHARE = 1.5, 0.5, 0.25
 
 
@@ -53,9 +54,10 @@ class Forecast:
         return self._seconds(now, ticket, below, requests, self._queue.cost) > SPILL_SECONDS
 
     def switch_at(self, now: float, ticket: Ticket, untried: Sequence[Upstream]) -> float:
-        """Return the latest loop time at which a higher tier should take this waiting ticket.
+        """Return the loop time from which on higher tiers may take tickets, if this ticket still waits then.
 
-        `now` if the lowest tier would probably answer after the deadline; inf if there is no higher tier in `untried`.
+        Later, a higher tier could not answer it in time. `now`: the lowest tier would probably answer it too late. inf:
+        no upstream in `untried` has a higher tier.
         """
         lowest = self._upstreams[0].tier
         higher = [upstream for upstream in untried if upstream.tier > lowest]
@@ -121,6 +123,6 @@ class Forecast:
 
 
 def _seconds_needed(ticket: Ticket, upstream: Upstream) -> float:
-    """Return the seconds that the upstream's answer is expected to need; see SWITCH_ANSWERS."""
+    """Return the seconds that the ticket keeps for an answer of this upstream; see SWITCH_ANSWERS."""
     share = SWITCH_SHARE * (ticket.deadline - ticket.stopwatch.started)
     return max(SWITCH_ANSWERS * upstream.latency, min(share, MIN_SWITCH_SECONDS)) if upstream.latency else share

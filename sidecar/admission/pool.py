@@ -62,7 +62,7 @@ class Pool:
         """Loop time at which the last ticket arrived or the last attempt ended."""
         self.in_flight = 0
         """Attempts of this pool's tickets that are in flight."""
-        self._urgent: set[Ticket] = set()  # tickets that a higher tier should take now
+        self._urgent: set[Ticket] = set()  # tickets that wait too long; while there are any, higher tiers take tickets
         for upstream in upstreams:
             upstream.on_end.append(self._on_end)
 
@@ -80,8 +80,8 @@ class Pool:
     def enter(self, ticket: Ticket) -> Permit | asyncio.Future[Permit]:
         """Return a permit immediately, or queue the ticket and return the future of its permit or error.
 
-        Raises `DeadlineUnreachable` for a ticket that cannot be served in time, `AccountClosed` while every provider
-        refuses the account.
+        Raises `DeadlineUnreachable` if the ticket cannot be served in time, and `AccountClosed` while all upstreams
+        refuse the account.
         """
         now = self.last_used = self._loop.time()
         only, may_start = self._only_upstream, not self.waiting.tickets and ticket.not_before <= now
@@ -132,7 +132,7 @@ class Pool:
         ticket.expiry = self._loop.call_at(max(at, now), self._expire, ticket)
 
     def _mark_urgent(self, ticket: Ticket) -> None:
-        """Mark a waiting ticket as urgent, because soon no higher tier could answer it in time."""
+        """Let higher tiers take tickets while this one waits; see `Forecast.switch_at`."""
         now = self._loop.time()
         self._urgent.add(ticket)
         self._set_expiry(now, ticket)
@@ -242,7 +242,9 @@ class Pool:
                 soonest = min(soonest, now + LOOK_AGAIN_SECONDS)  # poll: there is no event when it is ready again
                 continue
             if upstream.tier > tier:
-                if least < LATE or (best is None and tier and not self._spills(now, ticket, upstream.tier)):
+                if least < LATE:
+                    break
+                if best is None and tier and not self._urgent and not self._forecast.spills(now, ticket, upstream.tier):
                     break
                 tier = upstream.tier
             opens_at, cause = upstream.opening(now, ticket)
@@ -256,10 +258,6 @@ class Pool:
             if load < least:
                 best, least = upstream, load
         return best, soonest if best is None else now, delays
-
-    def _spills(self, now: float, ticket: Ticket, tier: int) -> bool:
-        """Return True if a higher tier may take tickets: the lower tiers cannot serve all waiting tickets in time."""
-        return bool(self._urgent) or self._forecast.spills(now, ticket, tier)
 
     def _start(self, upstream: Upstream, ticket: Ticket, now: float) -> Permit:
         ticket.backend = upstream.name or ticket.backend

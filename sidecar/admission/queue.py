@@ -155,7 +155,7 @@ class _Class:
 class FairQueue:
     """Choose the next of the waiting tickets. Calls are amortised O(1) in keys, O(log n) in the tickets of one key."""
 
-    __slots__ = ("_classes", "_next_number", "_quantum", "bytes", "tickets")
+    __slots__ = ("_classes", "_next_number", "_quantum", "tickets")
 
     def __init__(self) -> None:
         self._classes = {priority: _Class() for priority in Priority}
@@ -163,25 +163,17 @@ class FairQueue:
         """The waiting tickets with their numbers. Its truth value is a faster test for emptiness than `len(queue)`."""
         self._next_number = 0
         self._quantum = 1.0
-        self.bytes = 0
 
     def __repr__(self) -> str:
-        return f"<FairQueue {id(self):#x} tickets={len(self.tickets)} bytes={self.bytes}>"
+        return f"<FairQueue {id(self):#x} tickets={len(self.tickets)}>"
 
     def __len__(self) -> int:
         return len(self.tickets)
-
-    def __contains__(self, ticket: Ticket) -> bool:
-        return ticket in self.tickets
 
     @property
     def cost(self) -> float:
         """The cost of all tickets."""
         return sum(group.cost for group in self._classes.values())
-
-    def length(self, priority: Priority) -> int:
-        """Return the number of waiting tickets of one class."""
-        return self._classes[priority].length
 
     def add(self, ticket: Ticket) -> None:
         """Queue a ticket. A `requeued` ticket goes to the head of its key."""
@@ -197,7 +189,6 @@ class FairQueue:
         queue.add(self._next_number, ticket)
         group.length += 1
         group.cost += _cost(ticket)
-        self.bytes += ticket.size_bytes
 
     def remove(self, ticket: Ticket) -> None:
         """Remove a ticket from any position. Does not charge its key or class for it."""
@@ -206,7 +197,6 @@ class FairQueue:
         queue.remove(self.tickets.pop(ticket), ticket)
         group.length -= 1
         group.cost -= _cost(ticket)
-        self.bytes -= ticket.size_bytes
         if not queue:
             group.active -= 1
         if not group.length:

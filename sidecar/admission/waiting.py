@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from heapq import heapify, heappop, heappush, nlargest
 from math import inf
 from operator import itemgetter
@@ -15,33 +14,26 @@ from sidecar.admission.upstream import Upstream
 class Later:
     """The retries that may not be sent yet, in the order of their `not_before`. Adding and removing is O(log n)."""
 
-    __slots__ = ("_entries", "_next_number", "bytes", "tickets")
+    __slots__ = ("_entries", "_next_number", "tickets")
 
     def __init__(self) -> None:
         self.tickets: dict[Ticket, int] = {}
         """The waiting tickets with their numbers."""
-        self.bytes = 0
         self._next_number = 0
         self._entries: list[tuple[float, int, Ticket]] = []  # a heap; entries whose ticket has left are skipped
 
     def __repr__(self) -> str:
-        return f"<Later {id(self):#x} tickets={len(self.tickets)} bytes={self.bytes}>"
-
-    def length(self, priority: Priority) -> int:
-        """Return the number of waiting tickets of one class."""
-        return sum(ticket.priority is priority for ticket in self.tickets)
+        return f"<Later {id(self):#x} tickets={len(self.tickets)}>"
 
     def add(self, ticket: Ticket) -> None:
         """Keep a ticket until its `not_before`."""
         self._next_number += 1
         self.tickets[ticket] = self._next_number
-        self.bytes += ticket.size_bytes
         heappush(self._entries, (ticket.not_before, self._next_number, ticket))
 
     def remove(self, ticket: Ticket) -> None:
         """Remove a ticket."""
         del self.tickets[ticket]
-        self.bytes -= ticket.size_bytes
         if len(self._entries) > 2 * len(self.tickets) + 16:
             self._entries = [entry for entry in self._entries if self._is_valid(entry)]
             heapify(self._entries)
@@ -63,6 +55,10 @@ class Waiting:
     def __init__(self, now: float) -> None:
         self.tickets: dict[Ticket, FairQueue | Later] = {}
         """Every waiting ticket, with its queue. Its truth value is a faster test for emptiness than `len`."""
+        self.bytes = 0
+        """Bytes of the request bodies of all tickets."""
+        self.lengths = dict.fromkeys(Priority, 0)
+        """Number of tickets of each priority class."""
         self.queue = FairQueue()
         """The tickets that may go to every upstream."""
         self.restricted: dict[tuple[Upstream, ...], FairQueue] = {}
@@ -79,21 +75,6 @@ class Waiting:
 
     def __len__(self) -> int:
         return len(self.tickets)
-
-    def queues(self) -> Iterator[FairQueue | Later]:
-        """Yield every queue."""
-        yield from self.restricted.values()
-        yield self.queue
-        yield self.later
-
-    @property
-    def bytes(self) -> int:
-        """Bytes of the request bodies of all tickets."""
-        return sum(queue.bytes for queue in self.queues())
-
-    def length(self, priority: Priority) -> int:
-        """Return the number of tickets of one priority class."""
-        return sum(queue.length(priority) for queue in self.queues())
 
     def longest(self, most: int) -> list[tuple[str, int, float]]:
         """Return the `most` keys with the most tickets: key, number of tickets, arrival time of the oldest ticket.
@@ -123,6 +104,8 @@ class Waiting:
             queue = self.queue if untried is None else self.restricted.setdefault(untried, FairQueue())
         queue.add(ticket)
         self.tickets[ticket] = queue
+        self.bytes += ticket.size_bytes
+        self.lengths[ticket.priority] += 1
         if ticket.latest:
             self._latest[ticket.key] = ticket
 
@@ -132,6 +115,8 @@ class Waiting:
         `served`: it gets a permit, so charge its key for it. It must then be the head of its queue.
         """
         queue = self.tickets.pop(ticket)
+        self.bytes -= ticket.size_bytes
+        self.lengths[ticket.priority] -= 1
         if isinstance(queue, FairQueue):
             self._book(now)
             ticket.leave_queue(self._seconds)
