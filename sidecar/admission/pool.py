@@ -42,10 +42,11 @@ _WAY_OUT = (
 class Pool:
     """The waiting tickets and the upstreams of one model. All methods are synchronous.
 
-    A ticket has *tried* an upstream if its attempt failed there and would fail there again. Such a ticket waits in a
-    restricted queue, and there is one such queue for each set of untried upstreams. So it delays no ticket that may go
-    to other upstreams. The restricted queues are short, so they are served first: while the first ticket of a queue
-    waits, the upstreams that it may use are reserved for it, and tickets of later queues must not use them.
+    A ticket has *tried* an upstream if its attempt failed there and would probably fail there again. Such a ticket
+    waits in a restricted queue: there is one for each set of untried upstreams. So it does not delay tickets that may
+    go to other upstreams. The restricted queues are short, so they are served first. While the first ticket of a queue
+    waits, the upstreams that it may use are reserved for it: tickets of the queues that are served later do not get
+    them.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop, upstreams: Sequence[Upstream]) -> None:
@@ -149,7 +150,7 @@ class Pool:
                 self.enqueue(now, ticket)
 
     def take_out(self, now: float, ticket: Ticket) -> bool:
-        """Remove a ticket, so that it waits no longer. Return False if it is not waiting."""
+        """Remove a ticket from its queue, without an error for its caller. Return False if it is not waiting."""
         if ticket not in self.waiting.tickets:
             return False
         self._remove(now, ticket)
@@ -214,7 +215,7 @@ class Pool:
         return claimed, inf
 
     def _allowed(self, now: float, untried: tuple[Upstream, ...]) -> tuple[Upstream, ...]:
-        """Return the upstreams to which a ticket may go that has tried all except `untried`.
+        """Return the upstreams to which a ticket may go now if it has not tried the upstreams in `untried`.
 
         These are the untried ones. But while none of them is usable, the ticket may go to every upstream: another
         attempt where it failed is better than a long wait.
@@ -325,7 +326,7 @@ class Pool:
     def _others(self, now: float, ticket: Ticket, upstream: Upstream) -> list[Upstream]:
         """Return the usable upstreams except `upstream` that the ticket has not tried.
 
-        If there are none and `upstream` is unavailable: all other usable ones, because `_allowed` lets it go there.
+        If there are none and `upstream` is unavailable: all other usable ones, as `_allowed` then returns them too.
         """
         usable = [other for other in self.upstreams if other is not upstream and _is_usable(now, other)]
         untried = [other for other in usable if other not in ticket.tried]
@@ -353,13 +354,15 @@ class Pool:
         return min(upstream.latency for upstream in self._untried_by(ticket))
 
     def _check_reachable(self, now: float, ticket: Ticket) -> None:
-        """Raise `DeadlineUnreachable` if the predicted wait and answer take longer than the ticket's remaining time."""
+        """Raise `DeadlineUnreachable` if a new ticket's predicted wait and answer take longer than it has time.
+
+        If they take more than SERVABLE_SHARE of this time, the ticket's key is served newest first from now on.
+        """
         seconds_left, latency = ticket.deadline - now, self._latency(ticket)
-        wait = self._forecast.wait(now, ticket, self._untried_by(ticket), guess=False)
-        if wait + latency > SERVABLE_SHARE * seconds_left and self.waiting.queue.serve_newest_first(
-            ticket.priority, ticket.key
-        ):
-            wait = self._forecast.wait(now, ticket, self._untried_by(ticket), guess=False)
+        wait = self._forecast.wait(now, ticket, self.upstreams, guess=False)
+        is_servable = wait + latency <= SERVABLE_SHARE * seconds_left
+        if not is_servable and self.waiting.queue.serve_newest_first(ticket.priority, ticket.key):
+            wait = self._forecast.wait(now, ticket, self.upstreams, guess=False)
         kept = self.kept(now, ticket)
         kept_seconds = kept / self._forecast.throughput(now, ticket) if kept else 0.0
         if wait + latency + min(kept_seconds, KEPT_SHARE * seconds_left) > seconds_left:
