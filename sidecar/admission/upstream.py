@@ -214,7 +214,7 @@ class Upstream:
                     return at, gate.name
         return now, None
 
-    def note_delay(self, cause: Cause | None) -> None:
+    def note_delay(self, cause: Cause) -> None:
         """Note the gate that delays the next attempt."""
         self._delayed_by = cause
 
@@ -312,13 +312,12 @@ class Upstream:
             return None
         if not self._paced or self.circuit.state is not None:
             return "hold"
-        in_flight, requests, _, tokens = reservations
-        if verdict.named in (None, "request_rate") and self.concurrency.explains(now, in_flight) > 0:
+        if verdict.named in (None, "request_rate") and self.concurrency.explains(reservations[0]):
             return "concurrency"
         if verdict.named is None:
             # The rate with the highest use of its own limit. While nothing is known: the request rate.
-            by_tokens = self.tokens.explains(now, tokens)
-            return "token_rate" if by_tokens > max(self.requests.explains(now, requests), 0.0) else "request_rate"
+            by_tokens = self.tokens.learner.use(now) > self.requests.learner.use(now)
+            return "token_rate" if by_tokens else "request_rate"
         return verdict.named
 
     def _answered(self, now: float, permit: Permit, verdict: Verdict) -> None:

@@ -200,10 +200,6 @@ class Circuit:
                         step = FIRST_STEP
                     self.next_probe = max(self.next_probe, probed_at + step)
 
-    def explains(self, now: float, reservation: Ticket) -> float:
-        """See `Gate`: 1 while the circuit is open, because the provider then refuses all calls."""
-        return float(self.state is not None)
-
     def seconds_for(self, now: float, ahead: Ahead, *, guess: bool) -> float:
         """See `Gate`."""
         return self.seconds_left(now)

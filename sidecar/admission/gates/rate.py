@@ -114,11 +114,6 @@ class RateGate:
         else:
             learner.void(now, reservation)
 
-    def explains(self, now: float, reservation: Sent) -> float:
-        """See `Gate`: the used share u of the learned limit, as u / (1 + u)."""
-        used = self.learner.use(now)
-        return used / (1.0 + used)
-
     def seconds_for(self, now: float, ahead: Ahead, *, guess: bool) -> float:
         """See `Gate`: at the current pace."""
         learner = self.learner

@@ -110,10 +110,6 @@ class RiseGate:
         elif outcome == "refused" or (outcome == "failed" and self._others_fail(reservation)):
             self._set(1)
 
-    def explains(self, now: float, reservation: Ticket) -> float:
-        """See `Gate`."""
-        return 0.0
-
     def seconds_for(self, now: float, ahead: Ahead, *, guess: bool) -> float:
         """See `Gate`: 0, because the rise takes only a few answers."""
         return 0.0
