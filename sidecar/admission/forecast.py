@@ -114,8 +114,9 @@ class Forecast:
                 if upstream in untried:
                     before += len(queue)
                     cost_before += queue.cost
-            seconds = upstream.circuit.seconds_left(now) if guess else upstream.next_probe_in(now)
-            seconds += upstream.seconds_for(now, ticket, before, cost_before, guess=guess)
+            seconds = upstream.seconds_for(now, ticket, before, cost_before, guess=guess)
+            if upstream.circuit.state is not None:
+                seconds += upstream.circuit.seconds_left(now) if guess else upstream.next_probe_in(now)
             if len(upstreams) == 1 or seconds <= 0:
                 return seconds
             rate += 1.0 / seconds

@@ -97,7 +97,9 @@ class Pool:
         if not ticket.requeued:
             self._check_reachable(now, ticket)
         permit = self.enqueue(now, ticket)
-        self.admit(now)
+        queue = self.waiting.tickets[ticket]
+        if queue is not self.waiting.queue or queue.head() is ticket:  # else an earlier ticket waits for the upstreams
+            self.admit(now)
         return permit
 
     def leave(self, ticket: Ticket) -> None:
@@ -351,7 +353,7 @@ class Pool:
 
     def _latency(self, ticket: Ticket) -> float:
         """Return the smallest latency of the upstreams that the ticket has not tried, in seconds."""
-        return min(upstream.latency for upstream in self._untried_by(ticket))
+        return min([upstream.latency for upstream in self._untried_by(ticket)])
 
     def _check_reachable(self, now: float, ticket: Ticket) -> None:
         """Raise `DeadlineUnreachable` if a new ticket's predicted wait and answer take longer than it has time.

@@ -38,6 +38,9 @@ MAX_REMEMBERED = 4096
 PATIENCE_P99S, MIN_PATIENCE_SECONDS, PATIENCE_ANSWERS = 3.0, 5.0, 20
 
 
+_FULL: tuple[float, Cause] = inf, "concurrency"
+
+
 class Permit:
     """The right to have one attempt in flight. Call `report` once with the verdict of the attempt.
 
@@ -204,8 +207,9 @@ class Upstream:
         if circuit.state is not None:
             at = max(circuit.opens_at(now, 0.0), self.requests.probe_opens_at(now))
             return (at, "hold") if at > now else (now, None)  # the probe passes every other gate
-        if self.concurrency.opens_at(now, 0.0) > now:
-            return inf, "concurrency"
+        permits = self.concurrency  # its `opens_at`, copied here: several full upstreams are asked for each ticket
+        if permits.in_flight >= permits.size or permits.in_flight >= permits.learned + permits.step:
+            return _FULL
         for gate in self._paces:
             if not gate.dormant:
                 gate.advance(now)
@@ -372,11 +376,12 @@ class Upstream:
         `tokens`: the estimated input of the others in LLM tokens, in total. The circuit is assumed to be closed.
         `guess=False`: ignore limits that are only guesses.
         """
-        cost = self._cost.of(tokens, requests) + self.cost(ticket) if self._paced else 0.0
+        cost = 0.0 if self.tokens.dormant else self._cost.of(tokens, requests) + self.cost(ticket)
         ahead = Ahead(requests + 1, cost)
         wait = 0.0
         for gate in self._gates:
-            wait = max(wait, gate.seconds_for(now, ahead, guess=guess))
+            if not gate.dormant:
+                wait = max(wait, gate.seconds_for(now, ahead, guess=guess))
         return wait
 
     def patience(self, ticket: Ticket) -> float:

@@ -120,6 +120,8 @@ class RateGate:
         if not (guess or learner.certain):  # only the operator's ceiling is no guess
             return ahead.requests * learner.ceiling_seconds
         self.advance(now)
+        if self._bucket.rate == inf:
+            return 0.0
         amount = ahead.tokens if self._in_tokens else ahead.requests
         return max(amount - self._bucket.level(now), 0.0) / learner.pace(now)
 
