@@ -152,6 +152,21 @@ async def test_a_ticket_that_may_go_only_to_one_upstream_goes_before_tickets_tha
 
 
 @virtual
+async def test_an_upstream_for_which_a_large_restricted_ticket_waits_takes_no_small_ticket_before_it():
+    bench = Bench(UpstreamSettings("a", concurrency=1), UpstreamSettings("b", tokens_per_second=1000.0))
+    (held,) = bench.fill("a")
+    large = bench.enter(bench.requeued("a", tokens=5000.0))
+    small = bench.enter(key="small", tokens=1.0)  # its LLM tokens would be there sooner
+    assert not small.done()
+    permit = await large
+    assert not small.done()
+    for one in (held, permit):
+        bench.report(one, "accepted")
+    bench.report(await small, "accepted")
+    assert bench.at_rest()
+
+
+@virtual
 async def test_an_open_upstream_that_failed_the_ticket_before_does_not_get_it_again_while_the_other_works():
     bench = Bench(UpstreamSettings("a"), UpstreamSettings("b", concurrency=1))
     (permit,) = bench.fill("b")
