@@ -152,6 +152,21 @@ async def test_a_ticket_that_may_go_only_to_one_upstream_goes_before_tickets_tha
 
 
 @virtual
+async def test_an_upstream_for_which_a_large_restricted_ticket_waits_takes_no_small_ticket_before_it():
+    bench = Bench(UpstreamSettings("a", concurrency=1), UpstreamSettings("b", tokens_per_second=1000.0))
+    (held,) = bench.fill("a")
+    large = bench.enter(bench.requeued("a", tokens=5000.0))
+    small = bench.enter(key="small", tokens=1.0)  # its LLM tokens would be there sooner
+    assert not small.done()
+    permit = await large
+    assert not small.done()
+    for one in (held, permit):
+        bench.report(one, "accepted")
+    bench.report(await small, "accepted")
+    assert bench.at_rest()
+
+
+@virtual
 async def test_an_open_upstream_that_failed_the_ticket_before_does_not_get_it_again_while_the_other_works():
     bench = Bench(UpstreamSettings("a"), UpstreamSettings("b", concurrency=1))
     (permit,) = bench.fill("b")
@@ -204,6 +219,17 @@ async def test_a_failed_ticket_may_be_the_probe_of_another_upstream_and_then_go_
     assert permit.upstream is bench.upstreams["b"]
     bench.report(permit, "failed")
     assert bench.admission.pool(MODEL).has_another(permit.ticket, permit.upstream)  # a may be tried again
+    assert bench.at_rest()
+
+
+@virtual
+async def test_a_ticket_is_not_sent_away_to_an_upstream_that_refuses_the_account():
+    bench = Bench(UpstreamSettings("a"), UpstreamSettings("b"))
+    bench.fail("b", CircuitState.BILLING)
+    permit = bench.at_once()
+    await asyncio.sleep(40.0)  # a probe of b may be sent now, but would hardly be answered
+    assert not bench.admission.pool(MODEL).has_another(permit.ticket, permit.upstream)
+    bench.report(permit, "accepted")
     assert bench.at_rest()
 
 
@@ -485,6 +511,24 @@ async def test_a_newer_frame_that_is_refused_leaves_the_older_one_in_its_place(w
 
 
 @virtual
+async def test_an_older_frame_whose_caller_leaves_in_that_moment_does_not_come_back():
+    bench = Bench(UpstreamSettings("a", concurrency=2), queue_bytes=1000)
+    held = bench.fill("a")
+    older = bench.loop.create_task(bench.admission.permit(bench.ticket(latest=True)))
+    await asyncio.sleep(0)
+    other = bench.enter(key="other", size_bytes=100)
+    older.cancel()
+    with pytest.raises(QueueFull):
+        bench.enter(latest=True, size_bytes=2000)
+    for permit in held:
+        bench.report(permit, "accepted")
+    with pytest.raises(asyncio.CancelledError):
+        await older
+    bench.report(await other, "accepted")
+    assert bench.at_rest()
+
+
+@virtual
 async def test_frames_without_a_key_do_not_supersede_each_other():
     """Fault D2: two cameras that send no X-Camera-Id would take each other's places."""
     bench = Bench(UpstreamSettings("a", concurrency=1))
@@ -625,6 +669,26 @@ async def test_a_ticket_behind_the_head_of_the_queue_goes_to_the_next_tier_befor
     assert permit.upstream is bench.upstreams["b"]
     hung.release(bench.loop.time())
     await patient
+
+
+@virtual
+async def test_a_ticket_that_the_lowest_tier_would_answer_too_late_goes_to_the_next_tier_at_once():
+    bench = Bench(UpstreamSettings("a", concurrency=1), UpstreamSettings("b", tier=2))
+    permit = bench.at_once()
+    await asyncio.sleep(5.0)
+    bench.report(permit, "accepted")  # a usual answer now takes 0.5 s, because the average is smoothed
+    (held,) = bench.fill("a")
+    patient = [bench.enter(key=f"patient {number}") for number in range(3)]
+    assert not any(entry.done() for entry in patient)
+    urgent = bench.enter(key="urgent", seconds=1.5)
+    await asyncio.sleep(0.1)
+    assert urgent.result().upstream is bench.upstreams["b"]
+    after = bench.enter(key="after")  # nothing is urgent any more
+    await asyncio.sleep(0.1)
+    assert not after.done()
+    for one in (held, *(entry.result() for entry in (urgent, *patient) if entry.done())):
+        bench.report(one, "accepted")
+    bench.report(await after, "accepted")
 
 
 @virtual
