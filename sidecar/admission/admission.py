@@ -11,7 +11,7 @@ from random import Random
 from typing import Any
 
 from sidecar.admission.arrivals import Arrival, Arrivals
-from sidecar.admission.errors import Draining, NotAdmitted, QueueFull, Superseded
+from sidecar.admission.errors import Draining, QueueFull, Superseded
 from sidecar.admission.gates.base import Change
 from sidecar.admission.pool import KEPT_SHARE, Pool
 from sidecar.admission.ticket import Cause, Priority, Ticket
@@ -138,12 +138,13 @@ class Admission:
                 pool.recognise(ticket)
                 self._check_bounds(pool, ticket, replaces=older is not None)
             entry = pool.enter(ticket)
-        except NotAdmitted:
+        except BaseException:
             if older is not None:
                 pool.enqueue(self.loop.time(), older)
             raise
         if older is not None:
             pool.refuse(older, superseded)
+            pool.admit(self.loop.time())  # it may have delayed other tickets
         return entry
 
     def pool(self, model: str) -> Pool:

@@ -59,6 +59,7 @@ class Pool:
         self.promises: Promises | None = None
         """Reserved places of callers that got a Retry-After; None until the first one."""
         self._timer: asyncio.TimerHandle | None = None
+        self._admits_soon = False  # a call of `admit` is scheduled for the end of this loop iteration
         self.last_used = now
         """Loop time at which the last ticket arrived or the last attempt ended."""
         self.in_flight = 0
@@ -144,7 +145,7 @@ class Pool:
     def _release_later(self, now: float) -> None:
         """Queue the retries whose `not_before` has passed."""
         while (ticket := self.waiting.later.head()) is not None and ticket.not_before <= now:
-            if ticket.only_while_failing and not any(upstream.circuit.failing for upstream in self._untried_by(ticket)):
+            if (failed := ticket.only_while_failing) is not None and not failed.circuit.failing:
                 self.refuse(ticket, StillFailing("the other requests are answered"))
                 continue
             self.take_out(now, ticket)
@@ -187,6 +188,9 @@ class Pool:
             look_at = min(look_at, now + LOOK_AGAIN_SECONDS)
         if (later := waiting.later.head()) is not None:
             look_at = min(look_at, later.not_before)
+        elif not waiting.tickets:
+            for upstream in self.upstreams:
+                upstream.note_delay(None)  # no ticket is delayed any more
         if look_at < inf:
             self._timer = self._loop.call_at(look_at, self._look_again)
 
@@ -248,6 +252,7 @@ class Pool:
                 if least < LATE:
                     break
                 if best is None and tier and not self._urgent and not self._forecast.spills(now, ticket, upstream.tier):
+                    soonest = min(soonest, now + LOOK_AGAIN_SECONDS)  # a longer queue would spill: there is no event
                     break
                 tier = upstream.tier
             opens_at, cause = upstream.opening(now, ticket)
@@ -408,7 +413,13 @@ class Pool:
             retry_after=self.promise(now, ticket),
         )
         self.refuse(ticket, why)
-        self.admit(now)
+        if not self._admits_soon:  # thousands of tickets can have the same deadline: call `admit` once for all of them
+            self._admits_soon = True
+            self._loop.call_soon(self._admit_after_expiry)
+
+    def _admit_after_expiry(self) -> None:
+        self._admits_soon = False
+        self.admit(self._loop.time())
 
 
 def _is_usable(now: float, upstream: Upstream) -> bool:
@@ -423,4 +434,4 @@ def _is_usable(now: float, upstream: Upstream) -> bool:
 
 
 def _account_closed(now: float, circuit: Circuit) -> AccountClosed:
-    return AccountClosed(circuit.reason, retry_after=max(circuit.next_probe - now, 0.0))
+    return AccountClosed(circuit.reason, retry_after=circuit.opens_at(now, 0.0) - now)

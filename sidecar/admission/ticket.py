@@ -118,9 +118,9 @@ class Ticket:
         """True: an attempt brought no answer and the ticket is queued again, at the head of its key's queue."""
         self.not_before = 0.0
         """Loop time before which a retry may not be sent."""
-        self.only_while_failing = False
-        """True: this is the last retry. After `not_before` it is sent only if an untried upstream still fails other
-        requests too; otherwise the ticket gets `StillFailing`."""
+        self.only_while_failing: Any = None
+        """The upstream whose failure led to the last retry, else None. After `not_before`, the retry is sent only if
+        this upstream fails other requests too; otherwise the ticket gets `StillFailing`."""
         self.tried: tuple[object, ...] = ()
         """Upstreams at which an attempt failed and would fail again."""
         self.waits_since = 0.0

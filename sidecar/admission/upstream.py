@@ -36,6 +36,9 @@ MAX_REMEMBERED = 4096
 #: An attempt without a byte is stopped after PATIENCE_P99S times the 99th percentile of the answer times. While fewer
 #: than PATIENCE_ANSWERS answers are known: after half of the request's time. Never before MIN_PATIENCE_SECONDS.
 PATIENCE_P99S, MIN_PATIENCE_SECONDS, PATIENCE_ANSWERS = 3.0, 5.0, 20
+#: While no answer time is known, an attempt that waited for less than this many seconds shows no outage: its caller
+#: allowed too little time for most answers.
+UNKNOWN_PATIENCE_SECONDS = 1.0
 
 
 _FULL: tuple[float, Cause] = inf, "concurrency"
@@ -179,6 +182,8 @@ class Upstream:
         self._latencies: deque[float] = deque(maxlen=64)
         self._answers = 0
         self._accepted_at = -inf  # time of the latest accepted verdict
+        self.last_good = -inf
+        """Send time of the newest accepted attempt, as loop time; -inf: none yet."""
         self._p90 = self._p99 = 0.0  # percentiles of `_latencies`; the 99th percentile is their maximum
         self._cost = TokenCost()
         self._delayed_by: Cause | None = None  # the gate that delays the next attempt; each start resets it to None
@@ -220,8 +225,8 @@ class Upstream:
                     return at, gate.name
         return now, None
 
-    def note_delay(self, cause: Cause) -> None:
-        """Note the gate that delays the next attempt."""
+    def note_delay(self, cause: Cause | None) -> None:
+        """Note the gate that delays the next attempt; None: no ticket waits for this upstream."""
         self._delayed_by = cause
 
     def cost(self, ticket: Ticket) -> float:
@@ -297,7 +302,8 @@ class Upstream:
 
         The attempt waited much longer than the known answers took, and no attempt was accepted since it was sent.
         """
-        return permit.sent_at >= self._accepted_at and now - permit.sent_at >= PATIENCE_P99S * self._p99
+        patience = PATIENCE_P99S * self._p99 or UNKNOWN_PATIENCE_SECONDS
+        return permit.sent_at >= self._accepted_at and now - permit.sent_at >= patience
 
     def _nothing_accepted(self, refused: Permit) -> bool:
         """Return True if the first attempt after each of the latest refusals was refused too.
@@ -330,6 +336,7 @@ class Upstream:
     def _answered(self, now: float, permit: Permit, verdict: Verdict) -> None:
         self.has_answered = True
         self._accepted_at = now
+        self.last_good = max(self.last_good, permit.sent_at)
         if permit.number > self._started_before:
             self._refused_in_row = 0
         if self._paced and verdict.usage is not None:

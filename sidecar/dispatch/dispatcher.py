@@ -98,6 +98,7 @@ class Dispatcher:
         """
         watch = ticket.stopwatch
         failed_attempts = 0
+        failed_at: float | None = None  # loop time at which the last attempt failed
         # The error if no later attempt is made. It is stored without its traceback, and cleared when it is raised:
         # otherwise it and this frame would refer to each other, and the request body would stay in memory until the
         # next garbage collection.
@@ -125,21 +126,25 @@ class Dispatcher:
                     raise
                 outcome, upstream = self._outcome_of(failure), permit.upstream
                 failed_attempts += outcome == "failed"
-                action = self._decide(ticket, upstream, outcome, failed_attempts)
+                is_out = self._is_out(upstream, permit.sent_at if failed_at is None else failed_at)
+                failed_at = self.now()
+                action = self._decide(ticket, upstream, outcome, failed_attempts, is_out=is_out)
                 if action == "fail":
                     raise
-                if action in ("elsewhere", "again_if_failing") or self._is_out(upstream):
+                if action == "elsewhere" or is_out:
                     failed_attempts = 0  # it counts attempts in a row at one upstream that answers other requests
                 self._metrics.retry(upstream.name, failure)
                 last_failure = failure.with_traceback(None) if outcome in ("failed", "timed_out") else None
 
-    def _decide(self, ticket: Ticket, upstream: Upstream, outcome: VerdictOutcome, failed_attempts: int) -> Action:
+    def _decide(
+        self, ticket: Ticket, upstream: Upstream, outcome: VerdictOutcome, failed_attempts: int, *, is_out: bool
+    ) -> Action:
         """Decide what to do after a failed attempt, and store on the ticket where and when it may be retried."""
-        now = self.now()
+        now, pool = self.now(), self.admission.pool(ticket.model)
         situation = Situation(
             outcome,
-            elsewhere=self.admission.pool(ticket.model).has_another(ticket, upstream),
-            failing=self._is_out(upstream),
+            elsewhere=pool.has_another(ticket, upstream),
+            failing=is_out,
             has_answered=upstream.has_answered,
             failed_attempts=failed_attempts,
         )
@@ -147,23 +152,28 @@ class Dispatcher:
         if action == "fail":
             return action
         ticket.requeued = True
-        ticket.not_before, ticket.only_while_failing = now, False
+        ticket.not_before, ticket.only_while_failing = now, None
+        if upstream.unavailable and not situation.elsewhere:
+            ticket.tried = ()  # it was a probe, and no other upstream is left: it waits among all other tickets again
         if action == "elsewhere":
             ticket.tried = (*ticket.tried, upstream)
+            if all(one in ticket.tried for one in pool.upstreams):
+                ticket.tried = ()  # an earlier failure was long ago: since then, the last upstream was out
         elif action == "again_later":
             ticket.not_before += jitter(self._random, failed_attempts, ticket.deadline - now)
         elif action == "again_if_failing":
             ticket.not_before += min(OUTAGE_CHECK_SECONDS, max(ticket.deadline - now, 0.0))
-            ticket.only_while_failing = True
+            ticket.only_while_failing = upstream
         return action
 
     @staticmethod
-    def _is_out(upstream: Upstream) -> bool:
+    def _is_out(upstream: Upstream, since: float) -> bool:
         """Return True if the upstream has an outage, or an outage begins.
 
-        An upstream that never answered is not counted: its address may be wrong.
+        An upstream that never answered is not counted: its address may be wrong. If it has answered another request
+        that was sent after the loop time `since`, the failed request itself may be the cause.
         """
-        return upstream.has_answered and upstream.circuit.failing
+        return upstream.circuit.failing and -inf < upstream.last_good <= since
 
     async def _attempt(
         self, permit: Permit, request: Request, on_stream: Callable[[Reply], Awaitable[None]] | None

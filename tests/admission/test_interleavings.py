@@ -91,14 +91,14 @@ async def call(admission, number, caller, ends):
                     permit.report(verdict_of(verdict, loop.time()))
             if verdict in ("accepted", "abandoned", "none"):
                 break
-            ticket.requeued, ticket.only_while_failing = True, False
+            ticket.requeued, ticket.only_while_failing = True, None
             ticket.not_before = loop.time()
             if verdict in ("failed", "timed_out", "account"):
                 if pool.has_another(ticket, permit.upstream):
                     ticket.tried = (*ticket.tried, permit.upstream)
                 else:
                     ticket.not_before += caller.pause
-                    ticket.only_while_failing = number % 4 == 3
+                    ticket.only_while_failing = permit.upstream if number % 4 == 3 else None
         ends.append("through")
     except StillFailing:
         assert ticket.only_while_failing

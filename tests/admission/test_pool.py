@@ -27,6 +27,7 @@ from sidecar.admission import (
 )
 from sidecar.admission.gates.concurrency import ConcurrencyGate
 from sidecar.admission.gates.rate import RateGate
+from sidecar.admission.pool import Pool
 
 MODEL = "m"
 
@@ -440,7 +441,7 @@ async def test_a_retry_for_an_account_that_is_refused_meanwhile_is_refused_with_
 async def test_a_last_retry_goes_only_if_the_upstream_still_fails_other_requests():
     bench = Bench(UpstreamSettings("a"))
     last = bench.requeued(pause=1.0)
-    last.only_while_failing = True
+    last.only_while_failing = bench.upstreams["a"]
     for outcome, goes in (("failed", True), ("accepted", False)):
         bench.report(bench.at_once(), "failed")
         bench.report(bench.at_once(), outcome)
@@ -779,3 +780,71 @@ async def test_models_that_are_forgotten_let_go_of_the_shared_upstream():
     assert len(local.on_end) <= 64
     assert len(list(bench.admission.status())) <= 64
     assert inf > len(bench.admission._upstreams) - 64 <= 1
+
+
+# -- what nobody else would notice -------------------------------------------------------------------------------------
+
+
+@virtual
+async def test_a_queue_that_grows_behind_a_full_first_tier_spills_without_any_other_event():
+    bench = Bench(UpstreamSettings("a", concurrency=10), UpstreamSettings("b", tier=2))
+    bench.upstreams["a"].latency = bench.upstreams["a"].concurrency.answer_seconds = 10.0
+    held = bench.fill("a")
+    first = bench.enter(key="first")
+    assert not first.done()  # it is predicted to wait for 1 s only
+    more = [bench.enter(key=f"camera-{number}") for number in range(20)]
+    await asyncio.sleep(0.5)
+    assert any(entry.done() and entry.result().upstream.name == "b" for entry in (first, *more))
+    for permit in held:
+        bench.report(permit, "accepted")
+
+
+@virtual
+async def test_many_tickets_with_one_deadline_are_refused_with_one_look_at_the_queue():
+    bench = Bench(UpstreamSettings("a", concurrency=1))
+    (held,) = bench.fill("a")
+    deadline = bench.loop.time() + 5.0
+    entries = []
+    for number in range(100):
+        ticket = bench.ticket(key=f"camera-{number}")
+        ticket.deadline = deadline
+        entries.append(bench.enter(ticket))
+    pool = bench.admission.pool(MODEL)
+    with mock.patch.object(Pool, "admit", autospec=True, side_effect=Pool.admit) as admit:
+        await asyncio.sleep(4.999 - bench.upstreams["a"].latency)
+        before = admit.call_count
+        await asyncio.sleep(0.002)
+        assert all(entry.done() for entry in entries)
+        assert admit.call_count - before <= 3
+    assert not pool.waiting.tickets
+    for entry in entries:
+        with pytest.raises(DeadlineUnreachable):
+            entry.result()
+    bench.report(held, "accepted")
+
+
+@virtual
+async def test_a_gate_that_delayed_a_ticket_is_not_to_blame_when_that_ticket_went_elsewhere():
+    bench = Bench(UpstreamSettings("a", requests_per_second=0.2), UpstreamSettings("b", concurrency=1))
+    (held,) = bench.fill("b")
+    while not isinstance(entry := bench.enter(), asyncio.Future):
+        bench.report(entry, "accepted")
+    bench.report(held, "accepted")
+    assert (await entry).upstream.name == "b"
+    bench.report(entry.result(), "accepted")
+    assert bench.upstreams["a"]._delayed_by is None
+
+
+@virtual
+async def test_an_older_frame_stays_in_its_place_whatever_goes_wrong_with_the_newer_one():
+    bench = Bench(UpstreamSettings("a", concurrency=1))
+    (held,) = bench.fill("a")
+    older = bench.enter(latest=True)
+    with (
+        mock.patch.object(Pool, "enter", side_effect=ZeroDivisionError),
+        pytest.raises(ZeroDivisionError),
+    ):
+        bench.enter(latest=True)
+    bench.report(held, "accepted")
+    bench.report(await older, "accepted")
+    assert bench.at_rest()

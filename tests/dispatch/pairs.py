@@ -1,7 +1,7 @@
 """Two simulated providers behind one pool, on virtual time, without sockets."""
 
 import asyncio
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 
 from prometheus_client import CollectorRegistry
@@ -42,6 +42,7 @@ class Place(SimulatedBackend):
 class Answer:
     """How one request ended."""
 
+    camera: str
     at: float
     """Seconds from the start to its arrival."""
     seconds: float
@@ -71,10 +72,11 @@ class Pair:
         ticket = Ticket(now=now, deadline=now + seconds, key=camera, model=MODEL, tokens=300.0)
         error = None
         try:
-            await self.dispatcher.run(ticket, Ask(camera, ticket.deadline).request())
+            request = replace(Ask(camera, ticket.deadline).request(), headers={"X-Camera-Id": camera})
+            await self.dispatcher.run(ticket, request)
         except (NotAdmitted, BackendError, DeadlineExceeded) as failure:
             error = failure
-        answer = Answer(now - self.began, self.loop.time() - now, ticket.backend, error, ticket.attempts)
+        answer = Answer(camera, now - self.began, self.loop.time() - now, ticket.backend, error, ticket.attempts)
         self.answers.append(answer)
         return answer
 

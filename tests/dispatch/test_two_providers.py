@@ -2,6 +2,7 @@
 
 import asyncio
 from collections import Counter
+from dataclasses import replace
 from math import inf
 
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pairs import Pair, Place
 
+from backends.base import ServerFailed
 from bench.sim import clock
 
 both_tiers = pytest.mark.parametrize("tiers", [(1, 1), (1, 2)], ids=["one tier", "two tiers"])
@@ -240,5 +242,64 @@ def test_nothing_is_lost_whatever_the_first_provider_limits_while_the_second_has
                 tasks.create_task(pair.ask(f"camera-{number % 4}", deadline))
         assert not pair.lost
         assert pair.at_rest()
+
+    clock.run(main())
+
+
+class Picky(Place):
+    """A provider that fails every request of the cameras whose names begin with "bad", and answers all others."""
+
+    async def send(self, request, timings):
+        if request.headers["X-Camera-Id"].startswith("bad"):
+            await asyncio.sleep(0.05)
+            timings.first_byte = asyncio.get_running_loop().time()
+            raise ServerFailed("it broke")
+        return await super().send(request, timings)
+
+
+@both_tiers
+def test_requests_that_fail_everywhere_do_not_take_every_probe_from_the_others(tiers):
+    async def main():
+        pair = Pair(*(Picky(name, latency_seconds=0.4) for name in ("first", "second")), tiers)
+        await pair.arrive(10.0, 10.0)
+        bad = [asyncio.create_task(pair.ask(f"bad-{number}")) for number in range(6)]
+        await pair.arrive(10.0, 90.0)
+        await asyncio.gather(*bad)
+        honest = [one for one in pair.answers if not one.camera.startswith("bad")]
+        assert all(one.error is None for one in honest)
+        assert max(one.seconds for one in honest) < 25.0
+        assert pair.at_rest()
+
+    clock.run(main())
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+@both_tiers
+def test_the_outage_of_one_provider_gives_a_request_that_fails_at_the_other_no_endless_attempts(tiers, count):
+    async def main():
+        first = Picky("first", latency_seconds=0.2)
+        pair = Pair(first, Picky("second", latency_seconds=0.2), tiers)
+        await pair.arrive(10.0, 10.0)
+        first.provider.change(replace(first.provider.profile, outages=((0.0, 60.0),)))
+        await pair.arrive(10.0, 5.0)
+        asked = [asyncio.create_task(pair.ask(f"bad-{number}")) for number in range(count)]
+        await pair.arrive(10.0, 50.0)
+        bad = await asyncio.gather(*asked)
+        assert all(one.error is not None and one.attempts <= 12 for one in bad)
+        assert all(one.camera.startswith("bad") for one in pair.lost)
+
+    clock.run(main())
+
+
+def test_callers_that_allow_less_time_than_an_answer_takes_open_no_circuit():
+    async def main():
+        pair = Pair(*(Place(name, latency_seconds=1.5) for name in ("first", "second")), (1, 2))
+        impatient = [asyncio.create_task(pair.ask(f"impatient-{number}", seconds=0.2)) for number in range(8)]
+        await asyncio.gather(*impatient)
+        (status,) = pair.admission.status()
+        assert all(not one.circuit.state for one in status.upstreams)
+        answer = await pair.ask("patient", seconds=20.0)
+        assert answer.error is None
+        assert answer.backend == "first"
 
     clock.run(main())

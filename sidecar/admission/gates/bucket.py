@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from math import inf
 
+#: No call delays later calls by more than about this many seconds, however large its amount: providers count LLM tokens
+#: per minute, and an estimate can be far too high (a picture's header may claim any size).
+MAX_DEBT_SECONDS = 60.0
+
 
 class TokenBucket:
     """
@@ -11,7 +15,7 @@ class TokenBucket:
 
     level(t) = min(capacity, level(t0) + rate * (t - t0)), the policer of RFC 2697 without its excess bucket.
     An amount above the capacity passes when the bucket is full, and leaves a debt. So a large amount is delayed, but
-    never blocked for ever.
+    never blocked for ever. The debt is at most the amount of MAX_DEBT_SECONDS.
     """
 
     __slots__ = ("_at", "_level", "capacity", "rate")
@@ -47,7 +51,7 @@ class TokenBucket:
     def take(self, now: float, amount: float = 1.0) -> None:
         """Take `amount`, even if this leaves a debt. A negative amount is given back."""
         level = self._level if now <= self._at else self.level(now)
-        self._level = min(self.capacity, level - amount)
+        self._level = max(min(self.capacity, level - amount), -MAX_DEBT_SECONDS * self.rate)
         self._at = max(self._at, now)
 
     def set(self, now: float, rate: float, capacity: float) -> None:

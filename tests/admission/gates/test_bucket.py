@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sidecar.admission.gates.bucket import TokenBucket
+from sidecar.admission.gates.bucket import MAX_DEBT_SECONDS, TokenBucket
 
 steps = st.lists(st.tuples(st.floats(0.0, 5.0), st.floats(0.1, 3.0)), max_size=60)
 
@@ -46,6 +46,14 @@ def test_a_large_amount_passes_when_full_and_leaves_a_debt():
     assert bucket.level(0.0) == -6.0
     assert bucket.wait(0.0, 1.0) == pytest.approx(3.5)
     assert bucket.level(100.0) == 4.0
+
+
+def test_the_debt_of_one_huge_amount_is_paid_in_a_minute():
+    bucket = TokenBucket(0.0, rate=100.0, capacity=500.0)
+    bucket.take(0.0, 1e9)
+    assert bucket.wait(0.0, 1.0) == pytest.approx(MAX_DEBT_SECONDS, rel=0.01)
+    bucket.take(1.0, 1e9)
+    assert bucket.wait(1.0, 1.0) == pytest.approx(MAX_DEBT_SECONDS, rel=0.01)
 
 
 def test_a_clock_that_stands_still_or_steps_back_fills_nothing():
