@@ -22,7 +22,7 @@ from sidecar.admin.health import Health
 from sidecar.admin.server import AdminServer
 from sidecar.admin.status import status_of
 from sidecar.admission import Admission, UpstreamSettings
-from sidecar.api.call import CallSettings
+from sidecar.api.call import CallSettings, Sampling
 from sidecar.api.server import DataServer
 from sidecar.dispatch.dispatcher import Dispatcher
 from sidecar.observe.gauges import AdmissionGauges
@@ -110,6 +110,7 @@ def assemble(settings: Settings, drain: Callable[[], None]) -> Parts:
             key_header=settings.key_header,
             default_model=backends[0].model_id or settings.dashscope_model,
             passthrough=settings.passthrough and backends[0].name == "dashscope",
+            sampling=Sampling(settings.default_max_tokens, settings.default_temperature, settings.default_top_p),
             traced=spans is not None,
         ),
         detector=detector_dispatcher,

@@ -6,7 +6,7 @@ import asyncio
 import random
 import re
 from collections.abc import AsyncIterator, Awaitable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from math import isfinite
 
@@ -27,6 +27,19 @@ TRACE = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f
 
 
 @dataclass(frozen=True, slots=True)
+class Sampling:
+    """What the sidecar sends with every question to trio-core's API, as trio-core's engine does.
+
+    Source of the defaults: `EngineConfig` of trio-core 1.1.5, where `TRIO_…` variables change them too.
+    """
+
+    max_tokens: int = 512
+    """LLM tokens of the answer if the caller gives no limit."""
+    temperature: float = 0.0
+    top_p: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
 class CallSettings:
     """The settings that apply to callers. `deadline` is in seconds, `max_body_bytes` in bytes."""
 
@@ -35,6 +48,8 @@ class CallSettings:
     key_header: str = "X-Camera-Id"
     default_model: str = "qwen-vl-plus"
     passthrough: bool = False
+    sampling: Sampling = field(default_factory=Sampling)
+    """What trio-core's API sends where the request gives nothing."""
     traced: bool = False
     """Create spans for a request whose caller records its trace."""
 
