@@ -24,7 +24,7 @@ import aiohttp
 from aiohttp import web
 from yarl import URL
 
-from backends.http1 import accepting, connecting
+from backends.http1 import accepting, connecting, proxies
 from backends.http1.interface import Handler, OnPiece, Timings
 
 log = logging.getLogger("sidecar")
@@ -164,7 +164,7 @@ class Origin:
     """See `interface.Origin`."""
 
     def __init__(self, session: aiohttp.ClientSession, url: URL) -> None:
-        self._session, self._proxy = session, connecting.environment_proxy(url)
+        self._session, self._proxy = session, proxies.environment_proxy(url)
         self._base = str(url.with_user(None)).rstrip("/")
         credentials = f"{url.user}:{url.password or ''}".encode("latin1")
         self._authorization = f"Basic {b64encode(credentials).decode()}" if url.user else None

@@ -32,7 +32,7 @@ from backends.base import (
     Timings,
     Unreachable,
 )
-from backends.http1.connecting import environment_proxy
+from backends.http1.proxies import environment_proxy
 from sidecar.assembly import StartError, make_backend, make_detector
 from sidecar.settings import PASSWORD, SECRETS, Settings
 
