@@ -10,7 +10,7 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from sidecar.settings.fields import FOREIGN_NAMES, NOT_YET, PREFIX, Settings
-from sidecar.settings.sources import SERVICE_LINK, SettingsError, named, with_unusable_ports_removed
+from sidecar.settings.sources import SERVICE_LINK, SettingsError, named, with_unusable_ports_removed, without_waiting
 
 _KNOWN = [PREFIX + field.upper() for field in (*Settings.model_fields, *NOT_YET) if field != "upstream"]
 #: The names that Kubernetes creates for a service whose name begins with `sidecar`.
@@ -83,7 +83,7 @@ def _is_unused_of_trio(name: str, value: str) -> bool:
 def _names_in_dotenv(folder: Path) -> set[str]:
     """Return the names of settings that a `.env` file gives a value, in upper case. Without such a file: none."""
     try:
-        with os.fdopen(os.open(folder / ".env", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as opened:
+        with open(folder / ".env", "rb", opener=without_waiting) as opened:
             if not stat.S_ISREG(os.fstat(opened.fileno()).st_mode):
                 return set()
             text = opened.read(_MAX_DOTENV_BYTES).decode(errors="replace")

@@ -107,9 +107,14 @@ def _read(file: Path) -> dict[str, Any]:
         raise SettingsError(f"--config {file}: is not TOML: {error}") from None
 
 
+def without_waiting(name: str, flags: int) -> int:
+    """Open a file for `open`, without waiting for the other end if it is a pipe."""
+    return os.open(name, flags | os.O_NONBLOCK)
+
+
 def _text_of(file: Path) -> str:
     """Read a regular file. A pipe without a writer would stop the start for ever, so it is refused."""
-    with os.fdopen(os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as opened:
+    with open(file, "rb", opener=without_waiting) as opened:
         found = os.fstat(opened.fileno())
         if not stat.S_ISREG(found.st_mode) or found.st_size > _MAX_FILE_BYTES:
             raise OSError(0, f"it must be a regular file of at most {_MAX_FILE_BYTES} bytes")
