@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import gc
 import logging
 import signal
+import socket
 
 from backends.base import BackendError
 from backends.http1.implementation import choose
@@ -85,7 +87,7 @@ class Sidecar:
         self.parts.metrics.set_http_implementation(http.name)
         self._admin_listener = http.listener(self.parts.admin, max_connections=_MAX_ADMIN_CONNECTIONS)
         self._data_listener = http.listener(self.parts.data, max_connections=_MAX_DATA_CONNECTIONS)
-        self.admin_port = await _open(self._admin_listener, settings.admin_host, settings.admin_port, "admin_port")
+        self.admin_port = await _open(self._admin_listener, settings.admin_host, settings.admin_port, "SIDECAR_ADMIN_")
         for backend in self.parts.all_backends:
             try:
                 await backend.start()
@@ -93,7 +95,7 @@ class Sidecar:
                 is_detector = backend is self.parts.detector
                 at = f"DETECTOR_MODEL={settings.detector_model}" if is_detector else f"BACKEND={backend.name}"
                 raise StartError(f"SIDECAR_{at} cannot start: {error.message}") from error
-        self.data_port = await _open(self._data_listener, settings.host, settings.port, "port")
+        self.data_port = await _open(self._data_listener, settings.host, settings.port, "SIDECAR_")
         if settings.unix_socket is not None:
             try:
                 await self._data_listener.open_unix(settings.unix_socket)
@@ -108,7 +110,7 @@ class Sidecar:
             log.warning("SIMULATED: the backend 'simulated' makes its answers up; SIDECAR_DASHSCOPE_API_KEY ends that")
         log.info(
             "vlm-sidecar %s serves %s on %s:%d, probes and metrics on %s:%d",
-            __version__, names, settings.host, self.data_port, settings.admin_host, self.admin_port,
+            __version__, names, _in_url(settings.host), self.data_port, _in_url(settings.admin_host), self.admin_port,
         )  # fmt: skip
 
     def drain(self) -> None:
@@ -159,11 +161,31 @@ class Sidecar:
             observe(max(self._loop.time() - due, 0.0))
 
 
-async def _open(listener: Listener, host: str, port: int, setting: str) -> int:
+#: The errors of an address that this machine does not have, or of a host name without an address.
+_NOT_OURS = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
+_PORT_ADVICE = {
+    errno.EADDRINUSE: "stop what uses it, or choose another port",
+    errno.EACCES: "a port below 1024 needs a privilege; choose another one",
+}
+
+
+async def _open(listener: Listener, host: str, port: int, prefix: str) -> int:
+    """Open a listener. `prefix` begins the names of its two settings. Raises `StartError` that names the wrong one."""
     try:
         return await listener.open(host, port)
     except OSError as error:
-        raise StartError(f"SIDECAR_{setting.upper()}={port} on {host}: {_reason(error)}") from error
+        if isinstance(error, socket.gaierror) or error.errno in _NOT_OURS:
+            raise StartError(
+                f"{prefix}HOST={host}: this machine has no such address ({_reason(error)}); "
+                "name one of its own, such as 127.0.0.1, or 0.0.0.0 for all"
+            ) from error
+        advice = _PORT_ADVICE.get(error.errno or 0, "choose another port")
+        raise StartError(f"{prefix}PORT={port} on {_in_url(host)}: {_reason(error)}; {advice}") from error
+
+
+def _in_url(host: str) -> str:
+    """Return a host as it is written before a port: an IPv6 address has brackets."""
+    return f"[{host}]" if ":" in host and not host.startswith("[") else host
 
 
 def _reason(error: OSError) -> str:

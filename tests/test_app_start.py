@@ -14,6 +14,7 @@ from pathlib import Path
 
 import aiohttp
 import pytest
+from real_parts import platform_lacks
 from running import CHAT, IMAGE_URL, Process, chat
 
 ROOT = Path(__file__).parents[1]
@@ -231,3 +232,40 @@ async def test_the_sampling_of_trio_core_is_sent_where_the_request_gives_none(se
             assert response.status == 200
         sent = json.loads(upstream.seen[-1].body)
         assert (sent["max_tokens"], sent["temperature"], sent["top_p"]) == (max_tokens, 0.3, 0.7)
+
+
+def test_a_pipe_as_the_key_file_stops_the_start_with_one_line(tmp_path):
+    os.mkfifo(tmp_path / "key")
+    ended = serve(environ={"SIDECAR_DASHSCOPE_API_KEY_FILE": str(tmp_path / "key"), "SIDECAR_LOG_LEVEL": "error"})
+    assert ended.returncode == 2
+    assert "SIDECAR_DASHSCOPE_API_KEY_FILE" in ended.stderr
+    assert "not a regular file" in ended.stderr
+    assert ended.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("setting", "host"),
+    [("SIDECAR_HOST", "192.0.2.7"), ("SIDECAR_HOST", "nowhere.invalid"), ("SIDECAR_ADMIN_HOST", "192.0.2.8")],
+)
+def test_a_wrong_host_is_not_blamed_on_the_port(setting, host):
+    environ = {"SIDECAR_PORT": "0", "SIDECAR_ADMIN_PORT": "0", "SIDECAR_ADMIN_HOST": "127.0.0.1", setting: host}
+    ended = serve(environ=environ | {"SIDECAR_LOG_LEVEL": "error", "SIDECAR_BACKEND": "simulated"})
+    assert ended.returncode == 2
+    assert f"{setting}={host}: this machine has no such address" in ended.stderr
+    assert "PORT" not in ended.stderr
+    assert ended.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::"])
+async def test_every_address_means_both_families_on_both_listeners(serving, host):
+    try:
+        with socket.socket(socket.AF_INET6) as probe:
+            probe.bind(("::1", 0))
+    except OSError:
+        platform_lacks("no IPv6 on this machine")
+    sidecar = await serving(host=host, admin_host=host)
+    for address in ("127.0.0.1", "[::1]"):
+        async with sidecar.client.get(f"http://{address}:{sidecar.sidecar.data_port}/health") as response:
+            assert response.status == 200
+        async with sidecar.client.get(f"http://{address}:{sidecar.sidecar.admin_port}/livez") as response:
+            assert response.status == 200
