@@ -42,6 +42,10 @@ _PORT_TRIES = 20
 MAX_PIPELINED = 32
 
 
+#: The head of an error that the HTTP layer reports itself. A repetition of the request would fail again.
+ERROR_HEADERS = {"Content-Type": "application/json", "X-Should-Retry": "false"}
+
+
 def error_body(message: str, kind: str, code: str) -> bytes:
     """Return the body of an error that the HTTP layer reports itself, in the format of OpenAI's API."""
     return orjson.dumps({"error": {"message": message, "type": kind, "code": code, "param": None}})

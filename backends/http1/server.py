@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from http import HTTPStatus
 
 from backends.http1 import accepting
 from backends.http1.aiohttp_parts import (
@@ -19,6 +20,7 @@ from backends.http1.aiohttp_parts import (
     RawRequestMessage,
     RequestProtocol,
     StreamReader,
+    is_head_too_large,
     tcp_keepalive,
 )
 from backends.http1.errors import MalformedRequest
@@ -94,7 +96,8 @@ class Connection(RequestProtocol):
                 # The handler that reads this body gets the error and writes the answer.
                 self._incoming.set_exception(MalformedRequest(error))
                 return
-            messages = [(MalformedRequest(error), EMPTY_PAYLOAD)]
+            malformed = MalformedRequest(error, head_too_large=is_head_too_large(error))
+            messages = [(malformed, EMPTY_PAYLOAD)]
         if messages:
             self._incoming = messages[-1][1]
             self.waiting.extend(messages)
@@ -139,9 +142,8 @@ class Connection(RequestProtocol):
     async def _answer_one(self, message: RawRequestMessage | MalformedRequest, content: StreamReader) -> bool:
         """Answer one request, or malformed data. Return whether the connection can take another request."""
         if isinstance(message, MalformedRequest):
-            self._refuse(
-                "400 Bad Request", accepting.error_body(str(message), "invalid_request_error", "invalid_request")
-            )
+            body = accepting.error_body(str(message), "invalid_request_error", message.code)
+            self._refuse(message.status, body, accepting.ERROR_HEADERS)
             return False
         http = HttpRequest(message, content, self)
         if self._stopped and not self.waiting:
@@ -153,7 +155,7 @@ class Connection(RequestProtocol):
         except Exception:
             log.exception("a defect in the sidecar")
             if not http.has_begun:
-                self._refuse("500 Internal Server Error", accepting.INTERNAL_ERROR)
+                self._refuse(500, accepting.INTERNAL_ERROR, {"Content-Type": "application/json"})
             return False
         if not content.is_eof():
             await self._linger(content)
@@ -171,9 +173,9 @@ class Connection(RequestProtocol):
 
     # -- out -----------------------------------------------------------------------------------------------------------
 
-    def _refuse(self, status: str, body: bytes) -> None:
-        headers = {"Content-Type": "application/json", "Content-Length": str(len(body)), "Connection": "close"}
-        self.write(head_of(f"HTTP/1.1 {status}", headers) + body)
+    def _refuse(self, status: int, body: bytes, headers: Mapping[str, str]) -> None:
+        headers = {**headers, "Content-Length": str(len(body)), "Connection": "close"}
+        self.write(head_of(f"HTTP/1.1 {status} {HTTPStatus(status).phrase}", headers) + body)
 
 
 class Listener:

@@ -129,7 +129,8 @@ class Admission:
                 f"a newer request of key {ticket.key!r} took its place: where both answers are wanted, send no "
                 "X-Queue-Policy: latest"
             )
-            if other.stopwatch.started > ticket.stopwatch.started:  # `other` arrived while `ticket` was upstream
+            # A repeated ticket has an old frame; any other one may return from an attempt after `other` has arrived.
+            if ticket.repeated or other.stopwatch.started > ticket.stopwatch.started:
                 raise superseded
             pool.refuse(other, superseded)
         if not ticket.requeued:

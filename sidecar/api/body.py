@@ -129,11 +129,10 @@ def parse_messages(
             parsed.text_chars += len(content)
         elif isinstance(content, list):
             for number, part in enumerate(content):
-                if not isinstance(part, dict):
-                    raise InvalidRequest(
-                        f"{at}[{number}] must be an object, not {json_type(part)}", field=f"{at}[{number}]"
-                    )
-                parse_part(part, f"{at}[{number}]", parsed)
+                if isinstance(part, dict):
+                    parse_part(part, f"{at}[{number}]", parsed)
+                elif isinstance(part, str):  # the provider decides whether a plain string is a part
+                    parsed.text_chars += len(part)
         elif content is not None:  # null: an assistant's message that only calls tools
             raise InvalidRequest(f"{at} must be a string or a list of parts, not {json_type(content)}", field=at)
 

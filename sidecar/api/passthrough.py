@@ -16,17 +16,22 @@ from sidecar.api.call import Call
 from sidecar.api.errors import InvalidRequest
 from sidecar.api.openai import BASES
 
-_METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE")
+_METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
 
 
 async def passthrough(call: Call) -> Answer:
     """Forward any method on any other path below `/v1` and `/compatible-mode/v1`."""
     http = call.http
     if http.method not in _METHODS:
-        raise InvalidRequest(f"{http.method[:20]} does not pass through", status=405, code="method_not_allowed")
+        raise InvalidRequest(
+            f"{http.method[:20]} does not pass through",
+            status=405,
+            code="method_not_allowed",
+            allow=", ".join(_METHODS),
+        )
     base = next(base for base in BASES if http.raw_path.startswith(f"{base}/"))
-    path = http.raw_path[len(base) :]
-    if ".." in unquote(path.partition("?")[0]).replace("\\", "/").split("/"):
+    path = http.raw_path[len(base) :].partition("?")[0]
+    if ".." in unquote(path).replace("\\", "/").split("/"):
         raise InvalidRequest("a path that leads out of the upstream's base does not pass through", status=404)
     body = await call.read()
     content_type = http.headers.get("Content-Type", "")
