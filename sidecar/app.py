@@ -14,6 +14,7 @@ from backends.http1.implementation import choose
 from backends.http1.interface import Listener
 from sidecar import __version__
 from sidecar.assembly import StartError, assemble
+from sidecar.config_file import ConfigFile, Source
 from sidecar.settings import Settings
 
 log = logging.getLogger("sidecar")
@@ -33,8 +34,11 @@ _LATE_ANSWER_SECONDS = 2.0
 class Sidecar:
     """One running sidecar. Create it in the event loop that runs it."""
 
-    def __init__(self, settings: Settings) -> None:
-        """Build the parts, without opening or starting them. Raises `StartError`."""
+    def __init__(self, settings: Settings, source: Source | None = None) -> None:
+        """Build the parts, without opening or starting them. Raises `StartError`.
+
+        `source` loads the settings again, if they come from a file.
+        """
         self.settings = settings
         self.data_port = self.admin_port = 0
         """The ports of the listeners after the start; 0 before."""
@@ -42,6 +46,7 @@ class Sidecar:
         self._drain_requested = asyncio.Event()
         self.parts = parts = assemble(settings, self.drain)
         self.admission, self.data = parts.admission, parts.data
+        self._config_file = None if source is None else ConfigFile(source, settings, self._configure, parts.metrics)
         self._data_listener: Listener | None = None
         self._admin_listener: Listener | None = None
         """The start creates them: only then it is known which implementation of HTTP works."""
@@ -59,6 +64,8 @@ class Sidecar:
                 observers = [tasks.create_task(self._measure_lag()), tasks.create_task(self.parts.sampler.run())]
                 if self.parts.state_file is not None:
                     observers.append(tasks.create_task(self.parts.state_file.run()))
+                if self._config_file is not None:
+                    observers.append(tasks.create_task(self._config_file.run()))
                 await self._drain_requested.wait()
                 await self._finish()
                 for observer in observers:
@@ -83,6 +90,8 @@ class Sidecar:
         settings = self.settings
         for number in (signal.SIGTERM, signal.SIGINT):
             self._loop.add_signal_handler(number, self._on_signal)
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # `nohup` starts a process that ignores it
+            self._loop.add_signal_handler(signal.SIGHUP, self._on_hangup)
         http = await choose()
         self.parts.metrics.set_http_implementation(http.name)
         self._admin_listener = http.listener(self.parts.admin, max_connections=_MAX_ADMIN_CONNECTIONS)
@@ -126,6 +135,17 @@ class Sidecar:
             self.data.abort_all()
         self.drain()
 
+    def _on_hangup(self) -> None:
+        """Load the settings again, or drain if they do not come from a file: then a terminal was closed."""
+        if self._config_file is None:
+            self.drain()
+        else:
+            self._config_file.reload()
+
+    def _configure(self, settings: Settings) -> None:
+        self.settings = settings
+        self.parts.configure(settings)
+
     async def _finish(self) -> None:
         """Wait for the accepted requests. Those that are not finished after the drain timeout get an error."""
         try:
@@ -150,7 +170,7 @@ class Sidecar:
         self.parts.sampler.close()
         if self._admin_listener is not None:
             await self._admin_listener.close()
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             self._loop.remove_signal_handler(number)
 
     async def _measure_lag(self) -> None:

@@ -67,12 +67,16 @@ class DataServer:
     ) -> None:
         self._dispatcher = dispatcher
         self._detector = detector
-        self._settings = settings
-        self._api_key = api_key.encode() if api_key else None
-        self._access_log = access_log
+        self.configure(settings, api_key=api_key, access_log=access_log)
         self._tasks: set[asyncio.Task[Any]] = set()
         self._aborted = False
         self._idle: asyncio.Event | None = None  # exists only while a task waits for it
+
+    def configure(self, settings: CallSettings, *, api_key: str | None, access_log: bool) -> None:
+        """Use these settings for the requests that arrive from now on."""
+        self._settings = settings
+        self._api_key = api_key.encode() if api_key else None
+        self._access_log = access_log
 
     @property
     def in_progress(self) -> int:

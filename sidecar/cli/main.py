@@ -55,6 +55,7 @@ examples:
   vlm-sidecar serve --config sidecar.toml --log-level debug
 
 SIGTERM, Ctrl-C or `vlm-sidecar drain`: what was accepted is finished, within --drain-timeout; a second one gives up.
+SIGHUP: with --config, the settings are loaded again; without, it drains. A changed file is loaded again too.
 """,
     "check": """\
 It takes the settings that serve takes, from the same places, and prints each with where it came from; secrets as ***.
@@ -247,9 +248,11 @@ def _settings_options(args: argparse.Namespace) -> dict[str, Any]:
 def _serve(args: argparse.Namespace) -> int:
     from sidecar.app import Sidecar  # noqa: PLC0415  not needed for `--help`
     from sidecar.assembly import StartError  # noqa: PLC0415
+    from sidecar.config_file import Source  # noqa: PLC0415
     from sidecar.observe import logging as logs  # noqa: PLC0415
 
-    settings, origins = load(_settings_options(args), file=args.config)
+    options = _settings_options(args)
+    settings, origins = load(options, file=args.config)
     refuse_unintended_simulation(settings, origins, os.environ, Path())
     logs.set_up(settings.log_format, settings.log_level)
     for line in notices(os.environ, Path()):
@@ -264,7 +267,8 @@ def _serve(args: argparse.Namespace) -> int:
         )  # fmt: skip
 
     async def serve() -> None:
-        await Sidecar(settings).run()
+        source = None if args.config is None else Source(args.config, lambda: load(options, file=args.config)[0])
+        await Sidecar(settings, source).run()
 
     try:
         with asyncio.Runner(loop_factory=_new_loop) as runner:
