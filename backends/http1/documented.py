@@ -7,6 +7,7 @@ It is used if the installed aiohttp lacks an internal part. It is slower and has
   complete.
 * Only aiohttp bounds the number of pipelined requests, and not in every release. A connection that has sent no complete
   request head is closed after 75 s, not after 10 s.
+* If a caller shuts its sending side after a request, the connection is closed without an answer.
 * Connections to an upstream are not kept for another request. Otherwise aiohttp would read data that arrives on an idle
   connection as the next answer. It also does not show whether a POST on a dead connection may be sent again.
 * When a request to an upstream is cancelled, the data in its socket's buffer is still sent.
@@ -44,6 +45,10 @@ class HttpRequest(accepting.RequestHead):
 
     def transport(self) -> asyncio.Transport | None:
         return self.request.transport
+
+    @property
+    def caller_has_left(self) -> bool:
+        return self.is_gone
 
     def answer(self, status: int, headers: dict[str, str], *, length: int | None) -> Answer:
         self.begun_answer = Answer(self, status, headers, length)

@@ -35,9 +35,16 @@ class HttpRequest(ParsedRequest, accepting.RequestHead):
 
     __slots__ = ()
 
+    connection: Connection
+
     def transport(self) -> asyncio.Transport | None:
         """Return the caller's connection; None if it was lost."""
         return self.connection.transport
+
+    @property
+    def caller_has_left(self) -> bool:
+        """See `interface.HttpRequest`."""
+        return self.connection.caller_has_left
 
     def answer(self, status: int, headers: dict[str, str], *, length: int | None) -> Answer:
         """Begin the answer."""
@@ -51,16 +58,20 @@ Handler = Callable[[HttpRequest], Awaitable[object]]
 class Connection(RequestProtocol):
     """A caller's connection. Its requests are answered one after the other.
 
-    If the connection breaks, the handler is cancelled.
+    If the connection breaks, the handler is cancelled. It is also cancelled if the caller shuts its sending side (FIN)
+    during a request, except a GET or HEAD: see `eof_received`.
     """
 
-    __slots__ = ("_closes_at", "_incoming", "_listener", "_stopped", "_timer")
+    __slots__ = ("_closes_at", "_incoming", "_is_read", "_listener", "_stopped", "_timer", "caller_has_left")
 
     def __init__(self, listener: Listener, loop: asyncio.AbstractEventLoop) -> None:
         super().__init__(loop, buffer_bytes=accepting.READ_BUFFER_BYTES, max_pipelined=accepting.MAX_PIPELINED)
         self._listener = listener
         self._incoming: StreamReader = EMPTY_PAYLOAD  # the body of the last request that has arrived
         self._stopped = False  # if True, the data that follows is not parsed
+        self._is_read = False  # whether the request that is being answered is a GET or HEAD
+        self.caller_has_left = False
+        """Whether the caller has shut its sending side. Then no work may begin whose answer takes time."""
 
     # -- in ------------------------------------------------------------------------------------------------------------
 
@@ -106,6 +117,22 @@ class Connection(RequestProtocol):
             if self.task is None:
                 self.task = self.loop.create_task(self._answer_all())
 
+    def eof_received(self) -> bool:
+        """Keep the connection for answers that can be given at once. Return False to close it.
+
+        Some callers shut their sending side after a request and wait for the answer, for example `nc -N`. Most callers
+        that do so have left. Only a read (GET, HEAD) is worth its wait; an error of another request is ready at once.
+        """
+        self.caller_has_left = True
+        if self.task is None or not self._incoming.is_eof():
+            return False
+        self.loop.call_soon(self._close_unless_reading)  # after the first step of a task that was created just now
+        return True
+
+    def _close_unless_reading(self) -> None:
+        if self.task is not None and not self._is_read and self.transport is not None:
+            self.transport.close()  # what is written already is still sent; `connection_lost` cancels the handler
+
     def pause_writing(self) -> None:
         """Start the timeout of a caller that does not read. The write buffer is full: see `drain`."""
         super().pause_writing()
@@ -136,7 +163,8 @@ class Connection(RequestProtocol):
         finally:
             self.task = None
             self._closes_at = self.loop.time() + accepting.KEEPALIVE_SECONDS
-            if not (keeps_alive and self._listener.is_open) and self.transport is not None:
+            keeps_alive = keeps_alive and self._listener.is_open and not self.caller_has_left
+            if not keeps_alive and self.transport is not None:
                 self.transport.close()
 
     async def _answer_one(self, message: RawRequestMessage | MalformedRequest, content: StreamReader) -> bool:
@@ -146,6 +174,9 @@ class Connection(RequestProtocol):
             self._refuse(message.status, body, accepting.ERROR_HEADERS)
             return False
         http = HttpRequest(message, content, self)
+        self._is_read = http.method in ("GET", "HEAD")
+        if self.caller_has_left:
+            self.loop.call_soon(self._close_unless_reading)
         if self._stopped and not self.waiting:
             http.keep_alive = False
         try:

@@ -207,7 +207,12 @@ class Call:
     # -- upstream ------------------------------------------------------------------------------------------------------
 
     def ask(self, request: Request, ticket: Ticket) -> Awaitable[Reply]:
-        """Send the request and return the answer. By then, a streaming answer is already written to the caller."""
+        """Send the request and return the answer. By then, a streaming answer is already written to the caller.
+
+        Raises `ConnectionError` if the caller has left, except for a request that only reads.
+        """
+        if self.http.caller_has_left and request.method not in ("GET", "HEAD"):
+            raise ConnectionResetError("the caller has shut its sending side")
         return self._dispatcher.run(ticket, request, self._stream)
 
     async def forward(

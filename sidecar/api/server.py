@@ -143,8 +143,8 @@ class DataServer:
         return _PASSTHROUGH if passes else None
 
     async def _answer(self, call: Call, error: Exception) -> Answer:
-        if isinstance(error, ConnectionError) and call.http.is_gone:
-            raise error  # the caller disconnected, so no answer is possible
+        if isinstance(error, ConnectionError) and call.http.caller_has_left:
+            raise error  # nobody waits for an answer
         problem = problem_of(error, call.api)
         call.outcome = problem.outcome
         if problem.status == 500:  # only a defect has this status: a provider's 5xx becomes 502
