@@ -19,7 +19,7 @@ SECRETS = ("sk-provider", "sk-caller", "camera-key", "SECRET PROMPT", "base64")
 
 def waiting(pool):
     """Return the ticket that waits."""
-    return next(iter(pool.queue.tickets))
+    return next(iter(pool.waiting.tickets))
 
 
 def permit(sidecar, pool):
@@ -50,7 +50,9 @@ OBJECTS = {
     "TokenBucket level=": lambda sidecar, pool: TokenBucket(0.0, 1.0, 2.0),
     "ConcurrencyGate in_flight=1 allowed=1 learned=inf": lambda sidecar, pool: pool.upstreams[0].concurrency,
     "Circuit closed probing=False": lambda sidecar, pool: pool.upstreams[0].circuit,
-    "tickets=1 bytes=": lambda sidecar, pool: pool.queue,
+    "tickets=1 cause=concurrency": lambda sidecar, pool: pool.waiting,
+    "FairQueue 0x": lambda sidecar, pool: pool.waiting.queue,
+    "tickets=0": lambda sidecar, pool: pool.waiting.later,
     "NORMAL model='qwen-vl-plus' attempts=": lambda sidecar, pool: waiting(pool),
     "<Stopwatch in queue": lambda sidecar, pool: waiting(pool).stopwatch,
     "Permit held <Ticket 0x": permit,

@@ -98,6 +98,8 @@ class DetectorBackend:
         self._session = None
 
     def _load(self) -> None:
+        if not self._path.is_file():  # a pipe would stop the start for ever
+            raise BackendError("there is no such file; name an ONNX file that exists")
         try:
             import numpy as np  # noqa: PLC0415
             import onnxruntime  # noqa: PLC0415

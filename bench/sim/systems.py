@@ -69,7 +69,8 @@ class Sidecar:
         now = self._loop.time()
         ticket = Ticket(now=now, deadline=ask.deadline, key=ask.camera, model=MODEL, tokens=float(ask.tokens))
         pool = self.admission.pool(MODEL)
-        must_wait = pool.would_wait(now, ticket)
+        all_closed = all(upstream.opening(now, ticket)[1] is not None for upstream in pool.upstreams)
+        must_wait = all_closed or len(pool.waiting) > 0
         predicted = pool.predicted_wait(now, ticket)
         await self._dispatcher.run(ticket, ask.request())
         if must_wait:

@@ -11,7 +11,7 @@ from random import Random
 from typing import Any
 
 from sidecar.admission.arrivals import Arrival, Arrivals
-from sidecar.admission.errors import Draining, QueueFull, Superseded
+from sidecar.admission.errors import Draining, NotAdmitted, QueueFull, Superseded
 from sidecar.admission.gates.base import Change
 from sidecar.admission.pool import KEPT_SHARE, Pool
 from sidecar.admission.ticket import Cause, Priority, Ticket
@@ -36,8 +36,8 @@ class UpstreamSettings:
     paced: bool = True
     """False: the backend has no quota; only concurrency and the circuit delay tickets."""
     only_model: str | None = None
-    """The only model of this backend, or None. It answers every request, whatever model the request names, so all names
-    share one upstream."""
+    """The name of the backend's model if it has only one. The backend answers all requests with it, whatever model they
+    name, so all names share one upstream. None: the backend has a model for each name."""
     unready_reason: Callable[[], str | None] = lambda: None
     """Returns why the backend cannot serve at present, or None while it can."""
 
@@ -124,19 +124,28 @@ class Admission:
                 "the sidecar is shutting down and takes no new work: try again in 1 s, its successor may be there",
                 retry_after=1.0,
             )
-        if ticket.latest and (other := pool.superseded_by(ticket)) is not None:
+        older = pool.waiting.superseded_by(ticket) if ticket.latest else None
+        if older is not None:
             superseded = Superseded(
                 f"a newer request of key {ticket.key!r} took its place: where both answers are wanted, send no "
                 "X-Queue-Policy: latest"
             )
-            # A repeated ticket has an old frame; any other one may return from an attempt after `other` has arrived.
-            if ticket.repeated or other.stopwatch.started > ticket.stopwatch.started:
+            # `ticket` returns from an attempt, and a newer frame has come since; or its client repeats an old frame.
+            if ticket.repeated or older.stopwatch.started > ticket.stopwatch.started:
                 raise superseded
-            pool.refuse(other, superseded)
-        if not ticket.requeued:
-            pool.recognise(ticket)
-            self._check_bounds(pool, ticket)
-        return pool.enter(ticket)
+            pool.take_out(self.loop.time(), older)  # its place is free for the newer ticket
+        try:
+            if not ticket.requeued:
+                pool.recognise(ticket)
+                self._check_bounds(pool, ticket, replaces=older is not None)
+            entry = pool.enter(ticket)
+        except NotAdmitted:
+            if older is not None:
+                pool.enqueue(self.loop.time(), older)
+            raise
+        if older is not None:
+            pool.refuse(older, superseded)
+        return entry
 
     def pool(self, model: str) -> Pool:
         """Return the pool of a model. Create it on first use."""
@@ -191,21 +200,24 @@ class Admission:
 
     def waiting(self) -> int:
         """Return the number of waiting tickets in all pools."""
-        return sum(pool.waiting for pool in self._pools.values())
+        return sum(len(pool.waiting) for pool in self._pools.values())
 
     def waiting_bytes(self) -> int:
         """Return the number of bytes of the waiting request bodies in all pools."""
-        return sum(pool.waiting_bytes for pool in self._pools.values())
+        return sum(pool.waiting.bytes for pool in self._pools.values())
 
     def in_flight(self) -> int:
         """Return the number of attempts that hold a permit, at all upstreams."""
         return sum(upstream.concurrency.in_flight for upstream in self._upstreams.values())
 
-    def _check_bounds(self, pool: Pool, ticket: Ticket) -> None:
-        """Raise `QueueFull` if the ticket does not fit into the bounds on waiting requests and bytes."""
+    def _check_bounds(self, pool: Pool, ticket: Ticket, *, replaces: bool) -> None:
+        """Raise `QueueFull` if the ticket does not fit into the bounds on waiting requests and bytes.
+
+        `replaces`: it takes the place of an older ticket, which has left the queue. So only the bytes can be too many.
+        """
         if not self._arrivals.bytes:
             for other in self._pools.values():  # a plain loop, because this code runs for each request
-                if not other.is_empty:
+                if other.waiting.tickets:
                     break
             else:
                 return  # if nothing waits, one request always fits, whatever its size
@@ -213,29 +225,27 @@ class Admission:
         now = self.loop.time()
         room = max(min(self._queue_size, self._queue_bytes // max(size, 1)), 1)
         kept = min(pool.kept(now, ticket), int(KEPT_SHARE * room)) if waiting else 0
-        if waiting + kept >= self._queue_size:
-            wait = pool.promise(now, ticket, room)
+        if waiting + kept >= self._queue_size and not replaces:
             about_to_come = f" and {kept} are about to come back as they were told" if kept else ""
-            raise QueueFull(
-                f"{waiting} requests are waiting{about_to_come}, as many as SIDECAR_QUEUE_SIZE allows: "
-                f"try again after {wait:.0f} s, ask less often, or raise it",
-                retry_after=wait,
-            )
-        if not self._arrivals.make_room(size):
-            wait = pool.promise(now, ticket, room)
-            raise QueueFull(
+            why = f"{waiting} requests are waiting{about_to_come}, as many as SIDECAR_QUEUE_SIZE allows"
+            advice = "ask less often"
+        elif not self._arrivals.make_room(size):
+            why = (
                 f"{self._arrivals.bytes_in_use()} bytes are waiting or being received and {size} more do not fit into "
-                f"SIDECAR_QUEUE_BYTES = {self._queue_bytes}: try again after {wait:.0f} s, send smaller images, or "
-                "raise it",
-                retry_after=wait,
+                f"SIDECAR_QUEUE_BYTES = {self._queue_bytes}"
             )
+            advice = "send smaller images"
+        else:
+            return
+        wait = pool.promise(now, ticket, room)
+        raise QueueFull(f"{why}: try again after {wait:.0f} s, {advice}, or raise it", retry_after=wait)
 
     def _delete_idle_pool(self) -> bool:
         """Delete the least recently used pool that has no waiting ticket and no attempt in flight. False: none is idle.
 
         Pools that have learned no limit go first.
         """
-        idle = [(model, pool) for model, pool in self._pools.items() if not (pool.waiting or pool.in_flight)]
+        idle = [(model, pool) for model, pool in self._pools.items() if not (pool.waiting.tickets or pool.in_flight)]
         if not idle:
             return False
         oldest, pool = min(idle, key=lambda one: (one[1].has_learned, one[1].last_used))
@@ -267,18 +277,19 @@ class Admission:
                     upstream.recall(self.loop.time(), limits, share)
 
     def status(self, longest: int = 0) -> Iterator[PoolStatus]:
-        """Yield the present state of each pool, with the `longest` longest key queues.
+        """Yield the present state of each pool.
 
-        A value above 0 costs a walk over all keys.
+        `longest`: the maximum number of keys in `longest_queues`. If it is above 0, the call walks over all waiting
+        tickets.
         """
         now = self.loop.time()
         for model, pool in self._pools.items():
             yield PoolStatus(
                 model,
-                {priority: pool.waiting_of(priority) for priority in Priority},
-                pool.waiting_bytes,
-                pool.cause,
+                dict(pool.waiting.lengths),
+                pool.waiting.bytes,
+                pool.waiting.cause,
                 pool.last_used,
                 tuple(upstream.status(now) for upstream in pool.upstreams),
-                tuple(pool.queue.longest(longest)) if longest else (),
+                tuple(pool.waiting.longest(longest)) if longest else (),
             )

@@ -7,16 +7,18 @@ every change (a ticket arrived or left, an attempt ended, time opened a gate) an
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Sequence
-from heapq import heappop, heappush
+from collections.abc import Sequence
 from math import inf
+from operator import itemgetter
 
 from sidecar.admission.errors import AccountClosed, DeadlineUnreachable, NotAdmitted, StillFailing
-from sidecar.admission.gates.circuit import CircuitState
+from sidecar.admission.forecast import Forecast
+from sidecar.admission.gates.circuit import Circuit, CircuitState
 from sidecar.admission.queue import FairQueue
 from sidecar.admission.retry_after import Promises
-from sidecar.admission.ticket import CAUSES, Cause, Priority, Ticket
+from sidecar.admission.ticket import Cause, Ticket
 from sidecar.admission.upstream import Permit, Upstream
+from sidecar.admission.waiting import Waiting
 
 #: While tickets wait, the gates are examined again after at most this many seconds: a learned pace changes with time.
 LOOK_AGAIN_SECONDS = 0.25
@@ -26,16 +28,11 @@ SERVABLE_SHARE = 0.5
 #: A new caller leaves room for callers whose Retry-After ends within SOON_SECONDS: at most KEPT_SHARE of the queue's
 #: places, and as much time as serving them takes, but at most KEPT_SHARE of the new caller's own remaining time.
 SOON_SECONDS, KEPT_SHARE = 4.0, 0.5
-#: Seconds. While the last waiting ticket is predicted to wait longer than this, a higher tier may take tickets.
-SPILL_SECONDS = 2.0
-#: Seconds of a ticket's time to reserve for an upstream's answer: SWITCH_ANSWERS times its usual answer time, and at
-#: least MIN_SWITCH_SECONDS (or SWITCH_SHARE of the ticket's whole time, if that is shorter). While no answer time is
-#: known: SWITCH_SHARE of the whole time. When only this much time is left, the present upstream is slower than it was
-#: predicted: a waiting ticket may go to a higher tier, and an attempt without a byte is stopped so that another
-#: upstream can answer.
-SWITCH_ANSWERS, MIN_SWITCH_SECONDS, SWITCH_SHARE = 1.5, 0.5, 0.25
 #: Added to the load of an upstream that would answer too late. (The load is the share of its permits that are in use.)
 LATE = 1e6
+#: Why a ticket cannot start at an upstream now: the loop time when it may start there, the gate that delays it, and the
+#: upstream.
+Delay = tuple[float, Cause, Upstream]
 _WAY_OUT = (
     "ask less often, allow more time (X-Request-Timeout), or let a newer frame take an older one's place "
     "(X-Queue-Policy: latest)"
@@ -43,315 +40,227 @@ _WAY_OUT = (
 
 
 class Pool:
-    """The queues and the upstreams of one model. All methods are synchronous.
+    """The waiting tickets and the upstreams of one model. All methods are synchronous.
 
-    A ticket has *tried* an upstream if its attempt failed there and would fail there again. Such tickets wait in
-    restricted queues, one for each set of untried upstreams. So no ticket waits behind a ticket that is restricted to
-    other upstreams. Restricted queues are served first, because they are short. While the first ticket of a queue
-    waits, tickets of later queues must not take an upstream that this ticket could use.
-
-    A set of upstreams is a bit set: bit i stands for `upstreams[i]`.
+    A ticket has *tried* an upstream if its attempt failed there and would probably fail there again. Such a ticket
+    waits in a restricted queue: there is one for each set of untried upstreams. So it does not delay tickets that may
+    go to other upstreams. The restricted queues are short, so they are served first. While the first ticket of a queue
+    waits, the upstreams that it may use are reserved for it: tickets of the queues that are served later do not get
+    them.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop, upstreams: Sequence[Upstream]) -> None:
         now = loop.time()
         self._loop = loop
-        self.upstreams = upstreams
+        self.upstreams = tuple(upstreams)
         self._only_upstream = upstreams[0] if len(upstreams) == 1 else None
-        self._all = (1 << len(upstreams)) - 1
-        self.queue = FairQueue()
-        """The tickets that may go to every upstream."""
-        self._restricted: dict[int, FairQueue] = {}  # key: bit set of untried upstreams
-        self._later: list[tuple[float, int, Ticket]] = []  # heap of retries that may not be sent yet
-        self._number = 0
+        self.waiting = Waiting(now)
+        self._forecast = Forecast(self.upstreams, self.waiting.queue, self.waiting.restricted)
         self.promises: Promises | None = None
         """Reserved places of callers that got a Retry-After; None until the first one."""
         self._timer: asyncio.TimerHandle | None = None
-        self._wait_seconds = [0.0] * len(CAUSES)
-        self.cause: Cause | None = None
-        """The present cause of waiting; None while no ticket waits."""
-        self._cause_since = now
         self.last_used = now
         """Loop time at which the last ticket arrived or the last attempt ended."""
         self.in_flight = 0
         """Attempts of this pool's tickets that are in flight."""
-        self._urgent: set[Ticket] = set()  # tickets that a higher tier should take now; see `_spills`
+        self._urgent: set[Ticket] = set()  # tickets that wait too long; while there are any, higher tiers take tickets
         for upstream in upstreams:
             upstream.on_end.append(self._on_end)
 
     def __repr__(self) -> str:
         names = ",".join(upstream.name for upstream in self.upstreams)
-        return f"<Pool {id(self):#x} {names} waiting={self.waiting} cause={self.cause}>"
-
-    # -- waiting tickets -----------------------------------------------------------------------------------------------
-
-    def queues(self) -> Iterator[FairQueue]:
-        """Yield every queue, in the order in which `admit` serves them."""
-        yield from self._restricted.values()
-        yield self.queue
-
-    def waiting_of(self, priority: Priority) -> int:
-        """Return the number of waiting tickets of one priority class."""
-        later = sum(ticket.priority is priority for *_, ticket in self._later)
-        return sum(queue.length(priority) for queue in self.queues()) + later
+        return f"<Pool {id(self):#x} {names} waiting={len(self.waiting)} cause={self.waiting.cause}>"
 
     @property
     def has_learned(self) -> bool:
         """True if a limit is known of an upstream that only this pool uses."""
         return any(len(upstream.on_end) == 1 and upstream.learned() for upstream in self.upstreams)
 
-    @property
-    def is_empty(self) -> bool:
-        """True if no ticket waits."""
-        return not (self.queue.tickets or self._restricted or self._later)
-
-    @property
-    def waiting(self) -> int:
-        """Number of waiting tickets, including retries that may not be sent yet."""
-        return sum(len(queue) for queue in self.queues()) + len(self._later)
-
-    @property
-    def waiting_bytes(self) -> int:
-        """Bytes of the request bodies of all waiting tickets."""
-        return sum(queue.bytes for queue in self.queues()) + sum(ticket.size_bytes for *_, ticket in self._later)
-
     # -- a ticket enters and leaves ------------------------------------------------------------------------------------
 
     def enter(self, ticket: Ticket) -> Permit | asyncio.Future[Permit]:
         """Return a permit immediately, or queue the ticket and return the future of its permit or error.
 
-        Raises `DeadlineUnreachable` for a ticket that cannot be served in time, `AccountClosed` while every provider
-        refuses the account.
+        Raises `DeadlineUnreachable` if the ticket cannot be served in time, and `AccountClosed` while all upstreams
+        refuse the account.
         """
         now = self.last_used = self._loop.time()
-        only = self._only_upstream
-        if only is not None and self.is_empty and ticket.not_before <= now and only.opening(now, ticket)[1] is None:
+        only, may_start = self._only_upstream, not self.waiting.tickets and ticket.not_before <= now
+        if may_start and only is not None and only.opening(now, ticket)[1] is None:
             return self._start(only, ticket, now)  # the usual case
-        untried = self._untried_by(ticket)
-        self._check_accounts(now, untried)
-        if ticket.not_before > now:
-            return self._enter_later(now, ticket)
-        if self.is_empty and (upstream := self._choose(now, ticket, untried)[0]) is not None:
-            return self._start(upstream, ticket, now)
+        if (circuit := self._refusing(now)) is not None:
+            raise _account_closed(now, circuit)
+        if may_start and only is None:
+            upstream, _, _ = self._choose(now, ticket, self._allowed(now, self._untried_by(ticket)))
+            if upstream is not None:
+                return self._start(upstream, ticket, now)
         if not ticket.requeued:
             self._check_reachable(now, ticket)
-        self._book_wait(now)
-        self._enqueue(now, ticket)
-        permit = ticket.permit
-        assert permit is not None  # noqa: S101  `_enqueue` made it
-        self.admit(now)
+        permit = self.enqueue(now, ticket)
+        queue = self.waiting.tickets[ticket]
+        if queue is not self.waiting.queue or queue.head() is ticket:  # else an earlier ticket waits for the upstreams
+            self.admit(now)
         return permit
 
     def leave(self, ticket: Ticket) -> None:
         """Remove a ticket whose caller has disconnected."""
         now = self._loop.time()
-        if self._take_out(ticket, now):
+        if self.take_out(now, ticket):
             self.admit(now)
 
     def refuse(self, ticket: Ticket, why: NotAdmitted) -> None:
         """Remove a waiting ticket from its queue and give the error to its caller."""
-        self._take_out(ticket, self._loop.time())
+        self.take_out(self._loop.time(), ticket)
         if ticket.permit is not None and not ticket.permit.done():
             ticket.permit.set_exception(why)
             ticket.permit = None
 
-    def superseded_by(self, ticket: Ticket) -> Ticket | None:
-        """Return the waiting ticket of the same key that `ticket` replaces, or None."""
-        for queue in self.queues():
-            if (other := queue.superseded_by(ticket)) is not None:
-                return other
-        return next((other for *_, other in self._later if other.latest and other.key == ticket.key), None)
-
-    def _enqueue(self, now: float, ticket: Ticket) -> None:
-        if ticket.permit is None or ticket.permit.done():
-            ticket.permit = self._loop.create_future()
-        ticket.enter_queue(self._wait_seconds)
+    def enqueue(self, now: float, ticket: Ticket) -> asyncio.Future[Permit]:
+        """Let the ticket wait, and set its timer. Return the future of its permit or error."""
+        permit = ticket.permit
+        if permit is None or permit.done():
+            permit = ticket.permit = self._loop.create_future()
         untried = self._untried_by(ticket)
-        if untried == self._all:
-            queue = self.queue
-        elif (found := self._restricted.get(untried)) is not None:
-            queue = found
+        self.waiting.add(now, ticket, None if untried is self.upstreams else untried)
+        if ticket.not_before > now:
+            ticket.expiry = self._loop.call_at(ticket.deadline, self._expire, ticket)
+        elif self._only_upstream is None and (switch_at := self._forecast.switch_at(now, ticket, untried)) < inf:
+            ticket.expiry = self._loop.call_at(max(switch_at, now), self._mark_urgent, ticket)
         else:
-            queue = self._restricted[untried] = FairQueue()
-        queue.add(ticket)
-        if self._only_upstream is None:
-            switch_at = self._latest_switch_at(ticket, untried)
-            if switch_at < inf and self._is_late_below(now, ticket):
-                self._urgent.add(ticket)
-            elif switch_at < inf:
-                ticket.expiry = self._loop.call_at(max(switch_at, now), self._mark_urgent, ticket)
-                return
-        self._set_expiry(now, ticket, untried)
+            self._set_expiry(now, ticket)
+        return permit
 
-    def _set_expiry(self, now: float, ticket: Ticket, untried: int) -> None:
-        ticket.expiry = self._loop.call_at(max(ticket.deadline - self._latency(untried), now), self._expire, ticket)
-
-    def _latest_switch_at(self, ticket: Ticket, untried: int) -> float:
-        """Return the latest loop time at which a higher tier should take the ticket; inf if there is none."""
-        lowest = self.upstreams[0].tier
-        higher = [
-            upstream for bit, upstream in enumerate(self.upstreams) if untried >> bit & 1 and upstream.tier > lowest
-        ]
-        return ticket.deadline - max((_seconds_needed(ticket, upstream) for upstream in higher), default=-inf)
+    def _set_expiry(self, now: float, ticket: Ticket) -> None:
+        at = ticket.deadline - self._latency(ticket)
+        ticket.expiry = self._loop.call_at(max(at, now), self._expire, ticket)
 
     def _mark_urgent(self, ticket: Ticket) -> None:
-        """Mark a waiting ticket as urgent, because soon no higher tier could answer it in time."""
+        """Let higher tiers take tickets while this one waits; see `Forecast.switch_at`."""
         now = self._loop.time()
         self._urgent.add(ticket)
-        self._set_expiry(now, ticket, self._untried_by(ticket))
+        self._set_expiry(now, ticket)
         self.admit(now)
-
-    def _enter_later(self, now: float, ticket: Ticket) -> asyncio.Future[Permit]:
-        """Keep a retry until its `not_before`. Return the future of its permit or error."""
-        ticket.permit = permit = self._loop.create_future()
-        ticket.waits_since = now
-        self._number += 1
-        heappush(self._later, (ticket.not_before, self._number, ticket))
-        ticket.expiry = self._loop.call_at(ticket.deadline, self._expire, ticket)
-        self.admit(now)
-        return permit
 
     def _release_later(self, now: float) -> None:
         """Queue the retries whose `not_before` has passed."""
-        while self._later and self._later[0][0] <= now:
-            ticket = heappop(self._later)[2]
-            self._end_pause(now, ticket)
-            if ticket.permit is None or ticket.permit.done():
-                continue  # its caller left in this loop iteration
-            if ticket.only_while_failing and not any(
-                upstream.circuit.failing for _, upstream in self._untried_upstreams(ticket)
-            ):
-                ticket.permit.set_exception(StillFailing("the other requests are answered"))
+        while (ticket := self.waiting.later.head()) is not None and ticket.not_before <= now:
+            if ticket.only_while_failing and not any(upstream.circuit.failing for upstream in self._untried_by(ticket)):
+                self.refuse(ticket, StillFailing("the other requests are answered"))
                 continue
-            self._enqueue(now, ticket)
+            self.take_out(now, ticket)
+            if ticket.is_waiting:  # else its caller left in this loop iteration
+                self.enqueue(now, ticket)
 
-    def _end_pause(self, now: float, ticket: Ticket) -> None:
-        ticket.add_cause("hold", now - ticket.waits_since)
+    def take_out(self, now: float, ticket: Ticket) -> bool:
+        """Remove a ticket from its queue, without an error for its caller. Return False if it is not waiting."""
+        if ticket not in self.waiting.tickets:
+            return False
+        self._remove(now, ticket)
+        return True
+
+    def _remove(self, now: float, ticket: Ticket, *, served: bool = False) -> None:
+        self.waiting.remove(now, ticket, served=served)
+        self._urgent.discard(ticket)
         if ticket.expiry is not None:
             ticket.expiry.cancel()
             ticket.expiry = None
-
-    def _take_out(self, ticket: Ticket, now: float) -> bool:
-        """Remove a waiting ticket from its queue. Return False if the ticket is not waiting."""
-        for entry in self._later:
-            if entry[2] is ticket:
-                self._later.remove(entry)
-                self._later.sort()  # a sorted list is a heap
-                self._end_pause(now, ticket)
-                return True
-        untried = self._untried_by(ticket)
-        queue = self.queue if untried == self._all else self._restricted.get(untried)
-        if queue is None or ticket not in queue:
-            return False
-        self._book_wait(now)  # before the removal: `_book_wait` books nothing for an empty queue
-        queue.remove(ticket)
-        self._on_ticket_removed(ticket, now)
-        return True
 
     # -- the decision --------------------------------------------------------------------------------------------------
 
     def admit(self, now: float) -> None:
         """Grant permits to the next tickets until a gate is closed. Then set the timer for the next call."""
-        self._book_wait(now)
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        if self._later:
+        waiting = self.waiting
+        waiting.set_cause(now, "turn")
+        if waiting.later.tickets:
             self._release_later(now)
-        self.cause = None
-        claimed, look_at = 0, inf
-        if self._restricted:
-            for untried, queue in list(self._restricted.items()):
-                claimed, opens_at = self._admit_from(now, queue, untried, claimed)
-                look_at = min(look_at, opens_at)
-                if not queue:
-                    del self._restricted[untried]
-        if self.queue.tickets:
-            _, opens_at = self._admit_from(now, self.queue, self._all, claimed)
+        claimed: tuple[Upstream, ...] = ()
+        look_at = inf
+        for untried, queue in (*waiting.restricted.items(), (self.upstreams, waiting.queue)):
+            claimed, opens_at = self._admit_from(now, queue, untried, claimed)
             look_at = min(look_at, opens_at)
+            if not queue.tickets and queue is not waiting.queue:
+                del waiting.restricted[untried]
         if look_at < inf:
             look_at = min(look_at, now + LOOK_AGAIN_SECONDS)
-        if self._later:
-            look_at = min(look_at, self._later[0][0])
+        if (later := waiting.later.head()) is not None:
+            look_at = min(look_at, later.not_before)
         if look_at < inf:
             self._timer = self._loop.call_at(look_at, self._look_again)
 
-    @staticmethod
-    def _is_usable(now: float, upstream: Upstream) -> bool:
-        """Return True if the upstream is ready and may get an attempt now, even if this attempt is only a probe."""
-        return upstream.unready_reason() is None and (not upstream.unavailable or upstream.circuit.may_probe(now))
-
-    def _admit_from(self, now: float, queue: FairQueue, untried: int, claimed: int) -> tuple[int, float]:
+    def _admit_from(
+        self, now: float, queue: FairQueue, untried: tuple[Upstream, ...], claimed: tuple[Upstream, ...]
+    ) -> tuple[tuple[Upstream, ...], float]:
         """Admit tickets from one queue until its first ticket cannot start.
 
-        `claimed` is the bit set of upstreams that earlier queues wait for; tickets of this queue must not use them.
-        Return the bit set of upstreams that this and earlier queues wait for, and the loop time when one of the
-        upstreams of this queue opens.
+        `claimed`: the upstreams that earlier queues wait for; tickets of this queue must not use them. Return the
+        upstreams that this and earlier queues wait for, and the loop time when an upstream of this queue opens.
         """
         while (ticket := queue.head()) is not None:
-            if ticket.permit is None or ticket.permit.done():  # its caller left in this loop iteration
-                queue.remove(ticket)
-                self._on_ticket_removed(ticket, now)
+            permit = ticket.permit
+            if permit is None or permit.done():  # its caller left in this loop iteration
+                self._remove(now, ticket)
                 continue
-            upstream, opens_at, cause = self._choose(now, ticket, untried & ~claimed)
+            allowed = untried if untried is self.upstreams else self._allowed(now, untried)
+            unclaimed = tuple(upstream for upstream in allowed if upstream not in claimed) if claimed else allowed
+            upstream, opens_at, delays = self._choose(now, ticket, unclaimed)
             if upstream is None:
-                self.cause = self.cause or cause or "turn"
-                for delayed in self.upstreams:
+                if delays:
+                    self.waiting.set_cause(now, min(delays, key=itemgetter(0))[1])
+                for _, cause, delayed in delays:
                     delayed.note_delay(cause)
-                return claimed | untried, opens_at
-            queue.take(ticket)
-            self._on_ticket_removed(ticket, now)
-            ticket.permit.set_result(self._start(upstream, ticket, now))
+                return claimed + allowed, opens_at
+            self._remove(now, ticket, served=True)
+            permit.set_result(self._start(upstream, ticket, now))
         return claimed, inf
 
-    def _choose(self, now: float, ticket: Ticket, untried: int) -> tuple[Upstream | None, float, Cause | None]:
+    def _allowed(self, now: float, untried: tuple[Upstream, ...]) -> tuple[Upstream, ...]:
+        """Return the upstreams to which a ticket may go now if it has not tried the upstreams in `untried`.
+
+        These are the untried ones. But while none of them is usable, the ticket may go to every upstream: another
+        attempt where it failed is better than a long wait.
+        """
+        if untried is self.upstreams or any(_is_usable(now, upstream) for upstream in untried):
+            return untried
+        return self.upstreams
+
+    def _choose(
+        self, now: float, ticket: Ticket, untried: tuple[Upstream, ...]
+    ) -> tuple[Upstream | None, float, list[Delay]]:
         """Choose the upstream with open gates and the smallest load in the lowest possible tier, from `untried`.
 
-        If none has open gates, return None, the loop time when the first one opens, and the cause of the wait.
+        If none has open gates, return None, the loop time when the first one opens, and what delays the ticket at each.
         """
         only = self._only_upstream
         if only is not None:
             opens_at, cause = only.opening(now, ticket)
-            return (only, now, None) if cause is None else (None, opens_at, cause)
+            return (only, now, []) if cause is None else (None, opens_at, [(opens_at, cause, only)])
         best: Upstream | None = None
-        soonest, why = inf, None
+        soonest, delays = inf, []
         tier, least = 0, inf
-        for bit, upstream in enumerate(self.upstreams):
-            if not untried >> bit & 1:
-                continue
+        for upstream in untried:
             if upstream.unready_reason() is not None:
                 soonest = min(soonest, now + LOOK_AGAIN_SECONDS)  # poll: there is no event when it is ready again
                 continue
             if upstream.tier > tier:
-                if least < LATE or (best is None and tier and not self._spills(now, ticket, upstream.tier)):
+                if least < LATE:
+                    break
+                if best is None and tier and not self._urgent and not self._forecast.spills(now, ticket, upstream.tier):
                     break
                 tier = upstream.tier
             opens_at, cause = upstream.opening(now, ticket)
             if cause is not None:
-                if why is None or opens_at < soonest:
-                    why = cause
                 soonest = min(soonest, opens_at)
+                delays.append((opens_at, cause, upstream))
                 continue
             load = upstream.concurrency.in_flight / upstream.concurrency.allowed
             if now + upstream.latency > ticket.deadline:
                 load += LATE  # choose a late upstream only if no open upstream can answer in time
             if load < least:
                 best, least = upstream, load
-        return best, soonest if best is None else now, why if best is None else None
-
-    def _spills(self, now: float, ticket: Ticket, tier: int) -> bool:
-        """Return True if a higher tier may take tickets: the lower tiers cannot serve all waiting tickets in time."""
-        below = [
-            (bit, lower)
-            for bit, lower in enumerate(self.upstreams)
-            if lower.tier < tier and lower.unready_reason() is None and not lower.unavailable
-        ]
-        if not below or self._urgent:
-            return True
-        if now + min(lower.circuit.seconds_left(now) + lower.latency for _, lower in below) > ticket.deadline:
-            return True
-        requests = max(len(self.queue) - 1, 0)
-        return self._seconds(now, ticket, below, requests, self.queue.cost, guess=True) > SPILL_SECONDS
+        return best, soonest if best is None else now, delays
 
     def _start(self, upstream: Upstream, ticket: Ticket, now: float) -> Permit:
         ticket.backend = upstream.name or ticket.backend
@@ -375,9 +284,10 @@ class Pool:
                 pools.append(on_end)
 
     def _on_end(self, now: float) -> None:
-        if self.cause is not None or not self.is_empty:
-            if any(upstream.circuit.state is CircuitState.BILLING for upstream in self.upstreams):
-                self._refuse_for_account(now)
+        if self.waiting.tickets:
+            if (circuit := self._refusing(now)) is not None:
+                for ticket in list(self.waiting.tickets):
+                    self.refuse(ticket, _account_closed(now, circuit))
             self.admit(now)
 
     def close(self) -> None:
@@ -391,162 +301,78 @@ class Pool:
 
     # -- accounts that are refused -------------------------------------------------------------------------------------
 
-    def _check_accounts(self, now: float, untried: int) -> None:
-        """Raise `AccountClosed` if all untried upstreams refuse the account and none may get a probe now."""
-        if (closed := self._refusing(now, untried)) is not None:
-            raise self._account_closed(now, closed)
-
-    def _refusing(self, now: float, untried: int) -> Upstream | None:
-        """If all untried upstreams refuse the account and none may get a probe now, return one of them, else None.
+    def _refusing(self, now: float) -> Circuit | None:
+        """If all upstreams refuse the account and none may get a probe now, return a circuit of one of them, else None.
 
         Upstreams that are not ready are ignored, except if the pool has only one upstream.
         """
-        closed: Upstream | None = None
-        for bit, upstream in enumerate(self.upstreams):
-            if untried >> bit & 1:
-                circuit = upstream.circuit
-                if circuit.state is CircuitState.BILLING and not circuit.may_probe(now):
-                    closed = closed or upstream
-                elif self._only_upstream is not None or upstream.unready_reason() is None:
-                    return None
-        return closed
-
-    def _refuse_for_account(self, now: float) -> None:
-        """Refuse every ticket whose untried upstreams all refuse the account."""
-        for untried, queue in [(self._all, self.queue), *self._restricted.items()]:
-            if (closed := self._refusing(now, untried)) is not None:
-                while (ticket := queue.head()) is not None:
-                    self.refuse(ticket, self._account_closed(now, closed))
-        for ticket in [entry[2] for entry in self._later]:
-            if (closed := self._refusing(now, self._untried_by(ticket))) is not None:
-                self.refuse(ticket, self._account_closed(now, closed))
-
-    @staticmethod
-    def _account_closed(now: float, upstream: Upstream) -> AccountClosed:
-        circuit = upstream.circuit
-        return AccountClosed(circuit.reason, retry_after=max(circuit.next_probe - now, 0.0))
+        refusing: Circuit | None = None
+        for upstream in self.upstreams:
+            circuit = upstream.circuit
+            if circuit.state is CircuitState.BILLING and not circuit.may_probe(now):
+                refusing = refusing or circuit
+            elif self._only_upstream is not None or upstream.unready_reason() is None:
+                return None
+        return refusing
 
     # -- predictions ---------------------------------------------------------------------------------------------------
 
     def predicted_wait(self, now: float, ticket: Ticket) -> float:
         """Return the predicted seconds that a new ticket like this one would wait in the queue."""
-        return self._wait(now, ticket, guess=True)
-
-    def would_wait(self, now: float, ticket: Ticket) -> bool:
-        """Return True if a new ticket like this one would have to wait."""
-        return not self.is_empty or self._choose(now, ticket, self._untried_by(ticket))[0] is None
+        return self._forecast.wait(now, ticket, self._untried_by(ticket))
 
     def has_another(self, ticket: Ticket, upstream: Upstream) -> bool:
-        """Return True if there is another upstream that the ticket has not tried and that could take it now."""
-        if self._only_upstream is not None:
-            return False
-        now = self._loop.time()
-        return any(other is not upstream and self._may_take(now, ticket, other) for other in self.upstreams)
+        """Return True if another upstream could take the ticket now, after its attempt at `upstream`."""
+        return self._only_upstream is None and bool(self._others(self._loop.time(), ticket, upstream))
+
+    def _others(self, now: float, ticket: Ticket, upstream: Upstream) -> list[Upstream]:
+        """Return the usable upstreams except `upstream` that the ticket has not tried.
+
+        If there are none and `upstream` is unavailable: all other usable ones, as `_allowed` then returns them too.
+        """
+        usable = [other for other in self.upstreams if other is not upstream and _is_usable(now, other)]
+        untried = [other for other in usable if other not in ticket.tried]
+        return usable if upstream.unavailable and not untried else untried
 
     def patience(self, now: float, ticket: Ticket, upstream: Upstream) -> float:
-        """Return the seconds without a byte after which an attempt at `upstream` is stopped.
+        """Return the seconds without a byte after which an attempt at `upstream` is stopped; see `Forecast.patience`.
 
-        inf: no other upstream can take the ticket, and this is no probe of an open circuit. Normally the result is the
-        upstream's own patience. It is shorter if otherwise too little time would be left for another upstream to
-        answer, but never shorter than the time that slow answers of this upstream take.
+        While no other upstream can take the ticket: inf, or the upstream's own patience if the attempt is a probe.
         """
         if self._only_upstream is not None:
             return inf
-        others = [other for other in self.upstreams if other is not upstream and self._may_take(now, ticket, other)]
-        if not others:
-            return upstream.patience(ticket) if upstream.unavailable else inf
-        switch_in = ticket.deadline - min(_seconds_needed(ticket, other) for other in others) - now
-        usual = max(_seconds_needed(ticket, upstream), SWITCH_ANSWERS * upstream.slow_seconds)
-        return min(upstream.patience(ticket), max(switch_in, usual))
+        if others := self._others(now, ticket, upstream):
+            return self._forecast.patience(now, ticket, upstream, others)
+        return upstream.patience(ticket) if upstream.unavailable else inf
 
-    def _may_take(self, now: float, ticket: Ticket, upstream: Upstream) -> bool:
-        """Return True if the upstream is usable, and the ticket has not tried it."""
-        refused = upstream.circuit.state is CircuitState.BILLING
-        return upstream not in ticket.tried and not refused and self._is_usable(now, upstream)
-
-    def _untried_by(self, ticket: Ticket) -> int:
-        """Return the bit set of upstreams that the ticket has not tried. If it has tried all of them: all of them."""
+    def _untried_by(self, ticket: Ticket) -> tuple[Upstream, ...]:
+        """Return the upstreams that the ticket has not tried. If it has tried all of them: all of them."""
         if not ticket.tried:
-            return self._all
-        return sum(1 << bit for bit, upstream in enumerate(self.upstreams) if upstream not in ticket.tried) or self._all
+            return self.upstreams
+        return tuple(upstream for upstream in self.upstreams if upstream not in ticket.tried) or self.upstreams
 
-    def _untried_upstreams(self, ticket: Ticket) -> list[tuple[int, Upstream]]:
-        """Return the bit and the upstream for each upstream of `_untried_by`."""
-        untried = self._untried_by(ticket)
-        return [(bit, upstream) for bit, upstream in enumerate(self.upstreams) if untried >> bit & 1]
-
-    def _latency(self, untried: int) -> float:
-        """Return the smallest latency of the untried upstreams in seconds."""
-        if self._only_upstream is not None:
-            return self._only_upstream.latency
-        return min(upstream.latency for bit, upstream in enumerate(self.upstreams) if untried >> bit & 1)
+    def _latency(self, ticket: Ticket) -> float:
+        """Return the smallest latency of the upstreams that the ticket has not tried, in seconds."""
+        return min([upstream.latency for upstream in self._untried_by(ticket)])
 
     def _check_reachable(self, now: float, ticket: Ticket) -> None:
-        """Raise `DeadlineUnreachable` if the predicted wait and answer take longer than the ticket's remaining time."""
-        seconds_left = ticket.deadline - now
-        latency = self._latency(self._untried_by(ticket))
-        wait = self._wait(now, ticket, guess=False)
-        if wait + latency > SERVABLE_SHARE * seconds_left and self.queue.serve_newest_first(
-            ticket.priority, ticket.key
-        ):
-            wait = self._wait(now, ticket, guess=False)
-        if wait + latency + min(self._kept_seconds(now, ticket), KEPT_SHARE * seconds_left) > seconds_left:
+        """Raise `DeadlineUnreachable` if a new ticket's predicted wait and answer take longer than it has time.
+
+        If they take more than SERVABLE_SHARE of this time, the ticket's key is served newest first from now on.
+        """
+        seconds_left, latency = ticket.deadline - now, self._latency(ticket)
+        wait = self._forecast.wait(now, ticket, self.upstreams, guess=False)
+        is_servable = wait + latency <= SERVABLE_SHARE * seconds_left
+        if not is_servable and self.waiting.queue.serve_newest_first(ticket.priority, ticket.key):
+            wait = self._forecast.wait(now, ticket, self.upstreams, guess=False)
+        kept = self.kept(now, ticket)
+        kept_seconds = kept / self._forecast.throughput(now, ticket) if kept else 0.0
+        if wait + latency + min(kept_seconds, KEPT_SHARE * seconds_left) > seconds_left:
             raise DeadlineUnreachable(
                 f"the wait ahead is about {wait:.1f} s and an answer takes {latency:.1f} s, "
                 f"but only {seconds_left:.1f} s are left: {_WAY_OUT}",
                 retry_after=self.promise(now, ticket),
             )
-
-    def _wait(self, now: float, ticket: Ticket, *, guess: bool) -> float:
-        """Return the predicted seconds until a new ticket could start.
-
-        `guess=False`: ignore limits that are only guesses, and assume that the next probe is accepted. A request must
-        never be refused because of a guess.
-        """
-        requests, cost = self.queue.ahead_of(ticket)
-        return self._seconds(now, ticket, self._untried_upstreams(ticket), requests, cost, guess=guess)
-
-    def _seconds(
-        self,
-        now: float,
-        ticket: Ticket,
-        upstreams: Sequence[tuple[int, Upstream]],
-        requests: float,
-        cost: float,
-        *,
-        guess: bool,
-    ) -> float:
-        """Return the seconds until `upstreams` (with their bits) together could start this ticket.
-
-        Ahead of the ticket are `requests` other tickets with `cost` estimated LLM tokens in total. For each upstream,
-        this method adds the tickets of the restricted queues that may use it.
-        """
-        rate = 0.0
-        for bit, upstream in upstreams:
-            before, cost_before = requests, cost
-            for untried, queue in self._restricted.items():
-                if untried >> bit & 1:
-                    before += len(queue)
-                    cost_before += queue.cost
-            seconds = upstream.circuit.seconds_left(now) if guess else upstream.next_probe_in(now)
-            seconds += upstream.seconds_for(now, ticket, before, cost_before, guess=guess)
-            if len(upstreams) == 1 or seconds <= 0:
-                return seconds
-            rate += 1.0 / seconds
-        return 1.0 / rate if rate else inf
-
-    def _is_late_below(self, now: float, ticket: Ticket) -> bool:
-        """Return True if the ticket would probably be answered after its deadline if only the lowest tier served it."""
-        lowest = self.upstreams[0].tier
-        below = [
-            (bit, upstream)
-            for bit, upstream in enumerate(self.upstreams)
-            if upstream.tier == lowest and not upstream.unavailable
-        ]
-        if not below or len(below) == len(self.upstreams):
-            return False
-        wait = self._seconds(now, ticket, below, *self.queue.ahead_of(ticket), guess=True)
-        return now + wait + min(upstream.latency for _, upstream in below) > ticket.deadline
 
     # -- callers that return after a Retry-After -----------------------------------------------------------------------
 
@@ -560,7 +386,7 @@ class Pool:
 
         `room` is the number of tickets that can wait at once.
         """
-        per_second = min(self._throughput(now, ticket), KEPT_SHARE * room)
+        per_second = min(self._forecast.throughput(now, ticket), KEPT_SHARE * room)
         if self.promises is None:
             self.promises = Promises()
         return self.promises.make(now, ticket.key, self.predicted_wait(now, ticket), per_second)
@@ -569,49 +395,32 @@ class Pool:
         """Return the number of places that this new ticket must leave free for callers that will return soon."""
         if ticket.promised or self.promises is None or not len(self.promises):
             return 0
-        return self.promises.due(now, SOON_SECONDS + 1.0 / self._throughput(now, ticket))
-
-    def _kept_seconds(self, now: float, ticket: Ticket) -> float:
-        kept = self.kept(now, ticket)
-        return kept / self._throughput(now, ticket) if kept else 0.0
-
-    def _throughput(self, now: float, ticket: Ticket) -> float:
-        return sum(upstream.throughput(now, ticket) for upstream in self.upstreams)
-
-    # -- accounting of the causes of waits -----------------------------------------------------------------------------
-
-    def _on_ticket_removed(self, ticket: Ticket, now: float) -> None:
-        self._book_wait(now)
-        ticket.leave_queue(self._wait_seconds)
-        self._urgent.discard(ticket)
-        if ticket.expiry is not None:
-            ticket.expiry.cancel()
-            ticket.expiry = None
+        return self.promises.due(now, SOON_SECONDS + 1.0 / self._forecast.throughput(now, ticket))
 
     def _expire(self, ticket: Ticket) -> None:
         ticket.expiry = None
         now, since = self._loop.time(), ticket.stopwatch.started
-        if ticket.permit is None or ticket.permit.done():
+        if not ticket.is_waiting:
             return
         why = DeadlineUnreachable(
             f"it waited {now - since:.1f} s of {ticket.deadline - since:.1f} s, and can no longer be answered "
-            f"in time, held by {self.cause or 'turn'}: {_WAY_OUT}",
+            f"in time, held by {self.waiting.cause or 'turn'}: {_WAY_OUT}",
             retry_after=self.promise(now, ticket),
         )
         self.refuse(ticket, why)
         self.admit(now)
 
-    def _book_wait(self, now: float) -> None:
-        """Add the seconds since the last call to the total of the present cause.
 
-        Each ticket reads these totals when it enters and leaves a queue, so no loop over all tickets is needed.
-        """
-        if self.queue.tickets or self._restricted:
-            self._wait_seconds[CAUSES.index(self.cause or "turn")] += now - self._cause_since
-        self._cause_since = now
+def _is_usable(now: float, upstream: Upstream) -> bool:
+    """Return True if the upstream is ready and may answer an attempt that starts now, even if this is a probe.
+
+    A probe of an upstream that refuses the account does not count: it would hardly ever be answered.
+    """
+    circuit = upstream.circuit
+    return upstream.unready_reason() is None and (
+        not upstream.unavailable or (circuit.state is not CircuitState.BILLING and circuit.may_probe(now))
+    )
 
 
-def _seconds_needed(ticket: Ticket, upstream: Upstream) -> float:
-    """Return the seconds to reserve for the upstream's answer; see SWITCH_ANSWERS."""
-    share = SWITCH_SHARE * (ticket.deadline - ticket.stopwatch.started)
-    return max(SWITCH_ANSWERS * upstream.latency, min(share, MIN_SWITCH_SECONDS)) if upstream.latency else share
+def _account_closed(now: float, circuit: Circuit) -> AccountClosed:
+    return AccountClosed(circuit.reason, retry_after=max(circuit.next_probe - now, 0.0))

@@ -17,8 +17,6 @@ from __future__ import annotations
 
 from collections import OrderedDict, deque
 from heapq import heapify, heappop, heappush
-from itertools import islice
-from math import inf
 
 from sidecar.admission.ticket import Priority, Ticket
 
@@ -43,7 +41,6 @@ class _KeyQueue:
         "cost",
         "deficit",
         "key",
-        "latest",
         "position",
         "promised",
         "requeued",
@@ -51,7 +48,6 @@ class _KeyQueue:
 
     def __init__(self, key: str) -> None:
         self.key = key
-        self.latest: Ticket | None = None  # the ticket that a newer frame would supersede
         self.deficit = 0.0
         self.cost = 0.0  # sum over all waiting tickets
         self.position = 0  # position in the ring: consecutive numbers from its head to its tail
@@ -66,8 +62,6 @@ class _KeyQueue:
 
     def add(self, number: int, ticket: Ticket) -> None:
         self.cost += _cost(ticket)
-        if ticket.latest:
-            self.latest = ticket
         if ticket.requeued:
             self.requeued.append(ticket)
             return
@@ -75,10 +69,6 @@ class _KeyQueue:
             self.promised[number] = ticket
         self._waiting[number] = ticket
         heappush(self._by_deadline, (ticket.deadline, number))
-
-    def oldest(self) -> float:
-        waiting = islice(self._waiting.values(), 1)
-        return min(ticket.stopwatch.started for ticket in (*self.requeued, *waiting))
 
     def head(self) -> Ticket:
         if self.requeued:
@@ -101,8 +91,6 @@ class _KeyQueue:
         if len(self) - 1 < self._caught_up_below:
             self._caught_up_below = 0
         self.cost -= _cost(ticket)
-        if self.latest is ticket:
-            self.latest = None
         if ticket.requeued:
             self.requeued.remove(ticket)
             return
@@ -167,7 +155,7 @@ class _Class:
 class FairQueue:
     """Choose the next of the waiting tickets. Calls are amortised O(1) in keys, O(log n) in the tickets of one key."""
 
-    __slots__ = ("_classes", "_next_number", "_quantum", "bytes", "tickets")
+    __slots__ = ("_classes", "_next_number", "_quantum", "tickets")
 
     def __init__(self) -> None:
         self._classes = {priority: _Class() for priority in Priority}
@@ -175,38 +163,17 @@ class FairQueue:
         """The waiting tickets with their numbers. Its truth value is a faster test for emptiness than `len(queue)`."""
         self._next_number = 0
         self._quantum = 1.0
-        self.bytes = 0
 
     def __repr__(self) -> str:
-        return f"<FairQueue {id(self):#x} tickets={len(self.tickets)} bytes={self.bytes}>"
+        return f"<FairQueue {id(self):#x} tickets={len(self.tickets)}>"
 
     def __len__(self) -> int:
         return len(self.tickets)
-
-    def __contains__(self, ticket: Ticket) -> bool:
-        return ticket in self.tickets
 
     @property
     def cost(self) -> float:
         """The cost of all tickets."""
         return sum(group.cost for group in self._classes.values())
-
-    def length(self, priority: Priority) -> int:
-        """Return the number of waiting tickets of one class."""
-        return self._classes[priority].length
-
-    def longest(self, most: int) -> list[tuple[str, int, float]]:
-        """Return the `most` keys with the longest queues: key, number of tickets, arrival time of the oldest ticket.
-
-        Walks over all keys: for displays, not for the request path.
-        """
-        totals: dict[str, tuple[int, float]] = {}
-        for group in self._classes.values():
-            for key, queue in group.keys.items():
-                if queue:
-                    count, oldest = totals.get(key, (0, inf))
-                    totals[key] = (count + len(queue), min(oldest, queue.oldest()))
-        return sorted(((key, *of_key) for key, of_key in totals.items()), key=lambda entry: -entry[1])[:most]
 
     def add(self, ticket: Ticket) -> None:
         """Queue a ticket. A `requeued` ticket goes to the head of its key."""
@@ -222,15 +189,6 @@ class FairQueue:
         queue.add(self._next_number, ticket)
         group.length += 1
         group.cost += _cost(ticket)
-        self.bytes += ticket.size_bytes
-
-    def superseded_by(self, ticket: Ticket) -> Ticket | None:
-        """Return the queued ticket of the same key that `ticket` (with `latest`) replaces, or None."""
-        for group in self._classes.values():
-            queue = group.keys.get(ticket.key)
-            if queue is not None and queue.latest is not None:
-                return queue.latest
-        return None
 
     def remove(self, ticket: Ticket) -> None:
         """Remove a ticket from any position. Does not charge its key or class for it."""
@@ -239,7 +197,6 @@ class FairQueue:
         queue.remove(self.tickets.pop(ticket), ticket)
         group.length -= 1
         group.cost -= _cost(ticket)
-        self.bytes -= ticket.size_bytes
         if not queue:
             group.active -= 1
         if not group.length:

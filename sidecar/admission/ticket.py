@@ -145,6 +145,11 @@ class Ticket:
         state = f"attempts={self.attempts} backend={self.backend!r} deadline={self.deadline:.3f} {self.stopwatch!r}"
         return f"<Ticket {id(self):#x} {self.priority.name} model={self.model[:40]!r} {state}>"
 
+    @property
+    def is_waiting(self) -> bool:
+        """True while its caller waits for a permit; False after a permit or an error, or when the caller has left."""
+        return self.permit is not None and not self.permit.done()
+
     def enter_queue(self, wait_seconds: list[float]) -> None:
         """Store the queue's total `wait_seconds` per cause at arrival, in the order of `CAUSES`."""
         self._causes_at_entry = tuple(wait_seconds)

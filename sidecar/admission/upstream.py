@@ -15,6 +15,7 @@ from sidecar.admission.gates.circuit import Circuit, CircuitState
 from sidecar.admission.gates.concurrency import MAX_CONCURRENCY, ConcurrencyGate
 from sidecar.admission.gates.growth import GrowthGate
 from sidecar.admission.gates.rate import RateGate
+from sidecar.admission.gates.rise import RiseGate
 from sidecar.admission.gates.token_cost import TokenCost
 from sidecar.admission.learning.learner import Learner, Recovery, Remembered
 from sidecar.admission.learning.policer_learner import PolicerLearner
@@ -35,6 +36,9 @@ MAX_REMEMBERED = 4096
 #: An attempt without a byte is stopped after PATIENCE_P99S times the 99th percentile of the answer times. While fewer
 #: than PATIENCE_ANSWERS answers are known: after half of the request's time. Never before MIN_PATIENCE_SECONDS.
 PATIENCE_P99S, MIN_PATIENCE_SECONDS, PATIENCE_ANSWERS = 3.0, 5.0, 20
+
+
+_FULL: tuple[float, Cause] = inf, "concurrency"
 
 
 class Permit:
@@ -164,11 +168,14 @@ class Upstream:
             window_ends=self.requests.learner.window_ends,
             refusal_seconds=lambda: self.requests.learner.refusal_seconds,
             random=(random or Random()).random,  # noqa: S311  jitter, not a secret
-            cold=paced,
             on_change=on_change,
         )
-        self._rates: list[Gate] = [self.requests, self.growth, self.tokens] if paced else []
-        self._gates: list[Gate] = [self.concurrency, *self._rates]
+        self.rise = RiseGate(
+            cold=paced, refusal_seconds=self.circuit.refusal_seconds, others_fail=self.circuit.others_fail
+        )
+        rates: list[Gate] = [self.requests, self.growth, self.tokens] if paced else []
+        self._gates: list[Gate] = [self.concurrency, *rates]
+        self._paces: list[Gate] = [self.rise, *rates]  # the gates that `opening` asks last, in this order
         self._latencies: deque[float] = deque(maxlen=64)
         self._answers = 0
         self._accepted_at = -inf  # time of the latest accepted verdict
@@ -194,19 +201,16 @@ class Upstream:
 
         inf: the gate opens only after an event, for example the end of an attempt.
         """
-        circuit, concurrency = self.circuit, self.concurrency
+        circuit = self.circuit
         if circuit.state is not None:
             circuit.advance(now)  # may close the circuit
         if circuit.state is not None:
             at = max(circuit.opens_at(now, 0.0), self.requests.probe_opens_at(now))
             return (at, "hold") if at > now else (now, None)  # the probe passes every other gate
-        if concurrency.opens_at(now, 0.0) > now:
-            return inf, "concurrency"
-        if not circuit.dormant:
-            circuit.advance(now)
-            if (at := circuit.opens_at(now, 0.0)) > now:
-                return at, "hold"
-        for gate in self._rates:
+        permits = self.concurrency  # its `opens_at`, copied here: several full upstreams are asked for each ticket
+        if permits.in_flight >= permits.size or permits.in_flight >= permits.learned + permits.step:
+            return _FULL
+        for gate in self._paces:
             if not gate.dormant:
                 gate.advance(now)
                 at = gate.opens_at(now, self.cost(ticket) if gate is self.tokens else 1.0)
@@ -214,7 +218,7 @@ class Upstream:
                     return at, gate.name
         return now, None
 
-    def note_delay(self, cause: Cause | None) -> None:
+    def note_delay(self, cause: Cause) -> None:
         """Note the gate that delays the next attempt."""
         self._delayed_by = cause
 
@@ -232,9 +236,11 @@ class Upstream:
         ticket.attempts += 1
         self.started += 1
         held, self._delayed_by = self._delayed_by, None
-        circuit, growth = self.circuit, self.growth
-        if not circuit.dormant:
-            circuit.reserve(now, ticket, 0.0, held=False)
+        growth = self.growth
+        if self.circuit.state is not None:
+            self.circuit.reserve(now, ticket, 0.0, held=False)
+        elif not self.rise.dormant:
+            self.rise.reserve(now, ticket, 0.0, held=False)
         in_flight = self.concurrency.reserve(now, ticket, 0.0, held=held == "concurrency")
         if not self._paced:
             return Permit(self, ticket, now, (in_flight,), on_end)
@@ -255,6 +261,10 @@ class Upstream:
     def settle(self, permit: Permit, reservations: tuple[Any, ...], verdict: Verdict) -> None:
         """Report the verdict of an ended attempt to every gate. Called once for each attempt."""
         now, ticket = verdict.at, permit.ticket
+        if verdict.outcome == "timed_out" and not self._is_silent(permit, now):
+            verdict = verdict._replace(outcome="abandoned")
+        if not self.rise.dormant:
+            self.rise.settle(now, ticket, verdict, blamed=None)
         if verdict.outcome == "accepted":
             self.circuit.settle(now, ticket, verdict, blamed=None)  # first: the rates may learn from an accepted probe
             for gate, reservation in zip(self._gates, reservations, strict=True):
@@ -262,10 +272,8 @@ class Upstream:
             self._answered(now, permit, verdict)
             if self.requests.limit_forgotten or self.tokens.limit_forgotten:
                 self.requests.limit_forgotten = self.tokens.limit_forgotten = False
-                self.circuit.rise(now)
+                self.rise.start(permit.sent_at)
             return
-        if verdict.outcome == "timed_out" and not self._is_silent(permit, now):
-            verdict = verdict._replace(outcome="abandoned")
         blamed = self._blamed(now, reservations, verdict) if verdict.outcome == "refused" else None
         for gate, reservation in zip(self._gates, reservations, strict=True):
             gate.settle(now, reservation, verdict, blamed=blamed)
@@ -308,13 +316,12 @@ class Upstream:
             return None
         if not self._paced or self.circuit.state is not None:
             return "hold"
-        in_flight, requests, _, tokens = reservations
-        if verdict.named in (None, "request_rate") and self.concurrency.explains(now, in_flight) > 0:
+        if verdict.named in (None, "request_rate") and self.concurrency.explains(reservations[0]):
             return "concurrency"
         if verdict.named is None:
             # The rate with the highest use of its own limit. While nothing is known: the request rate.
-            by_tokens = self.tokens.explains(now, tokens)
-            return "token_rate" if by_tokens > max(self.requests.explains(now, requests), 0.0) else "request_rate"
+            by_tokens = self.tokens.learner.use(now) > self.requests.learner.use(now)
+            return "token_rate" if by_tokens else "request_rate"
         return verdict.named
 
     def _answered(self, now: float, permit: Permit, verdict: Verdict) -> None:
@@ -326,7 +333,7 @@ class Upstream:
             self._cost.learn(permit.ticket.tokens, *verdict.usage)
         seconds = now - permit.sent_at
         self.latency += (0.1 if self._latencies else 1.0) * (seconds - self.latency)
-        self.concurrency.answer_seconds = self.circuit.answer_seconds = self.latency
+        self.concurrency.answer_seconds = self.rise.answer_seconds = self.latency
         self._latencies.append(seconds)
         self._answers += 1
         if self._answers % 16 == 1:
@@ -342,6 +349,7 @@ class Upstream:
             self.concurrency.size = min(max(ceil(2 * pace * self._p90), 8), MAX_CONCURRENCY)
 
     def _on_circuit_closed(self, now: float, state: CircuitState, recovery: Recovery) -> None:
+        self.rise.start(recovery.probed_at)
         if state is CircuitState.BLACKOUT:
             self.concurrency.forget_guess(now)
             for gate in (self.requests, self.tokens):
@@ -368,11 +376,12 @@ class Upstream:
         `tokens`: the estimated input of the others in LLM tokens, in total. The circuit is assumed to be closed.
         `guess=False`: ignore limits that are only guesses.
         """
-        cost = self._cost.of(tokens, requests) + self.cost(ticket) if self._paced else 0.0
+        cost = 0.0 if self.tokens.dormant else self._cost.of(tokens, requests) + self.cost(ticket)
         ahead = Ahead(requests + 1, cost)
         wait = 0.0
         for gate in self._gates:
-            wait = max(wait, gate.seconds_for(now, ahead, guess=guess))
+            if not gate.dormant:
+                wait = max(wait, gate.seconds_for(now, ahead, guess=guess))
         return wait
 
     def patience(self, ticket: Ticket) -> float:

@@ -20,7 +20,6 @@ from backends.base import (
     ServerFailed,
     Throttled,
     Timings,
-    Unreachable,
 )
 from sidecar.admission import (
     Admission,
@@ -99,9 +98,9 @@ class Dispatcher:
         """
         watch = ticket.stopwatch
         failed_attempts = 0
-        # The failure is stored without its traceback and cleared when it is raised. The traceback refers to this frame,
-        # and this frame refers to the failure: this cycle would keep the request body in memory until the next garbage
-        # collection.
+        # The error if no later attempt is made. It is stored without its traceback, and cleared when it is raised:
+        # otherwise it and this frame would refer to each other, and the request body would stay in memory until the
+        # next garbage collection.
         last_failure: Exception | None = None
         while True:  # one round is one permit and one attempt
             try:
@@ -114,29 +113,31 @@ class Dispatcher:
                         raise
                     watch.switch("write", self.now())
                     return reply
-            except (DeadlineUnreachable, StillFailing) as refusal:
-                failed = isinstance(last_failure, ServerFailed | Unreachable | DeadlineExceeded)
-                if last_failure is None or not (failed or isinstance(refusal, StillFailing)):
+            except (DeadlineUnreachable, StillFailing):
+                if last_failure is None:
                     raise
                 try:
                     raise last_failure from None
                 finally:
                     last_failure = None
             except (BackendError, NoByteInTime) as failure:
-                failed_attempts += isinstance(failure, ServerFailed | Unreachable)
-                action = "fail" if ticket.streaming else self._decide(ticket, permit.upstream, failure, failed_attempts)
+                if ticket.streaming:
+                    raise
+                outcome, upstream = self._outcome_of(failure), permit.upstream
+                failed_attempts += outcome == "failed"
+                action = self._decide(ticket, upstream, outcome, failed_attempts)
                 if action == "fail":
                     raise
-                if action in ("elsewhere", "again_if_failing") or self._is_out(permit.upstream):
-                    failed_attempts = 0  # during an outage, failures are not counted against the request
-                last_failure = failure.with_traceback(None)
-                self._metrics.retry(permit.upstream.name, last_failure)
+                if action in ("elsewhere", "again_if_failing") or self._is_out(upstream):
+                    failed_attempts = 0  # it counts attempts in a row at one upstream that answers other requests
+                self._metrics.retry(upstream.name, failure)
+                last_failure = failure.with_traceback(None) if outcome in ("failed", "timed_out") else None
 
-    def _decide(self, ticket: Ticket, upstream: Upstream, failure: Exception, failed_attempts: int) -> Action:
+    def _decide(self, ticket: Ticket, upstream: Upstream, outcome: VerdictOutcome, failed_attempts: int) -> Action:
         """Decide what to do after a failed attempt, and store on the ticket where and when it may be retried."""
         now = self.now()
         situation = Situation(
-            _outcome_of(failure),
+            outcome,
             elsewhere=self.admission.pool(ticket.model).has_another(ticket, upstream),
             failing=self._is_out(upstream),
             has_answered=upstream.has_answered,
@@ -147,8 +148,6 @@ class Dispatcher:
             return action
         ticket.requeued = True
         ticket.not_before, ticket.only_while_failing = now, False
-        if upstream.unavailable and not situation.elsewhere:
-            ticket.tried = ()  # it was a probe of the only upstream that was left: the others may be tried again
         if action == "elsewhere":
             ticket.tried = (*ticket.tried, upstream)
         elif action == "again_later":
@@ -180,7 +179,11 @@ class Dispatcher:
         try:
             with self._deadlines.until(ticket.deadline):
                 try:
-                    reply = await self._send(permit, request, timings)
+                    patience = self.admission.pool(ticket.model).patience(self.now(), ticket, upstream)
+                    if patience == inf:
+                        reply = await self.backends[name].send(request, timings)
+                    else:
+                        reply = await self._send_within(patience, name, request, timings)
                 finally:
                     self._record_timings(ticket, timings, self.now())
                 if reply.chunks is not None:
@@ -207,12 +210,8 @@ class Dispatcher:
                 f"no whole answer from {name} within the request's {ticket.deadline - ticket.stopwatch.started:.1f} s: "
                 "allow more time, in X-Request-Timeout and SIDECAR_DEADLINE"
             ) from timeout
-        except NoByteInTime as failure:
-            result = "timeout"
-            permit.report(Verdict("timed_out", self.now(), reason=str(failure)))
-            raise
-        except BackendError as error:
-            result = self._report(permit, error)
+        except (BackendError, NoByteInTime) as failure:
+            result = self._report(permit, failure)
             raise
         finally:
             self._metrics.attempt(name, result)
@@ -220,47 +219,54 @@ class Dispatcher:
                 trace.end_attempt(result)
         return reply
 
-    async def _send(self, permit: Permit, request: Request, timings: Timings) -> Reply:
-        """Send the request. Raises `NoByteInTime` if no byte comes in time and another upstream can take it."""
-        ticket, upstream = permit.ticket, permit.upstream
-        backend = self.backends[upstream.name]
-        patience = self.admission.pool(ticket.model).patience(self.now(), ticket, upstream)
-        if patience == inf:
-            return await backend.send(request, timings)
+    async def _send_within(self, patience: float, name: str, request: Request, timings: Timings) -> Reply:
+        """Send the request to the backend `name`. Raises `NoByteInTime` if no byte comes within `patience` seconds."""
         try:
             with self._deadlines.until(self.now() + patience, unless=lambda: timings.first_byte is not None):
-                return await backend.send(request, timings)
+                return await self.backends[name].send(request, timings)
         except TimeoutError:
-            raise NoByteInTime(f"{upstream.name} sent no byte for {patience:.1f} s") from None
+            raise NoByteInTime(f"{name} sent no byte for {patience:.1f} s") from None
 
-    def _report(self, permit: Permit, error: BackendError) -> str:
-        """Report an attempt's error as a verdict. Return the result for the metrics."""
-        now, name, reason = self.now(), permit.upstream.name, error.message
-        match error:
+    def _report(self, permit: Permit, failure: Exception) -> str:
+        """Report a failed attempt as a verdict. Return the result for the metrics."""
+        name = permit.upstream.name
+        verdict = Verdict(self._outcome_of(failure), self.now(), reason=str(failure))
+        if isinstance(failure, Throttled):
+            verdict = verdict._replace(named=_NAMED.get(failure.kind), retry_after=failure.retry_after)
+        permit.report(verdict)
+        match failure:
             case Throttled():
-                permit.report(
-                    Verdict("refused", now, _NAMED.get(error.kind), retry_after=error.retry_after, reason=reason)
-                )
-                self._metrics.throttled(name, error.kind, error.code)
+                self._metrics.throttled(name, failure.kind, failure.code)
                 return "throttled"
             case BillingRefused():
-                permit.report(Verdict("account", now, reason=reason))
-                self._metrics.throttled(name, "billing", error.code)
+                self._metrics.throttled(name, "billing", failure.code)
                 return "throttled"
             case Rejected():
-                # The request passed the limits. 401: the provider refuses the key. With several backends, report
-                # `account`, so that another backend is tried. With one backend, the caller gets the 401.
-                if error.status == 401:
-                    self._metrics.key_refused(name, reason)
-                about_account = error.status == 401 and len(self.backends) > 1
-                permit.report(Verdict("account" if about_account else "accepted", now, reason=reason))
+                if failure.status == 401:  # the provider refuses the key
+                    self._metrics.key_refused(name, failure.message)
                 return "client_error"
+            case NoByteInTime():
+                return "timeout"
             case ServerFailed():
-                permit.report(Verdict("failed", now, reason=reason))
                 return "server_error"
             case _:
-                permit.report(Verdict("failed", now, reason=reason))
                 return "connect_error"
+
+    def _outcome_of(self, failure: Exception) -> VerdictOutcome:
+        """Return the outcome that admission and the retry policy get for this failure."""
+        match failure:
+            case Throttled():
+                return "refused"
+            case NoByteInTime():
+                return "timed_out"
+            case BillingRefused():
+                return "account"
+            case Rejected():
+                # The request passed the limits. But a 401 concerns the sidecar's key, because the caller's bearer token
+                # is not forwarded: another backend may take the request. With one backend, the caller gets the 401.
+                return "account" if failure.status == 401 and len(self.backends) > 1 else "accepted"
+            case _:
+                return "failed"
 
     def finish(self, ticket: Ticket, api: str, outcome: RequestOutcome) -> None:
         """Record a ticket that has ended, with success or failure: stop its stopwatch and write its metrics.
@@ -281,18 +287,3 @@ class Dispatcher:
         if started is not None:
             ticket.stopwatch.switch("first_byte", started)
             ticket.stopwatch.switch("body", timings.first_byte or now)
-
-
-def _outcome_of(failure: Exception) -> VerdictOutcome:
-    """Return the outcome that the retry policy uses for this failure."""
-    match failure:
-        case Throttled():
-            return "refused"
-        case NoByteInTime():
-            return "timed_out"
-        case BillingRefused() | Rejected(status=401):
-            return "account"  # a 401 concerns the sidecar's key: the caller's bearer token is not forwarded
-        case Rejected():
-            return "accepted"
-        case _:
-            return "failed"

@@ -52,7 +52,7 @@ async def test_status_reports_the_binding_limit_its_value_and_the_reason_of_the_
 
     crowd = [asyncio.ensure_future(ask(sidecar, OTHER)) for _ in range(20)]
     pool = sidecar.sidecar.admission.pool(OTHER)
-    await sidecar.until(lambda: simulated.counts.refused["request_rate"] and pool.cause == "request_rate")
+    await sidecar.until(lambda: simulated.counts.refused["request_rate"] and pool.waiting.cause == "request_rate")
     bound = (await status(sidecar))[OTHER]
     assert bound["bound_by"] == "request_rate"
     assert "the provider's request limit" in bound["in_words"]

@@ -2,6 +2,7 @@
 
 from sidecar.admission import Ticket, Verdict
 from sidecar.admission.gates.circuit import Circuit
+from sidecar.admission.gates.rise import RiseGate
 
 TICKET = Ticket(now=0.0, deadline=60.0)
 
@@ -16,15 +17,23 @@ def refused(at, named=None, retry_after=None):
     return Verdict("refused", at, named, retry_after=retry_after, reason="busy")
 
 
-def make_circuit(jitter=0.0, *, cold=False):
+def make_circuit(jitter=0.0):
     """A circuit that no learner reads; `jitter` (0 to 1) takes the place of the random numbers."""
     return Circuit(
         on_close=lambda now, state, recovery: None,
         window_ends=lambda now: now,
         refusal_seconds=lambda: 0.05,
         random=lambda: jitter,
-        cold=cold,
     )
+
+
+def make_rise(*, cold=False, others_fail=False):
+    """A gate of the slow rise that no circuit reads; it rises, or is `cold`."""
+    rise = RiseGate(cold=cold, refusal_seconds=lambda: 0.5, others_fail=lambda ticket: others_fail)
+    rise.answer_seconds = 0.1
+    if not cold:
+        rise.start(0.0)
+    return rise
 
 
 def probe(circuit, now, verdict):

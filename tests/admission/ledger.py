@@ -30,7 +30,7 @@ class Ledger:
     def start(self, upstream, permit):
         ticket = permit.ticket
         assert ticket not in self.live, "a ticket got two permits at once"
-        untried = [one for one in self.upstreams_of(ticket) if one not in ticket.tried]
+        untried = [one for one in self.upstreams_of(ticket) if one not in ticket.tried and not one.unavailable]
         assert upstream not in ticket.tried or not untried, "a ticket got a permit where it had failed before"
         self.live[ticket] = permit
         self.granted.append((upstream, permit))

@@ -1,9 +1,14 @@
 """One queue above several upstreams: who gets which permit, and what a retry in the queue is subject to."""
 
 import asyncio
+import contextlib
+import gc
+from inspect import signature
 from math import inf
+from unittest import mock
 
 import pytest
+from steps import count_lines
 
 from bench.sim import clock
 from sidecar.admission import (
@@ -16,9 +21,12 @@ from sidecar.admission import (
     StillFailing,
     Superseded,
     Ticket,
+    Upstream,
     UpstreamSettings,
     Verdict,
 )
+from sidecar.admission.gates.concurrency import ConcurrencyGate
+from sidecar.admission.gates.rate import RateGate
 
 MODEL = "m"
 
@@ -82,7 +90,7 @@ def virtual(test):
     def run(**arguments):
         clock.run(test(**arguments))
 
-    run.__name__, run.__doc__ = test.__name__, test.__doc__
+    run.__name__, run.__doc__, run.__signature__ = test.__name__, test.__doc__, signature(test)
     return run
 
 
@@ -92,7 +100,7 @@ def virtual(test):
 @virtual
 async def test_a_ticket_that_only_a_closed_upstream_may_take_delays_no_other_ticket():
     bench = Bench(UpstreamSettings("a"), UpstreamSettings("b"))
-    bench.fail("a")
+    bench.fail("a", CircuitState.BLACKOUT)
     waiting = bench.enter(bench.requeued("b"))
     assert not waiting.done()
     for number in range(10):
@@ -110,7 +118,7 @@ async def test_a_ticket_that_only_a_closed_upstream_may_take_delays_no_other_tic
 @virtual
 async def test_tickets_of_the_same_camera_are_not_delayed_by_it_either():
     bench = Bench(UpstreamSettings("a"), UpstreamSettings("b", concurrency=1))
-    bench.fail("a", CircuitState.CAPACITY)
+    bench.fail("a", CircuitState.BLACKOUT)
     waiting = bench.enter(bench.requeued("b"))
     first = bench.at_once()
     entries = [bench.enter() for _ in range(5)]
@@ -126,7 +134,7 @@ async def test_tickets_of_the_same_camera_are_not_delayed_by_it_either():
 
 def _ticket_of(bench, entry):
     pool = bench.admission.pool(MODEL)
-    return next(ticket for queue in pool.queues() for ticket in queue.tickets if ticket.permit is entry)
+    return next(ticket for ticket in pool.waiting.tickets if ticket.permit is entry)
 
 
 @virtual
@@ -144,14 +152,85 @@ async def test_a_ticket_that_may_go_only_to_one_upstream_goes_before_tickets_tha
 
 
 @virtual
-async def test_an_open_upstream_that_failed_the_ticket_before_does_not_get_it_again():
-    bench = Bench(UpstreamSettings("a"), UpstreamSettings("b"))
-    bench.fail("b")
+async def test_an_upstream_for_which_a_large_restricted_ticket_waits_takes_no_small_ticket_before_it():
+    bench = Bench(UpstreamSettings("a", concurrency=1), UpstreamSettings("b", tokens_per_second=1000.0))
+    (held,) = bench.fill("a")
+    large = bench.enter(bench.requeued("a", tokens=5000.0))
+    small = bench.enter(key="small", tokens=1.0)  # its LLM tokens would be there sooner
+    assert not small.done()
+    permit = await large
+    assert not small.done()
+    for one in (held, permit):
+        bench.report(one, "accepted")
+    bench.report(await small, "accepted")
+    assert bench.at_rest()
+
+
+@virtual
+async def test_an_open_upstream_that_failed_the_ticket_before_does_not_get_it_again_while_the_other_works():
+    bench = Bench(UpstreamSettings("a"), UpstreamSettings("b", concurrency=1))
+    (permit,) = bench.fill("b")
     entry = bench.enter(bench.requeued("a"))
+    await asyncio.sleep(5.0)
     assert not entry.done()
+    bench.report(permit, "accepted")
     permit = await entry
     assert permit.upstream is bench.upstreams["b"]
     bench.report(permit, "accepted")
+    assert bench.at_rest()
+
+
+@pytest.mark.parametrize("state", [CircuitState.OUTAGE, CircuitState.CAPACITY, CircuitState.BILLING])
+@virtual
+async def test_a_ticket_goes_back_to_an_upstream_that_failed_it_while_no_other_can_answer(state):
+    bench = Bench(UpstreamSettings("a", concurrency=1), UpstreamSettings("b", concurrency=1))
+    bench.fail("b", state)
+    permit = bench.at_once(bench.requeued("a"))  # it arrives while b is out
+    assert permit.upstream is bench.upstreams["a"]
+    bench.report(permit, "accepted")
+    bench.report((await _probe(bench, "b")), "accepted")
+
+    (a,), (b,) = bench.fill("a"), bench.fill("b")
+    waits_for_b, anywhere = bench.enter(bench.requeued("a")), bench.enter(key="another")
+    bench.report(a, "accepted")
+    assert anywhere.done()
+    bench.fail("b", state)  # it waits for b when b fails
+    bench.report(anywhere.result(), "accepted")
+    assert waits_for_b.done()
+    assert waits_for_b.result().upstream is bench.upstreams["a"]
+    bench.report(waits_for_b.result(), "accepted")
+    b.release(bench.loop.time())
+    assert bench.at_rest()
+
+
+async def _probe(bench, name):
+    """Wait until the upstream may get a probe, and start it."""
+    upstream = bench.upstreams[name]
+    await asyncio.sleep(upstream.circuit.next_probe - bench.loop.time())
+    return upstream.start(bench.loop.time(), bench.ticket(), lambda permit: None)
+
+
+@virtual
+async def test_a_failed_ticket_may_be_the_probe_of_another_upstream_and_then_go_back():
+    bench = Bench(UpstreamSettings("a"), UpstreamSettings("b"))
+    bench.fail("b")
+    await asyncio.sleep(5.0)
+    permit = bench.at_once(bench.requeued("a"))
+    assert permit.upstream is bench.upstreams["b"]
+    bench.report(permit, "failed")
+    assert bench.admission.pool(MODEL).has_another(permit.ticket, permit.upstream)  # a may be tried again
+    assert bench.at_rest()
+
+
+@virtual
+async def test_a_ticket_is_not_sent_away_to_an_upstream_that_refuses_the_account():
+    bench = Bench(UpstreamSettings("a"), UpstreamSettings("b"))
+    bench.fail("b", CircuitState.BILLING)
+    permit = bench.at_once()
+    await asyncio.sleep(40.0)  # a probe of b may be sent now, but would hardly be answered
+    assert not bench.admission.pool(MODEL).has_another(permit.ticket, permit.upstream)
+    bench.report(permit, "accepted")
+    assert bench.at_rest()
 
 
 @virtual
@@ -177,8 +256,9 @@ async def test_an_upstream_that_is_not_ready_gets_nothing():
 @virtual
 async def test_a_ticket_goes_on_when_the_only_upstream_that_is_left_becomes_ready_again():
     reasons = {}
-    bench = Bench(UpstreamSettings("a"), UpstreamSettings("b", unready_reason=lambda: reasons.get("b")))
+    bench = Bench(UpstreamSettings("a", concurrency=1), UpstreamSettings("b", unready_reason=lambda: reasons.get("b")))
     reasons["b"] = "its worker restarts"
+    (held,) = bench.fill("a")
     entry = bench.enter(bench.requeued("a"))
     assert not entry.done()
     await asyncio.sleep(3.0)
@@ -186,6 +266,7 @@ async def test_a_ticket_goes_on_when_the_only_upstream_that_is_left_becomes_read
     async with asyncio.timeout(1.0):
         permit = await entry
     assert permit.upstream is bench.upstreams["b"]
+    held.release(bench.loop.time())
 
 
 @virtual
@@ -194,6 +275,45 @@ async def test_upstreams_of_one_tier_share_by_their_load():
     names = [bench.at_once(key=str(number)).upstream.name for number in range(6)]
     assert (names.count("a"), names.count("b")) == (4, 2)
     assert names[:2] == ["a", "b"]
+
+
+@virtual
+async def test_each_upstream_learns_from_a_delay_by_its_own_gate_only():
+    bench = Bench(UpstreamSettings("a", concurrency=1), UpstreamSettings("b", requests_per_second=1.0))
+    (permit,) = bench.fill("a")
+    entries = [bench.enter(key=str(number)) for number in range(4)]
+    assert not entries[-2].done()
+    (status,) = bench.admission.status()
+    assert status.cause == "request_rate"  # b opens first: the time at which a place of a becomes free is unknown
+    with _delays() as delays:
+        bench.report(permit, "accepted")  # the next ticket goes to a
+        await entries[-1]  # the last one goes to b
+    assert delays == {(bench.upstreams["a"], "concurrency"), (bench.upstreams["b"], "request_rate")}
+
+
+@contextlib.contextmanager
+def _delays():
+    """Collect the pairs of upstream and gate for which a gate is told that it delayed an attempt."""
+    delays, starting = set(), []
+    start = Upstream.start
+
+    def watched_start(upstream, *arguments):
+        starting.append(upstream)
+        return start(upstream, *arguments)
+
+    def watched(reserve):
+        def watched_reserve(gate, *arguments, held):
+            if held:
+                delays.add((starting[-1], gate.name))
+            return reserve(gate, *arguments, held=held)
+
+        return watched_reserve
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(Upstream, "start", watched_start))
+        for kind in (ConcurrencyGate, RateGate):
+            stack.enter_context(mock.patch.object(kind, "reserve", watched(kind.reserve)))
+        yield delays
 
 
 # -- a retry is a ticket in the queue --------------------------------------------------------------------------------
@@ -334,6 +454,176 @@ async def test_a_last_retry_goes_only_if_the_upstream_still_fails_other_requests
     assert bench.at_rest()
 
 
+# -- a newer frame takes the place of an older one ---------------------------------------------------------------------
+
+
+@virtual
+async def test_a_newer_frame_takes_the_place_of_the_older_one_in_a_full_queue():
+    bench = Bench(UpstreamSettings("a", concurrency=1), queue_size=1, queue_bytes=1000)
+    (permit,) = bench.fill("a")
+    older = bench.enter(latest=True, size_bytes=600)
+    newer = bench.enter(latest=True, size_bytes=700)
+    with pytest.raises(Superseded):
+        await older
+    assert bench.admission.waiting() == 1
+    bench.report(permit, "accepted")
+    bench.report(await newer, "accepted")
+    assert bench.at_rest()
+
+
+@virtual
+async def test_a_newer_frame_needs_none_of_the_places_that_are_kept_for_returning_callers():
+    bench = Bench(UpstreamSettings("a", concurrency=1), queue_size=2)
+    (permit,) = bench.fill("a")
+    first, older = bench.enter(key="first"), bench.enter(latest=True)
+    with pytest.raises(QueueFull):
+        bench.enter(key="returns later")
+    newer = bench.enter(latest=True)
+    with pytest.raises(Superseded):
+        await older
+    bench.report(permit, "accepted")
+    for entry in (first, newer):
+        bench.report(await entry, "accepted")
+    assert bench.at_rest()
+
+
+@pytest.mark.parametrize(
+    ("why", "options"),
+    [(QueueFull, {"size_bytes": 2000}), (DeadlineUnreachable, {"seconds": 0.3})],
+    ids=["its body does not fit", "it cannot be answered in time"],
+)
+@virtual
+async def test_a_newer_frame_that_is_refused_leaves_the_older_one_in_its_place(why, options):
+    bench = Bench(UpstreamSettings("a", concurrency=1), queue_bytes=1000)
+    permit = bench.at_once()
+    await asyncio.sleep(5.0)
+    bench.report(permit, "accepted")  # a usual answer now takes 0.5 s, because the average is smoothed
+    (permit,) = bench.fill("a")
+    older, other = bench.enter(latest=True), bench.enter(key="other", size_bytes=100)
+    with pytest.raises(why):
+        bench.enter(latest=True, **options)
+    assert bench.admission.waiting() == 2
+    assert not older.done()
+    bench.report(permit, "accepted")
+    for entry in (older, other):
+        bench.report(await entry, "accepted")
+    assert bench.at_rest()
+
+
+@virtual
+async def test_an_older_frame_whose_caller_leaves_in_that_moment_does_not_come_back():
+    bench = Bench(UpstreamSettings("a", concurrency=2), queue_bytes=1000)
+    held = bench.fill("a")
+    older = bench.loop.create_task(bench.admission.permit(bench.ticket(latest=True)))
+    await asyncio.sleep(0)
+    other = bench.enter(key="other", size_bytes=100)
+    older.cancel()
+    with pytest.raises(QueueFull):
+        bench.enter(latest=True, size_bytes=2000)
+    for permit in held:
+        bench.report(permit, "accepted")
+    with pytest.raises(asyncio.CancelledError):
+        await older
+    bench.report(await other, "accepted")
+    assert bench.at_rest()
+
+
+@virtual
+async def test_frames_without_a_key_do_not_supersede_each_other():
+    """Fault D2: two cameras that send no X-Camera-Id would take each other's places."""
+    bench = Bench(UpstreamSettings("a", concurrency=1))
+    (permit,) = bench.fill("a")
+    frames = [bench.enter(key="", latest=True) for _ in range(2)]
+    bench.report(permit, "accepted")
+    for frame in frames:
+        bench.report(await frame, "accepted")
+    assert bench.at_rest()
+
+
+# -- what the status shows ---------------------------------------------------------------------------------------------
+
+
+@virtual
+async def test_the_longest_queues_count_every_waiting_ticket():
+    bench = Bench(UpstreamSettings("a", concurrency=1), UpstreamSettings("b", concurrency=1))
+    held = [*bench.fill("a"), *bench.fill("b")]
+    began = bench.loop.time()
+    await asyncio.sleep(1.0)
+    only_b, later = bench.enter(bench.requeued("a", key="x")), bench.enter(bench.requeued(pause=9.0, key="x"))
+    await asyncio.sleep(1.0)
+    anywhere = [bench.enter(key="x"), bench.enter(key="y")]
+    (status,) = bench.admission.status(longest=2)
+    assert status.longest_queues == (("x", 3, began + 1.0), ("y", 1, began + 2.0))
+    (status,) = bench.admission.status(longest=1)
+    assert [key for key, *_ in status.longest_queues] == ["x"]
+    for permit in held:
+        bench.report(permit, "accepted")
+    for entry in (only_b, *anywhere, later):
+        bench.report(await entry, "accepted")
+    (status,) = bench.admission.status(longest=2)
+    assert status.longest_queues == ()
+
+
+@virtual
+async def test_while_only_retries_wait_the_cause_is_a_hold():
+    bench = Bench(UpstreamSettings("a"))
+
+    def cause():
+        (status,) = bench.admission.status()
+        return status.cause
+
+    assert cause() is None
+    retry = bench.enter(bench.requeued(pause=3.0))
+    assert cause() == "hold"
+    bench.report(bench.at_once(), "accepted")
+    assert cause() == "hold"
+    bench.report(await retry, "accepted")
+    assert cause() is None
+
+
+@virtual
+async def test_a_retry_that_leaves_costs_the_same_whether_ten_or_thousands_wait():
+    async def cost_of_leaving(count):
+        bench = Bench(UpstreamSettings("a"), queue_size=10_000)
+        pool, tickets = bench.admission.pool(MODEL), [bench.requeued(pause=9.0, size_bytes=7) for _ in range(count)]
+        for ticket in tickets:
+            bench.enter(ticket)
+        assert (len(pool.waiting), pool.waiting.bytes) == (count, 7 * count)
+        lines = count_lines(lambda: [pool.leave(ticket) for ticket in reversed(tickets[5:])])
+        assert (len(pool.waiting), pool.waiting.bytes) == (5, 35)
+        pool.close()
+        return lines / (count - 5)
+
+    assert await cost_of_leaving(2000) < 1.5 * await cost_of_leaving(20)
+
+
+@virtual
+async def test_retries_that_left_stay_in_no_memory():
+    bench = Bench(UpstreamSettings("a"))
+    pool = bench.admission.pool(MODEL)
+    stays = bench.enter(bench.requeued(pause=3.0))
+    for _ in range(500):
+        ticket = bench.requeued(pause=9.0)
+        bench.enter(ticket)
+        pool.leave(ticket)
+    gc.collect()
+    assert sum(isinstance(one, Ticket) for one in gc.get_objects()) < 100
+    bench.report(await stays, "accepted")
+
+
+@virtual
+async def test_a_retry_that_left_and_comes_back_waits_only_for_its_new_time():
+    bench = Bench(UpstreamSettings("a"))
+    began = bench.loop.time()
+    ticket = bench.requeued(pause=3.0)
+    bench.enter(ticket)
+    bench.admission.pool(MODEL).leave(ticket)
+    ticket.not_before = began + 5.0
+    bench.report(await bench.enter(ticket), "accepted")
+    assert bench.loop.time() - began == pytest.approx(5.0)
+    assert bench.at_rest()
+
+
 # -- no 503 while another upstream could take it ---------------------------------------------------------------------
 
 
@@ -382,6 +672,26 @@ async def test_a_ticket_behind_the_head_of_the_queue_goes_to_the_next_tier_befor
 
 
 @virtual
+async def test_a_ticket_that_the_lowest_tier_would_answer_too_late_goes_to_the_next_tier_at_once():
+    bench = Bench(UpstreamSettings("a", concurrency=1), UpstreamSettings("b", tier=2))
+    permit = bench.at_once()
+    await asyncio.sleep(5.0)
+    bench.report(permit, "accepted")  # a usual answer now takes 0.5 s, because the average is smoothed
+    (held,) = bench.fill("a")
+    patient = [bench.enter(key=f"patient {number}") for number in range(3)]
+    assert not any(entry.done() for entry in patient)
+    urgent = bench.enter(key="urgent", seconds=1.5)
+    await asyncio.sleep(0.1)
+    assert urgent.result().upstream is bench.upstreams["b"]
+    after = bench.enter(key="after")  # nothing is urgent any more
+    await asyncio.sleep(0.1)
+    assert not after.done()
+    for one in (held, *(entry.result() for entry in (urgent, *patient) if entry.done())):
+        bench.report(one, "accepted")
+    bench.report(await after, "accepted")
+
+
+@virtual
 async def test_nobody_waits_for_an_upstream_that_is_not_ready_when_the_other_refuses_the_account():
     bench = Bench(UpstreamSettings("a"), UpstreamSettings("b", tier=2, unready_reason=lambda: "the model is broken"))
     bench.report(bench.at_once(), "account", reason="no money")
@@ -412,14 +722,14 @@ async def test_while_every_account_is_refused_every_waiting_ticket_is_refused_an
 
 
 @virtual
-async def test_a_ticket_that_only_a_refused_account_may_take_is_refused_though_another_upstream_answers():
-    bench = Bench(UpstreamSettings("a"), UpstreamSettings("b"))
-    bench.fail("a")
+async def test_a_ticket_that_waits_for_an_account_that_is_refused_goes_back_to_the_other_upstream():
+    bench = Bench(UpstreamSettings("a", concurrency=1), UpstreamSettings("b"))
+    (permit,) = bench.fill("a")
     waiting = bench.enter(bench.requeued("b"))
-    bench.upstreams["a"].circuit.open(bench.loop.time(), CircuitState.BILLING, "no money")
-    bench.report(bench.at_once(), "accepted")
-    with pytest.raises(AccountClosed, match="no money"):
-        await waiting
+    assert not waiting.done()
+    bench.report(permit, "account", reason="no money")
+    assert waiting.result().upstream is bench.upstreams["b"]
+    bench.report(waiting.result(), "accepted")
     assert bench.at_rest()
 
 

@@ -1,12 +1,12 @@
 """The fair queue: order within a key, shares between keys and classes, and a cost that is independent of its length."""
 
-import sys
 from collections import Counter
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from steps import count_lines
 
 from sidecar.admission import Priority, Ticket
 from sidecar.admission.queue import CAUGHT_UP_DIVISOR, WEIGHTS, FairQueue
@@ -96,10 +96,8 @@ class Model(RuleBasedStateMachine):
     @invariant()
     def everything_is_counted(self):
         assert len(self.queue) == len(self.waiting)
-        assert self.queue.bytes == sum(ticket.size_bytes for ticket in self.waiting)
-        assert all(ticket in self.queue for ticket in self.waiting)
-        for priority in Priority:
-            assert self.queue.length(priority) == sum(ticket.priority == priority for ticket in self.waiting)
+        assert set(self.queue.tickets) == set(self.waiting)
+        assert self.queue.cost == pytest.approx(sum(max(ticket.tokens, 1.0) for ticket in self.waiting))
 
     @invariant()
     def deficits_and_credits_are_bounded(self):
@@ -226,24 +224,6 @@ def test_the_place_of_a_new_ticket_is_predicted(backlog, priority, key):
     assert ahead <= sum(backlog.values())
 
 
-def count_lines(call):
-    """Count the lines of Python that a call runs: a measure of its cost that is the same on every machine."""
-    count = 0
-
-    def trace(frame, event, arg):
-        nonlocal count
-        count += event == "line"
-        return trace
-
-    before = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        call()
-    finally:
-        sys.settrace(before)
-    return count
-
-
 @pytest.mark.parametrize(("keys_", "each"), [(10_000, 1), (1, 10_000), (100, 100)])
 def test_taking_a_ticket_costs_the_same_whether_ten_or_ten_thousand_wait(keys_, each):
     def turn_cost(keys_, each):
@@ -262,3 +242,23 @@ def test_taking_a_ticket_costs_the_same_whether_ten_or_ten_thousand_wait(keys_, 
 
     cost_of_few = turn_cost(min(keys_, 10), min(each, 10))
     assert turn_cost(keys_, each) < 1.5 * cost_of_few
+
+
+@pytest.mark.parametrize("huge", [1e3, 1e6, 1e12])
+def test_after_huge_tickets_the_next_turn_costs_as_many_steps_as_after_small_ones(huge):
+    """The rounds that pay for a huge ticket are granted in one step, to keys and to classes."""
+
+    def most_steps(tokens):
+        queue = FairQueue()
+        for priority in Priority:
+            for key in range(10):
+                for cost in (tokens, 1.0, 1.0):
+                    queue.add(make_ticket(str(key), tokens=cost, priority=priority))
+        steps = []
+        while queue:
+            steps.append(count_lines(lambda: take_next(queue)))
+        assert len(steps) == 90
+        return max(steps)
+
+    few = most_steps(1.0)
+    assert most_steps(huge) <= 4 * few

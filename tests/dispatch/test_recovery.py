@@ -9,7 +9,7 @@ from prometheus_client import CollectorRegistry
 
 from backends.base import BackendError, Reply, Request, ServerFailed, Throttled, Usage
 from bench.sim import clock
-from sidecar.admission import Admission, NotAdmitted, Ticket, UpstreamSettings
+from sidecar.admission import Admission, DeadlineUnreachable, NotAdmitted, Ticket, UpstreamSettings
 from sidecar.admission.admission import MAX_POOLS
 from sidecar.dispatch.dispatcher import DeadlineExceeded, Dispatcher
 from sidecar.observe.metrics import Metrics
@@ -156,6 +156,35 @@ def test_a_second_provider_that_is_out_makes_no_failure_of_the_first_fatal(hangs
         load = Load(Scripted("first", first), Scripted("second", second))
         await load.arrive(8.0, 100.0, deadline=30.0)
         assert load.lost <= (20 if hangs else 6)  # of about 800: the probes of the second one
+
+    clock.run(main())
+
+
+@pytest.mark.parametrize(
+    ("told", "error"),
+    [
+        (ServerFailed("down", status=500), ServerFailed),
+        (Throttled("busy", kind="request_rate"), DeadlineUnreachable),
+    ],
+    ids=["a failure", "a refusal"],
+)
+def test_at_the_deadline_the_caller_gets_the_last_failure_but_never_the_last_refusal(told, error):
+    async def main():
+        failing = False
+
+        async def answer(now):
+            await asyncio.sleep(0.1)
+            if failing:
+                raise told
+
+        load = Load(Scripted("first", answer))
+        await asyncio.gather(*(load.ask() for _ in range(3)))
+        failing = True
+        others = [asyncio.ensure_future(load.ask(seconds=20.0)) for _ in range(10)]  # so that it is an outage
+        ticket = Ticket(now=load.loop.time(), deadline=load.loop.time() + 8.0, model="model", tokens=300.0)
+        with pytest.raises(error):
+            await load.dispatcher.run(ticket, Request("openai", "/x", b"{}", "model"))
+        await asyncio.gather(*others)
 
     clock.run(main())
 

@@ -120,10 +120,6 @@ class Gate(Protocol):
         """
         ...
 
-    def explains(self, now: float, reservation: Any) -> float:
-        """Return how well this gate explains a refusal that names no limit, from 0 to 1. Has no side effects."""
-        ...
-
     def seconds_for(self, now: float, ahead: Ahead, *, guess: bool) -> float:
         """Return the seconds after which this gate has let all of `ahead` start.
 

@@ -42,21 +42,12 @@ MAX_GUESS = 60.0
 #: In a blackout, a probe counts as accepted if it is not refused within this many seconds, or within three times the
 #: usual time of a refusal if that is longer.
 PATIENCE_SECONDS = 0.5
-#: After the circuit closes, the number of attempts without an answer is limited to 2, then 4, 8, … up to MAX_RISING;
-#: after that there is no limit. It doubles after each round of answers. An attempt counts as answered after
-#: ANSWERED_SECONDS without a refusal or a failure, so that long answers do not delay the rise.
-MAX_RISING, ANSWERED_SECONDS = 64, 2.0
-#: Seconds between the first attempts, while nothing is known about the provider. A first refusal (which takes about
-#: 50 ms) then stops the rest of the first burst.
-COLD_STEP_SECONDS = 0.01
 
 
 class Circuit:
     """Closed while `state` is None. While open, it lets one probe at a time pass, at the loop time `next_probe`."""
 
     __slots__ = (
-        "_answered",
-        "_cold",
         "_failed",
         "_failures",
         "_longest_failed_wait",
@@ -67,15 +58,10 @@ class Circuit:
         "_random",
         "_refusal_seconds",
         "_retry_after_until",
-        "_rising",
-        "_sent_at",
         "_silent",
         "_step",
         "_true_retry_afters",
-        "_unanswered",
         "_window_ends",
-        "answer_seconds",
-        "dormant",
         "ends_by_itself",
         "gap",
         "last_refused",
@@ -93,16 +79,14 @@ class Circuit:
         window_ends: Callable[[float], float],
         refusal_seconds: Callable[[], float],
         random: Callable[[], float],
-        cold: bool = False,
         on_change: Callable[[Change], None] = lambda _: None,
     ) -> None:
         """`on_close` is called when a probe was accepted, with the state that ends; `on_change` with every new state.
 
         `window_ends` and `refusal_seconds` are functions of the learner of the request rate. `random` returns the
-        jitter, from 0 to 1. `cold`: the first attempts are spaced, because nothing is known about the provider.
+        jitter, from 0 to 1.
         """
         self.name: Cause = "hold"
-        self.dormant = not cold
         self.state: CircuitState | None = None
         self.reason = ""
         self.since = 0.0
@@ -112,8 +96,6 @@ class Circuit:
         """Seconds from the last refusal to the successful probe in the previous blackout: this wait was long enough."""
         self.ends_by_itself = False
         """True: probes do not prolong a blackout, because it ends at a fixed time (for example with a quota window)."""
-        self.answer_seconds = 0.0
-        """Seconds that an answer takes, set by the upstream; 0 while none is known."""
         self._on_close = on_close
         self._window_ends = window_ends
         self._refusal_seconds = refusal_seconds
@@ -121,11 +103,6 @@ class Circuit:
         self._on_change = on_change
         self._probes: dict[Ticket, float] = {}  # in flight: send times. More than one only if an answer is slow
         self._probed_at = -inf  # send time of the latest probe
-        self._cold = cold  # True until the first verdict
-        self._sent_at = -inf  # send time of the latest attempt
-        self._rising = 0  # while the load rises: maximum number of attempts without an answer; 0: no limit
-        self._unanswered: dict[Ticket, float] = {}  # send time of each unanswered attempt, while `_cold` or rising
-        self._answered = 0  # answers in the present round
         self._failures = self._silent = 0
         self._failed: set[Ticket] = set()
         self._step = FIRST_STEP
@@ -147,6 +124,10 @@ class Circuit:
         """True if the provider fails different requests in a row, so that no single request is the cause."""
         return self.state is not None or len(self._failed) >= FAILING_TICKETS
 
+    def others_fail(self, ticket: Ticket) -> bool:
+        """Return True if other requests than this one failed since the last answer."""
+        return bool(self._failed - {ticket})
+
     def may_probe(self, now: float) -> bool:
         """Return True if a probe may be sent now, while the circuit is open.
 
@@ -156,55 +137,38 @@ class Circuit:
 
     # -- the gate ------------------------------------------------------------------------------------------------------
 
-    def advance(self, now: float) -> None:
-        """Count an attempt as answered if it was sent ANSWERED_SECONDS ago and no refusal came.
+    @property
+    def dormant(self) -> bool:
+        """See `Gate`: True while the circuit is closed."""
+        return self.state is None
 
-        Close the circuit if the probe was not refused in time.
-        """
+    def advance(self, now: float) -> None:
+        """Close the circuit if the probe was not refused in time."""
         if self._probe_passes_in(now) <= 0:
             self._close(now, self._probed_at)
-        while self._unanswered and now >= next(iter(self._unanswered.values())) + ANSWERED_SECONDS:
-            del self._unanswered[next(iter(self._unanswered))]
-            if self._rising:
-                self._rise()
 
     def opens_at(self, now: float, cost: float) -> float:
         """See `Gate`. While the circuit is open, the result is `now` if the half-open probe may be sent now."""
-        if self.state is not None:
-            if not self._probes:
-                return max(now, self.next_probe)
-            return min(now + self._probe_passes_in(now), max(now, self.next_probe, self._probed_at + MAX_STEP))
-        if self._cold:
-            return max(now, self._sent_at + COLD_STEP_SECONDS)
-        if not self._rising:
+        if self.state is None:
             return now
-        if self._rising <= len(self._unanswered):
-            return next(iter(self._unanswered.values())) + ANSWERED_SECONDS
-        if self._rising == 1:
-            return now
-        # Spread a round over the time of one answer: a burst would test only the provider's burst size, not its rate.
-        answer_seconds = min(self.answer_seconds or ANSWERED_SECONDS, ANSWERED_SECONDS)
-        return max(now, self._sent_at + answer_seconds / self._rising)
+        if not self._probes:
+            return max(now, self.next_probe)
+        return min(now + self._probe_passes_in(now), max(now, self.next_probe, self._probed_at + MAX_STEP))
 
     def reserve(self, now: float, ticket: Ticket, cost: float, *, held: bool) -> Ticket:
-        """See `Gate`. While the circuit is open, this attempt is the probe. Call it only if not `dormant`."""
+        """See `Gate`. While the circuit is open, this attempt is the probe."""
         if self.state is not None:
             self._probes[ticket] = self._probed_at = now
-        elif self._rising or self._cold:
-            self._unanswered[ticket] = now
-        self._sent_at = now
         return ticket
 
     def settle(self, now: float, reservation: Ticket, verdict: Verdict, *, blamed: Cause | None) -> None:
         """See `Gate`."""
-        if self.dormant and verdict.outcome == "accepted":  # the usual case: closed, and nothing to limit
+        if self.state is None and verdict.outcome == "accepted":  # the usual case
             if self._failures or self._silent:
                 self._forget_failures()
             return
         probed_at = self._probes.pop(reservation, None)
         is_probe = probed_at is not None
-        if not self.dormant:
-            self._rise_by(now, reservation, verdict)
         match verdict.outcome:
             case "accepted":
                 self._forget_failures()
@@ -235,10 +199,6 @@ class Circuit:
                     if self.state is CircuitState.BLACKOUT:  # its caller had too little time even for a refusal
                         step = FIRST_STEP
                     self.next_probe = max(self.next_probe, probed_at + step)
-
-    def explains(self, now: float, reservation: Ticket) -> float:
-        """See `Gate`: 1 while the circuit is open, because the provider then refuses all calls."""
-        return float(self.state is not None)
 
     def seconds_for(self, now: float, ahead: Ahead, *, guess: bool) -> float:
         """See `Gate`."""
@@ -285,7 +245,6 @@ class Circuit:
                 self._longest_failed_wait = max(self._longest_failed_wait, now - self.last_refused)
             self._step = min(self._step * (GROWTH if self._step < SHORT_STEP else SLOW_GROWTH), MAX_STEP)
         before, self.state = self.state, state
-        self.dormant = False
         self.reason = reason
         self.last_refused = now
         if state is not before:
@@ -316,9 +275,6 @@ class Circuit:
             elif early <= 0 and self.last_refused < self._retry_after_until:
                 self._true_retry_afters += 1
         self.state = None
-        self._cold = False
-        self._unanswered.clear()
-        self._start_rising(2)  # the probe was the first round
         self.reason = ""
         self.next_probe = -inf
         self._probes.clear()
@@ -348,53 +304,11 @@ class Circuit:
         """
         if not self._probes or self.state is not CircuitState.BLACKOUT:
             return inf
-        return self._probed_at + max(PATIENCE_SECONDS, 3 * self._refusal_seconds()) - now
+        return self._probed_at + self.refusal_seconds() - now
 
-    # -- rising slowly -------------------------------------------------------------------------------------------------
-
-    def _rise_by(self, now: float, ticket: Ticket, verdict: Verdict) -> None:
-        """Adjust how many attempts may be without an answer.
-
-        An answered attempt counts towards the next doubling. After a refusal for capacity, or failures of two requests
-        with no answer between them, start again at 1. (One failure is not enough: its request may be the cause.) After
-        any other refusal, stop limiting: the gate that learns from that refusal sets the pace.
-        """
-        sent_at = self._unanswered.pop(ticket, None)
-        was_sent = sent_at is not None
-        good, bad = verdict.outcome == "accepted", verdict.outcome in ("refused", "failed")
-        if self._cold and (good or bad):
-            self._cold = False
-            # After a refusal, the gate that learned from it raises the load slowly, by a factor of at most 1.42 per
-            # attempt.
-            learned = verdict.outcome == "refused" and verdict.named != "capacity"
-            self._start_rising(1 if bad and not learned else 0)
-        elif was_sent and good:
-            self._rise()
-        elif sent_at is not None and verdict.outcome == "abandoned" and self._rising:
-            if now - sent_at >= max(PATIENCE_SECONDS, 3 * self._refusal_seconds()):  # a refusal would have come
-                self._rise()
-        elif was_sent and verdict.outcome == "refused" and verdict.named != "capacity":
-            self._start_rising(0)
-        elif was_sent and bad and (verdict.outcome == "refused" or self._failed - {ticket}):
-            self._start_rising(1)
-
-    def rise(self, now: float) -> None:
-        """Let the load rise slowly from now on, because the learned limit was wrong."""
-        if self.state is None:
-            self._unanswered.clear()
-            self._start_rising(2)
-
-    def _rise(self) -> None:
-        """Count one answer. Each complete round of answers doubles the allowed number of attempts without an answer."""
-        self._answered += 1
-        if self._answered >= self._rising:
-            self._start_rising(2 * self._rising if self._rising < MAX_RISING else 0)
-
-    def _start_rising(self, unanswered: int) -> None:
-        self._rising, self._answered = unanswered, 0
-        if not unanswered:
-            self._unanswered.clear()
-        self.dormant = self.state is None and not self._rising and not self._cold
+    def refusal_seconds(self) -> float:
+        """Return the seconds after which an attempt without a verdict was probably not refused."""
+        return max(PATIENCE_SECONDS, 3 * self._refusal_seconds())
 
     def _forget_failures(self) -> None:
         self._failures = self._silent = 0

@@ -114,11 +114,12 @@ class ConcurrencyGate:
         self.in_flight -= 1
         del self._attempts[reservation]  # a KeyError here shows a bug in the caller: it settled a reservation twice
 
-    def explains(self, now: float, reservation: InFlight) -> float:
-        """See `Gate`: 1 if a concurrency limit explains the latest refusals better than a rate limit, else 0."""
-        return float(
-            self.answer_seconds > 0 and (reservation.beside >= self.learned or self._suspected_limit(reservation) > 0)
-        )
+    def explains(self, refused: InFlight) -> bool:
+        """Return True if a concurrency limit explains this and the latest refusals better than a rate limit does.
+
+        Asked only if the refusal names the request rate or no limit. Has no side effects.
+        """
+        return self.answer_seconds > 0 and (refused.beside >= self.learned or self._suspected_limit(refused) > 0)
 
     def seconds_for(self, now: float, ahead: Ahead, *, guess: bool) -> float:
         """See `Gate`: permits become free at the rate of answers (allowed attempts / seconds per answer)."""

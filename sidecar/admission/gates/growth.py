@@ -96,10 +96,6 @@ class GrowthGate:
             if self.base != old:
                 self._on_change(Change(now, self.name, old, self.base, "", "refused for growth"))
 
-    def explains(self, now: float, reservation: float) -> float:
-        """See `Gate`: 0, because a growth limit is assumed only if the provider names it."""
-        return 0.0
-
     def status(self, now: float) -> GateStatus:
         """See `Gate`."""
         if self.dormant:

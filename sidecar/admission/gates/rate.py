@@ -114,17 +114,14 @@ class RateGate:
         else:
             learner.void(now, reservation)
 
-    def explains(self, now: float, reservation: Sent) -> float:
-        """See `Gate`: the used share u of the learned limit, as u / (1 + u)."""
-        used = self.learner.use(now)
-        return used / (1.0 + used)
-
     def seconds_for(self, now: float, ahead: Ahead, *, guess: bool) -> float:
         """See `Gate`: at the current pace."""
         learner = self.learner
         if not (guess or learner.certain):  # only the operator's ceiling is no guess
             return ahead.requests * learner.ceiling_seconds
         self.advance(now)
+        if self._bucket.rate == inf:
+            return 0.0
         amount = ahead.tokens if self._in_tokens else ahead.requests
         return max(amount - self._bucket.level(now), 0.0) / learner.pace(now)
 

@@ -41,7 +41,7 @@ def accept(gate, beside, *, held, now=0.0):
 def suspect(gate, now, sent_at, beside):
     """Refuse an attempt for no named reason; return whether this showed a limit on concurrency."""
     place = attempt_beside(gate, sent_at, beside)
-    blamed = "concurrency" if gate.explains(now, place) > 0 else "request_rate"
+    blamed = "concurrency" if gate.explains(place) else "request_rate"
     gate.settle(now, place, refused(now), blamed=blamed)
     assert gate.discovered == (blamed == "concurrency")
     return gate.discovered

@@ -1,7 +1,7 @@
 """What every gate promises, whatever happened before: a question changes nothing, and what is reserved is settled."""
 
 import pytest
-from gate_calls import make_circuit
+from gate_calls import make_circuit, make_rise
 from gate_contract import OUTCOMES, STEPS, play, state_of
 from hypothesis import given, settings
 from ledger import counting
@@ -17,7 +17,9 @@ def make_upstream(**settings):
 
 GATES = {
     "circuit": make_circuit,
-    "cold circuit": lambda: make_circuit(cold=True),
+    "cold rise": lambda: make_rise(cold=True),
+    "rise": make_rise,
+    "rise while others fail": lambda: make_rise(others_fail=True),
     "open circuit": lambda: opened(CircuitState.OUTAGE),
     "blackout": lambda: opened(CircuitState.BLACKOUT),
     "request rate": lambda: make_upstream().requests,
