@@ -62,14 +62,14 @@ class Connection(RequestProtocol):
     during a request, except a GET or HEAD: see `eof_received`.
     """
 
-    __slots__ = ("_closes_at", "_incoming", "_is_read", "_listener", "_stopped", "_timer", "caller_has_left")
+    __slots__ = ("_closes_at", "_current", "_incoming", "_listener", "_stopped", "_timer", "caller_has_left")
 
     def __init__(self, listener: Listener, loop: asyncio.AbstractEventLoop) -> None:
         super().__init__(loop, buffer_bytes=accepting.READ_BUFFER_BYTES, max_pipelined=accepting.MAX_PIPELINED)
         self._listener = listener
         self._incoming: StreamReader = EMPTY_PAYLOAD  # the body of the last request that has arrived
         self._stopped = False  # if True, the data that follows is not parsed
-        self._is_read = False  # whether the request that is being answered is a GET or HEAD
+        self._current: HttpRequest | None = None  # the request that is being answered
         self.caller_has_left = False
         """Whether the caller has shut its sending side. Then no work may begin whose answer takes time."""
 
@@ -121,7 +121,8 @@ class Connection(RequestProtocol):
         """Keep the connection for answers that can be given at once. Return False to close it.
 
         Some callers shut their sending side after a request and wait for the answer, for example `nc -N`. Most callers
-        that do so have left. Only a read (GET, HEAD) is worth its wait; an error of another request is ready at once.
+        that do so have left. Only a read (GET, HEAD) is worth its wait, unless its answer is a stream that has begun.
+        An error of another request is ready at once.
         """
         self.caller_has_left = True
         if self.task is None or not self._incoming.is_eof():
@@ -130,7 +131,9 @@ class Connection(RequestProtocol):
         return True
 
     def _close_unless_reading(self) -> None:
-        if self.task is not None and not self._is_read and self.transport is not None:
+        http = self._current
+        is_worth_its_wait = http is not None and http.method in ("GET", "HEAD") and not http.has_begun
+        if self.task is not None and not is_worth_its_wait and self.transport is not None:
             self.transport.close()  # what is written already is still sent; `connection_lost` cancels the handler
 
     def pause_writing(self) -> None:
@@ -161,7 +164,7 @@ class Connection(RequestProtocol):
             # exception, and everything to which it refers, in memory.
             pass
         finally:
-            self.task = None
+            self.task = self._current = None
             self._closes_at = self.loop.time() + accepting.KEEPALIVE_SECONDS
             keeps_alive = keeps_alive and self._listener.is_open and not self.caller_has_left
             if not keeps_alive and self.transport is not None:
@@ -174,7 +177,7 @@ class Connection(RequestProtocol):
             self._refuse(message.status, body, accepting.ERROR_HEADERS)
             return False
         http = HttpRequest(message, content, self)
-        self._is_read = http.method in ("GET", "HEAD")
+        self._current = http
         if self.caller_has_left:
             self.loop.call_soon(self._close_unless_reading)
         if self._stopped and not self.waiting:

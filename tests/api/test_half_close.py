@@ -132,6 +132,18 @@ async def test_an_inference_request_behind_a_read_does_not_begin_after_the_calle
     await sidecar.until(sidecar.at_rest)
 
 
+async def test_a_live_view_ends(serving):
+    """Its answer is a stream without an end, so the caller is not kept for it."""
+    sidecar = await serving()
+    reader, writer = await asyncio.open_connection("127.0.0.1", sidecar.sidecar.admin_port)
+    writer.write(request("GET", "/events"))
+    await reader.readuntil(b"event: start")
+    writer.write_eof()
+    async with asyncio.timeout(BOUND):
+        await reader.read()
+    writer.close()
+
+
 async def test_half_a_body_is_no_request(serving):
     sidecar = await serving()
     data = request("POST", CHAT, json.dumps(chat()).encode())
