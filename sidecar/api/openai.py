@@ -8,6 +8,7 @@ from backends.http1.interface import Answer
 from sidecar.api.body import ParsedBody, image_size, json_type, model_of, parse_body, parse_messages, with_model
 from sidecar.api.call import Call
 from sidecar.api.errors import InvalidRequest
+from sidecar.api.media import count_part
 
 #: The base paths of the OpenAI-compatible API.
 BASES = ("/v1", "/compatible-mode/v1")
@@ -49,4 +50,6 @@ def _parse_part(part: dict[str, Any], where: str, parsed: ParsedBody) -> None:
     elif part.get("type") == "image_url":
         image = part.get("image_url")
         url = image.get("url") if isinstance(image, dict) else image
-        parsed.images.append(image_size(url, f"{where}.image_url.url"))
+        parsed.add_image(image_size(url, f"{where}.image_url.url"), part)
+    else:
+        count_part(part, parsed)
