@@ -109,7 +109,8 @@ class Sidecar:
             try:
                 await self._data_listener.open_unix(settings.unix_socket)
             except OSError as error:
-                raise StartError(f"SIDECAR_UNIX_SOCKET={settings.unix_socket}: {_reason(error)}") from error
+                reason = f"{_reason(error)}; name a path in a folder that exists and that the sidecar may write"
+                raise StartError(f"SIDECAR_UNIX_SOCKET={settings.unix_socket}: {reason}") from error
         self.parts.health.started = True
         gc.collect()
         gc.freeze()  # objects of the start are never garbage: later collections can skip them

@@ -15,6 +15,7 @@ from sidecar.settings import (
     Settings,
     SettingsError,
     load,
+    missing_folder,
     notices,
     refuse_unintended_simulation,
 )
@@ -169,7 +170,7 @@ def test_units_work_in_a_file_too(tmp_path):
         ("DASHSCOPE_URL", "http://provider.example/v1?key=1", "without a query"),
         ("BACKEND", ",", "choose from"),
         ("BACKEND", "dashscope,", "a comma without a name"),
-        ("STATE_FILE", "/nowhere/at/all/state", "the folder '/nowhere/at/all' does not exist; create it"),
+        ("STATE_FILE", "/dev/null", "is not a regular file"),
     ],
 )
 def test_an_error_is_one_plain_line_with_setting_value_and_remedy(name, value, remedy):
@@ -212,6 +213,15 @@ def test_trio_cores_names_are_read_in_any_case_and_its_sampling_too():
     assert (settings.default_max_tokens, settings.default_temperature, settings.default_top_p) == (77, 0.4, 0.8)
 
 
+def test_a_state_file_in_a_folder_that_does_not_exist_is_named_with_the_remedy(tmp_path):
+    assert missing_folder(*load({}, {"SIDECAR_STATE_FILE": str(tmp_path / "state.json")})) is None
+    assert missing_folder(*load({}, {})) is None
+    file = tmp_path / "no-such-folder" / "state.json"
+    line = missing_folder(*load({}, {"SIDECAR_STATE_FILE": str(file)}))
+    assert line is not None
+    assert line.startswith(f"SIDECAR_STATE_FILE={file}: the folder '{file.parent}' does not exist; create it")
+
+
 # -- names without effect ----------------------------------------------------------------------------------------------
 
 
@@ -242,6 +252,8 @@ def test_names_that_kubernetes_creates_for_a_service_are_ignored(tmp_path):
         "SIDECAR_PORT_8100_TCP_ADDR": "10.0.0.7",
         "SIDECAR_ADMIN_SERVICE_HOST": "10.0.0.8",
         "SIDECAR_REDIS_PORT": "tcp://10.0.0.9:6379",
+        "TRIO_CORE_PORT": "tcp://10.0.0.9:8100",
+        "TRIO_CORE_SERVICE_HOST": "10.0.0.9",
     }
     assert load({}, environ)[0] == load({}, {})[0]
     assert list(notices(environ, tmp_path)) == [

@@ -25,6 +25,7 @@ from sidecar.settings import (
     Settings,
     SettingsError,
     load,
+    missing_folder,
     notices,
     option_name,
     refuse_unintended_simulation,
@@ -255,8 +256,9 @@ def _serve(args: argparse.Namespace) -> int:
     settings, origins = load(options, file=args.config)
     refuse_unintended_simulation(settings, origins, os.environ, Path())
     logs.set_up(settings.log_format, settings.log_level)
-    for line in notices(os.environ, Path()):
-        log.warning("%s", line)
+    for line in (*notices(os.environ, Path()), missing_folder(settings, origins)):
+        if line is not None:
+            log.warning("%s", line)
     foreign = sorted(set(origins.values()) & set(FOREIGN_NAMES))
     if foreign:
         log.info("taken over from the environment: %s", ", ".join(foreign))
@@ -288,8 +290,9 @@ def _check(args: argparse.Namespace) -> int:
     from sidecar.cli.check import check  # noqa: PLC0415
 
     settings, origins = load(_settings_options(args), file=args.config)
-    for line in notices(os.environ, Path()):
-        print(f"vlm-sidecar: {line}", file=sys.stderr)
+    for line in (*notices(os.environ, Path()), missing_folder(settings, origins)):
+        if line is not None:
+            print(f"vlm-sidecar: {line}", file=sys.stderr)
     refuse_unintended_simulation(settings, origins, os.environ, Path())
     return check(settings, origins, as_json=args.json)
 

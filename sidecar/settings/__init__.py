@@ -4,7 +4,7 @@
 """
 
 from sidecar.settings.fields import FOREIGN_NAMES, NOT_YET, PREFIX, SECRETS, Settings
-from sidecar.settings.notices import notices, refuse_unintended_simulation
+from sidecar.settings.notices import missing_folder, notices, refuse_unintended_simulation
 from sidecar.settings.sources import PASSWORD, SettingsError, load, option_name, with_unusable_ports_removed
 from sidecar.settings.values import METAVARS, seconds_of
 
@@ -18,6 +18,7 @@ __all__ = [
     "Settings",
     "SettingsError",
     "load",
+    "missing_folder",
     "notices",
     "option_name",
     "refuse_unintended_simulation",

@@ -13,14 +13,26 @@ from sidecar.settings.fields import FOREIGN_NAMES, NOT_YET, PREFIX, Settings
 from sidecar.settings.sources import SERVICE_LINK, SettingsError, named, with_unusable_ports_removed, without_waiting
 
 _KNOWN = [PREFIX + field.upper() for field in (*Settings.model_fields, *NOT_YET) if field != "upstream"]
-#: The names that Kubernetes creates for a service whose name begins with `sidecar`.
-_SERVICE_NAME = re.compile(rf"{PREFIX}(?:\w+_)?(?:SERVICE_(?:HOST|PORT(?:_\w+)?)|PORT_\d+_(?:TCP|UDP|SCTP)(?:_\w+)?)")
-_SERVICE_PORT = re.compile(rf"{PREFIX}(?:\w+_)?PORT")
+#: The names that Kubernetes creates for a service, for example one whose name begins with `sidecar` or `trio`.
+_SERVICE_NAME = re.compile(r"(?:\w+_)?(?:SERVICE_(?:HOST|PORT(?:_\w+)?)|PORT_\d+_(?:TCP|UDP|SCTP)(?:_\w+)?)")
+_SERVICE_PORT = re.compile(r"(?:\w+_)?PORT")
 #: The settings that only a real backend uses.
 _REAL_BACKEND = ("local_model", "dashscope_native_url", "dashscope_model")
 #: Bytes of the longest `.env` file that is searched for names.
 _MAX_DOTENV_BYTES = 64 * 1024
 _ASSIGNMENT = re.compile(r"\s*(?:export\s+)?(\w+)\s*=\s*(.*)")
+
+
+def missing_folder(settings: Settings, origins: Mapping[str, str]) -> str | None:
+    """Return one line if the state file cannot be written, because its folder does not exist.
+
+    This is no error: a volume may be mounted later, and without the file the limits are only learned again.
+    """
+    file = settings.state_file
+    if file is None or file.parent.is_dir():
+        return None
+    name = named("state_file", origins["state_file"])
+    return f"{name}={file}: the folder {str(file.parent)!r} does not exist; create it, or learned limits are not kept"
 
 
 def notices(environ: Mapping[str, str], folder: Path) -> Iterator[str]:
@@ -32,10 +44,7 @@ def notices(environ: Mapping[str, str], folder: Path) -> Iterator[str]:
     for name in sorted(environ.keys() - usable.keys()):
         yield f"{name}=tcp://… is ignored: Kubernetes creates it for a service of that name"
     for name, value in sorted(environ.items()):
-        known = name in _KNOWN or _SERVICE_NAME.fullmatch(name)
-        if not name.upper().startswith(PREFIX) or known:
-            continue
-        if _SERVICE_PORT.fullmatch(name) and SERVICE_LINK.fullmatch(value):
+        if not name.upper().startswith(PREFIX) or name in _KNOWN or _is_of_a_service(name, value):
             continue
         near = get_close_matches(name.upper(), _KNOWN, 1)
         advice = f"{near[0]} is one" if near else "the README lists them all"
@@ -77,7 +86,14 @@ def refuse_unintended_simulation(
 
 def _is_unused_of_trio(name: str, value: str) -> bool:
     upper = name.upper()
-    return upper.startswith("TRIO_") and upper not in FOREIGN_NAMES and bool(value.strip())
+    is_set = bool(value.strip()) and not _is_of_a_service(name, value)
+    return upper.startswith("TRIO_") and upper not in FOREIGN_NAMES and is_set
+
+
+def _is_of_a_service(name: str, value: str) -> bool:
+    """Return whether Kubernetes creates such a variable for a service."""
+    is_port = _SERVICE_PORT.fullmatch(name) is not None and SERVICE_LINK.fullmatch(value) is not None
+    return is_port or _SERVICE_NAME.fullmatch(name) is not None
 
 
 def _names_in_dotenv(folder: Path) -> set[str]:

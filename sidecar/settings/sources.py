@@ -161,9 +161,5 @@ def _check(settings: Settings, origins: Mapping[str, str]) -> None:
         fail("backend", f"names a backend twice ({settings.backend!r}); name each once")
     if "local" in names and not settings.local_model:
         fail("local_model", "the local backend needs the folder of a model")
-    if settings.state_file is not None:
-        folder = settings.state_file.parent
-        if not folder.is_dir():
-            fail("state_file", f"the folder {str(folder)!r} does not exist; create it, or name another file")
-        if settings.state_file.exists() and not settings.state_file.is_file():
-            fail("state_file", f"{str(settings.state_file)!r} is not a regular file; name another file")
+    if settings.state_file is not None and settings.state_file.exists() and not settings.state_file.is_file():
+        fail("state_file", f"{str(settings.state_file)!r} is not a regular file; name another file")
