@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import signal
+import sys
 import time
+from pathlib import Path
 
 import aiohttp
 import pytest
 from running import BOUND, CHAT, Process, chat, samples
+
+
+def ignored_signals(pid):
+    """Return the signals that a process ignores, one bit each."""
+    found = re.search(r"^SigIgn:\s*(\w+)", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+    assert found is not None
+    return int(found[1], 16)
 
 
 async def until(process, words):
@@ -105,3 +115,20 @@ async def test_without_a_file_a_hangup_drains_and_cuts_no_answer(client, provide
         assert await asked == 200
         assert await process.ended() == 0
     assert "draining" in process.log
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="platform: not Linux; the signals of a process are in /proc")
+async def test_a_process_that_ignores_hangups_since_its_start_keeps_ignoring_them(client):
+    """`nohup vlm-sidecar serve &`: closing the terminal must not drain it."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        process = Process("--backend", "simulated")
+        async with process:
+            ignored = ignored_signals(process.process.pid)
+            assert ignored & 1 << (signal.SIGHUP - 1)
+            process.signal(signal.SIGHUP)
+            assert await status(process, client) == 200
+            process.signal(signal.SIGTERM)
+            assert await process.ended() == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
