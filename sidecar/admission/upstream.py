@@ -162,7 +162,7 @@ class Upstream:
             learner(now, ceiling=ceilings[1], budget=refusal_budget, typical=1000.0, dormant=True),
             on_change,
         )
-        self.growth = GrowthGate(refusal_budget, on_change)
+        self.growth = GrowthGate(on_change)
         self.circuit = Circuit(
             on_close=self._on_circuit_closed,
             window_ends=self.requests.learner.window_ends,
@@ -185,9 +185,11 @@ class Upstream:
         self.started = 0
         """Number of attempts so far."""
         # For refusals blamed on growth or concurrency. `_started_before`: the number of attempts that had started when
-        # the last refusal arrived. `_refused_in_row`: how many times in a row the first attempt after a refusal was
-        # refused too.
+        # the last refusal arrived. `_first_sent_at`: when the first attempt after that started (inf: none yet).
+        # `_refused_in_row`: how many times in a row the first attempt after a refusal was refused too. The refusals of
+        # attempts that were sent at the same time arrive in any order, so any of them counts as the first.
         self._started_before = 0
+        self._first_sent_at = inf
         self._refused_in_row = 0
 
     def __repr__(self) -> str:
@@ -235,6 +237,8 @@ class Upstream:
         """Start one attempt: reserve it at every gate and return its permit. `on_end` is called when it has ended."""
         ticket.attempts += 1
         self.started += 1
+        if self._first_sent_at == inf:
+            self._first_sent_at = now
         held, self._delayed_by = self._delayed_by, None
         growth = self.growth
         if self.circuit.state is not None:
@@ -300,11 +304,10 @@ class Upstream:
 
         Then the provider accepts nothing, and only single probes may be sent.
         """
-        after = refused.number - self._started_before
-        if after <= 0:  # this attempt started before the last refusal was known
+        if refused.number <= self._started_before:  # this attempt started before the last refusal was known
             return False
-        self._refused_in_row = self._refused_in_row + 1 if after == 1 else 0
-        self._started_before = self.started
+        self._refused_in_row = self._refused_in_row + 1 if refused.sent_at <= self._first_sent_at else 0
+        self._started_before, self._first_sent_at = self.started, inf
         return self._refused_in_row >= MAX_REFUSED_IN_ROW
 
     def _blamed(self, now: float, reservations: tuple[Any, ...], verdict: Verdict) -> Cause | None:

@@ -48,29 +48,51 @@ def longest_gap(calls, end):
 
 
 def is_recovered(accepted, rate, since):
-    """Whether half of the rate was reached within `RECOVERY_SECONDS` of the first accepted call after `since`."""
-    first = next(at for at in accepted if at >= since)
-    start = first + RECOVERY_SECONDS - 5.0
-    return sum(start <= at < start + 10.0 for at in accepted) >= 0.5 * rate * 10.0 - 1.0  # a count is whole
+    """
+    Whether half of the rate was reached within `RECOVERY_SECONDS` of the first accepted call after `since`.
+
+    Below 4 calls a minute: whether the next two calls that the provider would accept were sent.
+    """
+    times = [at for at in accepted if at >= since]
+    if rate < 4 / 60:
+        return all(later - earlier <= 1.0 / rate + MAX_GAP_SECONDS for earlier, later in pairwise(times[:3]))
+    start, seconds = times[0] + RECOVERY_SECONDS, max(10.0, 6.0 / rate)
+    return sum(start <= at < start + seconds for at in times) >= 0.5 * rate * seconds - 1.0  # a count is whole
 
 
-@settings(max_examples=25)
+def check_remembered(rate, bucket_seconds, remembered):
+    """Run a bucket that holds `bucket_seconds` of its rate, with this state file. Half of it must be used soon."""
+    profile = Profile(requests_per_second=rate, burst_requests=max(bucket_seconds * rate, 1.0), latency_seconds=0.2)
+    seconds = RECOVERY_SECONDS + MAX_GAP_SECONDS + max(10.0, 6.0 / rate)
+    calls, accepted = play(profile, remembered=remembered, seconds=seconds, deadline=2.0 * seconds)
+    assert longest_gap(calls, seconds) <= MAX_GAP_SECONDS
+    assert is_recovered(accepted, rate, 0.0)
+
+
+@settings(max_examples=40)
 @given(
-    rate=st.floats(3.0, 60.0),
+    bucket=st.tuples(st.floats(-2.0, 1.8).map(lambda power: 10.0**power), st.floats(0.0, 5.0)),
     factor=st.floats(-6.0, 3.0),
     burst=st.floats(1.0, 50.0),
     error=st.floats(0.01, 0.3),
     concurrency=st.none() | st.integers(1, 50),
 )
-def test_whatever_was_remembered_half_of_the_rate_is_reached_within_30_s(rate, factor, burst, error, concurrency):
-    """Below 3 requests/s, a wrong burst takes minutes to unlearn, because refusals are rare."""
+def test_whatever_was_remembered_half_of_the_rate_is_reached_within_30_s(bucket, factor, burst, error, concurrency):
+    """`bucket`: the provider's requests/s, and the seconds of this rate that its bucket holds."""
+    rate, bucket_seconds = bucket
     remembered = {"requests": {"limit": rate * 10.0**factor, "burst": burst, "uncertainty": error}}
     if concurrency is not None:
         remembered["concurrency"] = {"limit": float(concurrency)}
-    profile = Profile(requests_per_second=rate, burst_requests=max(rate, 1.0), latency_seconds=0.2)
-    calls, accepted = play(profile, remembered=remembered, workers=40)
-    assert longest_gap(calls, SECONDS) <= MAX_GAP_SECONDS
-    assert is_recovered(accepted, rate, 0.0)
+    check_remembered(rate, bucket_seconds, remembered)
+
+
+@pytest.mark.parametrize("rate", [0.02, 0.2, 0.5, 1.0, 2.0, 10.0])
+@pytest.mark.parametrize("factor", [0.001, 1.0, 3.0, 100.0])
+@pytest.mark.parametrize("burst", [1.0, 50.0])
+def test_a_wrong_burst_or_limit_is_unlearned_at_low_rates_too(rate, factor, burst):
+    for error in (0.02, 0.3):
+        remembered = {"requests": {"limit": rate * factor, "burst": burst, "uncertainty": error}}
+        check_remembered(rate, 1.0, remembered)
 
 
 @pytest.mark.parametrize("status", [429, 503, 500, 0])
@@ -91,12 +113,7 @@ def test_a_provider_that_refuses_or_fails_for_95_s_is_used_again_at_once(status,
 
 
 @settings(max_examples=15)
-@given(
-    rate=st.floats(1.0, 30.0),
-    punish=st.floats(0.5, 5.0),
-    growth=st.booleans(),
-    offered=st.floats(0.5, 3.0),
-)
+@given(rate=st.floats(1.0, 30.0), punish=st.floats(0.5, 5.0), growth=st.booleans(), offered=st.floats(0.5, 3.0))
 def test_a_penalty_for_each_refusal_never_stops_the_load(rate, punish, growth, offered):
     limits = (
         {"growth_base_per_second": max(rate, 1.0), "growth_factor": 0.0001}
@@ -104,11 +121,32 @@ def test_a_penalty_for_each_refusal_never_stops_the_load(rate, punish, growth, o
         else {"requests_per_second": rate, "burst_requests": max(rate, 1.0)}
     )
     profile = Profile(latency_seconds=0.2, punish_seconds=punish, refusal_latency_seconds=0.05, **limits)
-    calls, accepted = play(profile, seconds=90.0, per_second=offered * rate, deadline=20.0)
-    assert longest_gap(calls, 90.0) <= MAX_GAP_SECONDS + 1.0 / (offered * rate) * 8  # arrivals are random
-    # A growth limit is learned less well than a rate: after penalties, a part of it may stay unused for minutes.
-    share = 0.15 if growth else 0.5
-    assert sum(at >= 60.0 for at in accepted) >= share * min(offered, 1.0) * rate * 30.0 - 1.0
+    calls, accepted = play(profile, seconds=150.0, per_second=offered * rate, deadline=20.0)
+    assert longest_gap(calls, 150.0) <= MAX_GAP_SECONDS + 1.0 / (offered * rate) * 8  # arrivals are random
+    # The growth rule counts whole calls. A load near the limit may be refused for the first time late.
+    allowed = min(offered * rate, int(rate) if growth else rate)
+    assert sum(at >= 90.0 for at in accepted) >= 0.5 * allowed * 60.0 - 1.0
+
+
+@pytest.mark.parametrize("punish", [0.0, 1.0, 2.0])
+@pytest.mark.parametrize("rate", [1.5, 2.5, 4.0, 8.0, 15.0, 30.0])
+@pytest.mark.parametrize("factor", [0.0001, 2.0], ids=["a flat rule", "a rule that grows"])
+def test_half_of_the_rate_is_reached_within_30_s_after_growth_refusals(rate, punish, factor):
+    base = rate if factor < 1.0 else max(rate / 3.0, 1.0)
+    profile = Profile(
+        growth_base_per_second=base,
+        growth_factor=factor,
+        requests_per_second=rate,
+        burst_requests=rate,
+        latency_seconds=0.2,
+        punish_seconds=punish,
+        refusal_latency_seconds=0.05,
+    )
+    calls, accepted = play(profile, seconds=90.0, per_second=3.0 * rate, deadline=20.0)
+    assert longest_gap(calls, 90.0) <= MAX_GAP_SECONDS
+    start = accepted[0] + RECOVERY_SECONDS
+    allowed = float(int(rate)) if factor < 1.0 else rate
+    assert sum(start <= at < start + 30.0 for at in accepted) >= 0.5 * allowed * 30.0 - 1.0  # a count is whole
 
 
 async def test_over_sockets_a_blackout_and_a_tiny_remembered_limit_end_at_once(serving, provider, tmp_path):

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable
-from math import inf
+from math import inf, log2
 
 from sidecar.admission.gates.base import Ahead, Change, GateStatus, Verdict
 from sidecar.admission.ticket import Cause, Ticket
@@ -26,26 +26,39 @@ MIN_BASE = 1.0
 #: Calls within this many seconds count as one burst. Needed because the first attempts at a provider are sent some ms
 #: apart.
 TOGETHER_SECONDS = 0.1
-#: After the first refusal, each refusal for growth gives a new factor: (calls accepted in the second before the refused
-#: call - base) / earlier rate. A refusal never raises the factor, and lowers it at most to CUT times its old value.
-#: While the gate delays calls and no refusal comes, base and factor grow by the share RECOVERY per second, up to
-#: RECOVERED times their values at the last refusal, so a cut that was too deep is corrected within seconds. Above that,
-#: the refusal budget pays for each step.
-CUT, RECOVERY, RECOVERED = 0.6, 0.1, 0.93
+#: Weight of the assumed factor when base and factor are fitted to refusals, in (calls/s)^2: the variance of a count
+#: that is rounded to whole calls (1/12), divided by the variance of the factor among providers (about 1).
+ASSUMED_WEIGHT = 1 / 12
+#: Relative error of the earlier rate, because the provider may measure it over another time.
+BLUR = 0.07
+#: A refusal after n calls shows that the rule allows n calls and a part of the next one. After a pause, the part is 0,
+#: because a base is a whole number; otherwise at most this part is assumed.
+PART = 0.7
+#: While the gate delays calls, the allowed calls grow by one step in `GrowthGate._step_seconds`, to test whether the
+#: provider allows more. A step is STEP_CALLS calls plus the share STEP_SHARE of the allowed calls.
+STEP_CALLS, STEP_SHARE = 0.5, 0.05
+#: Seconds of a step: at first, and at most, because a limit may change. Each refusal that agrees with the allowed calls
+#: doubles it. So does a refusal with no accepted call before it, because then each test costs more.
+MIN_STEP_SECONDS, MAX_STEP_SECONDS = 4.0, 160.0
+#: A refusal agrees with the allowed calls if it comes at no less than this share of them. Otherwise the steps are short
+#: again. If the allowed calls have grown by a whole call and beyond 1 / AGREES times their value, and no refusal came,
+#: the rule allows far more: the steps are half as long as at first, then a quarter, and so on.
+AGREES = 0.8
 
 
 class GrowthGate:
     """Limit how quickly the rate of calls rises. Inactive, and without cost, until the first refusal for growth."""
 
     __slots__ = (
-        "_budget",
         "_changed_at",
         "_cut_at",
-        "_first",
+        "_grown",
         "_grown_at",
-        "_held_count",
+        "_last",
         "_on_change",
-        "_refused_at_level",
+        "_refusals",
+        "_refused_at",
+        "_step_seconds",
         "base",
         "dormant",
         "factor",
@@ -53,14 +66,11 @@ class GrowthGate:
         "name",
     )  # fmt: skip
 
-    def __init__(self, budget: float = 0.005, on_change: Callable[[Change], None] = lambda _: None) -> None:
-        """`budget` is the share of attempts that may be refused. `on_change` is called after each refusal for growth
-        that changed the base.
-        """
+    def __init__(self, on_change: Callable[[Change], None] = lambda _: None) -> None:
+        """`on_change` is called after each refusal for growth that changed the base."""
         self.base = inf
         """Calls allowed in one second after a pause; infinite until the first refusal for growth."""
         self.factor = FACTOR
-        self._budget = budget
         self._on_change = on_change
         self.log: list[float] = []
         """Send times of the calls that were not refused for growth, as loop times. While the gate is dormant, the
@@ -68,11 +78,14 @@ class GrowthGate:
         self.name: Cause = "growth"
         self.dormant = True
         self._changed_at = -inf
-        self._cut_at = -inf
-        self._first = False
-        self._refused_at_level = (0.0, 0.0)  # factor and base at the last refusal, before it changed them
+        self._cut_at = -inf  # refused calls that were sent until this time belong to the last refusal
+        self._refused_at = -inf  # send time of the first refused call of the last refusal
+        # The last refusal for each power of two of the earlier calls/s: the earlier calls/s and the calls they allow.
+        self._refusals: dict[int, tuple[float, float]] = {}
+        self._last = 0  # key of the last refusal
         self._grown_at = -inf
-        self._held_count = 0
+        self._step_seconds = MIN_STEP_SECONDS
+        self._grown = 1.0  # factor by which the allowed calls have grown since the last refusal
 
     def advance(self, now: float) -> None:
         """See `Gate`."""
@@ -154,16 +167,14 @@ class GrowthGate:
         self.log.append(now)
         if held:
             seconds, self._grown_at = min(now - self._grown_at, 0.5), now
-            factor, base = self._refused_at_level
-            if self.factor < RECOVERED * factor:
-                self.factor *= 1.0 + RECOVERY * seconds
-            if self.base < RECOVERED * base:
-                self.base *= 1.0 + RECOVERY * seconds
-            self._held_count += 1
-            if self._held_count * self._budget >= 1.0:  # the budget allows one refusal: test whether more is allowed
-                self._held_count = 0
-                self.factor = min(self.factor * 1.05, 2 * FACTOR)
-                self.base *= 1.05
+            allowed = self.allowed(now)
+            growth = 1.0 + (STEP_CALLS / allowed + STEP_SHARE) * seconds / self._step_seconds
+            self.base *= growth
+            self.factor = min(self.factor * growth, 2 * FACTOR)
+            self._grown *= growth
+            if AGREES * (allowed - 1.0) > allowed / self._grown:  # the rule allows more
+                self._step_seconds, self._grown = min(self._step_seconds, MIN_STEP_SECONDS) / 2, 1.0
+                self._refusals.clear()
 
     def trim(self, now: float) -> None:
         """Delete the send times that are older than the longest memory."""
@@ -175,17 +186,36 @@ class GrowthGate:
         if index < len(self.log) and self.log[index] == sent_at:
             del self.log[index]
         if sent_at > self._cut_at:
-            self._first = self.dormant
+            longer = min(max(2.0 * self._step_seconds, MIN_STEP_SECONDS), MAX_STEP_SECONDS)
             if not self.dormant:
-                self._refused_at_level = (self.factor, self.base)
-                shown = (self._count_not_refused(sent_at) - self.base) / max(self._rate_before(sent_at), 1e-6)
-                self.factor = max(CUT * self.factor, min(shown, self.factor))
-                self.base = max(self.base * 0.97, MIN_BASE)
-            self._cut_at = now
-            self._held_count = 0
-        if self._first:
-            # The number of accepted calls of the first burst after a pause shows the base directly.
-            accepted = bisect_right(self.log, sent_at) - bisect_left(self.log, sent_at - 1.0)
-            before = bisect_left(self.log, sent_at - 1.0) - bisect_left(self.log, sent_at - 1.0 - MEMORIES[0])
-            self.base = max(accepted - self.factor * before / MEMORIES[0], MIN_BASE)
+                if bisect_right(self.log, self._cut_at) == index:  # no call was accepted since the last refusal
+                    self._step_seconds = longer
+                    return  # the provider refuses every call at present, so this refusal shows no limit
+                agrees = self._count_not_refused(sent_at) + 1 >= AGREES * self.allowed(sent_at)
+                self._step_seconds = longer if agrees else MIN_STEP_SECONDS
+            self._refused_at = sent_at
+        else:
+            self._refused_at = min(self._refused_at, sent_at)
+            self._refusals.pop(self._last, None)
+        before, calls = self._rate_before(self._refused_at), self._count_not_refused(self._refused_at)
+        self._last = round(log2(1.0 + before))
+        self._refusals[self._last] = before, calls + min(FACTOR * before, PART) - BLUR * self.factor * before
+        self._fit()
+        self._cut_at = now
+        self._grown = 1.0
         self.dormant = False
+
+    def _fit(self) -> None:
+        """Fit base and factor to the known refusals by least squares. The result would prevent the last refusal."""
+        known = self._refusals.values()
+        mean_before = sum(before for before, _ in known) / len(known)
+        mean_calls = sum(calls for _, calls in known) / len(known)
+        spread = sum((before - mean_before) ** 2 for before, _ in known)
+        common = sum((before - mean_before) * (calls - mean_calls) for before, calls in known)
+        factor = max((common + ASSUMED_WEIGHT * FACTOR) / (spread + ASSUMED_WEIGHT), 0.0)
+        base = mean_calls - factor * mean_before
+        before, calls = self._refusals[self._last]
+        if (over := base + factor * before - calls) > 0.0:  # share `over` between base and factor by their variances
+            over /= ASSUMED_WEIGHT + before**2
+            base, factor = base - over * ASSUMED_WEIGHT, max(factor - over * before, 0.0)
+        self.base, self.factor = max(base, MIN_BASE), factor

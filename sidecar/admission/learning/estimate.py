@@ -111,6 +111,13 @@ class Estimate:
         self.burst = max(0.85 * self.burst, self.typical)
         self.limit = max(self.limit, low)
 
+    def burst_at_most(self, taken: float) -> None:
+        """Lower a remembered burst to the amount accepted since the restart: no larger burst has been seen since then.
+
+        With a burst that is too large, the limit would be computed too low, and the next refusal would come late.
+        """
+        self.burst = max(min(self.burst, taken), self.typical)
+
     def recall(self, limit: float, burst: float, uncertainty: float) -> None:
         """Start from values that were learned before a restart."""
         self.burst = max(burst, self.typical)

@@ -192,7 +192,7 @@ class PolicerLearner:
     def refused(self, now: float, sent: Sent) -> Effect:
         """See `Learner`. The refusals of one burst (recognised by their send times) are one event."""
         self.refused_too(now, sent)
-        self._remembered_at = inf
+        remembered, self._remembered_at = self._remembered_at, inf
         weight = 1.0 if self.state is START else 0.3  # the first value replaces the assumed value
         self.refusal_seconds = max(self.refusal_seconds + weight * (now - sent.at - self.refusal_seconds), 1e-3)
         if sent.at <= self._cut_at:
@@ -206,7 +206,9 @@ class PolicerLearner:
         if (climb := self._share.climb) is not None:
             self.estimate.limit *= climb.refused(sent.at)
             return Effect(None, climb.in_vain)
-        if self.state is State.START:
+        if remembered < inf:
+            self.estimate.burst_at_most(self._trace.until(sent).total)
+        if self.state is State.START or (remembered < inf and self._ramp.along < LEARNER_EARLY):
             self._first_refusal(now, sent)
         elif self._refusal(now, sent):
             return NO_EFFECT
@@ -227,6 +229,7 @@ class PolicerLearner:
     # -- what a refusal does -------------------------------------------------------------------------------------------
 
     def _first_refusal(self, now: float, sent: Sent) -> None:
+        """Guess the limit. A remembered limit is forgotten here: it was refused before the pace reached it."""
         first = FirstBurst(sent.at, self._start.began, self._trace)
         first.guess(self.estimate, self.refusal_seconds)
         self._first = first if first.is_burst else None
@@ -415,6 +418,7 @@ class PolicerLearner:
             # No refusal for LEARNER_REMEMBERED_SECONDS: the limit may be far higher than before the restart.
             estimate.limit *= exp(RAMP_RISE * min(now - self._grown_at, 1.0))
             estimate.unsure = ESTIMATE_UNSUREST
+            self._begin()
         elif self._first is not None and self._first.searching:
             estimate.limit *= self._first.growth(seconds, self.refusal_seconds)
         elif self.state is State.SHARED:

@@ -45,6 +45,7 @@ _KNOWN = (State.ASSESS, State.STEADY, State.PROBE, State.SHARED)
 #: `Learner`) is no event: it initialises the learner again.
 TRANSITIONS: dict[tuple[State, Event], State] = {
     (State.START, Event.FIRST_REFUSAL): State.ASSESS,
+    (State.ASSESS, Event.FIRST_REFUSAL): State.ASSESS,
     **{(state, Event.MEASURED_WELL): State.STEADY for state in _KNOWN},
     **{(state, Event.MEASURED_ROUGHLY): State.ASSESS for state in _KNOWN},
     **{(state, Event.BURST_FITTED): State.ASSESS for state in _KNOWN},

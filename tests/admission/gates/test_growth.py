@@ -5,7 +5,7 @@ from gate_calls import TICKET, refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sidecar.admission.gates.growth import CUT, GrowthGate
+from sidecar.admission.gates.growth import MIN_BASE, GrowthGate
 
 
 class Provider:
@@ -29,8 +29,8 @@ def wait_of(gate, now):
     return gate.opens_at(now, 0.0) - now
 
 
-def send(gate, now):
-    return gate.reserve(now, TICKET, 0.0, held=False)
+def send(gate, now, *, held=False):
+    return gate.reserve(now, TICKET, 0.0, held=held)
 
 
 def refuse(gate, now, sent):
@@ -39,13 +39,13 @@ def refuse(gate, now, sent):
 
 def volley(gate, provider, now, calls, max_seconds=60.0):
     """Send `calls` calls as fast as allowed; return the number of refusals and the time of the last accepted call."""
-    refused, end = 0, now + max_seconds
+    refused, end, held = 0, now + max_seconds, False
     while calls and now < end:
         wait = wait_of(gate, now)
         if wait > 0:
-            now += wait
+            now, held = now + wait, True
             continue
-        sent = send(gate, now)
+        sent, held = send(gate, now, held=held), False
         if provider.accepts(now):
             calls -= 1
         else:
@@ -79,25 +79,49 @@ def test_a_steady_stream_does_not_wait(rate):
     now, waited = 20.0, 0.0
     for number in range(600):
         due = 20.0 + number / rate
-        now = max(now, due)
+        now, held = max(now, due), False
         while (wait := wait_of(gate, now)) > 0:
-            now += wait
+            now, held = now + wait, True
         if number >= 300:
             waited = max(waited, now - due)
-        sent = send(gate, now)
+        sent = send(gate, now, held=held)
         if not provider.accepts(now):
             refuse(gate, now, sent)
     assert waited < 0.5
 
 
-def test_a_burst_of_refusals_counts_once():
+@pytest.mark.parametrize("order", [range(8), range(7, -1, -1), (3, 0, 7, 1, 6, 2, 5, 4)])
+def test_a_burst_of_refusals_counts_once_in_any_order(order):
+    one, gate = GrowthGate(), GrowthGate()
+    for tried, calls in ((one, 1), (gate, 8)):
+        refuse(tried, 0.1, send(tried, 0.0))
+        send(tried, 19.0)
+        burst = [send(tried, 20.0 + 0.001 * number) for number in range(calls)]
+        for number in order if calls > 1 else (0,):
+            refuse(tried, 20.1, burst[number])
+    assert (gate.base, gate.factor) == (one.base, one.factor)
+
+
+def test_refusals_of_every_call_teach_nothing():
+    """After a refusal, some providers refuse every call for a time."""
     gate = GrowthGate()
+    for number in range(4):
+        send(gate, 0.1 * number)
+    refuse(gate, 0.45, send(gate, 0.4))
+    known = gate.base, gate.factor
+    for number in range(5):
+        at = 0.5 + number
+        refuse(gate, at + 0.05, send(gate, at))
+    assert (gate.base, gate.factor) == known
+
+
+@pytest.mark.parametrize("rate", [4.0, 8.0])
+def test_a_rule_that_was_learned_as_a_tenth_is_corrected_in_30_s(rate):
+    gate, provider = GrowthGate(), Provider(rate, factor=0.0)
     refuse(gate, 0.1, send(gate, 0.0))
-    burst = [send(gate, 20.0 + 0.001 * number) for number in range(8)]
-    factor = gate.factor
-    for sent in burst:
-        refuse(gate, 20.1, sent)
-    assert gate.factor == pytest.approx(factor * CUT)
+    gate.base, gate.factor = max(rate / 10.0, MIN_BASE), 0.0
+    volley(gate, provider, 1.0, 10_000, max_seconds=40.0)
+    assert sum(at > 31.0 for at in provider.accepted) >= 0.5 * rate * 10.0
 
 
 @settings(max_examples=60)
