@@ -42,6 +42,8 @@ class Request:
     by cancelling. A backend may also send it to the provider."""
     method: str = "POST"
     """The HTTP method. It differs from POST only for requests that pass through to an upstream over HTTP."""
+    query: str = ""
+    """The query of the caller's URL, without credentials. Only an upstream over HTTP gets it."""
 
 
 @dataclass(slots=True)

@@ -8,10 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import lru_cache
+from urllib.parse import unquote_plus
 
 from backends.http1.headers import canonical_name
 
-_TO_PROVIDER = frozenset({"traceparent", "tracestate"})
+#: `HTTP-Referer` and `X-Title` name the caller's program at OpenRouter.
+_TO_PROVIDER = frozenset({"traceparent", "tracestate", "http-referer", "x-title"})
+#: Names of parameters in a URL that hold a key. The provider's key comes from the settings, never from a caller.
+_CREDENTIALS = frozenset(
+    {"key", "api_key", "api-key", "apikey", "access_token", "access-token", "token", "subscription-key"}
+)
 _TO_PROVIDER_PREFIXES = ("x-dashscope-",)
 _TO_CALLER = frozenset({"content-type", "content-language", "x-request-id", "request-id", "traceparent", "retry-after"})
 _TO_CALLER_PREFIXES = ("x-dashscope-", "openai-", "x-ratelimit-")
@@ -20,6 +26,17 @@ _TO_CALLER_PREFIXES = ("x-dashscope-", "openai-", "x-ratelimit-")
 def to_provider(headers: Mapping[str, str]) -> dict[str, str]:
     """Return the caller's headers that the provider gets. A value that is not ASCII is left out."""
     return {name: value for name, value in headers.items() if _goes_to_provider(name) and value.isascii()}
+
+
+def query_to_provider(query: str) -> str:
+    """Return the query of the caller's URL without parameters that hold a key, for example `api-version=2024-10-21`."""
+    if not query:
+        return ""
+    return "&".join(pair for pair in query.split("&") if _parameter_name(pair) not in _CREDENTIALS)
+
+
+def _parameter_name(pair: str) -> str:
+    return unquote_plus(pair.partition("=")[0]).strip().lower()
 
 
 def to_caller(headers: Mapping[str, str]) -> dict[str, str]:

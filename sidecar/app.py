@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import gc
 import logging
 import signal
+import socket
 
 from backends.base import BackendError
 from backends.http1.implementation import choose
 from backends.http1.interface import Listener
 from sidecar import __version__
 from sidecar.assembly import StartError, assemble
+from sidecar.config_file import ConfigFile, Source
 from sidecar.settings import Settings
 
 log = logging.getLogger("sidecar")
@@ -31,8 +34,11 @@ _LATE_ANSWER_SECONDS = 2.0
 class Sidecar:
     """One running sidecar. Create it in the event loop that runs it."""
 
-    def __init__(self, settings: Settings) -> None:
-        """Build the parts, without opening or starting them. Raises `StartError`."""
+    def __init__(self, settings: Settings, source: Source | None = None) -> None:
+        """Build the parts, without opening or starting them. Raises `StartError`.
+
+        `source` loads the settings again, if they come from a file.
+        """
         self.settings = settings
         self.data_port = self.admin_port = 0
         """The ports of the listeners after the start; 0 before."""
@@ -40,6 +46,7 @@ class Sidecar:
         self._drain_requested = asyncio.Event()
         self.parts = parts = assemble(settings, self.drain)
         self.admission, self.data = parts.admission, parts.data
+        self._config_file = None if source is None else ConfigFile(source, settings, self._configure, parts.metrics)
         self._data_listener: Listener | None = None
         self._admin_listener: Listener | None = None
         """The start creates them: only then it is known which implementation of HTTP works."""
@@ -57,6 +64,8 @@ class Sidecar:
                 observers = [tasks.create_task(self._measure_lag()), tasks.create_task(self.parts.sampler.run())]
                 if self.parts.state_file is not None:
                     observers.append(tasks.create_task(self.parts.state_file.run()))
+                if self._config_file is not None:
+                    observers.append(tasks.create_task(self._config_file.run()))
                 await self._drain_requested.wait()
                 await self._finish()
                 for observer in observers:
@@ -81,11 +90,13 @@ class Sidecar:
         settings = self.settings
         for number in (signal.SIGTERM, signal.SIGINT):
             self._loop.add_signal_handler(number, self._on_signal)
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # `nohup` starts a process that ignores it
+            self._loop.add_signal_handler(signal.SIGHUP, self._on_hangup)
         http = await choose()
         self.parts.metrics.set_http_implementation(http.name)
         self._admin_listener = http.listener(self.parts.admin, max_connections=_MAX_ADMIN_CONNECTIONS)
         self._data_listener = http.listener(self.parts.data, max_connections=_MAX_DATA_CONNECTIONS)
-        self.admin_port = await _open(self._admin_listener, settings.admin_host, settings.admin_port, "admin_port")
+        self.admin_port = await _open(self._admin_listener, settings.admin_host, settings.admin_port, "SIDECAR_ADMIN_")
         for backend in self.parts.all_backends:
             try:
                 await backend.start()
@@ -93,12 +104,13 @@ class Sidecar:
                 is_detector = backend is self.parts.detector
                 at = f"DETECTOR_MODEL={settings.detector_model}" if is_detector else f"BACKEND={backend.name}"
                 raise StartError(f"SIDECAR_{at} cannot start: {error.message}") from error
-        self.data_port = await _open(self._data_listener, settings.host, settings.port, "port")
+        self.data_port = await _open(self._data_listener, settings.host, settings.port, "SIDECAR_")
         if settings.unix_socket is not None:
             try:
                 await self._data_listener.open_unix(settings.unix_socket)
             except OSError as error:
-                raise StartError(f"SIDECAR_UNIX_SOCKET={settings.unix_socket}: {_reason(error)}") from error
+                reason = f"{_reason(error)}; name a path in a folder that exists and that the sidecar may write"
+                raise StartError(f"SIDECAR_UNIX_SOCKET={settings.unix_socket}: {reason}") from error
         self.parts.health.started = True
         gc.collect()
         gc.freeze()  # objects of the start are never garbage: later collections can skip them
@@ -108,7 +120,7 @@ class Sidecar:
             log.warning("SIMULATED: the backend 'simulated' makes its answers up; SIDECAR_DASHSCOPE_API_KEY ends that")
         log.info(
             "vlm-sidecar %s serves %s on %s:%d, probes and metrics on %s:%d",
-            __version__, names, settings.host, self.data_port, settings.admin_host, self.admin_port,
+            __version__, names, _in_url(settings.host), self.data_port, _in_url(settings.admin_host), self.admin_port,
         )  # fmt: skip
 
     def drain(self) -> None:
@@ -123,6 +135,17 @@ class Sidecar:
             log.warning("told to stop a second time: giving up what is under way, requests: %d", self.data.in_progress)
             self.data.abort_all()
         self.drain()
+
+    def _on_hangup(self) -> None:
+        """Load the settings again, or drain if they do not come from a file: then a terminal was closed."""
+        if self._config_file is None:
+            self.drain()
+        else:
+            self._config_file.reload()
+
+    def _configure(self, settings: Settings) -> None:
+        self.settings = settings
+        self.parts.configure(settings)
 
     async def _finish(self) -> None:
         """Wait for the accepted requests. Those that are not finished after the drain timeout get an error."""
@@ -148,7 +171,7 @@ class Sidecar:
         self.parts.sampler.close()
         if self._admin_listener is not None:
             await self._admin_listener.close()
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             self._loop.remove_signal_handler(number)
 
     async def _measure_lag(self) -> None:
@@ -159,11 +182,31 @@ class Sidecar:
             observe(max(self._loop.time() - due, 0.0))
 
 
-async def _open(listener: Listener, host: str, port: int, setting: str) -> int:
+#: The errors of an address that this machine does not have, or of a host name without an address.
+_NOT_OURS = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
+_PORT_ADVICE = {
+    errno.EADDRINUSE: "stop what uses it, or choose another port",
+    errno.EACCES: "a port below 1024 needs a privilege; choose another one",
+}
+
+
+async def _open(listener: Listener, host: str, port: int, prefix: str) -> int:
+    """Open a listener. `prefix` begins the names of its two settings. Raises `StartError` that names the wrong one."""
     try:
         return await listener.open(host, port)
     except OSError as error:
-        raise StartError(f"SIDECAR_{setting.upper()}={port} on {host}: {_reason(error)}") from error
+        if isinstance(error, socket.gaierror) or error.errno in _NOT_OURS:
+            raise StartError(
+                f"{prefix}HOST={host}: this machine has no such address ({_reason(error)}); "
+                "name one of its own, such as 127.0.0.1, or 0.0.0.0 for all"
+            ) from error
+        advice = _PORT_ADVICE.get(error.errno or 0, "choose another port")
+        raise StartError(f"{prefix}PORT={port} on {_in_url(host)}: {_reason(error)}; {advice}") from error
+
+
+def _in_url(host: str) -> str:
+    """Return a host as it is written before a port: an IPv6 address has brackets."""
+    return f"[{host}]" if ":" in host and not host.startswith("[") else host
 
 
 def _reason(error: OSError) -> str:

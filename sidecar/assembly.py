@@ -22,9 +22,10 @@ from sidecar.admin.health import Health
 from sidecar.admin.server import AdminServer
 from sidecar.admin.status import status_of
 from sidecar.admission import Admission, UpstreamSettings
-from sidecar.api.call import CallSettings
+from sidecar.api.call import CallSettings, Sampling
 from sidecar.api.server import DataServer
 from sidecar.dispatch.dispatcher import Dispatcher
+from sidecar.observe import logging as logs
 from sidecar.observe.gauges import AdmissionGauges
 from sidecar.observe.metrics import Metrics
 from sidecar.observe.sampler import Sampler
@@ -68,6 +69,15 @@ class Parts:
         """All backends, including the detector; `app.py` starts and closes them."""
         return [*self.backends, *([self.detector] if self.detector is not None else [])]
 
+    def configure(self, settings: Settings) -> None:
+        """Apply settings that can change without a restart: see `config_file.RELOADABLE`."""
+        self.data.configure(
+            _call_settings(settings, self.backends[0], traced=self.spans is not None),
+            api_key=settings.api_key,
+            access_log=settings.access_log,
+        )
+        logs.set_up(settings.log_format, settings.log_level)
+
     def drain(self) -> None:
         """Refuse new requests from now on."""
         self.health.draining = self.admission.draining = True
@@ -104,14 +114,7 @@ def assemble(settings: Settings, drain: Callable[[], None]) -> Parts:
     sampler = Sampler(metrics, admissions)
     data = DataServer(
         Dispatcher(admission, backends, metrics),
-        CallSettings(
-            deadline=settings.deadline,
-            max_body_bytes=settings.max_body_bytes,
-            key_header=settings.key_header,
-            default_model=backends[0].model_id or settings.dashscope_model,
-            passthrough=settings.passthrough and backends[0].name == "dashscope",
-            traced=spans is not None,
-        ),
+        _call_settings(settings, backends[0], traced=spans is not None),
         detector=detector_dispatcher,
         api_key=settings.api_key,
         access_log=settings.access_log,
@@ -120,6 +123,19 @@ def assemble(settings: Settings, drain: Callable[[], None]) -> Parts:
     state_file = _state_file(settings, admission, backends)
     return Parts(
         health, metrics, sampler, admission, backends, detector, detector_admission, data, admin, state_file, spans
+    )
+
+
+def _call_settings(settings: Settings, backend: Backend, *, traced: bool) -> CallSettings:
+    """Return the settings that apply to callers. `backend` is the first one."""
+    return CallSettings(
+        deadline=settings.deadline,
+        max_body_bytes=settings.max_body_bytes,
+        key_header=settings.key_header,
+        default_model=backend.model_id or settings.dashscope_model,
+        passthrough=settings.passthrough and backend.name == "dashscope",
+        sampling=Sampling(settings.default_max_tokens, settings.default_temperature, settings.default_top_p),
+        traced=traced,
     )
 
 

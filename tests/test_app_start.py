@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import re
 import socket
 import stat
 import subprocess
 import sys
+from pathlib import Path
 
 import aiohttp
 import pytest
-from running import CHAT, Process, chat
+from real_parts import platform_lacks
+from running import CHAT, IMAGE_URL, Process, chat
+
+ROOT = Path(__file__).parents[1]
+DESCRIBE = "/api/inference/describe"
 
 CLEAN = {name: value for name, value in os.environ.items() if not name.startswith(("SIDECAR_", "TRIO_", "DASHSCOPE"))}
 
@@ -182,3 +188,84 @@ async def test_a_rotated_key_file_is_used_without_a_restart(tmp_path, scripted):
                 break
             await asyncio.sleep(0.05)  # the sidecar checks the file once a second
         assert seen == {"Bearer sk-old", "Bearer sk-new"}
+
+
+async def test_a_name_with_a_typing_error_is_a_warning_at_start_with_the_nearest_name():
+    environ = {"SIDECAR_BACKEND": "simulated", "SIDECAR_DASHSCOPE_API_KEI": "sk-hidden", "TRIO_HOST": "0.0.0.0"}
+    async with Process(environ=environ) as process:
+        assert "warning: SIDECAR_DASHSCOPE_API_KEI is no setting" in process.log
+        assert "SIDECAR_DASHSCOPE_API_KEY is one" in process.log
+        assert "not used by the sidecar: TRIO_HOST" in process.log
+        assert "sk-hidden" not in process.log
+
+
+def test_a_dotenv_file_of_trio_core_stops_the_start_and_is_named(tmp_path):
+    (tmp_path / ".env").write_text("TRIO_REMOTE_VLM_URL=http://127.0.0.1:1/v1\n")
+    for command in ("serve", "check"):
+        ended = subprocess.run(
+            [sys.executable, "-m", "sidecar", command], env=CLEAN | {"PYTHONPATH": str(ROOT)}, cwd=tmp_path,
+            capture_output=True, text=True, timeout=20, check=False,
+        )  # fmt: skip
+        assert (ended.returncode, ended.stdout) == (2, "")
+        assert ".env in the working folder sets TRIO_REMOTE_VLM_URL" in ended.stderr
+
+
+def test_what_reads_the_output_may_end_early(tmp_path):
+    """Like `vlm-sidecar check --json | head -1`: no traceback."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "wb") as closed_pipe:
+        ended = subprocess.run(
+            [sys.executable, "-m", "sidecar", "check", "--json"], env=CLEAN | {"SIDECAR_BACKEND": "simulated"},
+            stdout=closed_pipe, stderr=subprocess.PIPE, text=True, timeout=20, check=False,
+        )  # fmt: skip
+    assert (ended.returncode, ended.stderr) == (1, "")
+
+
+async def test_the_sampling_of_trio_core_is_sent_where_the_request_gives_none(serving, scripted):
+    upstream = await scripted()
+    sidecar = await serving(
+        dashscope_url=f"{upstream.origin}/v1", default_max_tokens="99", default_temperature="0.3", default_top_p="0.7"
+    )
+    for given, max_tokens in (({}, 99), ({"max_tokens": 5}, 5)):
+        async with sidecar.post({"image_b64": IMAGE_URL.partition(",")[2], **given}, path=DESCRIBE) as response:
+            assert response.status == 200
+        sent = json.loads(upstream.seen[-1].body)
+        assert (sent["max_tokens"], sent["temperature"], sent["top_p"]) == (max_tokens, 0.3, 0.7)
+
+
+def test_a_pipe_as_the_key_file_stops_the_start_with_one_line(tmp_path):
+    os.mkfifo(tmp_path / "key")
+    ended = serve(environ={"SIDECAR_DASHSCOPE_API_KEY_FILE": str(tmp_path / "key"), "SIDECAR_LOG_LEVEL": "error"})
+    assert ended.returncode == 2
+    assert "SIDECAR_DASHSCOPE_API_KEY_FILE" in ended.stderr
+    assert "not a regular file" in ended.stderr
+    assert ended.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("setting", "host"),
+    [("SIDECAR_HOST", "192.0.2.7"), ("SIDECAR_HOST", "nowhere.invalid"), ("SIDECAR_ADMIN_HOST", "192.0.2.8")],
+)
+def test_a_wrong_host_is_not_blamed_on_the_port(setting, host):
+    environ = {"SIDECAR_PORT": "0", "SIDECAR_ADMIN_PORT": "0", "SIDECAR_ADMIN_HOST": "127.0.0.1", setting: host}
+    ended = serve(environ=environ | {"SIDECAR_LOG_LEVEL": "error", "SIDECAR_BACKEND": "simulated"})
+    assert ended.returncode == 2
+    assert f"{setting}={host}: this machine has no such address" in ended.stderr
+    assert "PORT" not in ended.stderr
+    assert ended.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::"])
+async def test_every_address_means_both_families_on_both_listeners(serving, host):
+    try:
+        with socket.socket(socket.AF_INET6) as probe:
+            probe.bind(("::1", 0))
+    except OSError:
+        platform_lacks("no IPv6 on this machine")
+    sidecar = await serving(host=host, admin_host=host)
+    for address in ("127.0.0.1", "[::1]"):
+        async with sidecar.client.get(f"http://{address}:{sidecar.sidecar.data_port}/health") as response:
+            assert response.status == 200
+        async with sidecar.client.get(f"http://{address}:{sidecar.sidecar.admin_port}/livez") as response:
+            assert response.status == 200

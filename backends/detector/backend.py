@@ -9,13 +9,13 @@ from __future__ import annotations
 import asyncio
 import base64
 from concurrent.futures import ThreadPoolExecutor
-from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import orjson
 
 from backends.base import BackendError, Rejected, Reply, Request, Timings
+from backends.pixels import TooManyPixels, decode
 
 if TYPE_CHECKING:
     import numpy as np
@@ -41,7 +41,6 @@ _TILES = 2
 _TILE_OVERLAP = 0.3
 #: Pixels of the largest image that is decoded.
 _MAX_PIXELS = 50_000_000
-_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 #: Pixels. Width and height of the model's input if the model file does not fix them.
 _DEFAULT_SIDE = 640
 
@@ -99,6 +98,8 @@ class DetectorBackend:
         self._session = None
 
     def _load(self) -> None:
+        if not self._path.is_file():  # a pipe would stop the start for ever
+            raise BackendError("there is no such file; name an ONNX file that exists")
         try:
             import numpy as np  # noqa: PLC0415
             import onnxruntime  # noqa: PLC0415
@@ -232,12 +233,9 @@ def _tiles(width: int, height: int) -> list[tuple[int, int, int, int]]:
 
 def _decode(image_b64: bytes) -> Image.Image:
     """Decode a frame to RGB and rotate it upright by its EXIF data. Raises `Rejected` if that fails."""
-    from PIL import Image, ImageOps  # noqa: PLC0415
-
     try:
-        with Image.open(BytesIO(base64.b64decode(image_b64)), formats=_FORMATS) as opened:
-            if opened.width * opened.height > _MAX_PIXELS:
-                raise Rejected(f"the image has more than {_MAX_PIXELS} pixels", status=400)
-            return ImageOps.exif_transpose(opened).convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        return decode(base64.b64decode(image_b64), _MAX_PIXELS)
+    except TooManyPixels as error:
+        raise Rejected(f"the image {error}", status=400) from error
+    except Exception as error:  # Pillow raises almost any exception for a damaged picture
         raise Rejected(f"the image cannot be decoded ({type(error).__name__})", status=400) from error

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
+import socket
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
@@ -29,8 +32,18 @@ CLOSING_SECONDS = 1.0
 READ_BUFFER_BYTES = 256 * 1024
 #: Maximum number of connections that the operating system queues until the process accepts them.
 BACKLOG = 1024
+#: The host that means "every address of this machine", by family. Either of them means the addresses of both families.
+_EVERY_ADDRESS = {socket.AF_INET: "0.0.0.0", socket.AF_INET6: "::"}  # noqa: S104
+#: The errors of a machine that has no address of a family.
+_NO_SUCH_FAMILY = (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL, errno.EPROTONOSUPPORT)
+#: How often a free port is chosen, if the port that is free in one family is in use in the other one.
+_PORT_TRIES = 20
 #: Maximum number of requests that wait on one connection behind the request that is being answered.
 MAX_PIPELINED = 32
+
+
+#: The head of an error that the HTTP layer reports itself. A repetition of the request would fail again.
+ERROR_HEADERS = {"Content-Type": "application/json", "X-Should-Retry": "false"}
 
 
 def error_body(message: str, kind: str, code: str) -> bytes:
@@ -96,10 +109,21 @@ class Addresses:
         self._socket_path: Path | None = None
 
     async def open(self, host: str, port: int) -> int:
-        """Listen on a TCP address and return the port. Raises `OSError`."""
-        server = await asyncio.get_running_loop().create_server(self._make_protocol, host, port, backlog=BACKLOG)
-        self._servers.append(server)
-        return int(server.sockets[0].getsockname()[1])
+        """Listen on a TCP address and return the port. Raises `OSError`.
+
+        `0.0.0.0` and `::` both mean every address of this machine, of both families. A family that the machine does
+        not have is left out.
+        """
+        loop, host = asyncio.get_running_loop(), host.strip("[]")
+        named = next((family for family, every in _EVERY_ADDRESS.items() if every == host), None)
+        if named is None:
+            server = await loop.create_server(self._make_protocol, host, port, backlog=BACKLOG)
+            self._servers.append(server)
+            return int(server.sockets[0].getsockname()[1])
+        sockets = _sockets_of_every_address(named, port)
+        for one in sockets:
+            self._servers.append(await loop.create_server(self._make_protocol, sock=one, backlog=BACKLOG))
+        return int(sockets[0].getsockname()[1])
 
     async def open_unix(self, path: Path) -> None:
         """Listen on a unix socket too, and replace a stale one. Raises `OSError`."""
@@ -116,6 +140,39 @@ class Addresses:
         """Remove the unix socket's file."""
         if self._socket_path is not None:
             await asyncio.to_thread(self._socket_path.unlink, missing_ok=True)
+
+
+def _sockets_of_every_address(named: socket.AddressFamily, port: int) -> list[socket.socket]:
+    """Bind one socket for each family, all to the same port. Only the family that was named must exist.
+
+    Two sockets are used, because one socket of IPv6 for both families would show IPv4 callers as `::ffff:10.0.0.7`.
+    """
+    other = socket.AF_INET if named is socket.AF_INET6 else socket.AF_INET6
+    for tries_left in reversed(range(_PORT_TRIES)):
+        first = _bound(named, port)
+        try:
+            return [first, _bound(other, first.getsockname()[1])]
+        except OSError as error:
+            if error.errno in _NO_SUCH_FAMILY:
+                return [first]
+            first.close()
+            if port or error.errno != errno.EADDRINUSE or not tries_left:
+                raise
+    raise AssertionError("the last try returns or raises")
+
+
+def _bound(family: socket.AddressFamily, port: int) -> socket.socket:
+    made = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        if os.name == "posix":  # as asyncio does: a restart can listen while old connections time out
+            made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family is socket.AF_INET6:
+            made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        made.bind((_EVERY_ADDRESS[family], port))
+    except OSError:
+        made.close()
+        raise
+    return made
 
 
 class Counted(asyncio.Protocol):

@@ -30,6 +30,7 @@ part. `check` looks for all parts at start, see `implementation.py`.
 | 21 | `http.StreamWriter(protocol, loop).write(memoryview)` |
 | 22 | `helpers._EXC_SENTINEL`, the default of `set_exception`'s second argument |
 | 23 | `ServerDisconnectedError.message` |
+| 24 | `http_exceptions.LineTooLong`, and the text of the error for too many headers |
 
 Behaviours that the code relies on, and that aiohttp does not document:
 
@@ -71,6 +72,7 @@ from aiohttp.client_reqrep import ClientRequest
 from aiohttp.connector import Connection
 from aiohttp.helpers import _EXC_SENTINEL, rfc822_formatted_time
 from aiohttp.http import HttpProcessingError, HttpRequestParser, RawRequestMessage, RawResponseMessage, StreamWriter
+from aiohttp.http_exceptions import LineTooLong
 from aiohttp.tcp_helpers import tcp_keepalive
 
 from backends.http1 import connecting
@@ -98,6 +100,7 @@ __all__ = [
     "can_be_reused",
     "check",
     "exchange",
+    "is_head_too_large",
     "rfc822_formatted_time",
     "tcp_keepalive",
 ]
@@ -135,6 +138,11 @@ def check(loop: asyncio.AbstractEventLoop) -> None:
 
 
 # -- the listener's side -----------------------------------------------------------------------------------------------
+
+
+def is_head_too_large(error: HttpProcessingError) -> bool:
+    """Return whether the parser refused a head because of its size, and not because it is not HTTP."""
+    return isinstance(error, LineTooLong) or "too many headers" in str(error).lower()
 
 
 class RequestProtocol(BaseProtocol):

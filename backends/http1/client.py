@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from yarl import URL
 
-from backends.http1 import connecting
+from backends.http1 import connecting, proxies
 from backends.http1.aiohttp_parts import (
     Connection,
     ConnectTarget,
@@ -48,7 +48,7 @@ class Origin:
     def __init__(self, connector: Connector, base: str) -> None:
         """Raise `ValueError` if the environment names a proxy of an unknown kind."""
         url = URL(base)
-        proxy = connecting.environment_proxy(url)
+        proxy = proxies.environment_proxy(url)
         self._connector = connector
         self._idle: deque[tuple[Connection, float]] = deque()
         """Idle connections, each with the loop time at which it became idle. The first one has been idle longest."""

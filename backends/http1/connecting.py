@@ -1,12 +1,9 @@
-"""How both HTTP implementations connect to an upstream: timeouts, socket options, and the proxy of the environment."""
+"""How both HTTP implementations connect to an upstream: timeouts and socket options. `proxies.py` finds the proxy."""
 
 from __future__ import annotations
 
 import socket
 from collections.abc import AsyncIterator
-from urllib.request import getproxies, proxy_bypass
-
-from yarl import URL
 
 #: Seconds within which a connection must be established: name, TCP and TLS together.
 CONNECT_SECONDS = 5.0
@@ -52,26 +49,3 @@ def in_slices(body: bytes) -> bytes | AsyncIterator[bytes]:
 async def _slices(body: bytes) -> AsyncIterator[bytes]:
     for start in range(0, len(body), SLICE_BYTES):
         yield body[start : start + SLICE_BYTES]
-
-
-def environment_proxy(url: URL) -> URL | None:
-    """Return the proxy that the variables `HTTPS_PROXY`, `HTTP_PROXY` and `NO_PROXY` name for a URL.
-
-    The official SDKs use the variables in the same way. This machine itself is never reached through a proxy. The
-    variables are read once per `Origin`. aiohttp's own `trust_env` is not used, because it uses a thread for every
-    request and reads passwords from `~/.netrc`.
-
-    Raises:
-        ValueError: the proxy is of a kind that is not supported.
-
-    """
-    host = url.host or ""
-    if host in ("localhost", "127.0.0.1", "::1") or proxy_bypass(host):
-        return None
-    named = getproxies().get(url.scheme)
-    if not named:
-        return None
-    proxy = URL(named)
-    if proxy.scheme not in ("http", "https") or not proxy.host:
-        raise ValueError(f"{url.scheme.upper()}_PROXY: only http:// and https:// proxies work, not {proxy.scheme}://")
-    return proxy

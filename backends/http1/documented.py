@@ -7,6 +7,7 @@ It is used if the installed aiohttp lacks an internal part. It is slower and has
   complete.
 * Only aiohttp bounds the number of pipelined requests, and not in every release. A connection that has sent no complete
   request head is closed after 75 s, not after 10 s.
+* If a caller shuts its sending side after a request, the connection is closed without an answer.
 * Connections to an upstream are not kept for another request. Otherwise aiohttp would read data that arrives on an idle
   connection as the next answer. It also does not show whether a POST on a dead connection may be sent again.
 * When a request to an upstream is cancelled, the data in its socket's buffer is still sent.
@@ -24,7 +25,7 @@ import aiohttp
 from aiohttp import web
 from yarl import URL
 
-from backends.http1 import accepting, connecting
+from backends.http1 import accepting, connecting, proxies
 from backends.http1.interface import Handler, OnPiece, Timings
 
 log = logging.getLogger("sidecar")
@@ -44,6 +45,10 @@ class HttpRequest(accepting.RequestHead):
 
     def transport(self) -> asyncio.Transport | None:
         return self.request.transport
+
+    @property
+    def caller_has_left(self) -> bool:
+        return self.is_gone
 
     def answer(self, status: int, headers: dict[str, str], *, length: int | None) -> Answer:
         self.begun_answer = Answer(self, status, headers, length)
@@ -164,7 +169,7 @@ class Origin:
     """See `interface.Origin`."""
 
     def __init__(self, session: aiohttp.ClientSession, url: URL) -> None:
-        self._session, self._proxy = session, connecting.environment_proxy(url)
+        self._session, self._proxy = session, proxies.environment_proxy(url)
         self._base = str(url.with_user(None)).rstrip("/")
         credentials = f"{url.user}:{url.password or ''}".encode("latin1")
         self._authorization = f"Basic {b64encode(credentials).decode()}" if url.user else None

@@ -17,15 +17,27 @@ HttpError = aiohttp.ClientError
 
 
 class MalformedRequest(Exception):
-    """The caller sent data that is not valid HTTP.
+    """The caller sent data that is not valid HTTP, or a head that is too large.
 
     The message contains no byte of the data, because the data may contain a part of a key.
     """
 
-    def __init__(self, cause: BaseException) -> None:
-        super().__init__(
-            f"this is not a valid HTTP request ({type(cause).__name__}): this port speaks plain HTTP, without TLS"
-        )
+    status: Literal[400, 431]
+    code: Literal["invalid_request", "headers_too_large"]
+
+    def __init__(self, cause: BaseException, *, head_too_large: bool = False) -> None:
+        if head_too_large:
+            self.status, self.code = 431, "headers_too_large"
+            text = (
+                "the first line or a header of the request is longer than 8 kB, or there are more than 128 headers: "
+                "send less"
+            )
+        else:
+            self.status, self.code = 400, "invalid_request"
+            text = (
+                f"this is not a valid HTTP request ({type(cause).__name__}): this port speaks plain HTTP, without TLS"
+            )
+        super().__init__(text)
 
 
 class MalformedAnswer(HttpError):

@@ -116,6 +116,11 @@ class HttpRequest(Protocol):
         ...
 
     @property
+    def caller_has_left(self) -> bool:
+        """Whether the caller has closed the connection or shut its sending side: nobody may wait for a late answer."""
+        ...
+
+    @property
     def remote(self) -> str:
         """The caller's address; empty for a unix socket."""
         ...

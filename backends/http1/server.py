@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from http import HTTPStatus
 
 from backends.http1 import accepting
 from backends.http1.aiohttp_parts import (
@@ -19,6 +20,7 @@ from backends.http1.aiohttp_parts import (
     RawRequestMessage,
     RequestProtocol,
     StreamReader,
+    is_head_too_large,
     tcp_keepalive,
 )
 from backends.http1.errors import MalformedRequest
@@ -33,9 +35,16 @@ class HttpRequest(ParsedRequest, accepting.RequestHead):
 
     __slots__ = ()
 
+    connection: Connection
+
     def transport(self) -> asyncio.Transport | None:
         """Return the caller's connection; None if it was lost."""
         return self.connection.transport
+
+    @property
+    def caller_has_left(self) -> bool:
+        """See `interface.HttpRequest`."""
+        return self.connection.caller_has_left
 
     def answer(self, status: int, headers: dict[str, str], *, length: int | None) -> Answer:
         """Begin the answer."""
@@ -49,16 +58,20 @@ Handler = Callable[[HttpRequest], Awaitable[object]]
 class Connection(RequestProtocol):
     """A caller's connection. Its requests are answered one after the other.
 
-    If the connection breaks, the handler is cancelled.
+    If the connection breaks, the handler is cancelled. It is also cancelled if the caller shuts its sending side (FIN)
+    during a request, except a GET or HEAD: see `eof_received`.
     """
 
-    __slots__ = ("_closes_at", "_incoming", "_listener", "_stopped", "_timer")
+    __slots__ = ("_closes_at", "_current", "_incoming", "_listener", "_stopped", "_timer", "caller_has_left")
 
     def __init__(self, listener: Listener, loop: asyncio.AbstractEventLoop) -> None:
         super().__init__(loop, buffer_bytes=accepting.READ_BUFFER_BYTES, max_pipelined=accepting.MAX_PIPELINED)
         self._listener = listener
         self._incoming: StreamReader = EMPTY_PAYLOAD  # the body of the last request that has arrived
         self._stopped = False  # if True, the data that follows is not parsed
+        self._current: HttpRequest | None = None  # the request that is being answered
+        self.caller_has_left = False
+        """Whether the caller has shut its sending side. Then no work may begin whose answer takes time."""
 
     # -- in ------------------------------------------------------------------------------------------------------------
 
@@ -94,7 +107,8 @@ class Connection(RequestProtocol):
                 # The handler that reads this body gets the error and writes the answer.
                 self._incoming.set_exception(MalformedRequest(error))
                 return
-            messages = [(MalformedRequest(error), EMPTY_PAYLOAD)]
+            malformed = MalformedRequest(error, head_too_large=is_head_too_large(error))
+            messages = [(malformed, EMPTY_PAYLOAD)]
         if messages:
             self._incoming = messages[-1][1]
             self.waiting.extend(messages)
@@ -102,6 +116,25 @@ class Connection(RequestProtocol):
                 self.pause_while_full()
             if self.task is None:
                 self.task = self.loop.create_task(self._answer_all())
+
+    def eof_received(self) -> bool:
+        """Keep the connection for answers that can be given at once. Return False to close it.
+
+        Some callers shut their sending side after a request and wait for the answer, for example `nc -N`. Most callers
+        that do so have left. Only a read (GET, HEAD) is worth its wait, unless its answer is a stream that has begun.
+        An error of another request is ready at once.
+        """
+        self.caller_has_left = True
+        if self.task is None or not self._incoming.is_eof():
+            return False
+        self.loop.call_soon(self._close_unless_reading)  # after the first step of a task that was created just now
+        return True
+
+    def _close_unless_reading(self) -> None:
+        http = self._current
+        is_worth_its_wait = http is not None and http.method in ("GET", "HEAD") and not http.has_begun
+        if self.task is not None and not is_worth_its_wait and self.transport is not None:
+            self.transport.close()  # what is written already is still sent; `connection_lost` cancels the handler
 
     def pause_writing(self) -> None:
         """Start the timeout of a caller that does not read. The write buffer is full: see `drain`."""
@@ -131,19 +164,22 @@ class Connection(RequestProtocol):
             # exception, and everything to which it refers, in memory.
             pass
         finally:
-            self.task = None
+            self.task = self._current = None
             self._closes_at = self.loop.time() + accepting.KEEPALIVE_SECONDS
-            if not (keeps_alive and self._listener.is_open) and self.transport is not None:
+            keeps_alive = keeps_alive and self._listener.is_open and not self.caller_has_left
+            if not keeps_alive and self.transport is not None:
                 self.transport.close()
 
     async def _answer_one(self, message: RawRequestMessage | MalformedRequest, content: StreamReader) -> bool:
         """Answer one request, or malformed data. Return whether the connection can take another request."""
         if isinstance(message, MalformedRequest):
-            self._refuse(
-                "400 Bad Request", accepting.error_body(str(message), "invalid_request_error", "invalid_request")
-            )
+            body = accepting.error_body(str(message), "invalid_request_error", message.code)
+            self._refuse(message.status, body, accepting.ERROR_HEADERS)
             return False
         http = HttpRequest(message, content, self)
+        self._current = http
+        if self.caller_has_left:
+            self.loop.call_soon(self._close_unless_reading)
         if self._stopped and not self.waiting:
             http.keep_alive = False
         try:
@@ -153,7 +189,7 @@ class Connection(RequestProtocol):
         except Exception:
             log.exception("a defect in the sidecar")
             if not http.has_begun:
-                self._refuse("500 Internal Server Error", accepting.INTERNAL_ERROR)
+                self._refuse(500, accepting.INTERNAL_ERROR, {"Content-Type": "application/json"})
             return False
         if not content.is_eof():
             await self._linger(content)
@@ -171,9 +207,9 @@ class Connection(RequestProtocol):
 
     # -- out -----------------------------------------------------------------------------------------------------------
 
-    def _refuse(self, status: str, body: bytes) -> None:
-        headers = {"Content-Type": "application/json", "Content-Length": str(len(body)), "Connection": "close"}
-        self.write(head_of(f"HTTP/1.1 {status}", headers) + body)
+    def _refuse(self, status: int, body: bytes, headers: Mapping[str, str]) -> None:
+        headers = {**headers, "Content-Length": str(len(body)), "Connection": "close"}
+        self.write(head_of(f"HTTP/1.1 {status} {HTTPStatus(status).phrase}", headers) + body)
 
 
 class Listener:

@@ -97,7 +97,7 @@ class DashScopeBackend:
 
     async def send(self, request: Request, timings: Timings) -> Reply:
         """Make one attempt, see `Backend.send`."""
-        path = request.path
+        path = f"{request.path}?{request.query}" if request.query else request.path
         if not (path.startswith("/") and path.isascii() and path.isprintable() and " " not in path):
             # With a line break in the path, a caller could insert a request of its own.
             raise Rejected("the path holds characters that no URL has", status=400)

@@ -6,6 +6,7 @@ import ipaddress
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import orjson
 from prometheus_client import CollectorRegistry
@@ -73,7 +74,8 @@ class AdminServer:
             known = ", ".join(path for path in self._paths if path not in PAGE)
             return await _text(http, 404, f"there is nothing at {path[:200]!r}; the admin listener has {known}")
         if http.method != method and (http.method, method) != ("HEAD", "GET"):
-            return await _text(http, 405, f"{path} takes {method}")
+            allow = "GET, HEAD" if method == "GET" else method
+            return await _text(http, 405, f"{path} takes {allow}", {"Allow": allow})
         return await handle(http)
 
     async def _metrics(self, http: HttpRequest) -> Answer:
@@ -173,8 +175,8 @@ async def _respond(http: HttpRequest, status: int, body: bytes, headers: Mapping
     return answer
 
 
-async def _text(http: HttpRequest, status: int, text: str) -> Answer:
-    headers = {"Content-Type": "text/plain; charset=utf-8", "Cache-Control": "no-store"}
+async def _text(http: HttpRequest, status: int, text: str, more: Mapping[str, str] = MappingProxyType({})) -> Answer:
+    headers = {"Content-Type": "text/plain; charset=utf-8", "Cache-Control": "no-store", **more}
     return await _respond(http, status, f"{text}\n".encode(), headers)
 
 

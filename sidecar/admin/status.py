@@ -13,7 +13,7 @@ from math import inf
 from sidecar import __version__
 from sidecar.admin.health import Health
 from sidecar.admission import Admission, Change, GateStatus, PoolStatus, Priority, UpstreamStatus
-from sidecar.observe.format import duration, number, visible
+from sidecar.observe.format import duration, number, shown_name
 from sidecar.observe.gauges import upstreams_named
 from sidecar.observe.sampler import Sampler
 
@@ -199,7 +199,7 @@ def _model(pool: PoolStatus, upstream: UpstreamStatus, now: float) -> Model:
     growth, concurrency, circuit = upstream.growth, upstream.concurrency, upstream.circuit
     learned = concurrency.limit
     return Model(
-        model=visible(pool.model),
+        model=shown_name(pool.model),
         bound_by=pool.cause if is_first else None,
         in_words=in_words(pool, upstream, now),
         waiting=sum(pool.waiting.values()) if is_first else 0,
@@ -216,7 +216,7 @@ def _model(pool: PoolStatus, upstream: UpstreamStatus, now: float) -> Model:
             round(max((circuit.next_at or now) - now, 0.0), 1),
         ),
         longest_queues=[
-            KeyQueue(visible(key), count, round(now - arrived, 2)) for key, count, arrived in pool.longest_queues
+            KeyQueue(shown_name(key), count, round(now - arrived, 2)) for key, count, arrived in pool.longest_queues
         ]
         if is_first
         else [],
@@ -228,7 +228,7 @@ def _change(backend: str, model: str, change: Change, *, now: float) -> LimitCha
         return round(value, 3) if 0.0 < value < inf else None
 
     ago, old, new = round(now - change.at, 1), limit(change.old), limit(change.new)
-    return LimitChange(ago, backend, visible(model), change.dimension, old, new, change.state, change.reason)
+    return LimitChange(ago, backend, shown_name(model), change.dimension, old, new, change.state, change.reason)
 
 
 def _rate(gate: GateStatus, now: float) -> Rate:

@@ -130,7 +130,8 @@ class Admission:
                 f"a newer request of key {ticket.key!r} took its place: where both answers are wanted, send no "
                 "X-Queue-Policy: latest"
             )
-            if older.stopwatch.started > ticket.stopwatch.started:  # `ticket` returns, and a newer frame has come since
+            # `ticket` returns from an attempt, and a newer frame has come since; or its client repeats an old frame.
+            if ticket.repeated or older.stopwatch.started > ticket.stopwatch.started:
                 raise superseded
             pool.take_out(self.loop.time(), older)  # its place is free for the newer ticket
         try:

@@ -75,6 +75,7 @@ class Ticket:
         "permit",
         "priority",
         "promised",
+        "repeated",
         "requeued",
         "size_bytes",
         "stopwatch",
@@ -96,6 +97,7 @@ class Ticket:
         tokens: float = 0.0,
         size_bytes: int = 0,
         latest: bool = False,
+        repeated: bool = False,
     ) -> None:
         self.key = key
         """The key of the fair queue: the camera."""
@@ -108,6 +110,8 @@ class Ticket:
         self.size_bytes = size_bytes
         self.latest = latest
         """True: a newer request of the same key replaces this one while it is queued."""
+        self.repeated = repeated
+        """True: the client repeats a request by itself. Its frame is old, so it never replaces another request."""
         self.trace_id: str | None = None
         """The id of the request's trace if the trace is recorded, else None."""
         self.stopwatch = Stopwatch(now)

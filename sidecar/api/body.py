@@ -9,6 +9,7 @@ from typing import Any
 import orjson
 
 from backends.media import data_url_size, image_tokens
+from backends.sound_and_film import Film, film_tokens, sound_tokens
 from sidecar.api.errors import InvalidRequest
 
 #: Characters of text per LLM token. Used to estimate the input tokens before sending. An approximation for
@@ -17,6 +18,8 @@ CHARS_PER_TOKEN = 3.5
 #: LLM tokens of an image whose size cannot be read from its header (for example, an image given by a URL).
 #: The value is the cost of a 1080p frame for qwen-vl by the patch rule.
 UNKNOWN_IMAGE_TOKENS = 1250
+#: LLM tokens of a medium of unknown kind, such as a document. The value is that of an unknown image: one page.
+UNKNOWN_MEDIUM_TOKENS = 1250
 #: First characters, in base64, of image formats that providers accept but whose size we do not read:
 #: BMP, TIFF (two byte orders), and the boxes of HEIC or AVIF.
 _OTHER_IMAGES = ("Qk", "SUkq", "TU0A", "AAAA")
@@ -36,17 +39,37 @@ class ParsedBody:
     images: list[tuple[int, int] | None] = field(default_factory=list)
     """Width and height of each image in pixels. None if only the provider can read the image."""
     high_resolution: bool = False
+    image_bounds: dict[int, tuple[int | None, int | None]] = field(default_factory=dict)
+    """`min_pixels` and `max_pixels` of an image whose part gives them, by the image's place in `images`."""
+    films: list[Film] = field(default_factory=list)
+    sound_seconds: list[float] = field(default_factory=list)
+    unknown_media: int = 0
+    other_tokens: float = 0.0
+    """LLM tokens that the caller gives as numbers."""
 
     def tokens(self, model: str) -> float:
         """Estimate the LLM tokens of the input by the provider's published rules."""
-        total = self.text_chars / CHARS_PER_TOKEN
-        for size in self.images:
-            total += (
-                UNKNOWN_IMAGE_TOKENS
-                if size is None
-                else image_tokens(*size, model, high_resolution=self.high_resolution)
-            )
-        return total
+        total = self.text_chars / CHARS_PER_TOKEN + self.other_tokens + self.unknown_media * UNKNOWN_MEDIUM_TOKENS
+        for at, size in enumerate(self.images):
+            if size is None:
+                total += UNKNOWN_IMAGE_TOKENS
+                continue
+            least, most = self.image_bounds.get(at, (None, None))
+            total += image_tokens(*size, model, high_resolution=self.high_resolution, min_pixels=least, max_pixels=most)
+        total += sum(film_tokens(film, model) for film in self.films)
+        return total + sum(map(sound_tokens, self.sound_seconds))
+
+    def add_image(self, size: tuple[int, int] | None, part: dict[str, Any]) -> None:
+        """Add an image. Its part may bound the number of pixels that the provider reads."""
+        least, most = _pixels(part.get("min_pixels")), _pixels(part.get("max_pixels"))
+        if least or most:
+            self.image_bounds[len(self.images)] = (least, most)
+        self.images.append(size)
+
+
+def _pixels(value: Any) -> int | None:
+    """Return a bound of pixels that a part gives, or None if it gives none that could be one."""
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 < value <= 1 << 30 else None
 
 
 def parse_body(body: bytes, read: Callable[[dict[str, Any]], ParsedBody]) -> ParsedBody:
@@ -79,7 +102,8 @@ def _shorten_images(body: bytes, chars: int) -> bytes:
     at = body.find(_BASE64)
     while at >= 0:
         end = body.find(b'"', at)
-        keep = at + len(_BASE64) + chars
+        # The duration of a sound follows from its length, so a sound is not cut.
+        keep = at + len(_BASE64) + (len(body) if _may_be_sound(body, at) else chars)
         if end < 0 or body[end - 1] == _BACKSLASH or body.find(b"\\", at, min(keep, end)) >= 0:
             return body
         if end > keep:
@@ -87,6 +111,12 @@ def _shorten_images(body: bytes, chars: int) -> bytes:
             done = end
         at = body.find(_BASE64, end)
     return b"".join((*pieces, body[done:])) if pieces else body
+
+
+def _may_be_sound(body: bytes, at: int) -> bool:
+    """Return whether the base64 behind `at` may be a sound: its data URL says so, or names no type."""
+    start = body.rfind(b"data:", max(at - 64, 0), at)
+    return start >= 0 and (start + 5 == at or body.startswith(b"audio", start + 5))
 
 
 def json_object(body: bytes) -> dict[str, Any]:
@@ -129,11 +159,10 @@ def parse_messages(
             parsed.text_chars += len(content)
         elif isinstance(content, list):
             for number, part in enumerate(content):
-                if not isinstance(part, dict):
-                    raise InvalidRequest(
-                        f"{at}[{number}] must be an object, not {json_type(part)}", field=f"{at}[{number}]"
-                    )
-                parse_part(part, f"{at}[{number}]", parsed)
+                if isinstance(part, dict):
+                    parse_part(part, f"{at}[{number}]", parsed)
+                elif isinstance(part, str):  # the provider decides whether a plain string is a part
+                    parsed.text_chars += len(part)
         elif content is not None:  # null: an assistant's message that only calls tools
             raise InvalidRequest(f"{at} must be a string or a list of parts, not {json_type(content)}", field=at)
 

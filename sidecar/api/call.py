@@ -6,24 +6,37 @@ import asyncio
 import random
 import re
 from collections.abc import AsyncIterator, Awaitable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from math import isfinite
 
 from backends.base import Dialect, OnPiece, Reply, Request
-from backends.forwarded_headers import to_provider
+from backends.forwarded_headers import query_to_provider, to_provider
 from backends.http1.interface import Answer, HttpRequest
 from sidecar.admission import Arrival, Priority, Ticket
 from sidecar.api.errors import Api, InvalidRequest, Problem, body_of, headers_of
+from sidecar.api.key import fair_queue_key
 from sidecar.dispatch.dispatcher import DeadlineExceeded, Dispatcher
 from sidecar.observe.metrics import RequestOutcome
 from sidecar.observe.trace import TracingStopwatch
 
 _PRIORITIES = {"high": Priority.HIGH, "normal": Priority.NORMAL, "low": Priority.LOW}
-MAX_KEY_CHARS = 256
 #: The `traceparent` header of W3C Trace Context: version, trace id, parent id, flags. The last bit of the flags means
 #: that the caller records the trace.
 TRACE = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-[0-9a-f]([0-9a-f])")
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """What the sidecar sends with every question to trio-core's API, as trio-core's engine does.
+
+    Source of the defaults: `EngineConfig` of trio-core 1.1.5, where `TRIO_…` variables change them too.
+    """
+
+    max_tokens: int = 512
+    """LLM tokens of the answer if the caller gives no limit."""
+    temperature: float = 0.0
+    top_p: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +48,8 @@ class CallSettings:
     key_header: str = "X-Camera-Id"
     default_model: str = "qwen-vl-plus"
     passthrough: bool = False
+    sampling: Sampling = field(default_factory=Sampling)
+    """What trio-core's API sends where the request gives nothing."""
     traced: bool = False
     """Create spans for a request whose caller records its trace."""
 
@@ -82,7 +97,10 @@ class Call:
             raise _too_large(max_bytes, announced)
         if http.headers.get("Content-Encoding", "identity").lower() != "identity":
             raise InvalidRequest(
-                "a compressed body is not taken: send it without Content-Encoding", field="Content-Encoding", status=415
+                "a compressed body is not taken: send it without Content-Encoding",
+                field="Content-Encoding",
+                status=415,
+                code="unsupported_media_type",
             )
         if "Expect" in http.headers:
             await self._send_continue()
@@ -98,6 +116,7 @@ class Call:
                     f"the body did not come within {self.settings.deadline:g} s: send it sooner, or raise "
                     "SIDECAR_DEADLINE",
                     status=408,
+                    code="request_timeout",
                 ) from None
 
     async def _receive(self, arrival: Arrival, max_bytes: int) -> bytes:
@@ -131,12 +150,7 @@ class Call:
         """Create the ticket from the headers. Raises `InvalidRequest` that names the header."""
         headers = self.http.headers
         now = self._now()
-        key = headers.get(self.settings.key_header, "")
-        if len(key) > MAX_KEY_CHARS:
-            raise InvalidRequest(
-                f"{self.settings.key_header} must be at most {MAX_KEY_CHARS} characters, not {len(key)}",
-                field=self.settings.key_header,
-            )
+        key = fair_queue_key(headers, self.settings.key_header)
         named = headers.get("X-Request-Priority", "normal")
         priority = _PRIORITIES.get(named.lower())
         if priority is None:
@@ -155,6 +169,7 @@ class Call:
             tokens=tokens,
             size_bytes=size_bytes,
             latest=policy is not None,
+            repeated=_is_repeated(headers.get("X-Stainless-Retry-Count")),
         )
         given = headers.get("traceparent")
         if given is not None and (trace := TRACE.match(given)) is not None and int(trace[3], 16) & 1:
@@ -178,6 +193,11 @@ class Call:
             )
         return min(seconds, self.settings.deadline)
 
+    @property
+    def query(self) -> str:
+        """The query of the caller's URL that the provider gets, without credentials."""
+        return query_to_provider(self.http.raw_path.partition("?")[2])
+
     def forwarded_headers(self) -> dict[str, str]:
         """Return the caller's headers that are forwarded to the provider, and the request id."""
         passed = to_provider(self.http.headers)
@@ -187,7 +207,12 @@ class Call:
     # -- upstream ------------------------------------------------------------------------------------------------------
 
     def ask(self, request: Request, ticket: Ticket) -> Awaitable[Reply]:
-        """Send the request and return the answer. By then, a streaming answer is already written to the caller."""
+        """Send the request and return the answer. By then, a streaming answer is already written to the caller.
+
+        Raises `ConnectionError` if the caller has left, except for a request that only reads.
+        """
+        if self.http.caller_has_left and request.method not in ("GET", "HEAD"):
+            raise ConnectionResetError("the caller has shut its sending side")
         return self._dispatcher.run(ticket, request, self._stream)
 
     async def forward(
@@ -213,10 +238,16 @@ class Call:
             headers={**self.forwarded_headers(), **(headers or {})},
             deadline=ticket.deadline,
             method=method,
+            query=self.query,
         )
         del body  # the request holds the only copy
         reply = await self.ask(request, ticket)
         if reply.chunks is None:
+            if method == "HEAD":  # the length of the body that a GET would bring is not known
+                self.response = answer = self._answer(reply.status, reply.headers, length=None)
+                answer.write_eof()
+                await answer.drain()
+                return answer
             return await self.respond(reply.status, reply.body, reply.headers)
         assert self.response is not None  # noqa: S101  `ask` wrote it
         self.response.write_eof()
@@ -306,6 +337,11 @@ class Call:
             self._dispatcher.finish(self.ticket, self.api, self.outcome)
         elif self.outcome == "invalid":
             self._dispatcher.invalid(self.api)
+
+
+def _is_repeated(retry_count: str | None) -> bool:
+    """Return whether a client repeats a request by itself. OpenAI's official clients count their repetitions."""
+    return retry_count is not None and retry_count.isascii() and retry_count.isdigit() and int(retry_count[:9]) > 0
 
 
 async def _deliver(chunks: AsyncIterator[bytes], on_piece: OnPiece) -> bool:

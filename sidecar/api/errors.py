@@ -17,7 +17,8 @@ from sidecar.observe.metrics import RequestOutcome
 Api = Literal["openai", "trio", "native"]
 #: Every error code of the sidecar itself. Any other code that a caller gets is the provider's.
 Code = Literal[
-    "invalid_request", "unauthorized", "not_found", "method_not_allowed", "superseded", "payload_too_large",
+    "invalid_request", "unauthorized", "not_found", "method_not_allowed", "request_timeout", "superseded",
+    "payload_too_large", "unsupported_media_type", "headers_too_large",
     "queue_full", "deadline_unreachable", "draining", "upstream_billing", "upstream_error", "deadline_exceeded",
     "internal_error",
 ]  # fmt: skip
@@ -26,7 +27,8 @@ Code = Literal[
 class InvalidRequest(Exception):
     """A fault of the caller, found before the request was queued. `field` names the field or header to correct.
 
-    `detail` is any JSON value that callers of trio-core's API get instead of the message.
+    `detail` is any JSON value that callers of trio-core's API get instead of the message. `allow` lists the methods of
+    the path, for the header `Allow` of a 405.
     """
 
     def __init__(
@@ -37,6 +39,7 @@ class InvalidRequest(Exception):
         status: int = 400,
         code: Code = "invalid_request",
         detail: Any = None,
+        allow: str = "",
     ) -> None:
         super().__init__(message)
         self.message = message
@@ -44,6 +47,7 @@ class InvalidRequest(Exception):
         self.status = status
         self.code = code
         self.detail = detail
+        self.allow = allow
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +63,21 @@ class Problem:
     body: bytes = b""
     detail: Any = None
     """Any JSON value that callers of trio-core's API get instead of the message."""
+    allow: str = ""
+    """The methods of the path, for the header `Allow` of a 405."""
+
+    @property
+    def is_final(self) -> bool:
+        """Whether a client must not repeat the request by itself.
+
+        Either a repetition would fail again (4xx), or attempts were made here and each more costs money again (502,
+        504). 503 is not final, because its `Retry-After` is a reserved place. A used-up quota ends too late for a
+        repetition. A 4xx of the provider is passed on as the provider sent it.
+        """
+        if self.outcome in ("rejected_upstream", "moderated"):
+            return False
+        is_callers_fault = 400 <= self.status < 500 and self.status != 408
+        return is_callers_fault or self.status in (502, 504) or self.code == "upstream_quota_used_up"
 
 
 _NOT_ADMITTED: dict[type[NotAdmitted], tuple[int, Code, RequestOutcome]] = {
@@ -76,9 +95,17 @@ def problem_of(error: Exception, api: Api) -> Problem:
     """Return the error for the caller. An unknown exception becomes status 500, `internal_error`."""
     match error:
         case InvalidRequest():
-            return Problem(error.status, error.code, error.message, "invalid", field=error.field, detail=error.detail)
+            return Problem(
+                error.status,
+                error.code,
+                error.message,
+                "invalid",
+                field=error.field,
+                detail=error.detail,
+                allow=error.allow,
+            )
         case MalformedRequest():  # a malformed chunk inside a body
-            return Problem(400, "invalid_request", str(error), "invalid")
+            return Problem(error.status, error.code, str(error), "invalid")
         case BillingRefused() | AccountClosed():
             text = f"the provider refuses the account: {error.message}; {_BILLING_ADVICE}"
             return Problem(502, "upstream_billing", text, "error", retry_after=getattr(error, "retry_after", None))
@@ -153,11 +180,16 @@ def body_of(problem: Problem, api: Api, request_id: str) -> bytes:
 
 
 def headers_of(problem: Problem) -> dict[str, str]:
-    """Return `Content-Type` and, if the error has a wait, `Retry-After`.
+    """Return `Content-Type` and, where they apply, `Retry-After`, `Allow` and `X-Should-Retry: false`.
 
-    `Retry-After` is in whole seconds, rounded up, at least 1: a caller that waits for this time is admitted.
+    Official clients of OpenAI's API obey `X-Should-Retry`. Without it they repeat a 409, so that a stale frame would
+    return. `Retry-After` is in whole seconds, rounded up, at least 1: a caller that waits for this time is admitted.
     """
     headers = {"Content-Type": "application/json"}
     if problem.retry_after is not None:
         headers["Retry-After"] = str(max(ceil(problem.retry_after), 1))
+    if problem.allow:
+        headers["Allow"] = problem.allow
+    if problem.is_final:
+        headers["X-Should-Retry"] = "false"
     return headers

@@ -8,6 +8,7 @@ from backends.http1.interface import Answer
 from sidecar.api.body import ParsedBody, image_size, json_type, model_of, parse_body, parse_messages, with_model
 from sidecar.api.call import Call
 from sidecar.api.errors import InvalidRequest
+from sidecar.api.media import count_part
 
 #: Path below the base of the API. It is the same at the provider and at the sidecar.
 PATH = "/services/aigc/multimodal-generation/generation"
@@ -37,4 +38,5 @@ def _parse_part(part: dict[str, Any], where: str, parsed: ParsedBody) -> None:
     if isinstance(part.get("text"), str):
         parsed.text_chars += len(part["text"])
     if "image" in part:
-        parsed.images.append(image_size(part["image"], f"{where}.image"))
+        parsed.add_image(image_size(part["image"], f"{where}.image"), part)
+    count_part({name: value for name, value in part.items() if name != "image"}, parsed)

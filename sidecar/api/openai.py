@@ -8,6 +8,7 @@ from backends.http1.interface import Answer
 from sidecar.api.body import ParsedBody, image_size, json_type, model_of, parse_body, parse_messages, with_model
 from sidecar.api.call import Call
 from sidecar.api.errors import InvalidRequest
+from sidecar.api.media import count_part
 
 #: The base paths of the OpenAI-compatible API.
 BASES = ("/v1", "/compatible-mode/v1")
@@ -37,11 +38,6 @@ def _read(data: dict[str, Any]) -> ParsedBody:
     model, stream = model_of(data), data.get("stream")
     if stream is not None and not isinstance(stream, bool):
         raise InvalidRequest(f"stream must be true or false, not {json_type(stream)}", field="stream")
-    for name in ("max_tokens", "max_completion_tokens"):
-        limit = data.get(name)
-        if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 1):
-            actual = limit if isinstance(limit, int) and not isinstance(limit, bool) else json_type(limit)
-            raise InvalidRequest(f"{name} must be a whole number of at least 1, not {actual}", field=name)
     parsed = ParsedBody(model, bool(stream), high_resolution=data.get("vl_high_resolution_images") is True)
     parse_messages(data.get("messages"), "messages", parsed, _parse_part)
     return parsed
@@ -50,10 +46,10 @@ def _read(data: dict[str, Any]) -> ParsedBody:
 def _parse_part(part: dict[str, Any], where: str, parsed: ParsedBody) -> None:
     if part.get("type") == "text":
         text = part.get("text")
-        if not isinstance(text, str):
-            raise InvalidRequest(f"{where}.text must be a string, not {json_type(text)}", field=f"{where}.text")
-        parsed.text_chars += len(text)
+        parsed.text_chars += len(text) if isinstance(text, str) else 0
     elif part.get("type") == "image_url":
         image = part.get("image_url")
         url = image.get("url") if isinstance(image, dict) else image
-        parsed.images.append(image_size(url, f"{where}.image_url.url"))
+        parsed.add_image(image_size(url, f"{where}.image_url.url"), part)
+    else:
+        count_part(part, parsed)

@@ -7,7 +7,8 @@ import hmac
 import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
+from urllib.parse import unquote
 
 from backends.http1.interface import Answer, HttpRequest
 from sidecar.admission import Draining
@@ -66,12 +67,16 @@ class DataServer:
     ) -> None:
         self._dispatcher = dispatcher
         self._detector = detector
-        self._settings = settings
-        self._api_key = api_key.encode() if api_key else None
-        self._access_log = access_log
+        self.configure(settings, api_key=api_key, access_log=access_log)
         self._tasks: set[asyncio.Task[Any]] = set()
         self._aborted = False
         self._idle: asyncio.Event | None = None  # exists only while a task waits for it
+
+    def configure(self, settings: CallSettings, *, api_key: str | None, access_log: bool) -> None:
+        """Use these settings for the requests that arrive from now on."""
+        self._settings = settings
+        self._api_key = api_key.encode() if api_key else None
+        self._access_log = access_log
 
     @property
     def in_progress(self) -> int:
@@ -93,8 +98,11 @@ class DataServer:
     async def __call__(self, http: HttpRequest) -> Answer:
         """Answer one request."""
         path = http.raw_path.partition("?")[0]
-        methods = ENDPOINTS.get(path)
-        endpoint = methods.get(http.method) if methods else self._passthrough_endpoint(path)
+        methods = ENDPOINTS.get(unquote(path)) if "%" in path else ENDPOINTS.get(path)
+        if methods:
+            endpoint = methods.get("GET" if http.method == "HEAD" else http.method)
+        else:
+            endpoint = _redirect_of(path) or self._passthrough_endpoint(path)
         call = Call(http, endpoint.api if endpoint else _api_of(path), self._dispatcher, self._settings, self._detector)
         task = http.task
         assert task is not None  # noqa: S101  this code runs in that task
@@ -135,8 +143,8 @@ class DataServer:
         return _PASSTHROUGH if passes else None
 
     async def _answer(self, call: Call, error: Exception) -> Answer:
-        if isinstance(error, ConnectionError) and call.http.is_gone:
-            raise error  # the caller disconnected, so no answer is possible
+        if isinstance(error, ConnectionError) and call.http.caller_has_left:
+            raise error  # nobody waits for an answer
         problem = problem_of(error, call.api)
         call.outcome = problem.outcome
         if problem.status == 500:  # only a defect has this status: a provider's 5xx becomes 502
@@ -168,10 +176,26 @@ def _api_of(path: str) -> Api:
     return "native" if path.startswith("/api/v1/") else "openai"
 
 
+async def _redirect(call: Call) -> Answer:
+    """Answer a path with a slash too many, as trio-core does: 307, so that the client sends the same request again."""
+    path, mark, query = call.http.raw_path.partition("?")
+    return await call.respond(307, b"", {"Location": f"{unquote(path).rstrip('/')}{mark}{query}"})
+
+
+_REDIRECTS = {api: Endpoint(api, _redirect, open=True) for api in get_args(Api)}
+
+
+def _redirect_of(path: str) -> Endpoint | None:
+    """Return the endpoint that redirects, if `path` without its last slashes is one of ours."""
+    without = unquote(path).rstrip("/")
+    return _REDIRECTS[_api_of(without)] if path.endswith(("/", "%2F", "%2f")) and without in ENDPOINTS else None
+
+
 def _refuse_path(path: str, method: str, methods: dict[str, Endpoint] | None) -> NoReturn:
     if methods:
-        allowed = ", ".join(methods)
-        raise InvalidRequest(f"{path} takes {allowed}, not {method[:20]}", status=405, code="method_not_allowed")
+        allow = ", ".join(("GET, HEAD" if name == "GET" else name) for name in methods)
+        message = f"{path} takes {allow}, not {method[:20]}"
+        raise InvalidRequest(message, status=405, code="method_not_allowed", allow=allow)
     raise InvalidRequest(
         f"there is nothing at {path[:200]}; there is {', '.join(ENDPOINTS)}, and with SIDECAR_PASSTHROUGH all of /v1/",
         status=404,

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import re
 import socket
 import ssl
 import struct
@@ -33,13 +32,12 @@ from backends.base import (
     Timings,
     Unreachable,
 )
-from backends.http1.connecting import environment_proxy
+from backends.http1.proxies import environment_proxy
 from sidecar.assembly import StartError, make_backend, make_detector
-from sidecar.settings import SECRETS, Settings
+from sidecar.settings import PASSWORD, SECRETS, Settings
 
 #: Timeouts in seconds: for a connection, and for an answer (a model may have to load first).
 _CONNECT_SECONDS, _ANSWER_SECONDS = 5.0, 60.0
-_PASSWORD = re.compile(r"(?<=://)[^/\s]*(?=@)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +81,7 @@ def _masked_settings(settings: Settings, origins: dict[str, str]) -> Iterator[tu
         elif name in SECRETS:
             text = f"*** ({len(value)} characters)"
         else:
-            text = _PASSWORD.sub("***", str(value).lower() if isinstance(value, bool) else str(value))
+            text = PASSWORD.sub("***", str(value).lower() if isinstance(value, bool) else str(value))
         yield name, text, origins.get(name, "default")
 
 

@@ -15,11 +15,23 @@ import typing
 from pathlib import Path
 from typing import Any, NoReturn
 
-from pydantic import BeforeValidator
 from pydantic.fields import FieldInfo
 
 from sidecar import __version__
-from sidecar.settings import FOREIGN_NAMES, PREFIX, Settings, SettingsError, load, option_name
+from sidecar.settings import (
+    FOREIGN_NAMES,
+    METAVARS,
+    PREFIX,
+    Settings,
+    SettingsError,
+    load,
+    missing_folder,
+    notices,
+    option_name,
+    refuse_unintended_simulation,
+    seconds_of,
+    with_unusable_ports_removed,
+)
 
 log = logging.getLogger("sidecar")
 
@@ -44,6 +56,7 @@ examples:
   vlm-sidecar serve --config sidecar.toml --log-level debug
 
 SIGTERM, Ctrl-C or `vlm-sidecar drain`: what was accepted is finished, within --drain-timeout; a second one gives up.
+SIGHUP: with --config, the settings are loaded again; without, it drains. A changed file is loaded again too.
 """,
     "check": """\
 It takes the settings that serve takes, from the same places, and prints each with where it came from; secrets as ***.
@@ -103,11 +116,15 @@ def main(argv: list[str] | None = None) -> NoReturn:
     args = _parser(arguments[:1]).parse_args(arguments or ["--help"])
     try:
         status = args.run(args)
+        sys.stdout.flush()
     except SettingsError as error:
         print(f"vlm-sidecar: {error}", file=sys.stderr)
         status = 2
     except KeyboardInterrupt:
         status = 130
+    except BrokenPipeError:  # the reader of the output has ended, for example `head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python's own flush at exit would fail again
+        status = 1
     sys.exit(status)
 
 
@@ -143,7 +160,8 @@ def _parser(called: list[str]) -> argparse.ArgumentParser:
     check = command("check", _check, "print the settings in force, and try the backend step by step")
     check.add_argument("--json", action="store_true", help="print one JSON object")
     _add_settings(check)
-    port = os.environ.get(f"{PREFIX}ADMIN_PORT") or 9464  # the port of a sidecar with the same environment
+    environ = with_unusable_ports_removed(os.environ)
+    port = environ.get(f"{PREFIX}ADMIN_PORT") or 9464  # the port of a sidecar with the same environment
     top = command("top", _top, "show live where requests wait and why; plain text once when not on a terminal")
     top.add_argument(
         "--admin-host", metavar="HOST", default="127.0.0.1", help="where its admin listener is (default: 127.0.0.1)"
@@ -166,7 +184,7 @@ def _parser(called: list[str]) -> argparse.ArgumentParser:
         "--admin-port", type=int, metavar="PORT", default=port, help="its admin port (default: %(default)s)"
     )
     drain.add_argument(
-        "--timeout", type=float, metavar="SECONDS", default=30.0, help="seconds to wait for it (default: 30)"
+        "--timeout", type=_seconds, metavar="TIME", default=30.0, help="time to wait for it (default: 30s)"
     )
     return parser
 
@@ -203,17 +221,25 @@ class _Help(argparse.RawDescriptionHelpFormatter):
         super().__init__(prog, max_help_position=34, width=min(shutil.get_terminal_size().columns, 120) - 2)
 
 
+def _seconds(text: str) -> float:
+    try:
+        return seconds_of(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{error}, not {text[:40]!r}") from None
+
+
 def _metavar(field: FieldInfo) -> str:
     """Return the kind of value that a setting takes, for its help text."""
-    if any(isinstance(entry, BeforeValidator) for entry in field.metadata):
-        return "N|auto"
+    for known, metavar in METAVARS:
+        if set(typing.get_args(known)[1:]) & set(field.metadata):
+            return metavar
     kind = field.annotation
     union = typing.get_origin(kind) in (typing.Union, types.UnionType)
     kinds = set(typing.get_args(kind) if union else (kind,)) - {type(None)}
     kind = kinds.pop()
     if typing.get_origin(kind) is typing.Literal:
         return "|".join(typing.get_args(kind))
-    return {"int": "N", "float": "N", "Path": "FILE"}.get(getattr(kind, "__name__", ""), "TEXT")
+    return {"int": "N", "float": "N"}.get(getattr(kind, "__name__", ""), "TEXT")
 
 
 def _settings_options(args: argparse.Namespace) -> dict[str, Any]:
@@ -223,10 +249,16 @@ def _settings_options(args: argparse.Namespace) -> dict[str, Any]:
 def _serve(args: argparse.Namespace) -> int:
     from sidecar.app import Sidecar  # noqa: PLC0415  not needed for `--help`
     from sidecar.assembly import StartError  # noqa: PLC0415
+    from sidecar.config_file import Source  # noqa: PLC0415
     from sidecar.observe import logging as logs  # noqa: PLC0415
 
-    settings, origins = load(_settings_options(args), file=args.config)
+    options = _settings_options(args)
+    settings, origins = load(options, file=args.config)
+    refuse_unintended_simulation(settings, origins, os.environ, Path())
     logs.set_up(settings.log_format, settings.log_level)
+    for line in (*notices(os.environ, Path()), missing_folder(settings, origins)):
+        if line is not None:
+            log.warning("%s", line)
     foreign = sorted(set(origins.values()) & set(FOREIGN_NAMES))
     if foreign:
         log.info("taken over from the environment: %s", ", ".join(foreign))
@@ -237,7 +269,8 @@ def _serve(args: argparse.Namespace) -> int:
         )  # fmt: skip
 
     async def serve() -> None:
-        await Sidecar(settings).run()
+        source = None if args.config is None else Source(args.config, lambda: load(options, file=args.config)[0])
+        await Sidecar(settings, source).run()
 
     try:
         with asyncio.Runner(loop_factory=_new_loop) as runner:
@@ -257,6 +290,10 @@ def _check(args: argparse.Namespace) -> int:
     from sidecar.cli.check import check  # noqa: PLC0415
 
     settings, origins = load(_settings_options(args), file=args.config)
+    for line in (*notices(os.environ, Path()), missing_folder(settings, origins)):
+        if line is not None:
+            print(f"vlm-sidecar: {line}", file=sys.stderr)
+    refuse_unintended_simulation(settings, origins, os.environ, Path())
     return check(settings, origins, as_json=args.json)
 
 

@@ -19,6 +19,16 @@ def duration(seconds: float) -> str:
     return f"{seconds:.0f} s"
 
 
+#: Characters of the longest name that is shown.
+_NAME_CHARACTERS = 64
+
+
+def shown_name(name: str) -> str:
+    """Return a name that a caller chose (a camera, a model) as printable ASCII of at most 64 characters."""
+    escaped = name if name.isascii() and name.isprintable() else name.encode("unicode_escape").decode("ascii")
+    return escaped if len(escaped) <= _NAME_CHARACTERS else f"{escaped[: _NAME_CHARACTERS - 3]}..."
+
+
 def visible(text: str) -> str:
     """Return text of a caller or provider on one line, with control characters escaped: a line break becomes `\\n`.
 

@@ -128,6 +128,24 @@ class Metrics:
             registry=registry,
         )
 
+        self._config_reload_success = Gauge(
+            "sidecar_config_reload_success",
+            "1 if the settings in force are those that were loaded last, 0 if the last load failed.",
+            registry=registry,
+        )
+        self._config_reload_success_time = Gauge(
+            "sidecar_config_reload_success_timestamp_seconds",
+            "Unix time at which settings were last loaded with success; the start counts.",
+            registry=registry,
+        )
+        self.config_reloaded(success=True)
+
+    def config_reloaded(self, *, success: bool) -> None:
+        """Record a load of the settings."""
+        self._config_reload_success.set(success)
+        if success:
+            self._config_reload_success_time.set_to_current_time()
+
     def set_http_implementation(self, name: str) -> None:
         """Set which implementation of HTTP the start has chosen: `internal` or `documented`."""
         for implementation in ("internal", "documented"):

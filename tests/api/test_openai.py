@@ -109,8 +109,8 @@ async def test_the_openai_client_raises_its_own_exceptions_for_our_errors(servin
     assert refused.value.code == "unauthorized"
     client = client.with_options(api_key="letmein")
     with pytest.raises(openai.BadRequestError) as invalid:
-        await client.chat.completions.create(**chat(max_tokens=0))
-    assert (invalid.value.code, invalid.value.param) == ("invalid_request", "max_tokens")
+        await client.chat.completions.create(**chat(messages=[]))
+    assert (invalid.value.code, invalid.value.param) == ("invalid_request", "messages")
     with pytest.raises(openai.InternalServerError) as late:
         await client.chat.completions.create(**chat(), extra_headers={"X-Request-Timeout": "0.2"})
     assert (late.value.status_code, late.value.code) == (504, "deadline_exceeded")

@@ -54,5 +54,5 @@ def test_a_body_that_ends_within_an_image_is_refused_as_not_json():
 
 
 def test_an_error_after_an_image_is_reported():
-    with pytest.raises(InvalidRequest, match="max_tokens must be a whole number"):
-        openai.parse_chat(body(JPEG, max_tokens=0))
+    with pytest.raises(InvalidRequest, match="stream must be true or false"):
+        openai.parse_chat(body(JPEG, stream=0))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from backends.keyfile import KeyFile
@@ -67,3 +69,35 @@ def test_a_key_file_without_a_key_is_refused_at_the_start(tmp_path):
     assert "sk-" not in str(caught.value)
     with pytest.raises(OSError, match="missing"):
         KeyFile(tmp_path / "missing")
+
+
+def test_only_a_regular_file_of_at_most_64_kb_is_a_key_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "long").write_text("k" * (64 * 1024 + 1))
+    (tmp_path / "longest").write_text("k" * 64 * 1024)
+    for name, words in (("pipe", "pipe is not a regular file"), ("long", "long is longer than 65536 bytes")):
+        with pytest.raises(ValueError, match=words):
+            KeyFile(tmp_path / name)
+    with pytest.raises(IsADirectoryError):
+        KeyFile(tmp_path)
+    assert len(KeyFile(tmp_path / "longest")()) == 64 * 1024
+
+
+def test_a_key_file_that_becomes_a_pipe_or_too_long_keeps_the_old_key_and_is_logged_once(tmp_path, clock, caplog):
+    path = tmp_path / "key"
+    path.write_text("sk-first")
+    key = KeyFile(path)
+    path.unlink()
+    os.mkfifo(path)
+    for _ in range(5):
+        clock[0] += 1
+        assert key() == "sk-first"
+    assert caplog.text.count("the last key stays in use") == 1
+    path.unlink()
+    path.write_text("k" * 3_000_000)
+    clock[0] += 1
+    assert key() == "sk-first"
+    assert caplog.text.count("the last key stays in use") == 2
+    path.write_text("sk-second")
+    clock[0] += 1
+    assert key() == "sk-second"

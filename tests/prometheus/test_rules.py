@@ -99,6 +99,11 @@ CASES = {
         [histogram("sidecar_event_loop_lag_seconds", 0.005, instance="10.0.0.1:9464")],
         labels={"namespace": "cams", "pod": "cortex-1", "instance": "10.0.0.1:9464"},
     ),
+    "VlmSidecarConfigReloadFailed": Case(
+        [{"series": 'sidecar_config_reload_success{namespace="cams",pod="cortex-1"}', "values": "1x5 0x170"}],
+        [[{"series": 'sidecar_config_reload_success{namespace="cams",pod="cortex-1"}', "values": "1x16 0x3 1x160"}]],
+        labels={"namespace": "cams", "pod": "cortex-1"},
+    ),
     "VlmSidecarRestartLoop": Case(
         starts("100x9 200x3 300x3 400x160"),
         [starts("100x9 200x160"), starts("100x9 200x3 300x3 400x160", metric="someone_elses_build_info")],

@@ -6,13 +6,9 @@ import json
 from typing import Any
 
 from backends.base import ServerFailed
+from sidecar.api.call import Sampling
 
 JsonObject = dict[str, Any]
-
-#: trio-core's engine sends these values with every question. Source: `EngineConfig` of trio-core 1.1.5.
-_SAMPLING = {"temperature": 0.0, "top_p": 1.0}
-#: LLM tokens of the answer if the caller gives no limit. Same source.
-_MAX_TOKENS = 512
 
 #: Fields of `extra_body` that are ignored, because this API always returns a complete answer and never a stream.
 _STREAMING = ("stream", "stream_options")
@@ -27,13 +23,19 @@ def chat_body(
     max_tokens: int | None,
     response_format: JsonObject | None,
     extra_body: JsonObject | None,
+    sampling: Sampling,
 ) -> tuple[bytes, str]:
     """Return the body of a chat completion with one image and one question, and the model that the body names.
 
     Each field of `extra_body` replaces the field of the same name, as in the openai client. The image is copied once
     and never parsed. Raises `ValueError` for values that JSON cannot represent (infinity, half a surrogate pair).
     """
-    fields: JsonObject = {"model": model, "max_tokens": max_tokens or _MAX_TOKENS, **_SAMPLING}
+    fields: JsonObject = {
+        "model": model,
+        "max_tokens": max_tokens or sampling.max_tokens,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+    }
     if response_format is not None:
         fields["response_format"] = response_format
     fields |= {name: value for name, value in (extra_body or {}).items() if name not in _STREAMING}

@@ -19,6 +19,8 @@ CROP_PADDING = 0.15
 CROP_MIN_PIXELS = 8
 _LABELS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _MAX_HINTS = 8
+#: Pixels. No box is that far away; arithmetic with integers of hundreds of digits would fail.
+_MAX_COORDINATE = 1 << 31
 
 #: First words of the hint. If the caller's own prompt contains them, it already has a hint and gets no second hint.
 _HINT_MARK = "YOLO detections"
@@ -128,6 +130,8 @@ def _box(crop: JsonObject) -> Box | None:
         left, top, right, bottom = (int(corner) for corner in corners)
     except (TypeError, ValueError, OverflowError):  # another type, NaN, or infinity
         return None
+    if max(map(abs, (left, top, right, bottom))) > _MAX_COORDINATE:
+        return None
     return left, top, right, bottom
 
 
@@ -137,7 +141,10 @@ def _kind(crop: JsonObject) -> str:
 
 def _confidence(crop: JsonObject) -> float | None:
     value = crop.get("confidence")
-    return float(value) if isinstance(value, int | float) else None
+    try:
+        return float(value) if isinstance(value, int | float) else None
+    except OverflowError:  # an integer of hundreds of digits
+        return None
 
 
 def _confidence_suffix(confidence: float | None) -> str:

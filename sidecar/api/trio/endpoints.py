@@ -138,6 +138,7 @@ def _question(
             max_tokens=given.max_tokens,
             response_format=given.response_format,
             extra_body=given.extra_body,
+            sampling=call.settings.sampling,
         )
     except ValueError as error:
         raise InvalidRequest(f"the body holds what no JSON can: {error}") from None

@@ -14,6 +14,7 @@ from functools import cache
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
+from backends.pixels import TooManyPixels, decode
 from sidecar.api.errors import InvalidRequest
 from sidecar.api.trio.crops import CROP_PADDING, Box, Panel, choose_panels, padded
 
@@ -32,11 +33,15 @@ _CAPTION_HEIGHT = 30
 _MARGIN = 6
 _BOX_LINE = 3
 _JPEG_QUALITY = 85
+#: Characters of the longest caption. A longer one would need a font bitmap as wide as the text.
+_CAPTION_CHARACTERS = 60
 
 
 def media_type(image_b64: memoryview) -> str:
     """Return the media type of a base64 image, by its first bytes. Raises `InvalidRequest`."""
     head = binascii.a2b_base64(bytes(image_b64[:16]))
+    if head[4:8] == b"ftyp":  # the first box of HEIC and AVIF
+        return "image/avif" if head[8:12] in (b"avif", b"avis") else "image/heic"
     for start, name in (
         (b"\xff\xd8\xff", "image/jpeg"),
         (b"\x89PNG\r\n\x1a\n", "image/png"),
@@ -44,12 +49,15 @@ def media_type(image_b64: memoryview) -> str:
         (b"BM", "image/bmp"),
         (b"II*\0", "image/tiff"),
         (b"MM\0*", "image/tiff"),
+        (b"\0\0\0\x0cjP  ", "image/jp2"),
+        (b"\xff\x4f\xff\x51", "image/jp2"),
+        *((f"P{kind}{space}".encode(), "image/x-portable-anymap") for kind in range(1, 7) for space in "\n\r\t #"),
     ):
         if head.startswith(start):
             return name
     if head.startswith(b"RIFF") and head[8:12] == b"WEBP":
         return "image/webp"
-    raise not_an_image("image_b64 is no JPEG, PNG, WebP, BMP, GIF or TIFF")
+    raise not_an_image("image_b64 is no JPEG, PNG, WebP, BMP, GIF, TIFF, HEIC, AVIF, JPEG 2000 or PPM")
 
 
 def not_an_image(why: str) -> InvalidRequest:
@@ -70,28 +78,27 @@ def compose(image_b64: bytes | memoryview, crops: Sequence[dict[str, Any]], max_
 
     The crops with the highest confidence are drawn, each with its label. First, the frame is turned upright by its EXIF
     orientation, because the boxes refer to the upright frame.
-    Return None if no crop can be shown: the caller then sends the frame unchanged. Also return None if Pillow is not
-    installed, and log that once: the prompt then lists the crops in words.
+    Return None if no crop can be shown, or if the picture cannot be decoded: the caller then sends the frame unchanged,
+    and the prompt lists the crops in words. Also return None if Pillow is not installed, and log that once.
     This takes tens of milliseconds of processor time: call it in a thread. Raises `InvalidRequest`.
     """
     try:
-        from PIL import Image, ImageOps  # noqa: PLC0415  only requests with crops need Pillow
+        import PIL  # noqa: F401, PLC0415  only requests with crops need Pillow
     except ModuleNotFoundError:
         _warn_that_pillow_is_missing()
         return None
     try:
-        with Image.open(BytesIO(base64.b64decode(image_b64))) as opened:
-            if opened.width * opened.height > MAX_PIXELS:
-                raise not_an_image(f"image_b64 has {opened.width} x {opened.height} pixels; {MAX_PIXELS} can be shown")
-            frame = ImageOps.exif_transpose(opened).convert("RGB")
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        # Pillow raises SyntaxError for a broken PNG.
-        raise not_an_image(f"image_b64 cannot be decoded: {error}") from error
-    panels = choose_panels(crops, frame.width, frame.height, max_panels)
-    if not panels:
+        frame = decode(base64.b64decode(image_b64), MAX_PIXELS)
+        panels = choose_panels(crops, frame.width, frame.height, max_panels)
+        if not panels:
+            return None
+        jpeg = BytesIO()
+        _draw(frame, panels).save(jpeg, "JPEG", quality=_JPEG_QUALITY)
+    except TooManyPixels as error:
+        raise not_an_image(f"image_b64 {error}") from error
+    except Exception as error:  # noqa: BLE001  Pillow raises almost any exception for a damaged picture
+        _log.info("a picture is sent without panels, because it cannot be decoded or drawn: %s", type(error).__name__)
         return None
-    jpeg = BytesIO()
-    _draw(frame, panels).save(jpeg, "JPEG", quality=_JPEG_QUALITY)
     return Composite(base64.b64encode(jpeg.getbuffer()), panels)
 
 
@@ -148,6 +155,7 @@ def _caption(draw: ImageDraw.ImageDraw, text: str, x: int, y: int, colour: str) 
     from PIL import ImageFont  # noqa: PLC0415
 
     font = ImageFont.load_default(_CAPTION_PIXELS)
+    text = text[:_CAPTION_CHARACTERS]
     plate = draw.textbbox((x + 4, y + 2), text, font=font)
     draw.rectangle((x, y, plate[2] + 4, y + _CAPTION_HEIGHT - 4), fill=colour)
     draw.text((x + 4, y + 2), text, font=font, fill="black")

@@ -128,7 +128,7 @@ def _parse(text: bytes, body: bytes) -> Any:
             return _parse(body, body)
         entry = _entry("json_invalid", ["body", error.pos], "JSON decode error", {}) | {"ctx": {"error": error.msg}}
         raise _unprocessable(entry) from None
-    except (UnicodeDecodeError, RecursionError):
+    except (ValueError, RecursionError):  # not UTF-8, a number of more than 4300 digits, or too deep
         raise InvalidRequest("There was an error parsing the body") from None
 
 
