@@ -14,12 +14,14 @@ from backends.base import (
     Backend,
     BackendError,
     BillingRefused,
+    QuotaUsedUp,
     Rejected,
     Reply,
     Request,
     ServerFailed,
     Throttled,
     Timings,
+    Unauthorized,
     Unreachable,
 )
 from sidecar.admission import (
@@ -124,7 +126,8 @@ class Dispatcher:
                     last_failure = None
             except (BackendError, NoByteInTime) as failure:
                 failed_attempts += isinstance(failure, ServerFailed | Unreachable)
-                action = "fail" if ticket.streaming else self._decide(ticket, permit.upstream, failure, failed_attempts)
+                final = ticket.streaming or not getattr(failure, "may_resend", True)
+                action = "fail" if final else self._decide(ticket, permit.upstream, failure, failed_attempts)
                 if action == "fail":
                     raise
                 if action in ("elsewhere", "again_if_failing") or self._is_out(permit.upstream):
@@ -247,13 +250,20 @@ class Dispatcher:
                 permit.report(Verdict("account", now, reason=reason))
                 self._metrics.throttled(name, "billing", error.code)
                 return "throttled"
+            case QuotaUsedUp():
+                permit.report(Verdict("account", now, retry_after=error.ends_in, reason=reason))
+                self._metrics.throttled(name, "quota_period", error.code)
+                return "throttled"
+            case Unauthorized():
+                # With several backends, report `account`, so that another backend is tried. With one backend, the
+                # caller gets the provider's answer.
+                self._metrics.key_refused(name, reason)
+                self._metrics.throttled(name, "unauthorized", error.code)
+                permit.report(Verdict("account" if len(self.backends) > 1 else "accepted", now, reason=reason))
+                return "client_error"
             case Rejected():
-                # The request passed the limits. 401: the provider refuses the key. With several backends, report
-                # `account`, so that another backend is tried. With one backend, the caller gets the 401.
-                if error.status == 401:
-                    self._metrics.key_refused(name, reason)
-                about_account = error.status == 401 and len(self.backends) > 1
-                permit.report(Verdict("account" if about_account else "accepted", now, reason=reason))
+                # The request passed the limits, unless it is too large for a limit at all: that teaches nothing.
+                permit.report(Verdict("abandoned" if error.above_limit else "accepted", now, reason=reason))
                 return "client_error"
             case ServerFailed():
                 permit.report(Verdict("failed", now, reason=reason))
@@ -290,8 +300,8 @@ def _outcome_of(failure: Exception) -> VerdictOutcome:
             return "refused"
         case NoByteInTime():
             return "timed_out"
-        case BillingRefused() | Rejected(status=401):
-            return "account"  # a 401 concerns the sidecar's key: the caller's bearer token is not forwarded
+        case BillingRefused() | QuotaUsedUp() | Unauthorized():
+            return "account"  # the key is the sidecar's: the caller's bearer token is not forwarded
         case Rejected():
             return "accepted"
         case _:

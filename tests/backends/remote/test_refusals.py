@@ -6,10 +6,11 @@ import json
 import math
 
 import pytest
+from answer_readings import meaning_of
 from hypothesis import given
 from hypothesis import strategies as st
 
-from backends.base import BackendError, BillingRefused, Rejected, ServerFailed, Throttled
+from backends.base import Throttled
 from backends.remote.refusals import classify
 
 
@@ -21,19 +22,6 @@ def openai_shape(code: str | None, message: str, type_: str | None = None) -> by
 
 def native_shape(code: str | None, message: str, type_: str | None = None) -> bytes:
     return json.dumps({"code": code, "message": message, "request_id": "r-1"}).encode()
-
-
-def meaning(error: BackendError) -> str:
-    match error:
-        case Throttled():
-            return error.kind
-        case BillingRefused():
-            return "billing"
-        case Rejected():
-            return "moderated" if error.moderated else "rejected"
-        case ServerFailed():
-            return "server"
-    raise AssertionError(f"{error!r} is none of the errors a caller of classify knows")
 
 
 CONSOLE = "For details, see: https://help.aliyun.com/zh/model-studio/error-code#token-limit"
@@ -87,7 +75,7 @@ DASHSCOPE = [
     (400, "InvalidParameter", "The image format is illegal and cannot be opened.", "rejected"),
     (400, "invalid_parameter_error", "Range of max_tokens should be [1, 8192]", "rejected"),
     (400, "InvalidParameter", "unknown field 'requests per minute'", "rejected"),
-    (401, "InvalidApiKey", "Invalid API-key provided.", "rejected"),
+    (401, "InvalidApiKey", "Invalid API-key provided.", "unauthorized"),
     (403, "Model.AccessDenied", "Model access denied.", "rejected"),
     (404, "ModelNotFound", "Model can not be found.", "rejected"),
 ]
@@ -98,7 +86,7 @@ DASHSCOPE = [
 def test_every_dashscope_code_has_the_same_meaning_in_both_formats(status, code, message, expected, shape):
     body = shape(code, message)
     error = classify(status, {}, body)
-    assert meaning(error) == expected
+    assert meaning_of(error) == expected
     assert (error.status, error.code, error.body) == (status, code, body)
 
 
@@ -112,7 +100,7 @@ OTHERS = [
     (429, {"message": "Rate limit reached for gpt-4o on requests per min (RPM): Limit 3, Used 3. Please try again.",
            "type": "requests", "code": "rate_limit_exceeded"}, "request_rate"),
     (429, {"message": "Rate limit reached for gpt-4o on tokens per min.", "code": "rate_limit_exceeded"}, "token_rate"),
-    (429, {"message": "Rate limit reached on requests per day (RPD)", "code": "rate_limit_exceeded"}, "request_rate"),
+    (429, {"message": "Rate limit reached on requests per day (RPD)", "code": "rate_limit_exceeded"}, "quota_period"),
     (429, {"message": "Requests to this API have exceeded token rate limit of your current tier.", "code": "429"},
      "token_rate"),
     (429, {"message": "Requests to this API have exceeded call rate limit of your current tier.", "code": "429"},
@@ -127,7 +115,7 @@ OTHERS = [
 
 @pytest.mark.parametrize(("status", "error", "expected"), OTHERS)
 def test_errors_of_other_openai_compatible_servers_are_classified(status, error, expected):
-    assert meaning(classify(status, {}, json.dumps({"error": error}).encode())) == expected
+    assert meaning_of(classify(status, {}, json.dumps({"error": error}).encode())) == expected
 
 
 BODIES = [
@@ -151,7 +139,7 @@ BODIES = [
 
 @pytest.mark.parametrize(("status", "body", "expected"), BODIES)
 def test_errors_in_plain_text_in_web_pages_and_without_a_body_are_classified(status, body, expected):
-    assert meaning(classify(status, {}, body)) == expected
+    assert meaning_of(classify(status, {}, body)) == expected
 
 
 IN_STREAM = [
@@ -178,19 +166,28 @@ IN_STREAM = [
 @pytest.mark.parametrize(("status", "data", "expected", "shown"), IN_STREAM)
 def test_an_error_inside_a_stream_has_the_same_meaning_and_gets_a_status(status, data, expected, shown):
     error = classify(status, {}, data)
-    assert (meaning(error), error.status) == (expected, shown)
+    assert (meaning_of(error), error.status) == (expected, shown)
 
 
-def test_the_message_names_status_code_and_text_on_one_bounded_line():
+def test_the_message_has_the_code_and_our_own_sentence_and_the_quote_is_one_bounded_line():
     error = classify(400, {}, openai_shape("InvalidParameter", "first\nsecond\r\n" + "x" * 10_000))
-    assert error.message.startswith("the provider answered 400: InvalidParameter: first second x")
-    assert len(error.message) < 400
+    assert error.message == (
+        "the provider answered 400 (InvalidParameter): it does not accept this request; its request id is r-1"
+    )
+    assert error.quote.startswith("first second x")
+    assert len(error.quote) <= 300
+
+
+def test_a_code_that_is_a_sentence_is_not_shown():
+    error = classify(429, {}, json.dumps({"code": "my secret street", "error": "Too many"}).encode())
+    assert (error.code, "secret" in error.message) == ("", False)
 
 
 def test_an_error_has_only_the_headers_that_may_be_forwarded():
     headers = {"Content-Type": "application/json", "X-Request-Id": "r", "Set-Cookie": "a=b", "Connection": "close"}
     error = classify(400, headers, b"{}")
-    assert error.headers == {"Content-Type": "application/json", "X-Request-Id": "r"}
+    assert error.headers == {"Content-Type": "application/json", "X-Upstream-Request-Id": "r"}
+    assert error.upstream_request_id == "r"
 
 
 anything = st.recursive(
@@ -215,7 +212,7 @@ anything = st.recursive(
 )
 def test_garbage_is_classified_and_never_raises(status, headers, body):
     error = classify(status, headers, body)
-    assert meaning(error)
+    assert meaning_of(error)
     assert error.body == body
     assert error.status >= 400
     if status == 429 and isinstance(error, Throttled) and error.retry_after is not None:

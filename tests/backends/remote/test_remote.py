@@ -83,7 +83,7 @@ async def test_only_useful_headers_of_the_provider_are_returned(backend, upstrea
     reply = await backend.send(chat(), Timings())
     assert {name.lower(): value for name, value in reply.headers.items()} == {
         "content-type": "application/json",
-        "x-request-id": "up-1",
+        "x-upstream-request-id": "up-1",
         "x-dashscope-call-gateway": "true",
         "openai-processing-ms": "12",
     }
