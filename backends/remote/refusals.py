@@ -30,7 +30,7 @@ from backends.base import (
     ThrottleKind,
     Unauthorized,
 )
-from backends.forwarded_headers import to_caller, upstream_request_id
+from backends.forwarded_headers import UPSTREAM_REQUEST_ID, to_caller, upstream_request_id
 from backends.remote.error_bodies import ErrorFacts, read_error
 from backends.remote.refusal_rules import ABOUT_THE_REQUEST, Rules, without_quotes
 from backends.remote.refusal_table import Meaning
@@ -133,7 +133,10 @@ def error_of(reading: Reading, status: int, headers: Mapping[str, str], body: by
     request_id = upstream_request_id(headers) or reading.facts.request_id
     name = f"; its request id is {request_id}" if request_id else ""
     message = f"the provider answered {shown}{code}: {_SENTENCES[meaning]}{name}"
-    arguments = {"status": reading.status, "code": reading.code, "body": body, "headers": to_caller(headers)}
+    passed = to_caller(headers)
+    if request_id:
+        passed[UPSTREAM_REQUEST_ID] = request_id
+    arguments = {"status": reading.status, "code": reading.code, "body": body, "headers": passed}
     if kind is Throttled:
         error: BackendError = Throttled(
             message,
