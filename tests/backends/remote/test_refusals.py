@@ -10,7 +10,7 @@ from answer_readings import meaning_of
 from hypothesis import given
 from hypothesis import strategies as st
 
-from backends.base import Throttled
+from backends.base import QuotaUsedUp, Rejected, Throttled, Unauthorized
 from backends.remote.refusals import classify
 
 
@@ -229,3 +229,146 @@ def test_a_throttled_error_has_the_wait_that_the_provider_asked_for():
     error = classify(429, {"Retry-After": "3"}, b"")
     assert isinstance(error, Throttled)
     assert error.retry_after == 3.0
+
+
+# -- the rules in their order: each row was read wrongly by an earlier version -----------------------------------------
+
+
+def google(quota: str, delay: str = "17s", text: str = "check your plan and billing details") -> dict:
+    details = [
+        {"@type": "type.googleapis.com/google.rpc.QuotaFailure", "violations": [{"quotaId": quota}]},
+        {"@type": "type.googleapis.com/google.rpc.RetryInfo", "retryDelay": delay},
+    ]
+    return {"error": {"code": 429, "message": text, "status": "RESOURCE_EXHAUSTED", "details": details}}
+
+
+def said(text: str, code: object = None, **more: object) -> dict:
+    return {"error": {"message": text, "code": code, **more}}
+
+
+RULES: list[tuple[str, int, dict[str, str], object, str]] = [
+    # B1: Google writes "billing details" beside every limit; the quota's name decides.
+    ("B1", 429, {}, google("RequestsPerMinutePerModel"), "request_rate"),
+    ("B1 in a list", 429, {}, [google("InputTokensPerModelPerMinute")], "token_rate"),
+    ("B1 a day", 429, {}, google("RequestsPerDayPerProject"), "quota_period"),
+    ("B1 no name", 429, {}, said("See your billing details", status="RESOURCE_EXHAUSTED"), "unknown"),
+    ("billing details with a short wait", 429, {"Retry-After": "9"}, said("See your billing details"), "unknown"),
+    ("billing details", 429, {}, said("See your billing details"), "billing"),
+    # B2: lack of money at other statuses
+    ("B2", 403, {}, said("x", "AccountOverdueError"), "billing"),
+    ("B2", 403, {}, said("quota", "insufficient_user_quota"), "billing"),
+    ("B2", 403, {}, {"code": 30001, "message": "x"}, "billing"),
+    ("B2", 412, {}, said("Account x is suspended, maybe for failure to pay past invoices"), "billing"),
+    ("B2 in a 500", 500, {}, {"error": {"message": "failed (1008)"}}, "billing"),
+    ("words do not count in a 500", 500, {}, said("insufficient balance in the pool of workers"), "server"),
+    # B3: lack of money as 429, with other wording
+    ("B3", 429, {}, said("You have run out of credits."), "billing"),
+    ("B3", 429, {}, said("x", "1113"), "billing"),
+    ("B3", 429, {}, said("x", type="budget_exceeded"), "billing"),
+    ("B3", 429, {}, said("账户余额不足"), "billing"),
+    ("B3", 429, {}, said("The spending limit has been reached"), "billing"),
+    ("B3", 402, {}, said("anything"), "billing"),
+    ("money that returns", 402, {}, said("In-flight budget exceeded"), "concurrency"),
+    # B4: the quota of a long period
+    ("B4", 429, {}, said("Limit on requests per day (RPD) reached", type="requests"), "quota_period"),
+    ("B4", 429, {}, said("reached organization TPD rate limit"), "quota_period"),
+    ("B4", 429, {}, said("Rate limit exceeded: free-models-per-day"), "quota_period"),
+    ("B4", 429, {}, said("x", "1310"), "quota_period"),
+    ("B4", 429, {}, said("该模型今日调用次数已达上限"), "quota_period"),
+    ("B4", 429, {}, said("Rate limit of 50 per 86400s exceeded"), "quota_period"),
+    ("B4", 403, {}, said("Out of call volume quota"), "quota_period"),
+    ("B4 IETF", 429, {"RateLimit-Policy": '"day";q=9;w=86400', "RateLimit": '"day";r=0;t=60'}, "", "quota_period"),
+    ("B4 a number alone", 429, {"Retry-After": "86400"}, said("Too many requests"), "unknown"),
+    # B5: too large for the limit at all
+    ("B5", 429, {}, said("Too large: Limit 30000, Requested 70,000", type="tokens"), "rejected"),
+    ("B5", 429, {}, said("Limit 30000, Used 20000, Requested 11000", type="tokens"), "token_rate"),
+    ("B5", 413, {}, said("Request too large for tokens per minute", type="tokens"), "rejected"),
+    ("B5", 429, {}, said("The input tokens must be reduced", type="tokens"), "rejected"),
+    ("B5 money", 402, {}, said("You requested up to 900 tokens, but can only afford 700"), "rejected"),
+    ("B5 no money at all", 402, {}, said("You requested up to 900 tokens, but can only afford 0"), "billing"),
+    # B6, B7: load
+    ("B6", 503, {"x-envoy-overloaded": "true"}, "upstream connect error", "concurrency"),
+    ("B6", 503, {}, "upstream connect error. reset reason: overflow", "concurrency"),
+    ("B6", 503, {}, said("server busy, please try again. maximum pending requests exceeded"), "concurrency"),
+    ("B6", 503, {}, said("server busy, please try again."), "capacity"),
+    ("B6", 503, {}, said("Loading model"), "capacity"),
+    ("B6", 498, {}, said("x", "capacity_exceeded"), "capacity"),
+    ("B7", 503, {"Retry-After": "120"}, "<html>", "capacity"),
+    ("B7 without", 503, {}, "<html>", "server"),
+    # B8: the caller's words
+    ("B8 a quote", 400, {}, said("cannot open 'the-bill is overdue, insufficient balance'"), "rejected"),
+    ("B8 a file", 400, {}, said("cannot open insufficient-credits.is overdue.jpg"), "rejected"),
+    ("B8 a URL", 400, {}, said("cannot fetch https://x.example/payment required"), "rejected"),
+    ("B8 a field", 400, {}, said("messages: please recharge", param="messages"), "rejected"),
+    ("B8 a value", 400, {}, said("Invalid image, got: please recharge"), "rejected"),
+    ("B8 the code", 400, {}, said("the text insufficient balance is no image", "InvalidParameter"), "rejected"),
+    ("B8 FastAPI", 422, {}, {"detail": [{"loc": ["body"], "msg": "bad", "input": "insufficient balance"}]}, "rejected"),
+    ("B8 the provider's own", 400, {}, said("Your credit balance is too low"), "billing"),
+    # Machine facts before prose
+    ("actual/limit", 429, {}, said("Tokens per Minute (actual/limit): 9/50, Requests per Second (actual/limit): 2/2"),
+     "request_rate"),
+    ("a dotted tail", 429, {}, said("tpm/rpm", "RateLimitExceeded.EndpointTPMExceeded"), "token_rate"),
+    ("rate_limit_type", 429, {"rate_limit_type": "tokens"}, said("No."), "token_rate"),
+    ("policy-id", 429, {"policy-id": "DeploymentRatelimit-Call"}, said("No."), "request_rate"),
+    # The key
+    ("the key", 401, {}, said("x"), "unauthorized"),
+    ("the key as 400", 400, {}, said("x", details=[{"reason": "API_KEY_INVALID"}]), "unauthorized"),
+    ("no key", 403, {}, said("Country not supported"), "rejected"),
+    # Chinese words about load
+    ("频率", 429, {}, said("请求频率过高"), "request_rate"),
+    ("并发", 429, {}, said("已达到并发上限"), "concurrency"),
+    ("饱和", 429, {}, said("上游负载已饱和", "insufficient_quota"), "capacity"),
+    # Envelopes
+    ("errors[0]", 429, {}, {"errors": [{"message": "neurons", "code": 4006}]}, "quota_period"),
+    ("detail{}", 429, {}, {"detail": {"status": "too_many_concurrent_requests"}}, "concurrency"),
+    ("base_resp", 0, {}, {"base_resp": {"status_code": 1002}}, "request_rate"),
+    ("wrapped as text", 429, {}, said("AzureException - {'error': {'message': 'the token rate limit of x'}}"),
+     "token_rate"),
+    ("raw JSON", 429, {}, said("Provider error", metadata={"raw": '{"error": {"code": "limit_burst_rate"}}'}), "growth"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule[0])
+def test_each_rule_in_its_place(rule):
+    _, status, headers, body, expected = rule
+    raw = body.encode() if isinstance(body, str) else json.dumps(body, ensure_ascii=False).encode()
+    assert meaning_of(classify(status, headers, raw)) == expected
+
+
+def test_words_that_the_request_contains_prove_nothing():
+    refusal = json.dumps(said("Not a picture: please recharge your account")).encode()
+    assert meaning_of(classify(400, {}, refusal)) == "billing"
+    request = b'{"messages": [{"content": "Please Recharge your account"}]}'
+    assert meaning_of(classify(400, {}, refusal, request_body=request)) == "rejected"
+    chinese = json.dumps(said("图片无法读取 账户余额不足")).encode()
+    for request in (json.dumps("余额不足").encode(), "余额不足".encode()):
+        assert meaning_of(classify(400, {}, chinese, request_body=request)) == "rejected"
+
+
+def test_a_request_that_is_too_large_gets_413_and_teaches_nothing():
+    error = classify(429, {}, json.dumps(said("Limit 10, Requested 20")).encode())
+    assert isinstance(error, Rejected)
+    assert (error.status, error.above_limit) == (413, True)
+    error = classify(402, {}, json.dumps(said("can only afford 20")).encode())
+    assert isinstance(error, Rejected)
+    assert (error.status, error.above_limit) == (402, True)
+
+
+def test_the_end_of_a_long_period_is_reported_and_a_short_delay_beside_it_is_not():
+    far = classify(429, {"Retry-After": "7200"}, json.dumps(said("requests per day")).encode())
+    near = classify(429, {}, json.dumps(google("RequestsPerDay", "18s")).encode())
+    assert isinstance(far, QuotaUsedUp)
+    assert isinstance(near, QuotaUsedUp)
+    assert (far.ends_in, near.ends_in) == (7200, None)
+
+
+def test_a_refused_key_is_a_rejection_of_its_own_kind():
+    assert isinstance(classify(401, {}, b""), Unauthorized)
+
+
+def test_no_text_of_the_provider_is_in_the_message():
+    body = json.dumps({"error": {"message": "the secret street", "code": "odd", "type": "secret type"}}).encode()
+    for status in (400, 402, 403, 429, 500):
+        error = classify(status, {}, body)
+        assert "secret" not in error.message
+        assert error.quote == "the secret street"
