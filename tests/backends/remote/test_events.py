@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -39,7 +41,7 @@ def test_events_are_read_line_by_line_as_the_standard_says(stream, data):
 def test_events_do_not_depend_on_where_the_network_splits_the_stream(stream, cuts):
     raw, data = stream
     edges = sorted({0, len(raw), *(cut % (len(raw) + 1) for cut in cuts)})
-    pieces = [raw[start:end] for start, end in zip(edges, edges[1:], strict=False)]
+    pieces = [raw[start:end] for start, end in pairwise(edges)]
     assert [event.data for event in read(pieces) if event.data] == data
 
 

@@ -324,7 +324,7 @@ RULES: list[tuple[str, int, dict[str, str], object, str]] = [
     ("base_resp", 0, {}, {"base_resp": {"status_code": 1002}}, "request_rate"),
     ("wrapped as text", 429, {}, said("AzureException - {'error': {'message': 'the token rate limit of x'}}"),
      "token_rate"),
-    ("raw JSON", 429, {}, said("Provider error", metadata={"raw": '{"error": {"code": "limit_burst_rate"}}'}), "growth"),
+    ("raw JSON", 429, {}, said("Error", metadata={"raw": '{"error": {"code": "limit_burst_rate"}}'}), "growth"),
 ]  # fmt: skip
 
 
