@@ -154,14 +154,17 @@ class StreamWatch:
     `feed` accepts the received bytes in pieces of any size. Most pieces cost only substring searches.
     """
 
-    def __init__(self, *, is_chat: bool = True, request_body: bytes = b"") -> None:
-        """`request_body` is the request, whose words prove nothing in an error."""
+    def __init__(
+        self, *, is_chat: bool = True, request_body: bytes = b"", headers: Mapping[str, str] | None = None
+    ) -> None:
+        """`request_body` is the request, whose words prove nothing in an error. `headers` are those of the answer."""
         self.has_content = False
         """Whether the stream has contained content. Comments, roles, empty texts and a usage are no content."""
         self.failure: BackendError | None = None
         """The first error event, classified. Later events are ignored, because an error ends the stream."""
         self._is_chat = is_chat
         self._request_body = request_body
+        self._headers = headers or {}
         self._reader = EventReader(_EVENT_LIMIT)
         self._last_usage = b""
         self._ended = False
@@ -212,7 +215,7 @@ class StreamWatch:
             return
         payload = lenient_json(data)
         if said or judge(payload, is_chat=self._is_chat) == "error":
-            self.failure = classify(event.status, {}, data, request_body=self._request_body)
+            self.failure = classify(event.status, self._headers, data, request_body=self._request_body)
             return
         if not self.has_content:
             if not self._is_chat or not isinstance(payload, dict):

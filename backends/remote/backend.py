@@ -268,7 +268,7 @@ class DashScopeBackend:
     async def _stream(self, response: Response, request: Request, first: bytes) -> Reply:
         """Read until the first content, so that a refusal instead of content is raised like any other refusal."""
         is_chat = request.dialect == "native" or request.path == "/chat/completions"
-        watch = StreamWatch(is_chat=is_chat, request_body=request.body)
+        watch = StreamWatch(is_chat=is_chat, request_body=request.body, headers=response.headers)
         preface: deque[bytes] = deque()
         size = 0
         piece = first or await response.content.readany()

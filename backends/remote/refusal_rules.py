@@ -46,6 +46,9 @@ _REQUESTED = re.compile(r"requested[: ]+(\d[\d,]*)")
 _AFFORD = re.compile(r"can only afford (\d[\d,]*)")
 _POLICY = re.compile(r'"([^"]*)"[^,]*?;\s*(?:q=\d+\s*;\s*)?w=(\d+)')
 _LONG_WINDOW = 3600
+#: Headers of Kong, Cerebras, SambaNova and Mistral that name their window.
+_REMAINING = re.compile(r"ratelimit-remaining-(?:[a-z]+-)?(second|minute|hour|day|month)$")
+_SHORT_WINDOWS = ("second", "minute")
 
 
 def without_quotes(text: str) -> str:
@@ -129,6 +132,13 @@ class Rules:
                                ("call", "request_rate")):  # fmt: skip
                 if part in named.replace("ratelimit", ""):
                     yield cast("Meaning", kind), "header rate_limit_type or policy-id"
+            windows = {
+                match[1] in _SHORT_WINDOWS
+                for name, value in headers.items()
+                if value == "0" and (match := _REMAINING.search(name))
+            }
+            if windows == {False}:
+                yield "quota_period", "a header says that nothing remains of an hour's, a day's or a month's quota"
         used_up = re.findall(r'"([^"]*)"\s*;\s*r=0\b', headers.get("ratelimit", ""))
         for name, window in _POLICY.findall(headers.get("ratelimit-policy", "")):
             if name in used_up and int(window) >= _LONG_WINDOW:
@@ -162,6 +172,8 @@ class Rules:
             for words in table.CODE_WORDS
             if words.pattern.search(code)
         ]
+        heads = (code.partition(".")[0] for code in self.codes)  # `InvalidParameter.ImageSize`
+        found += [("own_fault", f"code {head}.…") for head in heads if table.CODES.get(head) == "own_fault"]
         for meaning, rule in found:
             if self._allowed(meaning):
                 yield self._refined(meaning, rule)
@@ -188,6 +200,8 @@ class Rules:
             yield rule
         if status in (403, 429, 498) or inside_200:
             yield from self._period()
+        if status == 403 and not self._throttles() and self._proven(table.QUOTA_403):
+            yield "quota_period", "words: a quota is used up, as 403"
         if (status in _MONEY_STATUSES or inside_200) and self._proven(table.FREE_QUOTA):
             yield "billing", "words: the free quota is used up"
 
@@ -228,7 +242,7 @@ class Rules:
             return "unknown", "status 498"
         if status == 503 and (self.headers.get("retry-after") or self.headers.get("retry-after-ms")):
             return "capacity", "status 503 with Retry-After"
-        if 400 <= status < 500 and status != 408:
+        if 400 <= status < 500 and status not in (408, 424, 425):  # 424: TGI's failure during the generation
             return "rejected", f"status {status}"
         return "server", f"status {status}" if status >= 400 else "an error inside a 200 that names no reason"
 

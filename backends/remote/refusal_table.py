@@ -105,7 +105,10 @@ NUMBERS: dict[str, dict[int, Meaning]] = {
         2049: "unauthorized", 2056: "quota_period",
     },  # MiniMax: page "Error codes"
     "error_code": {4: "capacity", 17: "quota_period", 18: "request_rate", 19: "billing", 110: "unauthorized"},  # Baidu v1
-    "text": {1008: "billing", 11202: "request_rate", 11203: "concurrency", 11201: "quota_period"},
+    "text": {
+        1002: "request_rate", 1008: "billing", 1039: "token_rate", 1041: "concurrency", 2056: "quota_period",  # MiniMax
+        11202: "request_rate", 11203: "concurrency", 11201: "quota_period",  # Spark
+    },
     "code": {
         1008: "billing", 1039: "token_rate", 1026: "moderated",  # MiniMax
         1113: "billing", 1309: "billing", 1311: "billing",  # Zhipu, Z.ai: page "Error codes"
@@ -135,7 +138,7 @@ def _words(*lines: tuple[Meaning, str]) -> tuple[Words, ...]:
 CODE_WORDS = _words(
     ("billing", r"\barrears?\b|arrearage|\boverdue\b|\bunpaid\b|\bbalance\b|\bbilling\b|\bpayment\b|\bbudget exceeded"
                 r"|(insufficient|out of|not enough|no) (funds?|credits?|user quota|wallet)|credits? (exhausted|depleted)"
-                r"|resource pack|charge resource|free trial|not purchased|spend(ing)? limit"),
+                r"|resource pack|charge resource|free (trial|tier|quota)|not purchased|unpurchased|spend(ing)? limit"),
     ("moderated", r"content (filter|policy)|data inspection|sensitive|moderation|responsible ai|risk control"),
     ("too_large", r"(request|prompt|input|payload|context|body)( length)? (is )?too (large|long)|context (length|window)"),
     ("unauthorized", r"(invalid|incorrect|wrong|missing|expired|bad) (api ?key|access key|token|credential)"
@@ -151,7 +154,7 @@ CODE_WORDS = _words(
 )  # fmt: skip
 #: Codes that say only that some limit was exceeded.
 THROTTLING_CODE = re.compile(
-    r"throttl|rate limit|too many request|slow ?down|request limit|limit exceeded|resource exhausted"
+    r"throttl|rate limit|too many request|slow ?down|request limit|limit exceeded|resource exhausted|quota (exceeded|exhausted)"
 )
 #: The part of them that counts at status 400, where the others can mean a fault of the request.
 SURE_THROTTLING_CODE = re.compile(r"throttl|rate limit|too many request")
@@ -191,6 +194,12 @@ WEAK_MONEY = re.compile(r"billing details")
 FREE_QUOTA = re.compile(
     r"free (allocated )?(trial )?quota (has been |is )?(exceeded|exhausted)|exhausted its free"
     r"|free (trial|tier)\b.{0,40}(exhausted|expired|used up)|免费额度.{0,6}(用尽|用完|耗尽|不足)"
+    r"|(额度|配额)(不足|(已|已经)?(用尽|用完|耗尽))"
+)
+#: A quota as 403: waiting for seconds does not help, as it does after a rate limit.
+QUOTA_403 = re.compile(
+    r"(?<!rate )(quota|allowance|usage limit|allotment)s?\b.{0,40}(exceeded|exhausted|used up|reached|depleted)"
+    r"|exceeded (your|the|its) .{0,20}(quota|allowance)"
 )
 
 #: The sidecar's key. Only at 400 and 403: a 401 needs no words.

@@ -314,6 +314,14 @@ RULES: list[tuple[str, int, dict[str, str], object, str]] = [
     ("the key", 401, {}, said("x"), "unauthorized"),
     ("the key as 400", 400, {}, said("x", details=[{"reason": "API_KEY_INVALID"}]), "unauthorized"),
     ("no key", 403, {}, said("Country not supported"), "rejected"),
+    ("a quota as 403", 403, {}, said("The quota of this key is exhausted"), "quota_period"),
+    ("a rate as 403", 403, {}, said("x", details=[{"reason": "rateLimitExceeded"}]), "unknown"),
+    ("an unbought model", 403, {}, said("Access denied", "AccessDenied.Unpurchased"), "billing"),
+    ("the head of a code", 400, {}, said("please recharge", "InvalidParameter.Image"), "rejected"),
+    ("a day's header", 429, {"x-ratelimit-remaining-requests-day": "0", "x-ratelimit-remaining-tokens-minute": "7"},
+     said("Rate limit exceeded"), "quota_period"),
+    ("both headers", 429, {"x-ratelimit-remaining-day": "0", "x-ratelimit-remaining-minute": "0"},
+     said("API rate limit exceeded"), "request_rate"),
     # Chinese words about load
     ("频率", 429, {}, said("请求频率过高"), "request_rate"),
     ("并发", 429, {}, said("已达到并发上限"), "concurrency"),
@@ -333,6 +341,50 @@ def test_each_rule_in_its_place(rule):
     _, status, headers, body, expected = rule
     raw = body.encode() if isinstance(body, str) else json.dumps(body, ensure_ascii=False).encode()
     assert meaning_of(classify(status, headers, raw)) == expected
+
+
+#: What must not be taken for a refusal by a limit, by the account or of the key.
+HARMLESS = [
+    (400, "Unsupported value: 'temperature' does not support 0.2 with this model."),
+    (400, "This model does not support image input."),
+    (400, "Invalid 'messages[0].content[1].image_url.url': expected a base64-encoded data URL."),
+    (400, "max_tokens must be at most 4096 tokens per request"),
+    (400, "The token limit of this model is 8192 tokens, but 9000 were given."),
+    (400, "image exceeds 5 MB maximum: 7000000 bytes > 5242880 bytes"),
+    (400, "Could not process image: decoder busy"),
+    (400, "At most 4 images are allowed per request."),
+    (400, "The number of requests in a batch must not exceed 10 per minute of video."),
+    (400, "User location is not supported for the API use."),
+    (400, "tool_choice requires the option enable-auto-tool-choice"),
+    (403, "You do not have access to this model."),
+    (403, "Project p does not have access to model m"),
+    (403, "Your organization must be verified to use this model."),
+    (403, "Model access denied."),
+    (404, "The model m does not exist or you do not have access to it."),
+    (404, "Not Found"),
+    (413, "Request Entity Too Large"),
+    (422, "Input should be a valid list"),
+]
+FAILURES = [
+    (500, "Internal server error"),
+    (500, "CUDA out of memory. Tried to allocate 2 GiB"),
+    (500, "java.util.concurrent.TimeoutException: null"),
+    (500, "The server had an error while processing your request"),
+    (500, "context deadline exceeded"),
+    (502, "Bad gateway"),
+    (503, "upstream connect error or disconnect/reset before headers. reset reason: connection failure"),
+    (503, "no healthy upstream"),
+    (504, "upstream request timeout"),
+    (424, "Request failed during generation"),
+]
+
+
+@pytest.mark.parametrize(("status", "text"), [*HARMLESS, *FAILURES])
+def test_ordinary_errors_are_no_refusals(status, text):
+    expected = "rejected" if (status, text) in HARMLESS else "server"
+    for body in (said(text), {"detail": text}, {"object": "error", "message": text, "code": status}, text):
+        raw = body.encode() if isinstance(body, str) else json.dumps(body).encode()
+        assert meaning_of(classify(status, {}, raw)) == expected
 
 
 def test_words_that_the_request_contains_prove_nothing():
