@@ -27,7 +27,7 @@ _MONEY_STATUSES = (400, 402, 403, 412, 429)
 ABOUT_THE_REQUEST = (400, 404, 405, 409, 413, 415, 422)
 _QUOTED = re.compile(
     r"(?<!\w)'[^'\n]{0,1500}'(?!\w)|\"[^\"]{0,1500}\"|`[^`]{0,1500}`|“[^”]{0,1500}”|‘[^’]{0,1500}’|「[^」]{0,1500}」"
-    r"|\b(?:https?|file|oss|s3|data):\S+|\S+\.(?:jpe?g|png|gif|webp|bmp|tiff?|mp[34]|wav|mov|avi|txt|pdf|json|ya?ml)\b"
+    r"|\b(?:https?|file|oss|s3|data):\S+|\S{1,80}\.(?:jpe?g|png|gif|webp|bmp|tiff?|mp[34]|wav|mov|avi|txt|pdf|json|ya?ml)\b"
 )
 #: What follows these words in a message about the request is the request's own text.
 _THEN_QUOTES = re.compile(
@@ -46,6 +46,8 @@ _REQUESTED = re.compile(r"requested[: ]+(\d[\d,]*)")
 _AFFORD = re.compile(r"can only afford (\d[\d,]*)")
 _POLICY = re.compile(r'"([^"]*)"[^,]*?;\s*(?:q=\d+\s*;\s*)?w=(\d+)')
 _LONG_WINDOW = 3600
+#: Characters of a header that are searched.
+_HEADER_LIMIT = 300
 #: Headers of Kong, Cerebras, SambaNova and Mistral that name their window.
 _REMAINING = re.compile(r"ratelimit-remaining-(?:[a-z]+-)?(second|minute|hour|day|month)$")
 _SHORT_WINDOWS = ("second", "minute")
@@ -139,8 +141,8 @@ class Rules:
             }
             if windows == {False}:
                 yield "quota_period", "a header says that nothing remains of an hour's, a day's or a month's quota"
-        used_up = re.findall(r'"([^"]*)"\s*;\s*r=0\b', headers.get("ratelimit", ""))
-        for name, window in _POLICY.findall(headers.get("ratelimit-policy", "")):
+        used_up = re.findall(r'"([^"]*)"\s*;\s*r=0\b', headers.get("ratelimit", "")[:_HEADER_LIMIT])
+        for name, window in _POLICY.findall(headers.get("ratelimit-policy", "")[:_HEADER_LIMIT]):
             if name in used_up and int(window) >= _LONG_WINDOW:
                 yield "quota_period", "header ratelimit-policy: the window of the used-up policy is an hour or more"
         reached = [
@@ -261,6 +263,8 @@ class Rules:
             return True
         if self.status >= 500:
             return False
+        if self.status == 403 and self._proven(table.THROTTLED_403):
+            return True
         pattern = table.SURE_THROTTLING_CODE if self.status in ABOUT_THE_REQUEST else table.THROTTLING_CODE
         return any(pattern.search(code) for code in self.code_words)
 

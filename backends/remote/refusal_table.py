@@ -138,7 +138,7 @@ def _words(*lines: tuple[Meaning, str]) -> tuple[Words, ...]:
 CODE_WORDS = _words(
     ("billing", r"\barrears?\b|arrearage|\boverdue\b|\bunpaid\b|\bbalance\b|\bbilling\b|\bpayment\b|\bbudget exceeded"
                 r"|(insufficient|out of|not enough|no) (funds?|credits?|user quota|wallet)|credits? (exhausted|depleted)"
-                r"|resource pack|charge resource|free (trial|tier|quota)|not purchased|unpurchased|spend(ing)? limit"),
+                r"|resource pack|charge resource|free (trial|tier|quota)|not purchased|unpurchased|\bsuspended\b|spend(ing)? limit"),
     ("moderated", r"content (filter|policy)|data inspection|sensitive|moderation|responsible ai|risk control"),
     ("too_large", r"(request|prompt|input|payload|context|body)( length)? (is )?too (large|long)|context (length|window)"),
     ("unauthorized", r"(invalid|incorrect|wrong|missing|expired|bad) (api ?key|access key|token|credential)"
@@ -179,7 +179,7 @@ MONEY = _words(
     ("billing", r"(spend(ing)?|credit|billing|budget|payment)( hard)? (limit|cap|budget)s?( has been| is| was)? (exceeded|reached|hit)"),
     ("billing", r"reach(ed|ing) (its|the|your) (monthly )?(spend(ing)?|billing|budget)|(billing|spending) hard limit|key limit exceeded"),
     ("billing", r"over (its |the |your )?budget|budget (has been )?exceeded|exceededbudget|usage limits?\. you will regain"),
-    ("billing", r"account .{0,60}(is |has been |was )(suspended|not active|inactive|deactivated|overdue|in arrears|frozen)"),
+    ("billing", r"(account|consumer|project|organi[sz]ation|workspace|subscription)\b.{0,60}(is |has been |was )(suspended|not active|inactive|deactivated|overdue|in arrears|frozen)"),
     ("billing", r"overdue (balance|payment|bill|invoice)|bill is overdue|past invoices|in arrears|account is in good standing"),
     ("billing", r"payment (is )?required|enter a payment|requires? billing|billing (to be |is )?(not )?enabled|enable billing"),
     ("billing", r"has not (been )?purchased|not (been )?purchased yet|(plan|subscription|package) (has |is )?expired"),
@@ -196,6 +196,8 @@ FREE_QUOTA = re.compile(
     r"|free (trial|tier)\b.{0,40}(exhausted|expired|used up)|免费额度.{0,6}(用尽|用完|耗尽|不足)"
     r"|(额度|配额)(不足|(已|已经)?(用尽|用完|耗尽))"
 )
+#: A limit as 403, by words.
+THROTTLED_403 = re.compile(r"\bthrottled\b|flow control|rate limit|too many requests|限流|流控")
 #: A quota as 403: waiting for seconds does not help, as it does after a rate limit.
 QUOTA_403 = re.compile(
     r"(?<!rate )(quota|allowance|usage limit|allotment)s?\b.{0,40}(exceeded|exhausted|used up|reached|depleted)"
@@ -205,7 +207,7 @@ QUOTA_403 = re.compile(
 #: The sidecar's key. Only at 400 and 403: a 401 needs no words.
 KEY = _words(
     ("unauthorized", r"(invalid|incorrect|wrong|no|missing|expired|unknown) (api|access|secret)[ -]?(key|token)"),
-    ("unauthorized", r"(api|access)[ -]?key (is )?(not valid|invalid|expired|disabled|revoked|not found|incorrect|missing)"),
+    ("unauthorized", r"(api|access)[ -]?key (is |was |has been )?(reported|blocked|not valid|invalid|expired|disabled|revoked|not found|incorrect|missing)"),
     ("unauthorized", r"(令牌|密钥|api ?key|token)[^。]{0,4}(无效|不正确|错误|已?过期|不可用|失效)|无效的(令牌|密钥|api ?key)|身份(验证|认证)失败"),
 )  # fmt: skip
 
@@ -215,13 +217,13 @@ MODERATED = re.compile(
     r"|safety system|敏感|违规|不安全"
 )
 
-_PERIOD_ZH = r"(今日|今天|当日|当天|本日|每日|每天|单日|本周|每周|本月|每月|当月|每小时|\d+ ?(个)?小时)"
+_PERIOD_ZH = r"(今日|今天|当日|当天|本日|每日|每天|单日|本周|每周|本月|每月|当月|每小时|\d{1,4} ?(个)?小时)"
 #: A quota of an hour or longer is used up.
 PERIOD = _words(
     ("quota_period", r"\bper[ _-]?(day|week|month|hour)\b|/ ?(day|hour|week|month)\b|\b(rpd|tpd|rph|tph)\b|\bby (day|month)\b"),
     ("quota_period", r"\b(daily|weekly|monthly|hourly)\b.{0,40}(limit|quota|allocation|allowance|allotment|cap\b|usage|requests?|tokens?|credits?)"),
-    ("quota_period", r"(limit|quota|allowance|reset|usage)s?.{0,20}\b(daily|weekly|monthly|hourly)\b|today'?s? (quota|limit|usage|allowance)"),
-    ("quota_period", r"(try|come back|available) (it )?(again )?tomorrow|(call|request) volume quota|\d+[ -]hours? (usage )?(limit|quota|window)"),
+    ("quota_period", r"(limit|quota|allowance|reset|usage)s?.{0,20}\b(daily|weekly|monthly|hourly)\b|today'?s? (quota|limit|usage|allowance)|\b(this|current) (month|week|billing (period|cycle))\b"),
+    ("quota_period", r"(try|come back|available) (it )?(again )?tomorrow|(call|request) volume quota|\d{1,4}[ -]hours? (usage )?(limit|quota|window)"),
     ("quota_period", rf"{_PERIOD_ZH}[^。]{{0,24}}(上限|限额|额度|次数|限制|配额|用完|用尽|耗尽|超出|超过|流控)|日流控|明[天日]再试"),
 )  # fmt: skip
 #: "50 per 86400s": the window in seconds.
@@ -229,12 +231,13 @@ WINDOW_SECONDS = re.compile(r"\bper (\d{4,8}) ?s(ec|econds?)?\b")
 
 #: Too many requests at the same time. It is looked for before `CAPACITY`. It must not match `java.util.concurrent`.
 CONCURRENCY = re.compile(
-    r"(?<![.\w])concurren(t|cy|ts)\b|\bparallel request|\bin-?flight\b|simultaneous|back ?pressure|too many running"
-    r"|queue is full|queue (size|length|limit)|maximum queue|pending requests? exceeded|num queued requests"
+    r"(?<![.\w])concurren(t|cy|ts)\b|\bparallel request|\bin-?flight\b|simultaneous|back ?pressure|too many (running|connections|open connections)"
+    r"|\b(total|active|running|outstanding) requests? limit"
+    r"|queue (is )?full|queue (size|length|limit)|maximum queue|pending requests? exceeded|num queued requests"
     r"|reset reason: overflow|并发"
 )
 GROWTH = re.compile(
-    r"(increas|grow|ris|ramp)\w* too (quick|fast|rapid)|ramp up|\b(traffic|request) (surge|burst|spike)|\bsurge\b|burst rate"
+    r"(increas|grow|ris|ramp)\w* too (quick|fast|rapid)|ramp up|\b(traffic|request) (surge|burst|spike)|\bsurge\b|burst rate|usage increase rate|(scale|ramp)\w* .{0,40}gradually"
     r"|增长过快|突增|激增"
 )
 #: The provider has no room, whatever this account sends.

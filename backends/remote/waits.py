@@ -18,8 +18,9 @@ _UNITS = {
 }  # fmt: skip
 _NUMBER = r"\d{1,12}(?:\.\d{1,12})?"
 _UNIT = "|".join(sorted(_UNITS, key=len, reverse=True))
-_PART = re.compile(rf"({_NUMBER})\s*({_UNIT})(?![a-z])|({_NUMBER})\s*({_UNIT})(?=\d)")
-_DURATION = rf"(?:{_NUMBER}\s*(?:{_UNIT})(?:(?![a-z])|(?=\d))[\s,]*(?:and\s+)?)+"
+_PART = re.compile(rf"({_NUMBER})\s?({_UNIT})(?![a-z])")
+# Each part must match in one way only, and the number of parts is bounded: the text comes from outside.
+_DURATION = rf"(?:{_NUMBER}\s?(?:{_UNIT})(?![a-z])(?:,? (?:and )?)?){{1,5}}"
 _CLOCK = r"(?:(\d{1,4})\.)?(\d{1,2}):(\d\d):(\d\d)"
 #: Words before a duration in a message. A duration without such words ("10 requests per 60s") is no wait.
 _TEXT_WAITS = re.compile(
@@ -163,8 +164,7 @@ def _duration(text: str) -> float | None:
     if re.fullmatch(_DURATION, text) is None:
         return None
     total = 0.0
-    for match in _PART.finditer(text):
-        number, unit = (match[1], match[2]) if match[1] else (match[3], match[4])
+    for number, unit in _PART.findall(text):
         total += float(number) * _UNITS[unit]
     return total
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 
 import pytest
 from answer_readings import meaning_of
@@ -424,3 +425,16 @@ def test_no_text_of_the_provider_is_in_the_message():
         error = classify(status, {}, body)
         assert "secret" not in error.message
         assert error.quote == "the secret street"
+
+
+@pytest.mark.parametrize(
+    "text", ["1h", "a/b.", "'", '"', "try again in 5", "no api ", "limit: 5 ", "{'message': '", "5 小"]
+)
+def test_no_text_takes_long_to_read(text):
+    """Patterns with several ways to match would take minutes. The bound is wide, because the machine may be busy."""
+    body = json.dumps(said(text * (4000 // len(text)))).encode()
+    headers = {"ratelimit-policy": '"' * 8000, "retry-after": "1h" * 4000}
+    started = time.perf_counter()
+    for status in (400, 403, 429, 503):
+        classify(status, headers, body)
+    assert time.perf_counter() - started < 2.0
