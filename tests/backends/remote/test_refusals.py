@@ -323,6 +323,13 @@ RULES: list[tuple[str, int, dict[str, str], object, str]] = [
      said("Rate limit exceeded"), "quota_period"),
     ("both headers", 429, {"x-ratelimit-remaining-day": "0", "x-ratelimit-remaining-minute": "0"},
      said("API rate limit exceeded"), "request_rate"),
+    ("connections", 503, {}, said("Too many connections"), "concurrency"),
+    ("a full queue", 503, {}, "pending request queue full", "concurrency"),
+    ("flow control", 403, {}, "Throttled by flow control", "unknown"),
+    ("a leaked key", 403, {}, said("This API key was reported as leaked"), "unauthorized"),
+    ("a suspended project", 403, {}, said("The project has been suspended"), "billing"),
+    ("slower growth", 429, {}, said("Above the usage increase rate for tokens per minute"), "growth"),
+    ("this month", 403, {}, said("Tokens quota reached this month", "token_quota_reached"), "quota_period"),
     # Chinese words about load
     ("频率", 429, {}, said("请求频率过高"), "request_rate"),
     ("并发", 429, {}, said("已达到并发上限"), "concurrency"),
