@@ -158,7 +158,19 @@ class Backend(Protocol):
 
 
 class BackendError(Exception):
-    """An attempt failed. `body` is the provider's own error body; it is empty if the provider sent none."""
+    """An attempt failed.
+
+    `message` is the sidecar's own sentence with the provider's code: it may be shown to everybody, in `/status` and in
+    the log. `body` and `quote` come from the provider and may quote the request, so that only the caller of this
+    request may see them.
+    """
+
+    quote = ""
+    """The provider's own message on one line; empty if it sent none."""
+    upstream_request_id = ""
+    """The provider's own id of this request; empty if it named none. Its support asks for this id."""
+    may_resend = True
+    """False if the provider has completed the request: sending it again would be charged again."""
 
     def __init__(
         self,
@@ -174,6 +186,7 @@ class BackendError(Exception):
         self.status = status
         self.code = code
         self.body = body
+        """The provider's own error body; empty if it sent none."""
         self.headers: Mapping[str, str] = headers or {}
 
 
@@ -201,11 +214,25 @@ class BillingRefused(BackendError):
     """The account has no money left, or the model was not purchased. A retry cannot succeed."""
 
 
+class QuotaUsedUp(BackendError):
+    """The account's quota of an hour, a day or longer is used up. No request can wait for its end."""
+
+    ends_in: float | None = None
+    """Seconds until the end of the period, as the provider reported them; None if it reported no end."""
+
+
 class Rejected(BackendError):
     """The request itself is invalid (a 4xx). The caller receives this error; the request is never retried."""
 
     moderated = False
     """Whether the provider's content inspection refused the prompt, the image or the answer."""
+    above_limit = False
+    """Whether this single request is larger than a limit allows at all. The refusal says nothing about the limit's
+    present use."""
+
+
+class Unauthorized(Rejected):
+    """The provider refuses the sidecar's key, with status 401, 403 or 400."""
 
 
 class ServerFailed(BackendError):

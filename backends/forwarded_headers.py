@@ -6,6 +6,7 @@ may add in the future are not forwarded.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from functools import lru_cache
 from urllib.parse import unquote_plus
@@ -19,8 +20,18 @@ _CREDENTIALS = frozenset(
     {"key", "api_key", "api-key", "apikey", "access_token", "access-token", "token", "subscription-key"}
 )
 _TO_PROVIDER_PREFIXES = ("x-dashscope-",)
-_TO_CALLER = frozenset({"content-type", "content-language", "x-request-id", "request-id", "traceparent", "retry-after"})
+_TO_CALLER = frozenset({"content-type", "content-language", "request-id", "traceparent", "retry-after"})
 _TO_CALLER_PREFIXES = ("x-dashscope-", "openai-", "x-ratelimit-")
+#: Headers in which providers send their own id of a request, the preferred one first.
+_REQUEST_IDS = (
+    "x-request-id", "x-dashscope-request-id", "apim-request-id", "x-amzn-requestid", "x-siliconcloud-trace-id",
+    "request-id", "x-ms-request-id", "x-generation-id", "x-trace-id", "cf-ray",
+)  # fmt: skip
+#: Those of them whose value callers get for an accepted answer, where every microsecond counts.
+_USUAL_REQUEST_IDS = _REQUEST_IDS[:5]
+#: The name under which callers get that id: `X-Request-Id` is the caller's own.
+UPSTREAM_REQUEST_ID = "X-Upstream-Request-Id"
+_ID = re.compile(r"[A-Za-z0-9_.:/+=-]{1,128}")
 
 
 def to_provider(headers: Mapping[str, str]) -> dict[str, str]:
@@ -40,11 +51,18 @@ def _parameter_name(pair: str) -> str:
 
 
 def to_caller(headers: Mapping[str, str]) -> dict[str, str]:
-    """Return the provider's headers that the caller gets: content type, request ids and the provider's own headers.
+    """Return the provider's headers that the caller gets: content type, request id and the provider's own headers.
 
-    The names are spelled `Like-This`, so that a header of the sidecar can replace one of the provider.
+    The names are spelled `Like-This`, so that a header of the sidecar can replace one of the provider. The provider's
+    request id gets the name `X-Upstream-Request-Id`.
     """
     return {name: value for given, value in headers.items() if (name := _name_for_caller(given)) is not None}
+
+
+def upstream_request_id(headers: Mapping[str, str]) -> str:
+    """Return the provider's own id of the request; empty if it sent none that is a plain token."""
+    ids = {name: value for given, value in headers.items() if (name := given.lower()) in _REQUEST_IDS}
+    return next((value for name in _REQUEST_IDS if _ID.fullmatch(value := ids.get(name, ""))), "")
 
 
 @lru_cache(512)
@@ -56,4 +74,6 @@ def _goes_to_provider(name: str) -> bool:
 @lru_cache(512)
 def _name_for_caller(given: str) -> str | None:
     name = given.lower()
+    if name in _USUAL_REQUEST_IDS:
+        return UPSTREAM_REQUEST_ID
     return canonical_name(given) if name in _TO_CALLER or name.startswith(_TO_CALLER_PREFIXES) else None

@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import re
 import signal
-import sys
 import time
 from pathlib import Path
 
 import aiohttp
 import pytest
+from real_parts import only_on_linux
 from running import BOUND, CHAT, Process, chat, samples
 
 
@@ -117,7 +117,7 @@ async def test_without_a_file_a_hangup_drains_and_cuts_no_answer(client, provide
     assert "draining" in process.log
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="platform: not Linux; the signals of a process are in /proc")
+@only_on_linux("the signals of a process are in /proc")
 async def test_a_process_that_ignores_hangups_since_its_start_keeps_ignoring_them(client):
     """`nohup vlm-sidecar serve &`: closing the terminal must not drain it."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)

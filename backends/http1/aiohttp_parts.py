@@ -22,7 +22,7 @@ part. `check` looks for all parts at start, see `implementation.py`.
 | 13 | `tcp_helpers.tcp_keepalive(transport)` |
 | 14 | `helpers.rfc822_formatted_time()` |
 | 15 | `client_proto.ResponseHandler(loop)`: `read()`, `should_close`, `set_exception(exception, cause)`, `._payload` |
-| 16 | `ResponseHandler.set_response_params(skip_payload, read_until_eof, read_bufsize)` |
+| 16 | `ResponseHandler.set_response_params(skip_payload, read_until_eof, read_bufsize, auto_decompress)` |
 | 17 | `http.RawResponseMessage`: `code`, `headers`, `should_close` |
 | 18 | `TCPConnector._factory`, `._loop`, `.connect(request, traces, timeout) -> Connection` |
 | 19 | `connector.Connection`: `protocol`, `transport`, `close()` |
@@ -326,7 +326,12 @@ async def exchange(
     """
     protocol = connection.protocol
     assert protocol is not None and protocol.transport is not None  # noqa: S101  the caller just got the connection
-    protocol.set_response_params(skip_payload=head_only, read_until_eof=True, read_bufsize=connecting.READ_AHEAD_BYTES)
+    protocol.set_response_params(
+        skip_payload=head_only,
+        read_until_eof=True,
+        read_bufsize=connecting.READ_AHEAD_BYTES,
+        auto_decompress=False,  # the caller gets the bytes as they are; to decompress them would block the event loop
+    )
     sending = None
     if len(body) <= connecting.SLICE_BYTES:
         protocol.transport.writelines((head, body))

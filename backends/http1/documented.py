@@ -153,7 +153,7 @@ class Connector:
                                            socket_factory=connecting.make_socket),
             cookie_jar=aiohttp.DummyCookieJar(), timeout=aiohttp.ClientTimeout(connect=connecting.CONNECT_SECONDS),
             headers={"Accept-Encoding": "identity"}, skip_auto_headers=("Content-Type",), trace_configs=[trace],
-            read_bufsize=connecting.READ_AHEAD_BYTES,
+            read_bufsize=connecting.READ_AHEAD_BYTES, auto_decompress=False,
         )  # fmt: skip
         self.close = self._session.close
 

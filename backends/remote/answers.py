@@ -1,27 +1,32 @@
-"""Reads an accepted answer: its usage, and an error that it may contain in spite of its status 200."""
+"""Reads an accepted answer: its usage, and an error that it may contain in spite of its status 200.
+
+An answer is judged by what it must contain: a choice that a caller can read. It is an error if a choice carries `error`
+or `finish_reason: "error"`, if `base_resp.status_code` is not 0, or if nothing can be read and an error is marked.
+"""
 
 from __future__ import annotations
 
 import re
-from typing import cast
-
-import orjson
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from backends.base import BackendError, Usage
+from backends.remote.error_bodies import lenient_json
+from backends.remote.events import Event, EventReader, events_in
 from backends.remote.refusals import classify
-
-
-def parsed(data: bytes) -> object:
-    """Return the JSON value in `data`, or None if `data` is not JSON. (A valid answer is never JSON's `null`.)"""
-    try:
-        return cast("object", orjson.loads(data))
-    except orjson.JSONDecodeError:
-        return None
-
 
 #: LLM tokens. No model has a longer context. A larger count is an error of the provider, and it would distort the
 #: learned token rate.
 _MAX_TOKENS = 10_000_000
+
+#: What an answer is: an answer that a caller can read; an error; or nothing of both.
+Judgement = Literal["answer", "error", "nothing"]
+
+#: Fields of a message or a delta that a caller can read.
+_CONTENT = (
+    "content", "reasoning_content", "reasoning", "reasoning_details", "thinking", "tool_calls", "function_call",
+    "refusal", "audio", "annotations", "images",
+)  # fmt: skip
 
 
 def usage_of(payload: object) -> Usage | None:
@@ -38,19 +43,104 @@ def usage_of(payload: object) -> Usage | None:
     return None
 
 
-def is_error(payload: object) -> bool:
-    """Return whether an answer with status 200 is an error in OpenAI's, vLLM's or the native format."""
-    if not isinstance(payload, dict) or "choices" in payload or "output" in payload:
+def judge(payload: object, *, is_chat: bool) -> Judgement:
+    """Judge a whole answer, or the data of one event.
+
+    `is_chat`: the answer is a chat completion in OpenAI's or the native format. Other answers (embeddings, lists) are
+    judged only by marks of an error.
+    """
+    if not isinstance(payload, dict):
+        return "nothing" if is_chat else "answer"
+    try:  # the usual answer, without further calls: one choice with a text
+        [choice] = payload["choices"]
+        usual = choice["message"]["content"] and choice["finish_reason"] != "error" and "error" not in choice
+        if usual and "base_resp" not in payload:
+            return "answer"
+    except (LookupError, TypeError, ValueError):
+        pass
+    if _minimax_failed(payload):
+        return "error"
+    choices = choices_of(payload)
+    content = finished = False
+    for choice in choices:
+        reason = choice.get("finish_reason")
+        if choice.get("error") or reason == "error":
+            return "error"
+        content = content or has_content(choice)
+        finished = finished or bool(reason)
+    if content:
+        return "answer"
+    if _marks_error(payload):
+        return "error"
+    if not is_chat:
+        return "answer"
+    return "answer" if finished or any(isinstance(choice.get("message"), dict) for choice in choices) else "nothing"
+
+
+def choices_of(payload: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the choices of an answer or of a piece of a stream, in either dialect."""
+    choices = payload.get("choices")
+    if choices is None and isinstance(output := payload.get("output"), dict):
+        choices = output.get("choices")
+        if choices is None and "text" in output:
+            return [output]
+    return [choice for choice in choices if isinstance(choice, dict)] if isinstance(choices, list) else []
+
+
+def has_content(choice: Mapping[str, Any]) -> bool:
+    """Return whether a choice contains something to read: text, reasoning, a tool call, sound. A role is no content."""
+    if choice.get("text"):
+        return True
+    for key in ("message", "delta"):
+        message = choice.get(key)
+        if isinstance(message, dict):
+            for field in _CONTENT:
+                value = message.get(field)
+                if value and not (isinstance(value, list) and all(part in ({}, {"text": ""}) for part in value)):
+                    return True
+    return False
+
+
+def finish_reason_of(payload: object) -> bool:
+    """Return whether a choice names the reason for its end. The native dialect sends the text "null" until then."""
+    return isinstance(payload, dict) and any(
+        choice.get("finish_reason") not in (None, "", "null") for choice in choices_of(payload)
+    )
+
+
+def _minimax_failed(payload: Mapping[str, Any]) -> bool:
+    if "base_resp" not in payload:
         return False
+    base = payload["base_resp"]
+    return isinstance(base, dict) and base.get("status_code") not in (None, 0, "0", "")
+
+
+def _marks_error(payload: Mapping[str, Any]) -> bool:
+    """Return whether an answer without content says that it is an error."""
     code = payload.get("code")
-    return bool(payload.get("error")) or payload.get("object") == "error" or (isinstance(code, str) and code != "")
+    response = payload.get("Response")
+    return (
+        bool(payload.get("error"))
+        or bool(payload.get("errors"))
+        or payload.get("object") == "error"
+        or payload.get("type") == "error"
+        or payload.get("success") is False
+        or (isinstance(code, str) and code not in ("", "0", "200", "ok", "OK", "Success", "success"))
+        or (isinstance(code, int) and code not in (0, 200) and ("message" in payload or "msg" in payload))
+        or bool(payload.get("error_code"))
+        or (isinstance(response, dict) and bool(response.get("Error")))
+    )
 
 
-_EVENT_END = re.compile(rb"\r?\n\r?\n")
-_STATUS_LINE = re.compile(rb"(?::HTTP_STATUS/|status:\s*)(\d{3})\s*$")
-#: Only events that contain one of these are parsed. `feed` searches with `find`, because `in` takes three times as long
-#: on bytes.
-_MARKERS = (b'"usage"', b"error", b"HTTP_STATUS/")
+def seems_readable(body: bytes) -> bool:
+    """Return whether an answer that cannot be parsed may still be one that some client can read."""
+    start = body[:64].removeprefix(b"\xef\xbb\xbf").lstrip()
+    return start.startswith(b"{") and (b'"choices"' in body or b'"output"' in body)
+
+
+#: Only events that contain one of these are parsed after the first content. `feed` searches with `find`, because `in`
+#: takes three times as long on bytes.
+_MARKERS = (b'"usage"', b"error", b"HTTP_STATUS/", b'"base_resp"')
 _NO_USAGE = re.compile(rb'"usage"\s*:\s*null')
 
 #: Bytes. A longer event is not parsed. The longest useful event is a native frame with the whole text of an answer of
@@ -59,58 +149,87 @@ _EVENT_LIMIT = 256 * 1024
 
 
 class StreamWatch:
-    """Observes a server-sent-event stream and extracts its usage and its errors.
+    """Observes a server-sent-event stream and extracts its usage, its errors and whether it said that it has ended.
 
     `feed` accepts the received bytes in pieces of any size. Most pieces cost only substring searches.
     """
 
-    def __init__(self) -> None:
+    def __init__(
+        self, *, is_chat: bool = True, request_body: bytes = b"", headers: Mapping[str, str] | None = None
+    ) -> None:
+        """`request_body` is the request, whose words prove nothing in an error. `headers` are those of the answer."""
         self.has_content = False
-        """Whether the stream has contained an event with data that is not an error."""
+        """Whether the stream has contained content. Comments, roles, empty texts and a usage are no content."""
         self.failure: BackendError | None = None
         """The first error event, classified. Later events are ignored, because an error ends the stream."""
-        self._tail = b""
+        self._is_chat = is_chat
+        self._request_body = request_body
+        self._headers = headers or {}
+        self._reader = EventReader(_EVENT_LIMIT)
         self._last_usage = b""
+        self._ended = False
+        # The latest two blocks of events. They are searched for the end of the stream only once, at the end.
+        self._before = self._latest = b""
 
     def feed(self, piece: bytes) -> None:
         """Process the next piece of the stream."""
-        data = self._tail + piece if self._tail else piece
-        end = max(data.rfind(b"\n\n") + 2, data.rfind(b"\n\r\n") + 3)
-        if end < 3:  # the piece contains no end of an event
-            self._tail = data if len(data) <= _EVENT_LIMIT else b""
+        block = self._reader.feed(piece)
+        if not block:
             return
-        self._tail = data[end:]
-        if self.has_content and max(map(data.find, _MARKERS)) < 0:
+        self._before = self._latest
+        self._latest = block
+        if self.has_content and max(map(block.find, _MARKERS)) < 0:
             return
-        for event in _EVENT_END.split(data[:end]):
-            self._parse(event)
+        for event in events_in(block):
+            self._see(event)
 
     def end(self) -> None:
         """Process a last event without an empty line after it. Must be called at the end of the stream."""
-        if self._tail:
-            self._parse(self._tail)
-            self._tail = b""
+        if block := self._reader.end():
+            self._before, self._latest = self._latest, block
+            for event in events_in(block):
+                self._see(event)
 
     @property
     def usage(self) -> Usage | None:
         """The last usage in the stream. A native frame contains the usage so far; OpenAI sends it once, at the end."""
-        return usage_of(parsed(self._last_usage)) if self._last_usage else None
+        return usage_of(lenient_json(self._last_usage)) if self._last_usage else None
 
-    def _parse(self, event: bytes) -> None:
+    @property
+    def is_complete(self) -> bool:
+        """Whether the stream has said that it has ended: by `[DONE]` or by a finish reason."""
+        return self._ended or any(_is_end(event) for event in events_in(self._before + self._latest))
+
+    def _see(self, event: Event) -> None:
+        data = event.data
         if self.failure is not None:
             return
-        name, status, lines = b"", 0, []
-        for line in event.splitlines():
-            if line.startswith(b"data:"):
-                lines.append(line[5:].strip())
-            elif line.startswith(b"event:"):
-                name = line[6:].strip()
-            elif match := _STATUS_LINE.match(line):
-                status = int(match[1])
-        data = b"\n".join(lines)
-        if name == b"error" or status >= 400 or (b'"error"' in data and is_error(parsed(data))):
-            self.failure = classify(status, {}, data)
-        elif data and data != b"[DONE]":
-            self.has_content = True
-            if b'"usage"' in data and not _NO_USAGE.search(data):
-                self._last_usage = data
+        if data == b"[DONE]":
+            self._ended = True
+            return
+        said = event.name == b"error" or event.status >= 400
+        if not (
+            said or (data and (not self.has_content or data.find(b"error") >= 0 or data.find(b'"base_resp"') >= 0))
+        ):
+            self._see_usage(data)
+            return
+        payload = lenient_json(data)
+        if said or judge(payload, is_chat=self._is_chat) == "error":
+            self.failure = classify(event.status, self._headers, data, request_body=self._request_body)
+            return
+        if not self.has_content:
+            if not self._is_chat or not isinstance(payload, dict):
+                self.has_content = True
+            else:
+                self._ended = self._ended or finish_reason_of(payload)
+                self.has_content = self._ended or any(map(has_content, choices_of(payload)))
+        self._see_usage(data)
+
+    def _see_usage(self, data: bytes) -> None:
+        if b'"usage"' in data and not _NO_USAGE.search(data):
+            self._last_usage = data
+
+
+def _is_end(event: Event) -> bool:
+    data = event.data
+    return data == b"[DONE]" or (b"finish_reason" in data and finish_reason_of(lenient_json(data)))

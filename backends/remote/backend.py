@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+import zlib
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import TypeVar
@@ -17,7 +18,9 @@ from backends.http1.errors import HttpError, failure_of
 from backends.http1.headers import canonical_name
 from backends.http1.implementation import choose
 from backends.http1.interface import Connector, Origin, Response
-from backends.remote.answers import StreamWatch, is_error, parsed, usage_of
+from backends.remote.answers import StreamWatch, judge, seems_readable, usage_of
+from backends.remote.error_bodies import lenient_json, read_error
+from backends.remote.events import begins_like_events
 from backends.remote.native import send_native
 from backends.remote.refusals import classify
 
@@ -161,7 +164,7 @@ class DashScopeBackend:
         try:
             if response.status // 100 == 2:
                 return await read(response)
-            raise await self._refusal(response)  # noqa: TRY301  a local name would create a reference cycle
+            raise await self._refusal(response, body, headers.get("X-Request-Id"))  # noqa: TRY301  a local name would create a reference cycle
         except BaseException as error:
             response.close_unless_read()
             if isinstance(error, HttpError):
@@ -174,12 +177,16 @@ class DashScopeBackend:
         """Replace the key in an error: if the provider quotes it, neither the caller nor the log may contain it."""
         if key := self._key():
             error.message = error.message.replace(key, "***")
+            error.quote = error.quote.replace(key, "***")
             error.body = error.body.replace(key.encode(), b"***")
             error.headers = {name: value.replace(key, "***") for name, value in error.headers.items()}
             error.args = (error.message,)
 
-    async def _refusal(self, response: Response) -> BackendError:
-        """Read an answer without a 2xx status and return the error that it means."""
+    async def _refusal(self, response: Response, request_body: bytes, request_id: str | None) -> BackendError:
+        """Read an answer without a 2xx status and return the error that it means.
+
+        `request_id` is the caller's: a provider that repeats it has named no id of its own.
+        """
         if response.status < 200:
             return ServerFailed(f"the provider answered {response.status}: it would speak another protocol than HTTP")
         if response.status < 400:
@@ -191,45 +198,107 @@ class DashScopeBackend:
         try:
             async with asyncio.timeout(_ERROR_BODY_SECONDS):
                 body = await _read(response, _ERROR_BODY_LIMIT)
+            if encoding := _encoding(response):
+                body = await asyncio.to_thread(_decompressed, body, encoding)
         except (HttpError, TimeoutError, ServerFailed) as error:
             _log.info("the body of an answer %d could not be read: %s", response.status, type(error).__name__)
-        return classify(response.status, response.headers, body)
+        headers = {name: value for name, value in response.headers.items() if value != request_id}
+        return classify(response.status, headers, body, request_body=request_body)
 
     def _reply(self, response: Response, request: Request) -> Awaitable[Reply]:
-        if request.stream and response.content_type == "text/event-stream":
-            return self._stream(response)
-        return self._whole(response, request)
+        if _encoding(response):
+            return self._encoded(response, request)
+        return self._whole_or_stream(response, request) if request.stream else self._whole(response, request)
 
-    async def _whole(self, response: Response, request: Request) -> Reply:
-        body = await _read(response, _BODY_LIMIT)
-        headers = to_caller(response.headers)
-        is_chat = request.dialect == "native" or request.path == "/chat/completions"
-        payload = parsed(body) if is_chat or response.content_type == "application/json" else None
-        if is_chat and not isinstance(payload, dict):
-            raise _not_json(response)
-        if is_error(payload):
-            raise classify(0, response.headers, body)
-        return Reply(status=response.status, headers=headers, body=body, usage=usage_of(payload))
+    async def _whole_or_stream(self, response: Response, request: Request) -> Reply:
+        """Read the answer to a request for a stream.
 
-    async def _stream(self, response: Response) -> Reply:
-        """Read until the first content, so that a refusal instead of content is raised like any other refusal."""
-        watch = StreamWatch()
-        preface: deque[bytes] = deque()
-        size = 0
-        while not watch.has_content and watch.failure is None:
+        The content decides, and not its label: servers label streams as `text/plain`, and errors as streams.
+        """
+        first = b""
+        while (is_stream := begins_like_events(first)) is None and len(first) < _PREFACE_LIMIT:
             piece = await response.content.readany()
             if not piece:
-                watch.end()
+                is_stream = response.content_type == "text/event-stream"
                 break
+            first += piece
+        return await (self._stream(response, request, first) if is_stream else self._whole(response, request, first))
+
+    async def _encoded(self, response: Response, request: Request) -> Reply:
+        """Pass on an answer that is compressed although we asked for `identity`, together with its encoding.
+
+        It is not decompressed, because that takes too long for the event loop; so its usage and errors are not seen.
+        """
+        headers = {**to_caller(response.headers), "Content-Encoding": response.headers["Content-Encoding"]}
+        if not request.stream:
+            return Reply(status=response.status, headers=headers, body=await _read(response, _BODY_LIMIT))
+        return self._streaming(response, headers, None, deque())
+
+    async def _whole(self, response: Response, request: Request, first: bytes = b"") -> Reply:
+        """Read a whole answer. `first` is what was read of it already.
+
+        A request whose 200 has arrived completely is never sent again, because the provider has charged it.
+        """
+        body = await _read(response, _BODY_LIMIT, first)
+        headers = to_caller(response.headers)
+        is_chat = request.dialect == "native" or request.path == "/chat/completions"
+        payload = lenient_json(body) if is_chat or response.content_type == "application/json" else None
+        if payload is None and not is_chat:
+            return Reply(status=response.status, headers=headers, body=body)
+        judgement = judge(payload, is_chat=is_chat)
+        if judgement == "answer" or (payload is None and seems_readable(body)):
+            return Reply(status=response.status, headers=headers, body=body, usage=usage_of(payload))
+        if payload is None and begins_like_events(body):  # a stream that nobody asked for; it may contain an error
+            watch = StreamWatch(request_body=request.body)
+            watch.feed(body)
+            watch.end()
+            if watch.failure is not None:
+                raise watch.failure
+        if not isinstance(payload, dict):
+            raise _not_json(response)
+        error = classify(0, response.headers, body, request_body=request.body)
+        if judgement == "nothing" and isinstance(error, ServerFailed):
+            facts = read_error(body)
+            if not (facts.codes or facts.texts):
+                error.message = f"the provider answered {response.status} without an answer that a caller could read"
+                error.args = (error.message,)
+            error.may_resend = False
+        raise error
+
+    async def _stream(self, response: Response, request: Request, first: bytes) -> Reply:
+        """Read until the first content, so that a refusal instead of content is raised like any other refusal."""
+        is_chat = request.dialect == "native" or request.path == "/chat/completions"
+        watch = StreamWatch(is_chat=is_chat, request_body=request.body, headers=response.headers)
+        preface: deque[bytes] = deque()
+        size = 0
+        piece = first or await response.content.readany()
+        while piece:
             watch.feed(piece)
             preface.append(piece)
             size += len(piece)
+            if watch.has_content or watch.failure is not None:
+                break
             if size > _PREFACE_LIMIT:
                 raise ServerFailed(f"the provider's stream held no content in its first {size} bytes")
+            piece = await response.content.readany()
+        else:
+            watch.end()
         if not watch.has_content:
-            raise watch.failure or ServerFailed("the provider's stream ended before any content")
-        reply = Reply(status=response.status, headers=to_caller(response.headers))
-        chunks = _Chunks(reply, response, watch, preface, self._explained)
+            raise watch.failure or _no_content(watch)
+        return self._streaming(response, to_caller(response.headers), watch, preface, is_chat=is_chat)
+
+    def _streaming(
+        self,
+        response: Response,
+        headers: dict[str, str],
+        watch: StreamWatch | None,
+        preface: deque[bytes],
+        *,
+        is_chat: bool = False,
+    ) -> Reply:
+        """Return the reply for a stream. `is_chat`: it must say at its end that it has ended."""
+        reply = Reply(status=response.status, headers=headers)
+        chunks = _Chunks(reply, response, watch, preface, self._explained, must_end=is_chat)
         reply.chunks, reply.deliver, reply.closer = chunks, chunks.deliver, chunks.aclose
         return reply
 
@@ -264,15 +333,18 @@ class _Chunks:
         self,
         reply: Reply,
         response: Response,
-        watch: StreamWatch,
+        watch: StreamWatch | None,
         preface: deque[bytes],
         explained: Callable[[HttpError], BackendError],
+        *,
+        must_end: bool,
     ) -> None:
         self._reply = reply
         self._response = response
         self._watch = watch
         self._preface = preface
         self._explained = explained
+        self._must_end = must_end
 
     def __aiter__(self) -> AsyncIterator[bytes]:
         return self
@@ -286,19 +358,21 @@ class _Chunks:
             self._settle()
             raise self._explained(error) from error
         if piece:
-            self._watch.feed(piece)
+            if self._watch is not None:
+                self._watch.feed(piece)
             return piece
-        self._watch.end()
-        self._settle()
+        self._end()
         raise StopAsyncIteration
 
     async def deliver(self, on_piece: OnPiece) -> bool:
         while self._preface:
             if not on_piece(self._preface.popleft()):
                 return False
+        watch = self._watch
 
         def watch_and_deliver(piece: bytes) -> bool:
-            self._watch.feed(piece)
+            if watch is not None:
+                watch.feed(piece)
             return on_piece(piece)
 
         try:
@@ -307,8 +381,7 @@ class _Chunks:
             self._settle()
             raise self._explained(error) from error
         if whole:
-            self._watch.end()
-            self._settle()
+            self._end()
         return whole
 
     async def aclose(self) -> None:
@@ -316,9 +389,19 @@ class _Chunks:
         del self._reply  # it refers to this object
         self._response.close_unless_read()
 
+    def _end(self) -> None:
+        """Process the end of the stream. Raise `ServerFailed` if the stream did not say that it has ended."""
+        watch = self._watch
+        if watch is not None:
+            watch.end()
+        self._settle()
+        if watch is not None and self._must_end and watch.failure is None and not watch.is_complete:
+            raise ServerFailed("the provider's stream ended in the middle: no finish_reason and no [DONE] came")
+
     def _settle(self) -> None:
-        self._reply.usage = self._watch.usage
-        self._reply.failure = self._watch.failure
+        if self._watch is not None:
+            self._reply.usage = self._watch.usage
+            self._reply.failure = self._watch.failure
 
 
 def _checked(url: str) -> str:
@@ -332,17 +415,19 @@ def _checked(url: str) -> str:
 
 async def _json_body(response: Response) -> bytes:
     body = await _read(response, _BODY_LIMIT)
-    if not isinstance(parsed(body), dict):
+    if _encoding(response):
+        body = await asyncio.to_thread(_decompressed, body, _encoding(response))
+    if not isinstance(lenient_json(body), dict):
         raise _not_json(response)
     return body
 
 
-async def _read(response: Response, limit: int) -> bytes:
-    """Read a body to its end. Raises `ServerFailed` if it is longer than `limit` bytes."""
-    if response.content.is_eof():  # the whole body arrived together with the head
+async def _read(response: Response, limit: int, first: bytes = b"") -> bytes:
+    """Read a body to its end. Raises `ServerFailed` if it is longer than `limit` bytes. `first` was read before."""
+    if not first and response.content.is_eof():  # the whole body arrived together with the head
         return response.content.read_nowait()
-    pieces = []
-    size = 0
+    pieces = [first]
+    size = len(first)
     while piece := await response.content.readany():
         size += len(piece)
         if size > limit:
@@ -351,5 +436,35 @@ async def _read(response: Response, limit: int) -> bytes:
     return b"".join(pieces)
 
 
+def _encoding(response: Response) -> str:
+    """Return the `Content-Encoding` of an answer in lower case; empty for none and for `identity`."""
+    encoding = response.headers.get("Content-Encoding")
+    if encoding is None:
+        return ""
+    encoding = encoding.strip().lower()
+    return "" if encoding == "identity" else encoding
+
+
+def _decompressed(body: bytes, encoding: str) -> bytes:
+    """Return a compressed error body, at most `_ERROR_BODY_LIMIT` bytes of it; empty if it cannot be decompressed.
+
+    Runs in a thread.
+    """
+    if encoding not in ("gzip", "x-gzip", "deflate"):
+        return b""
+    try:
+        return zlib.decompressobj(zlib.MAX_WBITS | 32).decompress(body, _ERROR_BODY_LIMIT)
+    except zlib.error:
+        return b""
+
+
+def _no_content(watch: StreamWatch) -> ServerFailed:
+    error = ServerFailed("the provider's stream ended before any content")
+    error.may_resend = not watch.is_complete
+    return error
+
+
 def _not_json(response: Response) -> ServerFailed:
-    return ServerFailed(f"the provider answered {response.status} with {response.content_type}, which is not JSON")
+    error = ServerFailed(f"the provider answered {response.status} with {response.content_type}, which is not JSON")
+    error.may_resend = False  # a complete 200 was charged
+    return error

@@ -7,20 +7,24 @@ the package registry). The SDK must not notice a difference.
 
 from __future__ import annotations
 
-import re
+import json
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
 import orjson
 
 from backends.base import BackendError, Rejected, Reply, Request, ServerFailed, Timings
+from backends.remote.answers import choices_of
+from backends.remote.error_bodies import lenient_json
+from backends.remote.events import EventReader, events_in
 
 #: Fields of `parameters` that control the format of a native answer. All other fields have the same meaning in both
 #: dialects.
 _NATIVE_ONLY = frozenset({"incremental_output", "result_format", "stream"})
-_EVENT_END = re.compile(rb"\r?\n\r?\n")
+#: Bytes of the longest event that is translated.
+_EVENT_LIMIT = 16 * 1024 * 1024
 
 
 async def send_native(
@@ -36,13 +40,16 @@ async def send_native(
         translated, incremental = _to_openai(request)
         reply = await send(translated, timings)
     except BackendError as error:
-        error.message = _native_field(error.message)
+        error.message, error.quote = _native_field(error.message), _native_field(error.quote)
         error.args = (error.message,)
         error.body = _error(error, request_id)
         raise
+    if encoding := reply.headers.get("Content-Encoding"):
+        await reply.aclose()
+        raise _final(f"the upstream's answer has the encoding {encoding[:40]}, so that it cannot be translated")
     if reply.chunks is None:
         try:
-            body = _whole(orjson.loads(reply.body), request_id)
+            body = _whole(lenient_json(reply.body), request_id)
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise _no_completion(error) from error
         return Reply(reply.status, reply.headers, body, usage=reply.usage, failure=reply.failure)
@@ -55,8 +62,15 @@ def _invalid(message: str) -> Rejected:
     return Rejected(message, status=400, code="InvalidParameter")
 
 
+def _final(message: str) -> ServerFailed:
+    """Return an error about a complete answer. The request is not sent again, because the provider has charged it."""
+    error = ServerFailed(message)
+    error.may_resend = False
+    return error
+
+
 def _no_completion(error: Exception) -> ServerFailed:
-    return ServerFailed(f"the upstream's answer is no chat completion ({type(error).__name__})")
+    return _final(f"the upstream's answer is no chat completion ({type(error).__name__})")
 
 
 def _to_openai(request: Request) -> tuple[Request, bool]:
@@ -120,17 +134,26 @@ def _json(data: bytes) -> dict[str, Any]:
 
 
 def _error(error: BackendError, request_id: str) -> bytes:
-    return orjson.dumps({"code": error.code or "InternalError", "message": error.message, "request_id": request_id})
+    message = f"{error.message}. The provider says: {error.quote}" if error.quote else error.message
+    return _dumps({"code": error.code or "InternalError", "message": message, "request_id": request_id})
 
 
-def _whole(answer: dict[str, Any], request_id: str) -> bytes:
+def _whole(answer: Any, request_id: str) -> bytes:
     choices = [_choice(choice["message"], choice["finish_reason"]) for choice in answer["choices"]]
-    return orjson.dumps(
-        {"output": {"choices": choices}, "usage": _usage(answer.get("usage")), "request_id": request_id}
-    )
+    if len(choices) > 1:
+        choices = [{"index": at, **choice} for at, choice in enumerate(choices)]
+    native = {"output": {"choices": choices}, "usage": _usage(answer.get("usage")), "request_id": request_id}
+    return _dumps(native)
 
 
-def _choice(message: dict[str, Any], finish_reason: str) -> dict[str, Any]:
+def _dumps(value: Any) -> bytes:
+    try:
+        return orjson.dumps(value)
+    except orjson.JSONEncodeError:  # half a surrogate pair, which only Python's encoder can write
+        return json.dumps(value).encode()
+
+
+def _choice(message: dict[str, Any], finish_reason: str | None) -> dict[str, Any]:
     text = message.get("content")
     return {
         "finish_reason": finish_reason,
@@ -139,9 +162,9 @@ def _choice(message: dict[str, Any], finish_reason: str) -> dict[str, Any]:
 
 
 def _usage(usage: dict[str, Any] | None) -> dict[str, Any]:
-    if not usage:
+    if not isinstance(usage, dict) or "prompt_tokens" not in usage:
         return {}
-    input_tokens, output_tokens = usage["prompt_tokens"], usage["completion_tokens"]
+    input_tokens, output_tokens = usage["prompt_tokens"], usage.get("completion_tokens", 0)
     counted = {
         "input_tokens": input_tokens,
         "output_tokens": output_tokens,
@@ -151,49 +174,121 @@ def _usage(usage: dict[str, Any] | None) -> dict[str, Any]:
     return {**counted, "image_tokens": details["image_tokens"]} if "image_tokens" in details else counted
 
 
+class _Message:
+    """One choice of a stream: what has arrived of it, and what is new since the last frame."""
+
+    def __init__(self) -> None:
+        self.reason: str | None = None
+        self._whole: dict[str, Any] = {}
+        self._new: dict[str, Any] = {}
+
+    def add(self, delta: dict[str, Any]) -> None:
+        """Add a piece: text, reasoning or parts of tool calls."""
+        for name, value in delta.items():
+            if name == "role" or not value:
+                continue
+            for message in (self._whole, self._new):
+                if name == "tool_calls" and isinstance(value, list):
+                    _add_tool_calls(message.setdefault(name, []), value)
+                elif isinstance(value, str):
+                    message[name] = message.get(name, "") + value
+                else:
+                    message[name] = value
+
+    def take(self, *, incremental: bool) -> dict[str, Any]:
+        """Return the message for the next frame: only what is new, or all of it so far."""
+        new, self._new = self._new, {}
+        return {"content": "", **(new if incremental else self._whole)}
+
+    @property
+    def has_news(self) -> bool:
+        """Whether something has arrived since the last frame."""
+        return bool(self._new)
+
+
+def _add_tool_calls(calls: list[dict[str, Any]], pieces: list[Any]) -> None:
+    """Join the pieces of tool calls by their index, as OpenAI's clients do: the arguments arrive in parts."""
+    for piece in pieces:
+        if not isinstance(piece, dict):
+            continue
+        at = piece.get("index", len(calls))
+        call = next((call for call in calls if call.get("index") == at), None)
+        if call is None:
+            call = {"index": at, "type": "function", "function": {"name": "", "arguments": ""}}
+            calls.append(call)
+        call |= {name: value for name, value in piece.items() if name not in ("index", "function") and value}
+        function = piece.get("function")
+        for name, value in function.items() if isinstance(function, dict) else ():
+            if isinstance(value, str):
+                call["function"][name] = call["function"].get(name, "") + value
+
+
 async def _frames(
     reply: Reply, chunks: AsyncIterator[bytes], streaming: Reply, request_id: str, *, incremental: bool
 ) -> AsyncIterator[bytes]:
-    """Yield one native frame for each OpenAI event with text, and a last frame with the finish reason and the usage."""
-    number = 0
-    text_so_far = ""
-    reason = "stop"
-    usage: dict[str, Any] = {}
+    """Yield one native frame for each OpenAI event with content, and a last frame with finish reasons and usage.
 
-    def frame(text: str, reason: str) -> bytes:
+    Raises `ServerFailed` if the stream did not say that it has ended: no end is invented.
+    """
+    number = 0
+    messages: dict[int, _Message] = {}
+    usage: dict[str, Any] = {}
+    ended = False
+
+    def frame(*, last: bool) -> bytes:
         nonlocal number
         number += 1
-        answer = {"output": {"choices": [_choice({"content": text}, reason)]}, "usage": usage, "request_id": request_id}
-        return b"id:%d\nevent:result\n:HTTP_STATUS/200\ndata:%b\n\n" % (number, orjson.dumps(answer))
+        choices = []
+        for index, message in sorted(messages.items()):
+            if last or message.has_news:
+                reason = (message.reason or "stop") if last else "null"
+                choice = _choice(message.take(incremental=incremental), reason)
+                choices.append({"index": index, **choice} if len(messages) > 1 else choice)
+        answer = {"output": {"choices": choices}, "usage": usage, "request_id": request_id}
+        return b"id:%d\nevent:result\n:HTTP_STATUS/200\ndata:%b\n\n" % (number, _dumps(answer))
 
     async for event in _events(chunks):
+        if event is None:
+            ended = True
+            continue
         usage = _usage(event.get("usage")) or usage
-        for choice in event.get("choices", []):
-            piece = (choice.get("delta") or {}).get("content") or ""
-            text_so_far += piece
-            reason = choice.get("finish_reason") or reason
-            if piece:
-                yield frame(piece if incremental else text_so_far, "null")
+        for choice in choices_of(event):
+            index = choice.get("index")
+            message = messages.setdefault(index if isinstance(index, int) else 0, _Message())
+            delta = choice.get("delta")
+            if isinstance(delta, dict):
+                message.add(delta)
+            message.reason = choice.get("finish_reason") or message.reason
+        if any(message.has_news for message in messages.values()):
+            yield frame(last=False)
     streaming.usage, streaming.failure = reply.usage, reply.failure
-    if reply.failure is None:
-        yield frame("" if incremental else text_so_far, reason)
-    else:
+    if reply.failure is not None:
         number += 1
         body = _error(reply.failure, request_id)
         yield b"id:%d\nevent:error\n:HTTP_STATUS/%d\ndata:%b\n\n" % (number, reply.failure.status, body)
+    elif ended or (messages and all(message.reason for message in messages.values())):
+        yield frame(last=True)
+    else:
+        raise ServerFailed("the upstream's stream ended in the middle: no finish_reason and no [DONE] came")
 
 
-async def _events(chunks: AsyncIterator[bytes]) -> AsyncIterator[dict[str, Any]]:
-    """Yield the JSON of each event of an OpenAI stream. The chunks may split the bytes anywhere."""
-    rest = b""
+async def _events(chunks: AsyncIterator[bytes]) -> AsyncIterator[dict[str, Any] | None]:
+    """Yield the JSON of each event of an OpenAI stream, and None for `[DONE]`. The chunks may split it anywhere."""
+    reader = EventReader(_EVENT_LIMIT)
     async for chunk in chunks:
-        *whole, rest = _EVENT_END.split(rest + chunk)
-        for event in whole:
-            data = event.removeprefix(b"data:").strip()
-            if event.startswith(b"data:") and data != b"[DONE]":
-                try:
-                    value = orjson.loads(data)
-                except orjson.JSONDecodeError as error:
-                    raise _no_completion(error) from error
-                if isinstance(value, dict):
-                    yield value
+        for value in _values(reader.feed(chunk)):
+            yield value
+    for value in _values(reader.end()):
+        yield value
+
+
+def _values(block: bytes) -> Iterator[dict[str, Any] | None]:
+    for event in events_in(block) if block else ():
+        if event.data == b"[DONE]":
+            yield None
+        elif event.data:
+            value = lenient_json(event.data)
+            if value is None:
+                raise _no_completion(ValueError())
+            if isinstance(value, dict):
+                yield value

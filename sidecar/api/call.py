@@ -72,6 +72,8 @@ class Call:
         self.outcome: RequestOutcome = "error"
         self.ticket: Ticket | None = None
         self.request_id = ""
+        self.upstream_request_id = ""
+        """The provider's own id of a request that ended with its error."""
         self.response: Answer | None = None
         self._error_sent = False
         self._dispatcher = dispatcher

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 from typing import Any, Literal
 
-from backends.base import BackendError, BillingRefused, Rejected, Throttled
+from backends.base import BackendError, BillingRefused, QuotaUsedUp, Rejected, Throttled
+from backends.forwarded_headers import UPSTREAM_REQUEST_ID
 from backends.http1.errors import MalformedRequest
 from sidecar.admission import AccountClosed, DeadlineUnreachable, Draining, NotAdmitted, QueueFull, Superseded
 from sidecar.dispatch.dispatcher import DeadlineExceeded
@@ -19,8 +20,8 @@ Api = Literal["openai", "trio", "native"]
 Code = Literal[
     "invalid_request", "unauthorized", "not_found", "method_not_allowed", "request_timeout", "superseded",
     "payload_too_large", "unsupported_media_type", "headers_too_large",
-    "queue_full", "deadline_unreachable", "draining", "upstream_billing", "upstream_error", "deadline_exceeded",
-    "internal_error",
+    "queue_full", "deadline_unreachable", "draining", "upstream_quota_used_up", "upstream_billing", "upstream_error",
+    "deadline_exceeded", "internal_error",
 ]  # fmt: skip
 
 
@@ -65,6 +66,8 @@ class Problem:
     """Any JSON value that callers of trio-core's API get instead of the message."""
     allow: str = ""
     """The methods of the path, for the header `Allow` of a 405."""
+    upstream_request_id: str = ""
+    """The provider's own id of the request, for `X-Upstream-Request-Id`."""
 
     @property
     def is_final(self) -> bool:
@@ -93,6 +96,13 @@ _CHECK_ADVICE = "`vlm-sidecar check` tries the way to it step by step"
 
 def problem_of(error: Exception, api: Api) -> Problem:
     """Return the error for the caller. An unknown exception becomes status 500, `internal_error`."""
+    problem = _problem_of(error, api)
+    if isinstance(error, BackendError) and error.upstream_request_id:
+        return replace(problem, upstream_request_id=error.upstream_request_id)
+    return problem
+
+
+def _problem_of(error: Exception, api: Api) -> Problem:
     match error:
         case InvalidRequest():
             return Problem(
@@ -106,9 +116,16 @@ def problem_of(error: Exception, api: Api) -> Problem:
             )
         case MalformedRequest():  # a malformed chunk inside a body
             return Problem(error.status, error.code, str(error), "invalid")
-        case BillingRefused() | AccountClosed():
+        case BillingRefused():
+            text = f"the provider refuses the account: {_with_quote(error)}; {_BILLING_ADVICE}"
+            return Problem(502, "upstream_billing", text, "error")
+        case AccountClosed():
             text = f"the provider refuses the account: {error.message}; {_BILLING_ADVICE}"
-            return Problem(502, "upstream_billing", text, "error", retry_after=getattr(error, "retry_after", None))
+            return Problem(502, "upstream_billing", text, "error", retry_after=error.retry_after)
+        case QuotaUsedUp():
+            ends = "" if error.ends_in is not None else "; the provider does not say when it ends"
+            text = f"{_with_quote(error)}{ends}"
+            return Problem(503, "upstream_quota_used_up", text, "error", retry_after=error.ends_in)
         case NotAdmitted():
             status, code, outcome = _NOT_ADMITTED[type(error)]
             return Problem(status, code, error.message, outcome, retry_after=error.retry_after)
@@ -118,16 +135,16 @@ def problem_of(error: Exception, api: Api) -> Problem:
             return Problem(
                 422 if api == "trio" else error.status,
                 error.code or "rejected_upstream",
-                error.message,
+                _with_quote(error),
                 "moderated" if error.moderated else "rejected_upstream",
-                body=error.body,
+                body=error.body if _is_json(error.body) else b"",
                 detail=_client_error(error),
             )
         case Throttled():  # inside a stream that had already begun: another attempt is impossible
-            text = f"the provider cut the answer short: {error.message}; ask again"
+            text = f"the provider cut the answer short: {_with_quote(error)}; ask again"
             return Problem(502, "upstream_error", text, "error")
         case BackendError():
-            return Problem(502, "upstream_error", f"{error.message}; {_CHECK_ADVICE}", "error")
+            return Problem(502, "upstream_error", f"{_with_quote(error)}; {_CHECK_ADVICE}", "error")
         case _:
             return Problem(
                 500,
@@ -135,6 +152,19 @@ def problem_of(error: Exception, api: Api) -> Problem:
                 "a defect in the sidecar; its log has the details beside this request's id",
                 "error",
             )
+
+
+def _with_quote(error: BackendError) -> str:
+    """Return the message with the provider's own words, which only the caller of this request may see."""
+    return f"{error.message}. The provider says: {error.quote}" if error.quote else error.message
+
+
+def _is_json(body: bytes) -> bool:
+    try:
+        json.loads(body)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def _client_error(error: Rejected) -> dict[str, Any]:
@@ -146,7 +176,7 @@ def _client_error(error: Rejected) -> dict[str, Any]:
         "kind": "vlm_client_error",
         "upstream_status": error.status,
         "moderated": error.moderated,
-        "message": f"Error code: {error.status} - {error.message}"[:300],
+        "message": f"Error code: {error.status} - {_with_quote(error)}"[:300],
     }
 
 
@@ -180,7 +210,7 @@ def body_of(problem: Problem, api: Api, request_id: str) -> bytes:
 
 
 def headers_of(problem: Problem) -> dict[str, str]:
-    """Return `Content-Type` and, where they apply, `Retry-After`, `Allow` and `X-Should-Retry: false`.
+    """Return `Content-Type` and, where they apply, `Retry-After`, `Allow`, `X-Should-Retry` and the provider's id.
 
     Official clients of OpenAI's API obey `X-Should-Retry`. Without it they repeat a 409, so that a stale frame would
     return. `Retry-After` is in whole seconds, rounded up, at least 1: a caller that waits for this time is admitted.
@@ -192,4 +222,6 @@ def headers_of(problem: Problem) -> dict[str, str]:
         headers["Allow"] = problem.allow
     if problem.is_final:
         headers["X-Should-Retry"] = "false"
+    if problem.upstream_request_id:
+        headers[UPSTREAM_REQUEST_ID] = problem.upstream_request_id
     return headers

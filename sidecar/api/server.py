@@ -146,7 +146,7 @@ class DataServer:
         if isinstance(error, ConnectionError) and call.http.caller_has_left:
             raise error  # nobody waits for an answer
         problem = problem_of(error, call.api)
-        call.outcome = problem.outcome
+        call.outcome, call.upstream_request_id = problem.outcome, problem.upstream_request_id
         if problem.status == 500:  # only a defect has this status: a provider's 5xx becomes 502
             logging.getLogger("sidecar").error(
                 "a defect in the sidecar: %s", type(error).__name__, exc_info=error, extra=_ids(call)
@@ -208,6 +208,8 @@ def _log_access(call: Call, path: str) -> None:
     ticket = call.ticket
     status = call.response.status if call.response is not None else 0
     details: dict[str, Any] = {"outcome": call.outcome, **_ids(call)}
+    if call.upstream_request_id:
+        details["upstream_request_id"] = call.upstream_request_id
     if ticket is not None:
         seconds = ticket.stopwatch.seconds
         details |= {"key": ticket.key, "priority": ticket.priority.name.lower(), "model": ticket.model}

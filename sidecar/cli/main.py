@@ -66,6 +66,7 @@ do.
 examples:
   vlm-sidecar check
   vlm-sidecar check --json --dashscope-url http://127.0.0.1:8000/v1
+  vlm-sidecar check --answer refusal.txt                     how a provider's answer would be read, without a call
 
 exit status: 0 all is well, 1 a step failed, 2 a setting cannot be used
 """,
@@ -159,6 +160,10 @@ def _parser(called: list[str]) -> argparse.ArgumentParser:
     _add_settings(command("serve", _serve, "run the sidecar"))
     check = command("check", _check, "print the settings in force, and try the backend step by step")
     check.add_argument("--json", action="store_true", help="print one JSON object")
+    check.add_argument(
+        "--answer", type=Path, metavar="FILE",
+        help="only say how this answer of a provider would be read, and why; FILE is what `curl -i` prints",
+    )  # fmt: skip
     _add_settings(check)
     environ = with_unusable_ports_removed(os.environ)
     port = environ.get(f"{PREFIX}ADMIN_PORT") or 9464  # the port of a sidecar with the same environment
@@ -287,6 +292,8 @@ def _new_loop() -> asyncio.AbstractEventLoop:
 
 
 def _check(args: argparse.Namespace) -> int:
+    if args.answer is not None:
+        return _explain(args.answer, as_json=args.json)
     from sidecar.cli.check import check  # noqa: PLC0415
 
     settings, origins = load(_settings_options(args), file=args.config)
@@ -295,6 +302,23 @@ def _check(args: argparse.Namespace) -> int:
             print(f"vlm-sidecar: {line}", file=sys.stderr)
     refuse_unintended_simulation(settings, origins, os.environ, Path())
     return check(settings, origins, as_json=args.json)
+
+
+def _explain(file: Path, *, as_json: bool) -> int:
+    """Print how the answer in the file would be read. Return the exit status."""
+    import json  # noqa: PLC0415  only this command needs it
+    from dataclasses import asdict  # noqa: PLC0415
+
+    from backends.remote.answer_file import explain, lines_of  # noqa: PLC0415
+
+    try:
+        explanation = explain(file.read_bytes())
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        print(f"vlm-sidecar: --answer {file}: {reason}", file=sys.stderr)
+        return 2
+    print(json.dumps(asdict(explanation), indent=1) if as_json else "\n".join(lines_of(explanation)))
+    return 0
 
 
 def _demo(args: argparse.Namespace) -> int:

@@ -14,12 +14,14 @@ from backends.base import (
     Backend,
     BackendError,
     BillingRefused,
+    QuotaUsedUp,
     Rejected,
     Reply,
     Request,
     ServerFailed,
     Throttled,
     Timings,
+    Unauthorized,
 )
 from sidecar.admission import (
     Admission,
@@ -122,7 +124,7 @@ class Dispatcher:
                 finally:
                     last_failure = None
             except (BackendError, NoByteInTime) as failure:
-                if ticket.streaming:
+                if ticket.streaming or (isinstance(failure, BackendError) and not failure.may_resend):
                     raise
                 outcome, upstream = self._outcome_of(failure), permit.upstream
                 failed_attempts += outcome == "failed"
@@ -243,6 +245,8 @@ class Dispatcher:
         verdict = Verdict(self._outcome_of(failure), self.now(), reason=str(failure))
         if isinstance(failure, Throttled):
             verdict = verdict._replace(named=_NAMED.get(failure.kind), retry_after=failure.retry_after)
+        elif isinstance(failure, QuotaUsedUp):
+            verdict = verdict._replace(retry_after=failure.ends_in)
         permit.report(verdict)
         match failure:
             case Throttled():
@@ -251,9 +255,14 @@ class Dispatcher:
             case BillingRefused():
                 self._metrics.throttled(name, "billing", failure.code)
                 return "throttled"
+            case QuotaUsedUp():
+                self._metrics.throttled(name, "quota_period", failure.code)
+                return "throttled"
+            case Unauthorized():
+                self._metrics.key_refused(name, failure.message)
+                self._metrics.throttled(name, "unauthorized", failure.code)
+                return "client_error"
             case Rejected():
-                if failure.status == 401:  # the provider refuses the key
-                    self._metrics.key_refused(name, failure.message)
                 return "client_error"
             case NoByteInTime():
                 return "timeout"
@@ -269,12 +278,15 @@ class Dispatcher:
                 return "refused"
             case NoByteInTime():
                 return "timed_out"
-            case BillingRefused():
+            case BillingRefused() | QuotaUsedUp():
                 return "account"
+            case Unauthorized():
+                # The key is the sidecar's, because the caller's bearer token is not forwarded: another backend may take
+                # the request. With one backend, the caller gets the provider's answer.
+                return "account" if len(self.backends) > 1 else "accepted"
             case Rejected():
-                # The request passed the limits. But a 401 concerns the sidecar's key, because the caller's bearer token
-                # is not forwarded: another backend may take the request. With one backend, the caller gets the 401.
-                return "account" if failure.status == 401 and len(self.backends) > 1 else "accepted"
+                # The request passed the limits, unless it is too large for a limit at all: that teaches nothing.
+                return "abandoned" if failure.above_limit else "accepted"
             case _:
                 return "failed"
 

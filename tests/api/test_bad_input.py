@@ -234,7 +234,7 @@ async def test_a_billing_refusal_fails_immediately_with_its_reason_and_is_not_re
         async with sidecar.post() as response:
             error = (await response.json())["error"]
             assert (response.status, error["code"]) == (502, "upstream_billing")
-            assert "good standing" in error["message"]
+            assert "(Arrearage): the account has no money" in error["message"]
     assert simulated.counts.calls == 1
 
 

@@ -206,6 +206,11 @@ async def billing_again(setup):
     return await setup.ask(sidecar)
 
 
+async def quota_used_up(setup):
+    body = {"error": {"code": "rate_limit_exceeded", "message": "Limit on requests per day. Try again in 5h2m."}}
+    return await setup.ask(await setup.sidecar_with_provider(answering(429, body)))
+
+
 async def upstream_error(setup):
     return await setup.ask(await setup.sidecar_with_provider(answering(500, {"error": {"message": "kaput"}})))
 
@@ -256,14 +261,15 @@ ERRORS: dict[Callable[[Setup], Awaitable[Any]], tuple[int, Code, str, str]] = {
     draining: (503, "draining", "shutting down", "try again in 1 s"),
     cut_off_by_the_drain: (503, "draining", "shutting down", "raise SIDECAR_DRAIN_TIMEOUT"),
     billing: (502, "upstream_billing", "in arrears", "the provider's console"),
-    billing_again: (502, "upstream_billing", "in arrears", "the provider's console"),
+    billing_again: (502, "upstream_billing", "Arrearage.: the account has no money", "the provider's console"),
+    quota_used_up: (503, "upstream_quota_used_up", "rate_limit_exceeded", "Try again in 5h2m"),
     upstream_error: (502, "upstream_error", "kaput", "`vlm-sidecar check`"),
     no_connection: (502, "upstream_error", "127.0.0.1.*refused", "`vlm-sidecar check`"),
     not_json: (502, "upstream_error", "text/html", "`vlm-sidecar check`"),
     deadline_exceeded: (504, "deadline_exceeded", r"0\.3 s", "X-Request-Timeout and SIDECAR_DEADLINE"),
     defect: (500, "internal_error", "a defect", "its log has the details"),
 }
-RETRYABLE = ("queue_full", "deadline_unreachable", "draining")
+RETRYABLE = ("queue_full", "deadline_unreachable", "draining", "upstream_quota_used_up")
 
 
 @pytest.mark.parametrize("api", BODIES)
@@ -288,7 +294,7 @@ async def test_an_error_says_what_happened_with_which_value_and_how_to_fix_it(se
     assert re.search(fix, text), text
     assert IMAGE_URL[-30:] not in text
     assert ("Retry-After" in headers) is (code in RETRYABLE or provoke is billing_again)
-    final = (400 <= status < 500 and status != 408) or status in (502, 504)
+    final = (400 <= status < 500 and status != 408) or status in (502, 504) or code == "upstream_quota_used_up"
     assert headers.get("X-Should-Retry") == ("false" if final else None)
     assert headers.get("Allow") == ("POST" if status == 405 else None)
 

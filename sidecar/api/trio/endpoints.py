@@ -12,7 +12,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
-from backends.base import Rejected, Request
+from backends.base import Rejected, Request, ServerFailed
 from backends.http1.interface import Answer
 from backends.media import base64_size, image_tokens
 from sidecar.admission import Draining, Ticket
@@ -154,6 +154,8 @@ def _question(
 async def _ask(call: Call, request: Request, ticket: Ticket) -> str:
     """Send the request and return the text of the answer without the model's thinking."""
     reply = await call.ask(request, ticket)
+    if encoding := reply.headers.get("Content-Encoding"):
+        raise ServerFailed(f"the provider's answer has the encoding {encoding[:40]}, although none was asked for")
     return strip_thinking(answer_text(reply.body))
 
 

@@ -20,8 +20,8 @@ from backends.remote.backend import DashScopeBackend
 
 pytestmark = pytest.mark.http
 
-CHAT = Request(dialect="openai", path="/chat/completions", body=b"{}", model="m")
-STREAM = Request(dialect="openai", path="/chat/completions", body=b'{"stream":true}', model="m", stream=True)
+CHAT = Request(dialect="openai", path="/any/path", body=b"{}", model="m")
+STREAM = Request(dialect="openai", path="/any/path", body=b'{"stream":true}', model="m", stream=True)
 BIG = Request(dialect="openai", path="/chat/completions", body=b"x" * 20_000_000, model="m")
 OK = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
 BODY = b'{"choices": 1}'
@@ -433,7 +433,7 @@ async def test_a_proxy_gets_its_own_password_with_every_request(upstream, connec
     for _ in range(2):
         await send(backend)
     for request in upstream.seen:
-        assert request.path == "http://provider.example:81/v1/chat/completions"
+        assert request.path == "http://provider.example:81/v1/any/path"
         assert request.headers["host"] == "provider.example:81"
         assert request.headers["proxy-authorization"] == basic(b"u:p@w")
         assert request.headers["authorization"] == basic(b"me:pw")

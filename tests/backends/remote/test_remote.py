@@ -83,7 +83,7 @@ async def test_only_useful_headers_of_the_provider_are_returned(backend, upstrea
     reply = await backend.send(chat(), Timings())
     assert {name.lower(): value for name, value in reply.headers.items()} == {
         "content-type": "application/json",
-        "x-request-id": "up-1",
+        "x-upstream-request-id": "up-1",
         "x-dashscope-call-gateway": "true",
         "openai-processing-ms": "12",
     }
@@ -96,7 +96,7 @@ async def test_usage_is_read_from_answers_in_both_dialects(backend, upstream):
 
     async def script(link: Link, _: Seen) -> None:
         await link.answer(
-            {"output": {"choices": []}, "usage": {"input_tokens": 7, "output_tokens": 2, "image_tokens": 5}}
+            {"output": {"text": "A gate."}, "usage": {"input_tokens": 7, "output_tokens": 2, "image_tokens": 5}}
         )
 
     upstream.script = script
@@ -106,7 +106,7 @@ async def test_usage_is_read_from_answers_in_both_dialects(backend, upstream):
 @pytest.mark.parametrize("usage", [None, {}, {"prompt_tokens": "7"}, {"prompt_tokens": -1}, {"prompt_tokens": 2**63}])
 async def test_implausible_usage_is_none(backend, upstream, usage):
     async def script(link: Link, _: Seen) -> None:
-        await link.answer({"choices": [], "usage": usage})
+        await link.answer({**CHAT_ANSWER, "usage": usage})
 
     upstream.script = script
     assert (await backend.send(chat(), Timings())).usage is None
@@ -276,7 +276,8 @@ async def test_a_ten_megabyte_frame_is_sent_without_a_second_copy():
         while received < len(frame):
             piece = await reader.read(65536)
             received += len(piece)
-        writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 2\r\n\r\n{}")
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 28\r\n\r\n")
+        writer.write(b'{"choices":[{"message":{}}]}')
         await writer.drain()
         writer.close()
 

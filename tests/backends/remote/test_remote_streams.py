@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import tracemalloc
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from scripted_upstream import BOUND, Link, Seen
+from scripted_upstream import BOUND, CHAT_ANSWER, Link, Seen
 
 from backends.base import BackendError, Rejected, Reply, Request, ServerFailed, Throttled, Timings, Unreachable, Usage
 from backends.remote.answers import StreamWatch
@@ -33,21 +34,21 @@ def delta(text: str, **more: object) -> bytes:
 
 
 OPENAI_STREAM = [
-    delta("", usage=None),
+    delta("A", usage=None),
     delta('A "gate" with an "error" sign', usage=None),
     b'data: {"choices":[],"usage":{"prompt_tokens":1225,"completion_tokens":30,"total_tokens":1255}}\n\n',
     b"data: [DONE]\n\n",
 ]
 
 
-def frame(number: int, text: str, tokens: int, newline: bytes = b"\n") -> bytes:
-    data = json.dumps({"output": {"choices": [{"message": {"content": [{"text": text}]}}]},
+def frame(number: int, text: str, tokens: int, newline: bytes = b"\n", reason: str = "null") -> bytes:
+    data = json.dumps({"output": {"choices": [{"finish_reason": reason, "message": {"content": [{"text": text}]}}]},
                        "usage": {"input_tokens": 1225, "output_tokens": tokens}, "request_id": "r"})  # fmt: skip
     lines = [b"id:%d" % number, b"event:result", b":HTTP_STATUS/200", b"data:" + data.encode()]
     return newline.join(lines) + newline * 2
 
 
-NATIVE_STREAM = [frame(1, "A", 1), frame(2, "A gate", 2), frame(3, "A gate.", 3)]
+NATIVE_STREAM = [frame(1, "A", 1), frame(2, "A gate", 2), frame(3, "A gate.", 3, reason="stop")]
 
 NATIVE_REFUSAL = (
     b"id:1\nevent:error\n:HTTP_STATUS/429\n"
@@ -114,7 +115,7 @@ async def test_the_bytes_of_a_stream_are_forwarded_unchanged(backend, upstream, 
     [
         (OPENAI, OPENAI_STREAM, Usage(1225, 30)),
         (NATIVE, NATIVE_STREAM, Usage(1225, 3)),
-        (OPENAI, OPENAI_STREAM[:2], None),
+        (OPENAI, [*OPENAI_STREAM[:2], OPENAI_STREAM[3]], None),
     ],
 )
 async def test_the_usage_is_set_at_the_end_of_the_stream(backend, upstream, request_, pieces, usage):
@@ -237,7 +238,7 @@ async def test_a_refusal_without_an_empty_line_at_its_end_is_found(backend, upst
 
 async def test_a_json_answer_to_a_streaming_request_is_read_as_json(backend, upstream):
     async def script(link: Link, _: Seen) -> None:
-        answers: list[dict] = [{"code": "Throttling", "message": "", "request_id": "r"}, {"choices": [], "usage": None}]
+        answers: list[dict] = [{"code": "Throttling", "message": "", "request_id": "r"}, CHAT_ANSWER]
         await link.answer(answers[len(upstream.seen) - 1])
 
     upstream.script = script
@@ -245,7 +246,7 @@ async def test_a_json_answer_to_a_streaming_request_is_read_as_json(backend, ups
         await backend.send(NATIVE, Timings())
     reply = await backend.send(OPENAI, Timings())
     assert reply.chunks is None
-    assert json.loads(reply.body) == {"choices": [], "usage": None}
+    assert json.loads(reply.body) == CHAT_ANSWER
     await reply.aclose()
 
 
@@ -535,6 +536,11 @@ def test_the_watch_accepts_all_bytes(pieces):
 
 def test_an_endless_event_is_not_stored():
     watch = StreamWatch()
+    tracemalloc.start()
     for _ in range(1000):
         watch.feed(b"x" * 10_000)
-    assert len(watch._tail) < 1_000_000
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert held < 1_000_000
+    watch.feed(b"\n\n" + OPENAI_REFUSAL)
+    assert isinstance(watch.failure, Throttled), "the event after the long one is read"

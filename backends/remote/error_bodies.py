@@ -1,0 +1,202 @@
+"""Unwraps the body of a provider's error: finds codes, texts and facts in it, however deep they are nested.
+
+Known envelopes: `{"error": {…}}` and `{"error": "text"}` (OpenAI and its imitators), a list of one element (Google),
+`errors: [{…}]` (Cloudflare), `errors: {…}` (ModelScope), `detail: {…}` (FastAPI), `base_resp: {…}` (MiniMax),
+`Response: {Error: {…}}` (Tencent), `choices: [{error: {…}}]` (OpenRouter), plain text, and an event stream.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import orjson
+
+from backends.remote.events import begins_like_events, events_in
+
+#: Bytes. A longer body that is not strict JSON is not read: the lenient parser would block the event loop.
+_LENIENT_LIMIT = 1024 * 1024
+#: Characters of the texts of one error that are read, and of one code.
+_TEXT_LIMIT, _CODE_LIMIT = 2000, 120
+_DEPTH, _ITEMS = 6, 16
+
+_ENVELOPES = (
+    "error",
+    "Error",
+    "errors",
+    "detail",
+    "details",
+    "base_resp",
+    "Response",
+    "innererror",
+    "metadata",
+    "cause",
+)
+_CODE_KEYS = (
+    "code", "Code", "type", "status", "error_code", "err_code", "errorCode", "error_type", "__type", "reason",
+    "status_code", "statusCode", "http_code", "limit_source", "ErrorCode",
+)  # fmt: skip
+_TEXT_KEYS = (
+    "message", "Message", "msg", "error_msg", "err_msg", "errorMessage", "status_msg", "details", "detail", "error",
+    "title", "text", "description", "error_description", "raw", "reason", "errors", "Error",
+)  # fmt: skip
+#: Keys of Google's `QuotaFailure` and `ErrorInfo` whose values name the window and the dimension of a quota.
+_QUOTA_KEYS = ("quotaId", "quotaMetric", "quota_limit", "quota_metric", "quota_unit", "quotaUnit", "subject")
+_INNER_MESSAGE = re.compile(r"""['"](?:message|msg)['"]\s*:\s*(['"])(.{1,1500}?)\1\s*[,}]""", re.DOTALL)
+_NUMBER_IN_TEXT = re.compile(r"\((\d{4,6})\)")
+_LINE_OF_TEXT = re.compile(r"\s+")
+#: A request id is shown and logged, so only a token is accepted.
+_TOKEN = re.compile(r"[A-Za-z0-9_.:/-]{1,64}")
+_ID_KEYS = ("request_id", "requestId", "RequestId", "requestID", "sid")
+
+
+@dataclass(slots=True)
+class ErrorFacts:
+    """What an error body contains. All texts and codes have their original spelling."""
+
+    codes: list[str] = field(default_factory=list)
+    """Codes and types that are texts, the innermost first."""
+    numbers: list[tuple[str, int]] = field(default_factory=list)
+    """Codes that are numbers and no HTTP status, each with the name of its envelope or field."""
+    texts: list[str] = field(default_factory=list)
+    status: int = 0
+    """The HTTP status that the body names (vLLM's `"code": 400`), or 0."""
+    param: str = ""
+    """The field of the request that the error names. Then its text is about that field."""
+    quota_names: list[str] = field(default_factory=list)
+    retry_delay: str = ""
+    headers: dict[str, str] = field(default_factory=dict)
+    """Headers inside the body (OpenRouter repeats those of the provider behind it)."""
+    request_id: str = ""
+    has_request_id: bool = False
+    """Whether a `request_id` stands beside the error. DashScope sends it, OpenAI's servers do not."""
+    is_page: bool = False
+    is_json: bool = False
+
+    @property
+    def text(self) -> str:
+        """All texts on one line."""
+        return _LINE_OF_TEXT.sub(" ", " ".join(dict.fromkeys(self.texts)))[:_TEXT_LIMIT].strip()
+
+    @property
+    def shown_code(self) -> str:
+        """The code that may be shown: the first one that is a token and not a sentence; empty if there is none."""
+        first = next((code for code in self.codes if _TOKEN.fullmatch(code)), "")
+        return first or next((str(number) for _, number in self.numbers), "")
+
+
+def lenient_json(data: bytes) -> object:
+    """Return the JSON value in `data`; None if it is none. (A valid answer is never JSON's `null`.)
+
+    Strict JSON is parsed at once. Otherwise a byte order mark, UTF-16, `NaN`, `-Infinity`, single surrogates and
+    control characters are accepted, as Python's and JavaScript's clients accept some of them.
+    """
+    try:
+        return cast("object", orjson.loads(data))
+    except orjson.JSONDecodeError:
+        pass
+    if len(data) > _LENIENT_LIMIT:
+        return None
+    try:
+        encoding = json.detect_encoding(data)
+        return cast("object", json.loads(data.decode(encoding, "surrogatepass"), strict=False))
+    except (ValueError, RecursionError):
+        return None
+
+
+def read_error(body: bytes) -> ErrorFacts:
+    """Return the facts of an error's body. Never raises."""
+    facts = ErrorFacts()
+    if begins_like_events(body):
+        body = next((event.data for event in events_in(body.replace(b"\r\n", b"\n")) if event.data), b"")
+    payload = lenient_json(body)
+    if payload is None:
+        text = body[: 2 * _TEXT_LIMIT].decode("utf-8", "replace").strip()
+        facts.is_page = text.startswith("<")
+        if not facts.is_page and text:
+            facts.texts.append(text)
+    else:
+        facts.is_json = True
+        _collect(payload, facts, "", 0)
+    for text in list(facts.texts):
+        # Gateways put the provider's whole error into their own message, as JSON or as a Python dict.
+        facts.texts += [match[2] for match in _INNER_MESSAGE.finditer(text[: 2 * _TEXT_LIMIT])]
+        facts.numbers += [("text", int(number)) for number in _NUMBER_IN_TEXT.findall(text[:_TEXT_LIMIT])]
+    return facts
+
+
+def _collect(value: Any, facts: ErrorFacts, name: str, depth: int) -> None:
+    """Collect the facts of a value, those of inner objects first. `name` is the key under which the value stands."""
+    if depth > _DEPTH:
+        return
+    if isinstance(value, list):
+        if name == "detail" and value and isinstance(value[0], dict) and "loc" in value[0]:
+            facts.param = "loc"  # FastAPI: a field of the request is invalid, and `input` repeats it
+        for item in value[:_ITEMS]:
+            _collect(item, facts, name, depth + 1)
+    elif isinstance(value, str) and not depth:
+        facts.texts.append(value)
+    elif isinstance(value, dict):
+        for key in _ENVELOPES:
+            if isinstance(inner := value.get(key), dict | list):
+                _collect(inner, facts, key, depth + 1)
+        if isinstance(choices := value.get("choices"), list):
+            for choice in choices[:_ITEMS]:
+                if isinstance(choice, dict) and isinstance(choice.get("error"), dict | str):
+                    _collect({"error": choice["error"]}, facts, "choice", depth + 1)
+        _collect_codes(value, facts, name)
+        _collect_texts(value, facts, depth)
+        _collect_details(value, facts, depth)
+
+
+def _collect_codes(value: Mapping[str, Any], facts: ErrorFacts, name: str) -> None:
+    for key in _CODE_KEYS:
+        code = value.get(key)
+        if isinstance(code, str) and code.isdecimal() and len(code) < 8:
+            code = int(code)
+        if isinstance(code, int) and not isinstance(code, bool):
+            if 400 <= code <= 599:
+                facts.status = facts.status or code
+            elif code:
+                facts.numbers.append((name if name == "base_resp" else key, code))
+        elif isinstance(code, str) and 0 < len(code) <= _CODE_LIMIT and not code.startswith("http"):
+            facts.codes.append(code)
+
+
+def _collect_texts(value: Mapping[str, Any], facts: ErrorFacts, depth: int) -> None:
+    for key in _TEXT_KEYS:
+        text = value.get(key)
+        if not isinstance(text, str) or not text:
+            continue
+        if text.startswith("{") and depth < _DEPTH and (inner := lenient_json(text.encode("utf-8", "replace"))):
+            _collect(inner, facts, "", depth + 1)  # the provider's error as a text inside the gateway's
+        else:
+            facts.texts.append(text[: 2 * _TEXT_LIMIT])
+
+
+def _collect_details(value: Mapping[str, Any], facts: ErrorFacts, depth: int) -> None:
+    """Collect Google's quota names, delays, embedded headers, the name of a field, and ids."""
+    for violation in (
+        [value, *(value.get("violations") or [])][:_ITEMS] if _is_list(value.get("violations")) else [value]
+    ):
+        if isinstance(violation, dict):
+            facts.quota_names += [name for key in _QUOTA_KEYS if isinstance(name := violation.get(key), str)]
+    if isinstance(delay := value.get("retryDelay"), str):
+        facts.retry_delay = facts.retry_delay or delay
+    if isinstance(headers := value.get("headers"), dict):
+        facts.headers |= {str(name): text for name, text in list(headers.items())[:32] if isinstance(text, str)}
+    if isinstance(param := value.get("param"), str) and param not in ("", "None", "quota", "queue"):
+        facts.param = facts.param or param[:_CODE_LIMIT]
+    for key in _ID_KEYS:
+        given = value.get(key)
+        if isinstance(given, str):
+            facts.has_request_id = facts.has_request_id or key == "request_id"
+            if not facts.request_id and _TOKEN.fullmatch(given):
+                facts.request_id = given
+
+
+def _is_list(value: object) -> bool:
+    return isinstance(value, list | type(None))

@@ -1,0 +1,344 @@
+"""The rules by which a provider's error is read, in their order. The words and codes are in `refusal_table.py`.
+
+A message can quote the request, and a caller could write the words of a refusal into it. Therefore words count only at
+statuses that can mean such a refusal, never inside quotes, URLs and file names, never where the error names a field of
+the request, and never if the request contains the same words.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from typing import cast
+
+from backends.remote import refusal_table as table
+from backends.remote.error_bodies import ErrorFacts
+from backends.remote.refusal_table import Meaning, plain
+
+#: Kinds that a long period can hide behind: OpenAI's type `requests` beside "requests per day".
+_RATES = ("request_rate", "token_rate", "unknown")
+
+#: Seconds. With a shorter wait, "check your plan and billing details" does not mean money.
+_WAIT_WITHOUT_MONEY = 3600.0
+#: Statuses at which words about money count; also inside a 200.
+_MONEY_STATUSES = (400, 402, 403, 412, 429)
+#: Statuses at which a message is about the request's fields, so that it may quote them.
+ABOUT_THE_REQUEST = (400, 404, 405, 409, 413, 415, 422)
+_QUOTED = re.compile(
+    r"(?<!\w)'[^'\n]{0,1500}'(?!\w)|\"[^\"]{0,1500}\"|`[^`]{0,1500}`|“[^”]{0,1500}”|‘[^’]{0,1500}’|「[^」]{0,1500}」"
+    r"|\b(?:https?|file|oss|s3|data):\S+|\S{1,80}\.(?:jpe?g|png|gif|webp|bmp|tiff?|mp[34]|wav|mov|avi|txt|pdf|json|ya?ml)\b"
+)
+#: What follows these words in a message about the request is the request's own text.
+_THEN_QUOTES = re.compile(
+    r"\b(?:got|given|received|input|value|prompt|content|messages?|text|url|file|filename|path|image)s?\s*[:=].*",
+    re.DOTALL,
+)
+_CAMEL = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])|[^A-Za-z0-9]+")
+_ACTUAL_AND_LIMIT = re.compile(
+    r"(requests?|tokens?)(?: per |/)(second|minute|hour|day)s? \(actual/limit\):? *([\d.,]*\d)/([\d.,]*\d)"
+)
+_CURRENT_AND_LIMIT = re.compile(
+    r"current (rpm|tpm|max parallel requests): (\d+), (?:\1 limit|max parallel requests): (\d+)"
+)
+_LIMIT = re.compile(r"(?:limit|allowed|maximum)[: ]+(\d[\d,]*)")
+_REQUESTED = re.compile(r"requested[: ]+(\d[\d,]*)")
+_AFFORD = re.compile(r"can only afford (\d[\d,]*)")
+_POLICY = re.compile(r'"([^"]*)"[^,]*?;\s*(?:q=\d+\s*;\s*)?w=(\d+)')
+_LONG_WINDOW = 3600
+#: Characters of a header that are searched.
+_HEADER_LIMIT = 300
+#: Headers of Kong, Cerebras, SambaNova and Mistral that name their window.
+_REMAINING = re.compile(r"ratelimit-remaining-(?:[a-z]+-)?(second|minute|hour|day|month)$")
+_SHORT_WINDOWS = ("second", "minute")
+
+
+def without_quotes(text: str) -> str:
+    """Return a text without what stands in quotes, and without URLs and file names: those may be the caller's."""
+    return _QUOTED.sub(" ", text)
+
+
+class Rules:
+    """The rules, applied to one error."""
+
+    def __init__(
+        self,
+        status: int,
+        headers: Mapping[str, str],
+        facts: ErrorFacts,
+        text: str,
+        *,
+        wait: float | None,
+        request_body: bytes,
+    ) -> None:
+        self.status = status
+        self.headers = headers
+        self.facts = facts
+        self.text = text
+        """All the words, in lower case. They are used for numbers and for the rates of a 429."""
+        self.wait = wait
+        self.codes = [plain(code) for code in facts.codes]
+        self.code_words = [_CAMEL.sub(" ", code).lower().strip() for code in facts.codes]
+        bare = without_quotes(text)
+        prose = {code.lower() for code in facts.codes}
+        for code in self.code_words:
+            if " " in code and code not in prose:  # a message that begins with its code says nothing by that
+                bare = bare.replace(code, " ")
+        self.words = _THEN_QUOTES.sub(" ", bare) if status in ABOUT_THE_REQUEST else bare
+        """The words that can be the provider's."""
+        self._request = request_body
+        self._lower_request: bytes | None = None
+
+    def decide(self) -> tuple[Meaning, str]:
+        """Return the meaning and the rule."""
+        for rules in (self._own_fault, self._machine_facts, self._codes, self._people, self._load):
+            for found in rules():
+                return found
+        return self._by_status()
+
+    # -- the rules, in their order -------------------------------------------------------------------------------------
+
+    def _own_fault(self) -> Iterator[tuple[Meaning, str]]:
+        status, text = self.status, self.text
+        match = _AFFORD.search(text)
+        if match and _int(match[1]) > 0 and (status in (402, 429) or status < 400):
+            yield "too_large", "the credit suffices for a smaller request: 'can only afford M' with M > 0"
+        limit, requested = _LIMIT.search(text), _REQUESTED.search(text)
+        if limit and requested and 400 <= status < 500 and _int(requested[1]) > _int(limit[1]):
+            yield "too_large", "Requested N is above Limit M, read as numbers"
+        if status in (400, 413, 422, 429) or status < 400:
+            if self._proven(table.TOO_LARGE):
+                yield "too_large", "words: the request is too large"
+            for code in self._each_code():
+                if table.CODES.get(code) == "too_large":
+                    yield "too_large", f"code {code}"
+
+    def _machine_facts(self) -> Iterator[tuple[Meaning, str]]:
+        headers, text = self.headers, self.text
+        names = " ".join(self.facts.quota_names)
+        spelled = _CAMEL.sub(" ", names).lower()
+        if re.search(r"\bper (day|week|month|hour)\b|\b1 (d|h)\b", spelled):
+            yield "quota_period", "the quota's name says per day (or hour, week, month)"
+        if re.search(r"\bper (minute|min|second|sec)\b|\b1 (min|s)\b", spelled):
+            tokens = "token" in spelled
+            yield ("token_rate" if tokens else "request_rate"), "the quota's name says per minute (or second)"
+        if headers.get("x-envoy-overloaded"):
+            yield "concurrency", "header x-envoy-overloaded: Envoy's bound for requests at the same time"
+        if self.status == 429:
+            if headers.get("x-envoy-ratelimited"):
+                yield "request_rate", "header x-envoy-ratelimited"
+            if headers.get("x-amzn-errortype", "").startswith("LimitExceededException"):
+                yield "quota_period", "header x-amzn-errortype: the usage plan's quota"
+            named = f"{headers.get('rate_limit_type', '')} {headers.get('policy-id', '')}".lower()
+            for part, kind in (("token", "token_rate"), ("parallel", "concurrency"), ("request", "request_rate"),
+                               ("call", "request_rate")):  # fmt: skip
+                if part in named.replace("ratelimit", ""):
+                    yield cast("Meaning", kind), "header rate_limit_type or policy-id"
+            windows = {
+                match[1] in _SHORT_WINDOWS
+                for name, value in headers.items()
+                if value == "0" and (match := _REMAINING.search(name))
+            }
+            if windows == {False}:
+                yield "quota_period", "a header says that nothing remains of an hour's, a day's or a month's quota"
+        used_up = re.findall(r'"([^"]*)"\s*;\s*r=0\b', headers.get("ratelimit", "")[:_HEADER_LIMIT])
+        for name, window in _POLICY.findall(headers.get("ratelimit-policy", "")[:_HEADER_LIMIT]):
+            if name in used_up and int(window) >= _LONG_WINDOW:
+                yield "quota_period", "header ratelimit-policy: the window of the used-up policy is an hour or more"
+        reached = [
+            (name, window)
+            for name, window, actual, limit in _ACTUAL_AND_LIMIT.findall(text)
+            if _int(actual) >= _int(limit)
+        ]
+        if any(window in ("hour", "day") for _, window in reached):
+            yield "quota_period", "(actual/limit): a/b with a >= b"
+        for name, _ in reached:
+            yield ("token_rate" if name.startswith("token") else "request_rate"), "(actual/limit): a/b with a >= b"
+        for name, actual, limit in _CURRENT_AND_LIMIT.findall(text):
+            if _int(actual) >= _int(limit):
+                kinds: dict[str, Meaning] = {"rpm": "request_rate", "tpm": "token_rate"}
+                yield kinds.get(name, "concurrency"), "current a, limit b with a >= b"
+
+    def _codes(self) -> Iterator[tuple[Meaning, str]]:
+        found: list[tuple[Meaning, str]] = []
+        for field, number in self.facts.numbers:
+            numbers = table.NUMBERS.get(field, table.NUMBERS["code"])
+            if number in numbers:
+                found.append((numbers[number], f"number {number} in {field}"))
+        if self.status in (401, 402, 403) and "insufficientquota" in self.codes:
+            found.append(("billing", "code insufficient_quota: these statuses mean no rate"))
+        found += [(table.CODES[code], f"code {code}") for code in self._each_code() if code in table.CODES]
+        found += [
+            (words.meaning, f"words in the code: {words.meaning}")
+            for code in self.code_words
+            for words in table.CODE_WORDS
+            if words.pattern.search(code)
+        ]
+        heads = (code.partition(".")[0] for code in self.codes)  # `InvalidParameter.ImageSize`
+        found += [("own_fault", f"code {head}.…") for head in heads if table.CODES.get(head) == "own_fault"]
+        for meaning, rule in found:
+            if self._allowed(meaning):
+                yield self._refined(meaning, rule)
+
+    def _people(self) -> Iterator[tuple[Meaning, str]]:
+        """Money, content inspection, the key and long periods, by words."""
+        status, inside_200 = self.status, self.status < 400
+        if status in (402, 429) and self._proven(table.BEFORE_MONEY):
+            yield "concurrency", "words: a budget of requests in progress"
+        if status == 402:
+            yield "billing", "status 402"
+        if status in _MONEY_STATUSES or inside_200:
+            if rule := self._first(table.MONEY):
+                yield rule
+            google = any(code == "resourceexhausted" for code in self.codes) or bool(self.facts.quota_names)
+            patient = self.wait is not None and self.wait < _WAIT_WITHOUT_MONEY
+            if not google and not patient and self._proven(table.WEAK_MONEY):
+                yield "billing", "words: billing details"
+        if (status in (400, 403, 451) or inside_200) and self._proven(table.MODERATED):
+            yield "moderated", "words: content inspection"
+        if status == 401:
+            yield "unauthorized", "status 401"
+        if status in (400, 403) and (rule := self._first(table.KEY)):
+            yield rule
+        if status in (403, 429, 498) or inside_200:
+            yield from self._period()
+        if status == 403 and not self._throttles() and self._proven(table.QUOTA_403):
+            yield "quota_period", "words: a quota is used up, as 403"
+        if (status in _MONEY_STATUSES or inside_200) and self._proven(table.FREE_QUOTA):
+            yield "billing", "words: the free quota is used up"
+
+    def _period(self) -> Iterator[tuple[Meaning, str]]:
+        if rule := self._first(table.PERIOD):
+            yield rule
+        if (match := table.WINDOW_SECONDS.search(self.words)) and int(match[1]) >= _LONG_WINDOW:
+            yield "quota_period", "words: a window of an hour or more, in seconds"
+
+    def _load(self) -> Iterator[tuple[Meaning, str]]:
+        """Limits and overload, by words: only at statuses and codes that can mean them."""
+        status = self.status
+        if not (self._throttles() or status >= 500 or status < 400):
+            return
+        # The harmless kinds of a 429 may be decided by quoted words too: Google quotes the names of its own quotas.
+        for words in (self.words, self.text) if status == 429 else (self.words,):
+            if table.CONCURRENCY.search(words):
+                yield "concurrency", "words: too many at the same time, or a full queue"
+            if table.GROWTH.search(words):
+                yield "growth", "words: the load rose too quickly"
+            if table.CAPACITY.search(words):
+                yield "capacity", "words: overloaded, busy or loading"
+            tokens, requests = table.TOKENS.search(words), table.REQUESTS.search(words)
+            if tokens and not requests:
+                yield "token_rate", "words: LLM tokens per time"
+            if requests and not tokens:
+                yield "request_rate", "words: requests per time"
+            if table.SHORT_WINDOW.search(words) and not tokens:
+                yield "request_rate", "words: a limit per minute or second"
+
+    def _by_status(self) -> tuple[Meaning, str]:
+        status = self.status
+        if self._throttles():
+            return "unknown", "a limit that is not named: status 429, or a code of throttling"
+        if status == 529:  # "overloaded" at Anthropic and at gateways that imitate it
+            return "capacity", "status 529"
+        if status == 498:
+            return "unknown", "status 498"
+        if status == 503 and (self.headers.get("retry-after") or self.headers.get("retry-after-ms")):
+            return "capacity", "status 503 with Retry-After"
+        if 400 <= status < 500 and status not in (408, 424, 425):  # 424: TGI's failure during the generation
+            return "rejected", f"status {status}"
+        return "server", f"status {status}" if status >= 400 else "an error inside a 200 that names no reason"
+
+    # -- helpers -------------------------------------------------------------------------------------------------------
+
+    def _each_code(self) -> Iterator[str]:
+        for code in self.codes:
+            yield code
+            if "." in code:
+                yield code.rpartition(".")[2]
+        yield plain(self.headers.get("x-amzn-errortype", "").partition(":")[0])
+
+    def _throttles(self) -> bool:
+        """Return whether status or code say that some limit refused the request."""
+        if self.status == 429:
+            return True
+        if self.status >= 500:
+            return False
+        if self.status == 403 and self._proven(table.THROTTLED_403):
+            return True
+        pattern = table.SURE_THROTTLING_CODE if self.status in ABOUT_THE_REQUEST else table.THROTTLING_CODE
+        return any(pattern.search(code) for code in self.code_words)
+
+    def _allowed(self, meaning: Meaning) -> bool:
+        """Return whether a code can have this meaning at this status."""
+        status = self.status
+        if meaning in ("moderated", "own_fault", "too_large"):
+            return status < 500 and (meaning == "moderated" or status != 429)
+        if meaning == "unauthorized":
+            return status < 500 and status != 429
+        if meaning == "capacity":
+            return status not in ABOUT_THE_REQUEST and status not in (401, 402, 403)
+        if meaning in ("request_rate", "token_rate", "growth", "concurrency", "quota_period"):
+            return status not in (401, 402, 404, 413, 422)
+        return True
+
+    def _refined(self, meaning: Meaning, rule: str) -> tuple[Meaning, str]:
+        """Return the meaning of a code together with its message, where the code alone is not exact."""
+        if meaning == "token_rate" and self._about_money():
+            return "billing", f"{rule}, with words about money"
+        if (
+            meaning in ("token_rate", "billing")
+            and "insufficientquota" in self.codes
+            and table.CAPACITY.search(self.words)
+        ):
+            return "capacity", f"{rule}, with words about load: a gateway has replaced the message"
+        if meaning in _RATES:
+            for period in self._period():
+                return period
+        return meaning, rule
+
+    def _about_money(self) -> bool:
+        """Return whether a code of a quota means that the account has no money left.
+
+        OpenAI sends `insufficient_quota` with the text "You exceeded your current quota, please check your plan and
+        billing details" for an empty account. DashScope sends the same code and the same text for tokens per minute.
+        DashScope's error differs in two ways: it has a `request_id` beside the error, and its text contains a link to
+        DashScope's help.
+        """
+        if table.FREE_QUOTA.search(self.text):
+            return True
+        if self.status >= 500 or not (self._first(table.MONEY) or self._proven(table.WEAK_MONEY)):
+            return False
+        is_dashscope = self.facts.has_request_id or re.search("model-studio|aliyun|alibabacloud", self.text) is not None
+        return not is_dashscope
+
+    def _first(self, words: tuple[table.Words, ...]) -> tuple[Meaning, str] | None:
+        for line in words:
+            if self._proven(line.pattern):
+                return line.meaning, f"words: {line.meaning}"
+        return None
+
+    def _proven(self, pattern: re.Pattern[str]) -> bool:
+        """Return whether the provider's own words match: see the module's docstring."""
+        match = pattern.search(self.words)
+        if match is None:
+            return False
+        if self.status not in ABOUT_THE_REQUEST and self.status >= 400 and self.status != 403:
+            return True
+        if self.facts.param or any(table.CODES.get(code) == "own_fault" for code in self._each_code()):
+            return False
+        return not self._request_has(match[0])
+
+    def _request_has(self, words: str) -> bool:
+        if not self._request:
+            return False
+        if self._lower_request is None:
+            self._lower_request = self._request.lower()
+        escaped = json.dumps(words)[1:-1].lower().encode()
+        return words.encode("utf-8", "replace") in self._lower_request or escaped in self._lower_request
+
+
+def _int(text: str) -> float:
+    try:
+        return float(text.replace(",", ""))
+    except ValueError:
+        return 0.0
