@@ -11,6 +11,7 @@ from sidecar.admission.errors import (
     Draining,
     NotAdmitted,
     QueueFull,
+    QuotaClosed,
     StillFailing,
     Superseded,
 )
@@ -38,6 +39,7 @@ __all__ = [
     "PoolStatus",
     "Priority",
     "QueueFull",
+    "QuotaClosed",
     "State",
     "StillFailing",
     "Stopwatch",

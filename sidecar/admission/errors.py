@@ -33,6 +33,13 @@ class AccountClosed(NotAdmitted):
     """The provider refuses the account itself (billing), so that waiting does not help."""
 
 
+class QuotaClosed(AccountClosed):
+    """The quota of a day or of another long period is used up.
+
+    `retry_after`: seconds until the end that the provider reported, otherwise until the next probe.
+    """
+
+
 class StillFailing(NotAdmitted):
     """The request waited for a last retry, which is allowed only during an outage, and there is no outage.
 

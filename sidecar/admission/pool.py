@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from math import inf
 from operator import itemgetter
 
-from sidecar.admission.errors import AccountClosed, DeadlineUnreachable, NotAdmitted, StillFailing
+from sidecar.admission.errors import AccountClosed, DeadlineUnreachable, NotAdmitted, QuotaClosed, StillFailing
 from sidecar.admission.forecast import Forecast
 from sidecar.admission.gates.circuit import Circuit, CircuitState
 from sidecar.admission.queue import FairQueue
@@ -314,7 +314,7 @@ class Pool:
         refusing: Circuit | None = None
         for upstream in self.upstreams:
             circuit = upstream.circuit
-            if circuit.state is CircuitState.BILLING and not circuit.may_probe(now):
+            if circuit.refuses_account and not circuit.may_probe(now):
                 refusing = refusing or circuit
             elif self._only_upstream is not None or upstream.unready_reason() is None:
                 return None
@@ -429,9 +429,12 @@ def _is_usable(now: float, upstream: Upstream) -> bool:
     """
     circuit = upstream.circuit
     return upstream.unready_reason() is None and (
-        not upstream.unavailable or (circuit.state is not CircuitState.BILLING and circuit.may_probe(now))
+        not upstream.unavailable or (not circuit.refuses_account and circuit.may_probe(now))
     )
 
 
 def _account_closed(now: float, circuit: Circuit) -> AccountClosed:
-    return AccountClosed(circuit.reason, retry_after=circuit.opens_at(now, 0.0) - now)
+    opens_at = circuit.opens_at(now, 0.0)
+    if circuit.state is CircuitState.QUOTA:
+        return QuotaClosed(circuit.reason, retry_after=(opens_at if circuit.ends_at == inf else circuit.ends_at) - now)
+    return AccountClosed(circuit.reason, retry_after=opens_at - now)

@@ -321,7 +321,7 @@ class Upstream:
 
         None: the refusal is for capacity, so no gate learns a limit from it.
         """
-        if verdict.named == "capacity":
+        if verdict.named == "capacity" or verdict.named == "quota_period":  # noqa: PLR1714  `in` would not narrow the type
             return None
         if not self._paced or self.circuit.state is not None:
             return "hold"

@@ -11,7 +11,15 @@ from typing import Any, Literal
 from backends.base import BackendError, BillingRefused, QuotaUsedUp, Rejected, Throttled
 from backends.forwarded_headers import UPSTREAM_REQUEST_ID
 from backends.http1.errors import MalformedRequest
-from sidecar.admission import AccountClosed, DeadlineUnreachable, Draining, NotAdmitted, QueueFull, Superseded
+from sidecar.admission import (
+    AccountClosed,
+    DeadlineUnreachable,
+    Draining,
+    NotAdmitted,
+    QueueFull,
+    QuotaClosed,
+    Superseded,
+)
 from sidecar.dispatch.dispatcher import DeadlineExceeded
 from sidecar.observe.metrics import RequestOutcome
 
@@ -119,6 +127,8 @@ def _problem_of(error: Exception, api: Api) -> Problem:
         case BillingRefused():
             text = f"the provider refuses the account: {_with_quote(error)}; {_BILLING_ADVICE}"
             return Problem(502, "upstream_billing", text, "error")
+        case QuotaClosed():
+            return Problem(503, "upstream_quota_used_up", error.message, "error", retry_after=error.retry_after)
         case AccountClosed():
             text = f"the provider refuses the account: {error.message}; {_BILLING_ADVICE}"
             return Problem(502, "upstream_billing", text, "error", retry_after=error.retry_after)

@@ -246,7 +246,7 @@ class Dispatcher:
         if isinstance(failure, Throttled):
             verdict = verdict._replace(named=_NAMED.get(failure.kind), retry_after=failure.retry_after)
         elif isinstance(failure, QuotaUsedUp):
-            verdict = verdict._replace(retry_after=failure.ends_in)
+            verdict = verdict._replace(named="quota_period", retry_after=failure.ends_in)
         permit.report(verdict)
         match failure:
             case Throttled():

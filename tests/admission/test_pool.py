@@ -18,6 +18,7 @@ from sidecar.admission import (
     DeadlineUnreachable,
     Draining,
     QueueFull,
+    QuotaClosed,
     StillFailing,
     Superseded,
     Ticket,
@@ -848,3 +849,27 @@ async def test_an_older_frame_stays_in_its_place_whatever_goes_wrong_with_the_ne
     bench.report(held, "accepted")
     bench.report(await older, "accepted")
     assert bench.at_rest()
+
+
+@pytest.mark.parametrize(("ends_in", "retry_after"), [(7200.0, 7100.0), (None, 20.0)], ids=["reported", "not reported"])
+@virtual
+async def test_while_a_quota_is_used_up_a_ticket_is_refused_with_the_true_time(ends_in, retry_after):
+    bench = Bench(UpstreamSettings("a"))
+    bench.report(bench.at_once(), "account", named="quota_period", retry_after=ends_in, reason="no more today")
+    await asyncio.sleep(40.0 if ends_in is None else 100.0)
+    if ends_in is not None:  # a probe was due after a minute, and was refused
+        assert bench.upstreams["a"].circuit.may_probe(bench.loop.time())
+        bench.report(bench.at_once(), "account", named="quota_period", retry_after=ends_in - 100.0, reason="no more")
+    with pytest.raises(QuotaClosed) as refused:
+        bench.enter()
+    assert refused.value.retry_after == pytest.approx(retry_after, rel=0.25 if ends_in is None else 0.001)
+
+
+@virtual
+async def test_another_upstream_takes_the_tickets_while_a_quota_is_used_up():
+    bench = Bench(UpstreamSettings("a"), UpstreamSettings("b", tier=2))
+    bench.report(bench.at_once(), "account", named="quota_period", retry_after=7200.0)
+    for _ in range(3):
+        permit = bench.at_once()
+        assert permit.upstream.name == "b"
+        bench.report(permit, "accepted")

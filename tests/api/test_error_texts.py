@@ -211,6 +211,13 @@ async def quota_used_up(setup):
     return await setup.ask(await setup.sidecar_with_provider(answering(429, body)))
 
 
+async def quota_used_up_again(setup):
+    body = {"error": {"code": "rate_limit_exceeded", "message": "Limit on requests per day. Try again in 5h2m."}}
+    sidecar = await setup.sidecar_with_provider(answering(429, body))
+    await setup.ask(sidecar)
+    return await setup.ask(sidecar)
+
+
 async def upstream_error(setup):
     return await setup.ask(await setup.sidecar_with_provider(answering(500, {"error": {"message": "kaput"}})))
 
@@ -263,6 +270,7 @@ ERRORS: dict[Callable[[Setup], Awaitable[Any]], tuple[int, Code, str, str]] = {
     billing: (502, "upstream_billing", "in arrears", "the provider's console"),
     billing_again: (502, "upstream_billing", "Arrearage.: the account has no money", "the provider's console"),
     quota_used_up: (503, "upstream_quota_used_up", "rate_limit_exceeded", "Try again in 5h2m"),
+    quota_used_up_again: (503, "upstream_quota_used_up", "rate_limit_exceeded", "quota"),
     upstream_error: (502, "upstream_error", "kaput", "`vlm-sidecar check`"),
     no_connection: (502, "upstream_error", "127.0.0.1.*refused", "`vlm-sidecar check`"),
     not_json: (502, "upstream_error", "text/html", "`vlm-sidecar check`"),

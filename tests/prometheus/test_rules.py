@@ -85,6 +85,9 @@ CASES = {
     "VlmSidecarBillingRefused": Case(
         hold("billing", "0x10 1x170"), [hold("billing", "0x180"), hold("outage", "1x180")]
     ),
+    "VlmSidecarQuotaUsedUp": Case(
+        hold("quota_period", "0x10 1x170"), [hold("quota_period", "0x180"), hold("billing", "1x180")]
+    ),
     "VlmSidecarUpstreamOutage": Case(
         hold("outage", "0x10 1x170"), [hold("outage", "0x18 1x1 0x160"), hold("blackout", "1x180")]
     ),

@@ -19,6 +19,8 @@ class CircuitState(StrEnum):
     BLACKOUT = "blackout"
     """A limit refuses every call: the quota of a window is used up, or the provider punishes calls above the limit."""
     BILLING = "billing"
+    QUOTA = "quota_period"
+    """The quota of a day or of another long period is used up."""
 
 
 #: The provider is down after OUTAGE_FAILURES consecutive failures (5xx, broken connections) of at least OUTAGE_TICKETS
@@ -33,6 +35,9 @@ FAILING_TICKETS = 2
 FIRST_STEP, GROWTH, SHORT_STEP, SLOW_GROWTH, MAX_STEP = 0.5, 2.0, 4.0, 1.25, 5.0
 #: Seconds between two probes while the provider refuses the account.
 BILLING_STEP = 30.0
+#: Seconds between two probes while the quota of a long period is used up: QUOTA_STEP, then twice as long after each
+#: refused probe, up to MAX_QUOTA_STEP. A probe is sent earlier if the provider reported that the period ends earlier.
+QUOTA_STEP, MAX_QUOTA_STEP = 60.0, 1800.0
 #: Maximum delay of the next probe by a Retry-After, in seconds: LITTLE_TRUST normally, MUCH_TRUST after two
 #: Retry-Afters in a row were found to be true.
 LITTLE_TRUST, MUCH_TRUST = 5.0, 30.0
@@ -55,6 +60,7 @@ class Circuit:
         "_on_close",
         "_probed_at",
         "_probes",
+        "_quota_step",
         "_random",
         "_refusal_seconds",
         "_retry_after_until",
@@ -62,6 +68,7 @@ class Circuit:
         "_step",
         "_true_retry_afters",
         "_window_ends",
+        "ends_at",
         "ends_by_itself",
         "gap",
         "last_refused",
@@ -94,6 +101,8 @@ class Circuit:
         self.last_refused = 0.0
         self.gap = 0.0
         """Seconds from the last refusal to the successful probe in the previous blackout: this wait was long enough."""
+        self.ends_at = inf
+        """Loop time at which a used-up quota ends, as the provider reported it; inf if it reported no end."""
         self.ends_by_itself = False
         """True: probes do not prolong a blackout, because it ends at a fixed time (for example with a quota window)."""
         self._on_close = on_close
@@ -106,6 +115,7 @@ class Circuit:
         self._failures = self._silent = 0
         self._failed: set[Ticket] = set()
         self._step = FIRST_STEP
+        self._quota_step = QUOTA_STEP
         self._longest_failed_wait = 0.0  # the longest wait in seconds after which a probe was refused again
         self._retry_after_until = 0.0  # loop time at which the provider's latest Retry-After ends
         self._true_retry_afters = 0  # how many Retry-Afters in a row were found to be true
@@ -123,6 +133,11 @@ class Circuit:
     def failing(self) -> bool:
         """True if the provider fails different requests in a row, so that no single request is the cause."""
         return self.state is not None or len(self._failed) >= FAILING_TICKETS
+
+    @property
+    def refuses_account(self) -> bool:
+        """True while the provider refuses the account: it has no money, or the quota of a long period is used up."""
+        return self.state in (CircuitState.BILLING, CircuitState.QUOTA)
 
     def others_fail(self, ticket: Ticket) -> bool:
         """Return True if other requests than this one failed since the last answer."""
@@ -192,12 +207,20 @@ class Circuit:
                 if is_probe or (self.state is None and self._silent >= OUTAGE_SILENT):
                     self.open(now, CircuitState.OUTAGE, verdict.reason)
             case "account":
-                self.open(now, CircuitState.BILLING, verdict.reason)
+                state = CircuitState.QUOTA if verdict.named == "quota_period" else CircuitState.BILLING
+                if is_probe or self.state is not state:
+                    self.open(now, state, verdict.reason, verdict.retry_after)
             case _:
                 if probed_at is not None:  # the probe showed nothing (its caller left): keep the time between probes
-                    step = BILLING_STEP if self.state is CircuitState.BILLING else self._step
-                    if self.state is CircuitState.BLACKOUT:  # its caller had too little time even for a refusal
-                        step = FIRST_STEP
+                    match self.state:
+                        case CircuitState.BILLING:
+                            step = BILLING_STEP
+                        case CircuitState.QUOTA:
+                            step = self._quota_step
+                        case CircuitState.BLACKOUT:  # its caller had too little time even for a refusal
+                            step = FIRST_STEP
+                        case _:
+                            step = self._step
                     self.next_probe = max(self.next_probe, probed_at + step)
 
     def seconds_for(self, now: float, ahead: Ahead, *, guess: bool) -> float:
@@ -249,11 +272,23 @@ class Circuit:
         self.last_refused = now
         if state is not before:
             self._on_change(Change(now, "hold", 0.0, 0.0, state.value, reason))
-        step = BILLING_STEP if state is CircuitState.BILLING else self._step * jitter
+        step = self._step * jitter
+        if state is CircuitState.BILLING:
+            step = BILLING_STEP
+        elif state is CircuitState.QUOTA:
+            self._quota_step = min(2.0 * self._quota_step, MAX_QUOTA_STEP) if before is state else QUOTA_STEP
+            step = self._quota_step * jitter
         if 0.0 < expected - now < 2.0 * step:
             step = min(expected - now, 1.2 * MAX_STEP)
         self.next_probe = now + step
-        self._heed(now, retry_after)
+        if state is CircuitState.QUOTA:
+            was_false = before is state and now >= self.ends_at  # the end that the provider reported before
+            is_valid = isfinite(seconds := retry_after or 0.0) and seconds > 0
+            self.ends_at = now + seconds if is_valid else inf
+            if not was_false:
+                self.next_probe = min(self.next_probe, max(self.ends_at, now + FIRST_STEP))
+        else:
+            self._heed(now, retry_after)
 
     def _close(self, now: float, probed_at: float) -> None:
         """Close the circuit, because the probe that was sent at `probed_at` was accepted."""

@@ -13,6 +13,7 @@ from sidecar.admission.gates.circuit import (
     BILLING_STEP,
     FIRST_STEP,
     LITTLE_TRUST,
+    MAX_QUOTA_STEP,
     MAX_STEP,
     MUCH_TRUST,
     OUTAGE_FAILURES,
@@ -153,6 +154,50 @@ def test_a_refused_account_is_probed_every_half_minute():
         assert circuit.next_probe == now + BILLING_STEP
 
 
+def account(at, retry_after=None, named="quota_period"):
+    return Verdict("account", at, named, retry_after=retry_after, reason="no more today")
+
+
+def test_a_used_up_quota_is_probed_after_1_2_4_and_at_most_30_minutes():
+    circuit = make_circuit()
+    now, waits = 0.0, []
+    circuit.settle(now, TICKET, account(now), blamed=None)
+    assert (circuit.state, circuit.refuses_account) == (CircuitState.QUOTA, True)
+    for _ in range(7):
+        waits.append(circuit.next_probe - now)
+        now = circuit.next_probe
+        probe(circuit, now, account(now))
+    assert waits == [60.0, 120.0, 240.0, 480.0, 960.0, 1800.0, 1800.0]
+    probe(circuit, now + 1800.0, accepted(now + 1800.0))
+    assert circuit.state is None
+
+
+def test_a_used_up_quota_is_probed_when_the_reported_end_has_come():
+    circuit = make_circuit()
+    circuit.settle(0.0, TICKET, account(0.0, retry_after=45.0), blamed=None)
+    assert (circuit.next_probe, circuit.ends_at) == (45.0, 45.0)
+    probe(circuit, 45.0, account(45.0, retry_after=7200.0))
+    assert (circuit.next_probe, circuit.ends_at) == (45.0 + 120.0, 45.0 + 7200.0)
+
+
+def test_an_end_that_comes_again_and_again_is_no_reason_for_many_probes():
+    circuit, now = make_circuit(), 0.0
+    circuit.settle(now, TICKET, account(now, retry_after=2.0), blamed=None)
+    probes = 0
+    while now < 3600.0:
+        now = circuit.next_probe
+        probe(circuit, now, account(now, retry_after=2.0))
+        probes += 1
+    assert probes <= 10
+
+
+def test_the_refusals_of_calls_that_were_in_flight_do_not_prolong_a_used_up_quota():
+    circuit = make_circuit()
+    for at in (0.0, 0.1, 0.2):
+        circuit.settle(at, Ticket(now=0.0, deadline=60.0), account(at), blamed=None)
+    assert circuit.next_probe == 60.0
+
+
 def confirm(circuit, start, retry_after, accepted_after):
     """Open at `start` with a Retry-After in seconds, and accept a probe after `accepted_after` seconds."""
     circuit.open(start, CircuitState.CAPACITY, "busy", retry_after=retry_after)
@@ -204,6 +249,9 @@ def test_a_retry_after_is_believed_after_it_was_true_twice_and_until_it_is_false
     assert trust(circuit) == LITTLE_TRUST
 
 
+LONGEST_STEPS = {CircuitState.BILLING: BILLING_STEP, CircuitState.QUOTA: MAX_QUOTA_STEP}
+
+
 @given(
     refusals=st.lists(
         st.tuples(
@@ -219,7 +267,7 @@ def test_the_next_probe_stays_within_bounds_whatever_the_provider_asks(refusals,
         trusted = trust(circuit)
         circuit.open(now, state, "busy", retry_after)
         wait = circuit.next_probe - now
-        longest_step = BILLING_STEP if state is CircuitState.BILLING else MAX_STEP * (1.0 + 0.2 * jitter)
+        longest_step = LONGEST_STEPS.get(state, MAX_STEP) * (1.0 + 0.2 * jitter)
         assert FIRST_STEP * 0.99 <= wait <= max(trusted, longest_step) + 1e-6
         now = circuit.next_probe + pause
         if is_accepted:
