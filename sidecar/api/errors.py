@@ -180,13 +180,15 @@ def _is_json(body: bytes) -> bool:
 def _client_error(error: Rejected) -> dict[str, Any]:
     """Return the `detail` that trio-core returns for a provider's 4xx.
 
-    The message begins like that of the openai client, because trio-core uses the openai client.
+    The message begins like that of the openai client, because trio-core uses the openai client. The provider's own
+    words follow, if there are any: only the caller of this request gets this message.
     """
+    words = ": ".join(part for part in (f"the provider answered {error.status}", error.code, error.quote) if part)
     return {
         "kind": "vlm_client_error",
         "upstream_status": error.status,
         "moderated": error.moderated,
-        "message": f"Error code: {error.status} - {_with_quote(error)}"[:300],
+        "message": f"Error code: {error.status} - {words if error.quote else error.message}"[:300],
     }
 
 
