@@ -136,8 +136,10 @@ class Admission:
             pool.take_out(self.loop.time(), older)  # its place is free for the newer ticket
         try:
             if not ticket.requeued:
-                pool.recognise(ticket)
-                self._check_bounds(pool, ticket, replaces=older is not None)
+                if pool.promises is not None:
+                    pool.recognise(ticket)
+                if self._arrivals.bytes or pool.waiting.tickets or len(self._pools) > 1:
+                    self._check_bounds(pool, ticket, replaces=older is not None)
             entry = pool.enter(ticket)
         except BaseException:
             if older is not None:

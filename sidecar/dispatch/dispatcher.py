@@ -191,7 +191,9 @@ class Dispatcher:
         try:
             with self._deadlines.until(ticket.deadline):
                 try:
-                    patience = self.admission.pool(ticket.model).patience(self.now(), ticket, upstream)
+                    patience = inf
+                    if len(self.backends) > 1:
+                        patience = self.admission.pool(ticket.model).patience(self.now(), ticket, upstream)
                     if patience == inf:
                         reply = await self.backends[name].send(request, timings)
                     else:

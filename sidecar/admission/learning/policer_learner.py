@@ -54,6 +54,7 @@ from sidecar.admission.learning.tuning import (
     RAMP_RISE,
     SHARED_KEPT,
     START_CREDIT,
+    START_WINDOW_SECONDS,
 )
 
 
@@ -167,7 +168,12 @@ class PolicerLearner:
     def accepted(self, now: float, sent: Sent) -> None:
         """See `Learner`."""
         self._confirmed = True
-        self._start.answered(now, sent.amount)
+        start, amount = self._start, sent.amount
+        start.unanswered -= 1  # `Start.answered`, copied here for the reason given in `sent`
+        start.answers.append((now, amount))
+        start.total += amount
+        if start.answers[0][0] < now - START_WINDOW_SECONDS:
+            start.expire(now)
         if self._share.climb is not None:
             self._share.climb.accepted()
 

@@ -19,7 +19,7 @@ from sidecar.admission.learning.tuning import (
 class Start:
     """The pace at the start, always in requests per second. Measures the accepted rate after the start too."""
 
-    __slots__ = ("_answers", "_dormant", "_pace", "_total", "began", "unanswered")
+    __slots__ = ("_dormant", "_pace", "answers", "began", "total", "unanswered")
 
     def __init__(self, *, dormant: bool) -> None:
         self.began = inf
@@ -28,8 +28,10 @@ class Start:
         self._pace = START_PACE
         self.unanswered = 0
         """Number of requests that were sent and have not ended."""
-        self._answers: deque[tuple[float, float]] = deque()
-        self._total = 0.0
+        self.answers: deque[tuple[float, float]] = deque()
+        """Times and accepted amounts of the attempts that ended within the last START_WINDOW_SECONDS."""
+        self.total = 0.0
+        """Sum of these amounts."""
 
     def again(self, now: float) -> None:
         """Begin again after a pause, so that the waiting requests are not all sent at once."""
@@ -38,10 +40,10 @@ class Start:
     def answered(self, now: float, amount: float) -> None:
         """Record that a request has ended. `amount`: its accepted amount, 0 if it was not accepted."""
         self.unanswered -= 1
-        self._answers.append((now, amount))
-        self._total += amount
-        if self._answers[0][0] < now - START_WINDOW_SECONDS:
-            self._expire(now)
+        self.answers.append((now, amount))
+        self.total += amount
+        if self.answers[0][0] < now - START_WINDOW_SECONDS:
+            self.expire(now)
 
     def grow(self, seconds: float) -> None:
         """Raise the pace, after `seconds` in which it delayed requests."""
@@ -54,15 +56,16 @@ class Start:
         steps = (now - self.began) / START_CREDIT_STEP_SECONDS
         if self.unanswered < min(START_CREDIT * 2.0 ** min(steps, 8.0), START_MAX_UNANSWERED):
             return inf
-        self._expire(now)
-        return max(self._pace, START_HEADROOM * len(self._answers) / START_WINDOW_SECONDS)
+        self.expire(now)
+        return max(self._pace, START_HEADROOM * len(self.answers) / START_WINDOW_SECONDS)
 
     def rate(self, now: float) -> float:
         """Return the accepted amount per second, over the last START_WINDOW_SECONDS."""
-        self._expire(now)
-        return self._total / START_WINDOW_SECONDS
+        self.expire(now)
+        return self.total / START_WINDOW_SECONDS
 
-    def _expire(self, now: float) -> None:
-        answers = self._answers
+    def expire(self, now: float) -> None:
+        """Forget the answers that are older than START_WINDOW_SECONDS."""
+        answers = self.answers
         while answers and answers[0][0] < now - START_WINDOW_SECONDS:
-            self._total -= answers.popleft()[1]
+            self.total -= answers.popleft()[1]
