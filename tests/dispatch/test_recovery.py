@@ -7,7 +7,7 @@ from random import Random
 import pytest
 from prometheus_client import CollectorRegistry
 
-from backends.base import BackendError, Reply, Request, ServerFailed, Throttled, Usage
+from backends.base import BackendError, Rejected, Reply, Request, ServerFailed, Throttled, Usage
 from bench.sim import clock
 from sidecar.admission import Admission, DeadlineUnreachable, NotAdmitted, Ticket, UpstreamSettings
 from sidecar.admission.admission import MAX_POOLS
@@ -234,5 +234,52 @@ def test_model_names_do_not_fill_the_memory_while_a_shared_upstream_is_busy():
         assert {"first", "kept"} <= set(models)
         assert len(first.upstreams[1].on_end) == MAX_POOLS
         permit.release(now)
+
+    clock.run(main())
+
+
+def test_a_probe_that_is_answered_with_a_refusal_of_its_request_closes_the_circuit():
+    """A public report of another proxy (getnora-io/nora #585): a probe answered with 404 kept its breaker half-open."""
+
+    async def main():
+        began = asyncio.get_running_loop().time()
+
+        async def answer(now):
+            await asyncio.sleep(0.1)
+            if 10.0 <= now - began < 20.0:
+                raise ServerFailed("down")
+            if 20.0 <= now - began < 26.0:
+                raise Rejected("no such model", status=404)
+
+        load = Load(Scripted("only", answer))
+        await load.arrive(5.0, 40.0)
+        (status,) = load.admission.status()
+        assert not status.upstreams[0].circuit.state
+        assert load.answered[3] > 0.8 * 50
+
+    clock.run(main())
+
+
+def test_no_further_attempt_goes_to_a_provider_whose_circuit_the_first_attempt_has_opened():
+    """A public report of another router (deltawi/deltallm #247): its attempts were A, A, A, B although A was out."""
+
+    async def main():
+        began = asyncio.get_running_loop().time()
+
+        async def fails(now):
+            await asyncio.sleep(0.1)
+            if now - began > 5.0:
+                raise Throttled("no room", kind="capacity", status=503)
+
+        async def answers(now):
+            await asyncio.sleep(0.1)
+
+        first, second = Scripted("first", fails), Scripted("second", answers)
+        load = Load(first, second, upstreams=[UpstreamSettings("first"), UpstreamSettings("second")])
+        await load.arrive(5.0, 5.0)
+        calls = first.calls
+        await load.arrive(5.0, 10.0)
+        assert load.lost == 0
+        assert first.calls - calls <= 12  # the calls in flight, then single probes
 
     clock.run(main())
