@@ -194,6 +194,8 @@ async def _open(listener: Listener, host: str, port: int, prefix: str) -> int:
     """Open a listener. `prefix` begins the names of its two settings. Raises `StartError` that names the wrong one."""
     try:
         return await listener.open(host, port)
+    except UnicodeError as error:
+        raise StartError(f"{prefix}HOST={host[:80]}: this is no host name; name an address of this machine") from error
     except OSError as error:
         if isinstance(error, socket.gaierror) or error.errno in _NOT_OURS:
             raise StartError(

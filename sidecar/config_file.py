@@ -82,7 +82,16 @@ class ConfigFile:
         except SettingsError as error:
             self._refuse(str(error))
             return
+        except Exception as error:  # a defect in reading must not end the sidecar, which serves with what it has
+            log.exception("a defect in the sidecar")
+            self._refuse(f"they cannot be read: {type(error).__name__}")
+            return
         changed = {field for field in Settings.model_fields if getattr(new, field) != getattr(self._current, field)}
+        if (
+            "api_key" in changed and new.api_key is None
+        ):  # a file that was emptied by mistake must not open the listener
+            self._refuse(f"{PREFIX}API_KEY is missing now: to remove it needs a restart; to change it needs none")
+            return
         if needs_restart := changed - RELOADABLE:
             names = ", ".join(sorted(PREFIX + field.upper() for field in needs_restart))
             self._refuse(f"{names} can change only with a restart")

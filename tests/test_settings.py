@@ -298,3 +298,15 @@ def test_a_file_with_settings_must_be_a_regular_file(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(SettingsError, match="pipe: cannot be read: it must be a regular file"):
         load({}, {}, tmp_path / "pipe")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("STATE_FILE", "a" * 300), ("DEADLINE", "1" + "0" * 400), ("DASHSCOPE_URL", "name:s3cret@host/v1")],
+)
+def test_an_impossible_value_is_one_line_and_shows_no_password(name, value):
+    with pytest.raises(SettingsError) as failed:
+        load({}, {f"SIDECAR_{name}": value})
+    assert str(failed.value).startswith(f"SIDECAR_{name}")
+    assert "\n" not in str(failed.value)
+    assert "s3cret" not in str(failed.value)

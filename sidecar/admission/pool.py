@@ -436,5 +436,6 @@ def _is_usable(now: float, upstream: Upstream) -> bool:
 def _account_closed(now: float, circuit: Circuit) -> AccountClosed:
     opens_at = circuit.opens_at(now, 0.0)
     if circuit.state is CircuitState.QUOTA:
-        return QuotaClosed(circuit.reason, retry_after=(opens_at if circuit.ends_at == inf else circuit.ends_at) - now)
+        ends_at = circuit.ends_at if now < circuit.ends_at < inf else opens_at
+        return QuotaClosed(circuit.reason, retry_after=ends_at - now)
     return AccountClosed(circuit.reason, retry_after=opens_at - now)

@@ -9,7 +9,7 @@ import tomllib
 from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from pydantic import ValidationError
 
@@ -21,7 +21,7 @@ _MAX_FILE_BYTES = 1 << 20
 #: Characters of a value that an error shows.
 _SHOWN_CHARACTERS = 80
 #: The user name and password in a URL. An error and `check` do not show them.
-PASSWORD = re.compile(r"(?<=://)[^/\s]*(?=@)")
+PASSWORD = re.compile(r"(?<=://)[^\s]*(?=@)|^[^\s/]*:[^\s]*(?=@)")
 #: The value of a variable that Kubernetes creates for a service, for example `SIDECAR_PORT` for a service `sidecar`.
 SERVICE_LINK = re.compile(r"(?:tcp|udp|sctp)://\S+", re.IGNORECASE)
 #: A secret, or the file of a secret. Blank values are errors: otherwise an empty variable would open the listener.
@@ -103,8 +103,8 @@ def _read(file: Path) -> dict[str, Any]:
         return tomllib.loads(_text_of(file))
     except (OSError, UnicodeDecodeError) as error:
         raise SettingsError(f"--config {file}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
-    except tomllib.TOMLDecodeError as error:
-        raise SettingsError(f"--config {file}: is not TOML: {error}") from None
+    except (ValueError, RecursionError) as error:  # also a number of thousands of digits, and thousands of brackets
+        raise SettingsError(f"--config {file}: is not TOML: {str(error)[:_SHOWN_CHARACTERS]}") from None
 
 
 def without_waiting(name: str, flags: int) -> int:
@@ -147,7 +147,7 @@ def named(field: str, where: str) -> str:
 def _check(settings: Settings, origins: Mapping[str, str]) -> None:
     """Check what a single value does not show. Raises `SettingsError`."""
 
-    def fail(field: str, why: str) -> None:
+    def fail(field: str, why: str) -> NoReturn:
         raise SettingsError(f"{named(field, origins.get(field, PREFIX + field.upper()))}: {why}")
 
     names = settings.backend_names
@@ -161,5 +161,10 @@ def _check(settings: Settings, origins: Mapping[str, str]) -> None:
         fail("backend", f"names a backend twice ({settings.backend!r}); name each once")
     if "local" in names and not settings.local_model:
         fail("local_model", "the local backend needs the folder of a model")
-    if settings.state_file is not None and settings.state_file.exists() and not settings.state_file.is_file():
-        fail("state_file", f"{str(settings.state_file)!r} is not a regular file; name another file")
+    if (file := settings.state_file) is not None:
+        try:
+            is_other = file.exists() and not file.is_file()
+        except OSError as error:
+            fail("state_file", f"{_shown(file)} cannot be used: {error.strerror}; name another file")
+        if is_other:
+            fail("state_file", f"{str(file)!r} is not a regular file; name another file")

@@ -35,7 +35,10 @@ def _quantity(value: Any, units: dict[str, Any]) -> float | None:
     if isinstance(value, bool):
         return None
     if isinstance(value, int | float):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            return inf
     found = _QUANTITY.fullmatch(value.strip()) if isinstance(value, str) else None
     if found is None:
         return None

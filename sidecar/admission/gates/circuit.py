@@ -193,6 +193,9 @@ class Circuit:
                 self._forget_failures()
                 if verdict.named == "capacity":
                     self._refused(now, CircuitState.CAPACITY, verdict, opens=is_probe or self.state is None)
+                elif self.refuses_account and is_probe:
+                    # An ordinary limit refused the probe, so the account is accepted again: as after an accepted probe.
+                    self._close(now, self._probed_at)
                 elif self.state is not None:
                     self._refused(now, self.state, verdict, opens=is_probe)
             case "failed":
@@ -200,11 +203,15 @@ class Circuit:
                 if len(self._failed) < OUTAGE_TICKETS:  # more are not needed, and each keeps its request in memory
                     self._failed.add(reservation)
                 down = self._failures >= OUTAGE_FAILURES and len(self._failed) >= OUTAGE_TICKETS
-                if is_probe or (self.state is None and down):
+                if self.refuses_account and is_probe:  # it shows nothing about the account
+                    self.next_probe = now + MAX_STEP
+                elif is_probe or (self.state is None and down):
                     self.open(now, CircuitState.OUTAGE, verdict.reason)
             case "timed_out":
                 self._silent += 1
-                if is_probe or (self.state is None and self._silent >= OUTAGE_SILENT):
+                if self.refuses_account and is_probe:
+                    self.next_probe = now + MAX_STEP
+                elif is_probe or (self.state is None and self._silent >= OUTAGE_SILENT):
                     self.open(now, CircuitState.OUTAGE, verdict.reason)
             case "account":
                 state = CircuitState.QUOTA if verdict.named == "quota_period" else CircuitState.BILLING
@@ -212,15 +219,11 @@ class Circuit:
                     self.open(now, state, verdict.reason, verdict.retry_after)
             case _:
                 if probed_at is not None:  # the probe showed nothing (its caller left): keep the time between probes
-                    match self.state:
-                        case CircuitState.BILLING:
-                            step = BILLING_STEP
-                        case CircuitState.QUOTA:
-                            step = self._quota_step
-                        case CircuitState.BLACKOUT:  # its caller had too little time even for a refusal
-                            step = FIRST_STEP
-                        case _:
-                            step = self._step
+                    step = self._step
+                    if self.state is CircuitState.BLACKOUT:  # its caller had too little time even for a refusal
+                        step = FIRST_STEP
+                    elif self.refuses_account:  # a long step would let callers that leave keep the circuit open
+                        step = MAX_STEP
                     self.next_probe = max(self.next_probe, probed_at + step)
 
     def seconds_for(self, now: float, ahead: Ahead, *, guess: bool) -> float:

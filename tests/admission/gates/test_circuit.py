@@ -191,6 +191,34 @@ def test_an_end_that_comes_again_and_again_is_no_reason_for_many_probes():
     assert probes <= 10
 
 
+def quota_used_up(ends_in=7200.0):
+    circuit = make_circuit()
+    circuit.settle(0.0, TICKET, account(0.0, retry_after=ends_in), blamed=None)
+    return circuit
+
+
+def test_a_caller_that_leaves_as_the_probe_does_not_keep_a_quota_closed():
+    circuit = quota_used_up()
+    for now in (60.0, 65.0, 70.0):
+        assert circuit.may_probe(now)
+        probe(circuit, now, Verdict("abandoned", now))
+    assert circuit.next_probe == 70.0 + MAX_STEP
+
+
+@pytest.mark.parametrize("named", [None, "request_rate", "concurrency"])
+def test_a_probe_that_an_ordinary_limit_refuses_shows_that_the_account_is_accepted_again(named):
+    circuit = quota_used_up()
+    probe(circuit, 60.0, refused(60.0, named))
+    assert circuit.state is None
+
+
+@pytest.mark.parametrize("outcome", ["failed", "timed_out"])
+def test_a_probe_that_fails_says_nothing_about_a_used_up_quota(outcome):
+    circuit = quota_used_up()
+    probe(circuit, 60.0, Verdict(outcome, 60.0))
+    assert (circuit.state, circuit.next_probe, circuit.ends_at) == (CircuitState.QUOTA, 60.0 + MAX_STEP, 7200.0)
+
+
 def test_the_refusals_of_calls_that_were_in_flight_do_not_prolong_a_used_up_quota():
     circuit = make_circuit()
     for at in (0.0, 0.1, 0.2):
