@@ -87,9 +87,7 @@ class ConfigFile:
             self._refuse(f"they cannot be read: {type(error).__name__}")
             return
         changed = {field for field in Settings.model_fields if getattr(new, field) != getattr(self._current, field)}
-        if (
-            "api_key" in changed and new.api_key is None
-        ):  # a file that was emptied by mistake must not open the listener
+        if "api_key" in changed and new.api_key is None:  # an emptied file must not open the listener
             self._refuse(f"{PREFIX}API_KEY is missing now: to remove it needs a restart; to change it needs none")
             return
         if needs_restart := changed - RELOADABLE:

@@ -69,11 +69,11 @@ async def test_a_hangup_loads_the_file_again_and_each_bad_file_changes_nothing(t
             ("backend = ", "is not TOML"),
             (f"deadline = 1{'0' * 5000}", "is not TOML"),
             (f"x = {'[' * 2000}", "is not TOML"),
-            ("", "SIDECAR_BACKEND"),
+            ("", "SIDECAR_API_KEY is missing now"),
             ('backend = "simulated"\n', "SIDECAR_API_KEY is missing now"),
             (f'backend = "simulated"\nstate_file = "{"a" * 300}"\n', "SIDECAR_STATE_FILE"),
             (
-                'backend = "simulated"\nqueue_size = 7\nport = 9\ndeadline = 9\n',
+                'backend = "simulated"\napi_key = "sk-first"\nqueue_size = 7\nport = 9\ndeadline = 9\n',
                 "SIDECAR_QUEUE_SIZE can change only with",
             ),
         ):
