@@ -46,7 +46,6 @@ _TEXT_KEYS = (
 #: Keys of Google's `QuotaFailure` and `ErrorInfo` whose values name the window and the dimension of a quota.
 _QUOTA_KEYS = ("quotaId", "quotaMetric", "quota_limit", "quota_metric", "quota_unit", "quotaUnit", "subject")
 _INNER_MESSAGE = re.compile(r"""['"](?:message|msg)['"]\s*:\s*(['"])(.{1,1500}?)\1\s*[,}]""", re.DOTALL)
-_NUMBER_IN_TEXT = re.compile(r"\((\d{4,6})\)")
 _LINE_OF_TEXT = re.compile(r"\s+")
 #: A request id is shown and logged, so only a token is accepted.
 _TOKEN = re.compile(r"[A-Za-z0-9_.:/-]{1,64}")
@@ -124,7 +123,6 @@ def read_error(body: bytes) -> ErrorFacts:
     for text in list(facts.texts):
         # Gateways put the provider's whole error into their own message, as JSON or as a Python dict.
         facts.texts += [match[2] for match in _INNER_MESSAGE.finditer(text[: 2 * _TEXT_LIMIT])]
-        facts.numbers += [("text", int(number)) for number in _NUMBER_IN_TEXT.findall(text[:_TEXT_LIMIT])]
     return facts
 
 

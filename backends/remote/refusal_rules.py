@@ -43,9 +43,13 @@ _CURRENT_AND_LIMIT = re.compile(
 )
 _LIMIT = re.compile(r"(?:limit|allowed|maximum)[: ]+(\d[\d,]*)")
 _REQUESTED = re.compile(r"requested[: ]+(\d[\d,]*)")
+#: A provider's number inside a message: MiniMax's "insufficient balance (1008)".
+_NUMBER_IN_TEXT = re.compile(r"\((\d{4,6})\)")
 _AFFORD = re.compile(r"can only afford (\d[\d,]*)")
 _POLICY = re.compile(r'"([^"]*)"[^,]*?;\s*(?:q=\d+\s*;\s*)?w=(\d+)')
 _LONG_WINDOW = 3600
+#: Characters of a message in which numbers are looked for.
+_TEXT_WITH_NUMBERS = 2000
 #: Characters of a header that are searched.
 _HEADER_LIMIT = 300
 #: Headers of Kong, Cerebras, SambaNova and Mistral that name their window.
@@ -88,6 +92,8 @@ class Rules:
         """The words that can be the provider's."""
         self._request = request_body
         self._lower_request: bytes | None = None
+        self.numbers_in_words = self._numbers_in_words()
+        """Numbers in parentheses, which some providers put into their messages instead of a code."""
 
     def decide(self) -> tuple[Meaning, str]:
         """Return the meaning and the rule."""
@@ -114,7 +120,7 @@ class Rules:
                     yield "too_large", f"code {code}"
 
     def _machine_facts(self) -> Iterator[tuple[Meaning, str]]:
-        headers, text = self.headers, self.text
+        headers = self.headers
         names = " ".join(self.facts.quota_names)
         spelled = _CAMEL.sub(" ", names).lower()
         if re.search(r"\bper (day|week|month|hour)\b|\b1 (d|h)\b", spelled):
@@ -145,23 +151,25 @@ class Rules:
         for name, window in _POLICY.findall(headers.get("ratelimit-policy", "")[:_HEADER_LIMIT]):
             if name in used_up and int(window) >= _LONG_WINDOW:
                 yield "quota_period", "header ratelimit-policy: the window of the used-up policy is an hour or more"
+        if not self._may_state_facts():
+            return
         reached = [
-            (name, window)
-            for name, window, actual, limit in _ACTUAL_AND_LIMIT.findall(text)
-            if _int(actual) >= _int(limit)
+            (match[1], match[2])
+            for match in _ACTUAL_AND_LIMIT.finditer(self.words)
+            if _int(match[3]) >= _int(match[4]) and not self._quotes(match[0])
         ]
         if any(window in ("hour", "day") for _, window in reached):
             yield "quota_period", "(actual/limit): a/b with a >= b"
         for name, _ in reached:
             yield ("token_rate" if name.startswith("token") else "request_rate"), "(actual/limit): a/b with a >= b"
-        for name, actual, limit in _CURRENT_AND_LIMIT.findall(text):
-            if _int(actual) >= _int(limit):
+        for match in _CURRENT_AND_LIMIT.finditer(self.words):
+            if _int(match[2]) >= _int(match[3]) and not self._quotes(match[0]):
                 kinds: dict[str, Meaning] = {"rpm": "request_rate", "tpm": "token_rate"}
-                yield kinds.get(name, "concurrency"), "current a, limit b with a >= b"
+                yield kinds.get(match[1], "concurrency"), "current a, limit b with a >= b"
 
     def _codes(self) -> Iterator[tuple[Meaning, str]]:
         found: list[tuple[Meaning, str]] = []
-        for field, number in self.facts.numbers:
+        for field, number in [*self.facts.numbers, *(("text", number) for number in self.numbers_in_words)]:
             numbers = table.NUMBERS.get(field, table.NUMBERS["code"])
             if number in numbers:
                 found.append((numbers[number], f"number {number} in {field}"))
@@ -324,9 +332,23 @@ class Rules:
             return False
         if self.status not in ABOUT_THE_REQUEST and self.status >= 400 and self.status != 403:
             return True
+        return not self._quotes(match[0])
+
+    def _may_state_facts(self) -> bool:
+        """Return whether numbers inside the message can be the provider's own: only where it speaks of a limit."""
+        return self.status < 400 or self.status in (403, 429) or self.status >= 500
+
+    def _numbers_in_words(self) -> list[int]:
+        if not self._may_state_facts():
+            return []
+        found = _NUMBER_IN_TEXT.finditer(self.words[:_TEXT_WITH_NUMBERS])
+        return [int(match[1]) for match in found if not self._quotes(match[0])]
+
+    def _quotes(self, words: str) -> bool:
+        """Return whether the message may be about a field of the request, or whether the words are the request's."""
         if self.facts.param or any(table.CODES.get(code) == "own_fault" for code in self._each_code()):
-            return False
-        return not self._request_has(match[0])
+            return True
+        return self._request_has(words)
 
     def _request_has(self, words: str) -> bool:
         if not self._request:

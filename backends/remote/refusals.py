@@ -96,14 +96,16 @@ def read(
     lower = {name.lower(): value for name, value in (facts.headers | dict(headers)).items()}
     text = _IDENTIFIER.sub(" ", facts.text).lower()
     wait = retry_after(lower, time.time() if now is None else now, without_quotes(text), facts.retry_delay)
-    meaning, rule = Rules(status, lower, facts, text, wait=wait, request_body=request_body).decide()
+    rules = Rules(status, lower, facts, text, wait=wait, request_body=request_body)
+    meaning, rule = rules.decide()
     if status < 400:
         status = _DEFAULT_STATUS.get(meaning, 429)
     elif meaning == "too_large" and status not in ABOUT_THE_REQUEST and status != 402:
         status = 413
     if meaning == "quota_period" and wait is not None and wait < _SHORTEST_PERIOD_WAIT:
         wait = None
-    return Reading(meaning, rule, status, facts.shown_code, wait, facts)
+    code = facts.shown_code or next((str(number) for number in rules.numbers_in_words), "")
+    return Reading(meaning, rule, status, code, wait, facts)
 
 
 def classify(status: int, headers: Mapping[str, str], body: bytes, *, request_body: bytes = b"") -> BackendError:

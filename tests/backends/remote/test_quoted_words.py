@@ -1,0 +1,56 @@
+"""Words of the caller that a provider quotes, and hints of the provider that name another limit than the one it hit."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from answer_readings import meaning_of
+
+from backends.remote.refusals import classify
+
+
+def said(text: str, code: object = None, **more: object) -> bytes:
+    return json.dumps({"error": {"message": text, "code": code, **more}}).encode()
+
+
+def meaning(status: int, body: bytes, request: object = None, **headers: str) -> str:
+    sent = b"" if request is None else json.dumps(request).encode()
+    return meaning_of(classify(status, headers, body, request_body=sent))
+
+
+FACTS = [
+    "(2056)",
+    "(1008)",
+    "requests per day (actual/limit): 7/3",
+    "tokens per minute (actual/limit): 7/3",
+    "current rpm: 8, rpm limit: 2",
+]
+
+
+@pytest.mark.parametrize("status", [400, 404, 405, 409, 413, 415, 422])
+@pytest.mark.parametrize("fact", FACTS)
+def test_facts_inside_an_ordinary_rejection_are_no_facts(status, fact):
+    for text in (fact, f"the role '{fact}' is unknown", f"no model {fact}"):
+        assert meaning(status, said(text)) == "rejected"
+        assert meaning(status, said(text, "invalid_value", param="role")) == "rejected"
+
+
+@pytest.mark.parametrize("status", [403, 429, 500, 503])
+@pytest.mark.parametrize("fact", FACTS)
+def test_facts_that_are_quoted_or_in_the_request_or_about_a_field_prove_nothing(status, fact):
+    without = meaning(status, said("no"))
+    assert meaning(status, said(fact)) != without
+    assert meaning(status, said(f"no: '{fact}'")) not in ("billing", "quota_period")
+    assert meaning(status, said("no (1008)", param="role")) == without
+    assert meaning(status, said("no (1008)"), {"role": "x (1008)"}) == without
+
+
+@pytest.mark.parametrize("number", [1008, 1039, 11202])
+def test_a_size_in_parentheses_is_no_code(number):
+    assert meaning(400, said(f"The picture's width ({number}) is no multiple of 32")) == "rejected"
+
+
+def test_a_number_that_decides_is_shown_as_the_code():
+    assert classify(429, {}, said("used up (2056)")).code == "2056"
+    assert classify(400, {}, said("too wide (2056)")).code == ""
