@@ -112,7 +112,14 @@ class Rules:
         limit, requested = _LIMIT.search(text), _REQUESTED.search(text)
         if limit and requested and 400 <= status < 500 and _int(requested[1]) > _int(limit[1]):
             yield "too_large", "Requested N is above Limit M, read as numbers"
-        if status in (400, 413, 422, 429) or status < 400:
+        if status == 429 or (status < 400 and self._throttles()):
+            # Anthropic's ordinary 429 advises to "reduce the prompt length … or try again later".
+            if self.wait is None and self._proven(table.SURELY_TOO_LARGE) and not table.PASSES.search(self.words):
+                yield "too_large", "words: the request is too large for the limit"
+            for code in self._each_code():
+                if code in table.SURELY_TOO_LARGE_CODES:
+                    yield "too_large", f"code {code}"
+        elif status in (400, 413, 422) or status < 400:
             if self._proven(table.TOO_LARGE):
                 yield "too_large", "words: the request is too large"
             for code in self._each_code():

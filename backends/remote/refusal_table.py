@@ -167,6 +167,11 @@ TOO_LARGE = re.compile(
     r"|exceeds? the (maximum|max) (number of tokens|context|input|request|prompt)"
     r"|(请求|输入|上下文)(内容)?(过大|过长|长度超)"
 )
+#: The part of it that counts beside a limit: other advice to send less is given for a limit that passes, too.
+SURELY_TOO_LARGE = re.compile(r"(request|prompt|input|message|payload)( body)? (is )?too (large|long)|must be reduced")
+SURELY_TOO_LARGE_CODES = ("requesttoolarge", "contextlengthexceeded")
+#: The limit passes, so that the same request is accepted later.
+PASSES = re.compile(r"\brate[ -]limit|try (it )?again|\bwait\b|retry (after|in|later)|稍后|重试")
 
 #: A budget that returns as soon as requests end. It is looked for before money.
 BEFORE_MONEY = re.compile(r"\bin-?flight\b.{0,30}(budget|spend|limit)")

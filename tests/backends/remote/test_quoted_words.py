@@ -54,3 +54,36 @@ def test_a_size_in_parentheses_is_no_code(number):
 def test_a_number_that_decides_is_shown_as_the_code():
     assert classify(429, {}, said("used up (2056)")).code == "2056"
     assert classify(400, {}, said("too wide (2056)")).code == ""
+
+
+ADVICE = [
+    "You would exceed the rate limit of 9,000 input tokens per minute. Please reduce the prompt length, or try again later.",
+    "More than the limit of input tokens per minute. Reduce the length of the prompt and try again.",
+    "Over the limit of input tokens per minute: your input must be reduced, or wait.",
+]
+
+
+@pytest.mark.parametrize("text", ADVICE)
+def test_advice_to_send_less_does_not_make_a_passing_limit_a_fault_of_the_request(text):
+    assert meaning(429, said(text, "rate_limit_error")) == "token_rate"
+    assert meaning(200, said(text, "rate_limit_error")) == "token_rate"
+
+
+def test_a_wait_beside_advice_to_send_less_means_a_limit_that_passes():
+    text = "Over the tokens per minute; the input must be reduced"
+    assert meaning(429, said(text)) == "rejected"
+    assert meaning(429, said(text), **{"Retry-After": "8"}) == "token_rate"
+    assert meaning(429, said("Too many concurrent requests. Reduce the number of input requests")) == "concurrency"
+
+
+@pytest.mark.parametrize(
+    ("text", "code"),
+    [
+        ("The request is too large for the tokens per minute", None),
+        ("Rate limit on tokens: Limit 500, Requested 800. Please try again later", "rate_limit_exceeded"),
+        ("no", "request_too_large"),
+    ],
+)
+def test_a_request_above_the_limit_is_at_fault_itself_also_as_429(text, code):
+    error = classify(429, {}, said(text, code))
+    assert (meaning_of(error), error.status) == ("rejected", 413)
