@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
+from itertools import islice
 from typing import cast
 
 from backends.remote import refusal_table as table
@@ -48,8 +49,8 @@ _NUMBER_IN_TEXT = re.compile(r"\((\d{4,6})\)")
 _AFFORD = re.compile(r"can only afford (\d[\d,]*)")
 _POLICY = re.compile(r'"([^"]*)"[^,]*?;\s*(?:q=\d+\s*;\s*)?w=(\d+)')
 _LONG_WINDOW = 3600
-#: Characters of a message in which numbers are looked for.
-_TEXT_WITH_NUMBERS = 2000
+#: Facts of one kind in a message that are read.
+_FACTS = 4
 #: Characters of a header that are searched.
 _HEADER_LIMIT = 300
 #: Headers of Kong, Cerebras, SambaNova and Mistral that name their window.
@@ -162,14 +163,14 @@ class Rules:
             return
         reached = [
             (match[1], match[2])
-            for match in _ACTUAL_AND_LIMIT.finditer(self.words)
+            for match in islice(_ACTUAL_AND_LIMIT.finditer(self.words), _FACTS)
             if _int(match[3]) >= _int(match[4]) and not self._quotes(match[0])
         ]
         if any(window in ("hour", "day") for _, window in reached):
             yield "quota_period", "(actual/limit): a/b with a >= b"
         for name, _ in reached:
             yield ("token_rate" if name.startswith("token") else "request_rate"), "(actual/limit): a/b with a >= b"
-        for match in _CURRENT_AND_LIMIT.finditer(self.words):
+        for match in islice(_CURRENT_AND_LIMIT.finditer(self.words), _FACTS):
             if _int(match[2]) >= _int(match[3]) and not self._quotes(match[0]):
                 kinds: dict[str, Meaning] = {"rpm": "request_rate", "tpm": "token_rate"}
                 yield kinds.get(match[1], "concurrency"), "current a, limit b with a >= b"
@@ -348,8 +349,9 @@ class Rules:
     def _numbers_in_words(self) -> list[int]:
         if not self._may_state_facts():
             return []
-        found = _NUMBER_IN_TEXT.finditer(self.words[:_TEXT_WITH_NUMBERS])
-        return [int(match[1]) for match in found if not self._quotes(match[0])]
+        found = dict.fromkeys(_NUMBER_IN_TEXT.findall(self.words))
+        known = [number for number in found if int(number) in table.NUMBERS["text"]]
+        return [int(number) for number in known if not self._quotes(f"({number})")]
 
     def _quotes(self, words: str) -> bool:
         """Return whether the message may be about a field of the request, or whether the words are the request's."""
