@@ -17,6 +17,7 @@ from typing import Any, cast
 import orjson
 
 from backends.remote.events import begins_like_events, events_in
+from backends.remote.refusal_table import ABOUT_THE_REQUEST
 
 #: Bytes. A longer body that is not strict JSON is not read: the lenient parser would block the event loop.
 _LENIENT_LIMIT = 1024 * 1024
@@ -121,8 +122,12 @@ def lenient_json(data: bytes) -> object:
         return None
 
 
-def read_error(body: bytes) -> ErrorFacts:
-    """Return the facts of an error's body. Never raises."""
+def read_error(body: bytes, status: int = 0) -> ErrorFacts:
+    """Return the facts of an error's body. Never raises.
+
+    `status` is the HTTP status; below 400, the status that the body names counts. At a status that is about the request
+    the message is not unwrapped, because it may quote the request.
+    """
     facts = ErrorFacts()
     if begins_like_events(body):
         body = next((event.data for event in events_in(body.replace(b"\r\n", b"\n")) if event.data), b"")
@@ -135,6 +140,8 @@ def read_error(body: bytes) -> ErrorFacts:
     else:
         facts.is_json = True
         _collect(payload, facts, "", 0)
+    if (status if status >= 400 else facts.status) in ABOUT_THE_REQUEST or facts.param:
+        return facts
     for text in facts.texts[:_OUTER_TEXTS]:
         # Gateways put the provider's whole error into their own message, as JSON or as a Python dict.
         found = _INNER_MESSAGE.finditer(text[: 2 * _TEXT_LIMIT])

@@ -7,7 +7,6 @@ the request, and never if the request contains the same words.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from itertools import islice
@@ -15,7 +14,7 @@ from typing import cast
 
 from backends.remote import refusal_table as table
 from backends.remote.error_bodies import ErrorFacts
-from backends.remote.refusal_table import Meaning, plain
+from backends.remote.refusal_table import ABOUT_THE_REQUEST, Meaning, plain
 
 #: Kinds that a long period can hide behind: OpenAI's type `requests` beside "requests per day".
 _RATES = ("request_rate", "token_rate", "unknown")
@@ -24,8 +23,6 @@ _RATES = ("request_rate", "token_rate", "unknown")
 _WAIT_WITHOUT_MONEY = 3600.0
 #: Statuses at which words about money count; also inside a 200.
 _MONEY_STATUSES = (400, 402, 403, 412, 429)
-#: Statuses at which a message is about the request's fields, so that it may quote them.
-ABOUT_THE_REQUEST = (400, 404, 405, 409, 413, 415, 422)
 _QUOTED = re.compile(
     r"(?<!\w)'[^'\n]{0,1500}'(?!\w)|\"[^\"]{0,1500}\"|`[^`]{0,1500}`|“[^”]{0,1500}”|‘[^’]{0,1500}’|「[^」]{0,1500}」"
     r"|\b(?:https?|file|oss|s3|data):\S+|\S{1,80}\.(?:jpe?g|png|gif|webp|bmp|tiff?|mp[34]|wav|mov|avi|txt|pdf|json|ya?ml)\b"
@@ -56,6 +53,18 @@ _HEADER_LIMIT = 300
 #: Headers of Kong, Cerebras, SambaNova and Mistral that name their window.
 _REMAINING = re.compile(r"ratelimit-remaining-(?:[a-z]+-)?(second|minute|hour|day|month)$")
 _SHORT_WINDOWS = ("second", "minute")
+#: Searches in one request. A message that agrees with it more often quotes it.
+_SEARCHES = 16
+_ESCAPE = re.compile(rb"\\u([0-9A-Fa-f]{4})")
+#: Escapes in a request that are replaced. With more, each word counts as a word of the request.
+_ESCAPES = 20_000
+#: The only other letter that becomes an ASCII letter in lower case.
+_KELVIN = "\u212a".encode()
+#: What stands between two words in a request: nothing (`isOverdue`), `_`, or white space, which JSON may escape.
+_BETWEEN_WORDS = (
+    rb"(?:[\s_\x1c-\x1f]|\\[nrtfb]|\xc2[\x85\xa0]|\xe1\x9a\x80|\xe2\x80[\x80-\x8a\xa8\xa9\xaf]|\xe2\x81\x9f|\xe3\x80\x80){0,64}"
+)
+_ESCAPED = (b'"', b"/", b"\\\\")
 
 
 def without_quotes(text: str) -> str:
@@ -93,6 +102,7 @@ class Rules:
         """The words that can be the provider's."""
         self._request = request_body
         self._lower_request: bytes | None = None
+        self._searches = 0
         self.numbers_in_words = self._numbers_in_words()
         """Numbers in parentheses, which some providers put into their messages instead of a code."""
 
@@ -360,12 +370,40 @@ class Rules:
         return self._request_has(words)
 
     def _request_has(self, words: str) -> bool:
+        """Return whether the request contains the words, however their white space and letters were written.
+
+        In the words, white space is one space, and identifiers are split: see `refusals`.
+        """
         if not self._request:
             return False
+        self._searches += 1
+        if self._searches > _SEARCHES:
+            return True
         if self._lower_request is None:
-            self._lower_request = self._request.lower()
-        escaped = json.dumps(words)[1:-1].lower().encode()
-        return words.encode("utf-8", "replace") in self._lower_request or escaped in self._lower_request
+            self._lower_request = _lower(self._request)
+        request = self._lower_request
+        # Where a quote was taken out of the message, more than one space is left: the request has the quote there.
+        return request is None or all(
+            _spelling(part).search(request) for part in re.split(r"\s{2,}", words.strip()) if part
+        )
+
+
+def _lower(request: bytes) -> bytes | None:
+    """Return a request in lower case without escapes such as `\\u0062`; None if it has too many to replace them."""
+    if b"\\u" in request:
+        if request.count(b"\\u") > _ESCAPES:
+            return None
+        request = _ESCAPE.sub(lambda match: chr(int(match[1], 16)).encode("utf-8", "surrogatepass"), request)
+    return request.lower().replace(_KELVIN, b"k")
+
+
+def _spelling(words: str) -> re.Pattern[bytes]:
+    """Return a pattern of all the spellings, in a JSON request, that become these words in a message."""
+    parts = []
+    for word in words.split():
+        spelled = (re.escape(letter.encode("utf-8", "replace")) for letter in word)
+        parts.append(b"".join(rb"\\?" + letter if letter in _ESCAPED else letter for letter in spelled))
+    return re.compile(_BETWEEN_WORDS.join(parts))
 
 
 def _int(text: str) -> float:

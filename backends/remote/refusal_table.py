@@ -16,6 +16,9 @@ Meaning = ThrottleKind | Literal[
     "quota_period", "billing", "unauthorized", "moderated", "too_large", "own_fault", "rejected", "server"
 ]  # fmt: skip
 
+#: Statuses at which a message is about the request's fields, so that it may quote them.
+ABOUT_THE_REQUEST = (400, 404, 405, 409, 413, 415, 422)
+
 
 def plain(code: str) -> str:
     """Return a code in the spelling of the table: `Limit_Requests` and `LimitRequests` are the same code."""

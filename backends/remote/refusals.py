@@ -32,8 +32,8 @@ from backends.base import (
 )
 from backends.forwarded_headers import UPSTREAM_REQUEST_ID, to_caller, upstream_request_id
 from backends.remote.error_bodies import ErrorFacts, read_error
-from backends.remote.refusal_rules import ABOUT_THE_REQUEST, Rules, without_quotes
-from backends.remote.refusal_table import Meaning
+from backends.remote.refusal_rules import Rules, without_quotes
+from backends.remote.refusal_table import ABOUT_THE_REQUEST, Meaning
 from backends.remote.waits import retry_after
 
 #: The status that is reported for an error inside a 200 if the error itself names no status.
@@ -90,7 +90,7 @@ def read(
     `status` is the HTTP status or, for an error inside a 200, the status that it names. A value below 400 means that it
     names none. `request_body` is the request that was refused: words that it contains prove nothing.
     """
-    facts = read_error(body)
+    facts = read_error(body, status)
     if status < 400 and facts.status:
         status = facts.status
     lower = {name.lower(): value for name, value in (facts.headers | dict(headers)).items()}

@@ -87,3 +87,52 @@ def test_a_wait_beside_advice_to_send_less_means_a_limit_that_passes():
 def test_a_request_above_the_limit_is_at_fault_itself_also_as_429(text, code):
     error = classify(429, {}, said(text, code))
     assert (meaning_of(error), error.status) == ("rejected", 413)
+
+
+def test_a_quoted_message_of_the_request_is_not_unwrapped():
+    text = "[{'loc': ('body', 'messages'), 'input': {'message': 'this bill_is_overdue'}}]"
+    assert meaning(400, said(text)) == "rejected"
+    assert meaning(200, said(text, 400)) == "rejected"
+    request = {"messages": [{"message": "this bill_is_overdue"}]}
+    assert meaning(403, said(text), request) == "rejected"
+    assert meaning(403, said(text)) == "billing"  # a gateway that wraps the provider's error
+
+
+SPELLINGS = [
+    "bill_is_overdue",
+    "billIsOverdue",
+    "bill  is\n\toverdue",
+    "bill\u2003is\u3000overdue",
+    "BILL IS OVERDUE",
+    "bill\u00a0is overdue",
+]
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+@pytest.mark.parametrize("status", [400, 403])
+def test_words_of_the_request_are_found_in_it_however_they_are_spelled(spelling, status):
+    body = said(f"no such model={spelling} for you")
+    assert meaning(status, body) == "billing"
+    for ascii_only in (False, True):
+        request = json.dumps({"model": spelling}, ensure_ascii=ascii_only).encode()
+        assert meaning_of(classify(status, {}, body, request_body=request)) == "rejected"
+    escaped = b'{"model": "' + b"".join(b"\\u%04X" % ord(letter) for letter in spelling) + b'"}'
+    assert meaning_of(classify(status, {}, body, request_body=escaped)) == "rejected"
+
+
+def test_words_with_other_characters_are_found_in_the_request():
+    for said_by_caller in ('account "a/b\\c" is suspended', "account é is suspended", "bill is 'x' overdue, in arrears"):
+        assert meaning(400, said(said_by_caller), {"text": said_by_caller}) == "rejected"
+    assert meaning(400, said("please topup"), {"text": "Please Topup"}) == "rejected"
+    assert meaning(400, said("no \u212aey, in arrears; to\u212aen quota is not enough"), {"text": "x"}) == "billing"
+    assert meaning(400, said("to\u212aen quota is not enough"), {"text": "to\u212aen quota is not enough"}) == "rejected"
+
+
+def test_a_request_with_very_many_escapes_counts_as_containing_every_word():
+    body = said("the bill is overdue")
+    assert meaning(400, body, {"text": "é" * 10_000}) == "billing"
+    assert meaning(400, body, {"text": "é" * 30_000}) == "rejected"
+
+
+def test_a_refusal_beside_an_ordinary_request_with_escapes_is_believed():
+    assert meaning(403, said("账户余额不足"), {"text": "描述这张图片"}) == "billing"
