@@ -100,6 +100,9 @@ class Rules:
                 bare = bare.replace(code, " ")
         self.words = _THEN_QUOTES.sub(" ", bare) if status in ABOUT_THE_REQUEST else bare
         """The words that can be the provider's."""
+        window = table.NAMED_SHORT_WINDOW.search(self.words)
+        self._window_end = window.end() if window else None
+        """Where the first short window in the words ends."""
         self._request = request_body
         self._lower_request: bytes | None = None
         self._searches = 0
@@ -236,7 +239,8 @@ class Rules:
     def _period(self) -> Iterator[tuple[Meaning, str]]:
         if rule := self._first(table.PERIOD):
             yield rule
-        if (match := table.WINDOW_SECONDS.search(self.words)) and int(match[1]) >= _LONG_WINDOW:
+        match = table.WINDOW_SECONDS.search(self.words)
+        if match and int(match[1]) >= _LONG_WINDOW and not self._is_hint(match):
             yield "quota_period", "words: a window of an hour or more, in seconds"
 
     def _load(self) -> Iterator[tuple[Meaning, str]]:
@@ -245,7 +249,7 @@ class Rules:
         if not (self._throttles() or status >= 500 or status < 400):
             return
         # The harmless kinds of a 429 may be decided by quoted words too: Google quotes the names of its own quotas.
-        for words in (self.words, self.text) if status == 429 else (self.words,):
+        for words in (self._before_hints(), self.words, self.text) if status == 429 else (self.words,):
             if table.CONCURRENCY.search(words):
                 yield "concurrency", "words: too many at the same time, or a full queue"
             if table.GROWTH.search(words):
@@ -346,11 +350,24 @@ class Rules:
     def _proven(self, pattern: re.Pattern[str]) -> bool:
         """Return whether the provider's own words match: see the module's docstring."""
         match = pattern.search(self.words)
-        if match is None:
+        if match is None or (pattern in table.LASTING and self._is_hint(match)):
             return False
         if self.status not in ABOUT_THE_REQUEST and self.status >= 400 and self.status != 403:
             return True
         return not self._quotes(match[0])
+
+    def _is_hint(self, match: re.Match[str]) -> bool:
+        """Return whether words about money or a long period are a hint beside a short limit, which was named before.
+
+        "10 per minute. (Your plan also allows 1000 requests per day.)"
+        """
+        return self._window_end is not None and self._window_end <= match.start() and self._throttles()
+
+    def _before_hints(self) -> str:
+        """Return the words up to the short window that was named first if hints follow, else all words."""
+        matches = (pattern.search(self.words) for pattern in table.LASTING) if self._window_end is not None else ()
+        hinted = any(match is not None and self._is_hint(match) for match in matches)
+        return self.words[: self._window_end] if hinted else self.words
 
     def _may_state_facts(self) -> bool:
         """Return whether numbers inside the message can be the provider's own: only where it speaks of a limit."""

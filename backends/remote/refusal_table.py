@@ -234,6 +234,8 @@ PERIOD = _words(
     ("quota_period", r"(try|come back|available) (it )?(again )?tomorrow|(call|request) volume quota|\d{1,4}[ -]hours? (usage )?(limit|quota|window)"),
     ("quota_period", rf"{_PERIOD_ZH}[^。]{{0,24}}(上限|限额|额度|次数|限制|配额|用完|用尽|耗尽|超出|超过|流控)|日流控|明[天日]再试"),
 )  # fmt: skip
+#: Words that do not count behind a short window (see `NAMED_SHORT_WINDOW`): there they are a hint.
+LASTING = frozenset(line.pattern for line in (*MONEY, *PERIOD)) | {WEAK_MONEY, FREE_QUOTA}
 #: "50 per 86400s": the window in seconds.
 WINDOW_SECONDS = re.compile(r"\bper (\d{4,8}) ?s(ec|econds?)?\b")
 
@@ -268,3 +270,8 @@ REQUESTS = re.compile(
 )
 #: A short window without the word tokens.
 SHORT_WINDOW = re.compile(r"\bper[ _-]?(min|sec)|/ ?(min|sec)|\bqps\b|每分钟|每秒")
+#: A short window, also beside the word tokens.
+NAMED_SHORT_WINDOW = re.compile(
+    r"\bper[ _-]?(min(ute)?|sec(ond)?)s?\b|/ ?(min(ute)?|sec(ond)?)s?\b|\bqps\b|\b[rt]p[ms]\b|\bper \d{1,3} ?s(ec|econds?)?\b"
+    r"|每分钟|每秒"
+)

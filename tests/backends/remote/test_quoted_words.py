@@ -136,3 +136,27 @@ def test_a_request_with_very_many_escapes_counts_as_containing_every_word():
 
 def test_a_refusal_beside_an_ordinary_request_with_escapes_is_believed():
     assert meaning(403, said("账户余额不足"), {"text": "描述这张图片"}) == "billing"
+
+
+HINTS = [
+    ("At most 12 per minute. (The plan also has 500 requests per day.)", "request_rate"),
+    ("30 requests per minute reached. Raise your monthly usage limit for more.", "request_rate"),
+    ("RPM: 3 is reached. A higher tier has a monthly quota of requests.", "request_rate"),
+    ("9000 tokens per minute are used up; 500 requests per day are left", "token_rate"),
+    ("5 per 10s. See your billing details", "unknown"),
+    ("每分钟请求数超限,每日额度充足", "request_rate"),
+    # the long window first, or alone
+    ("500 requests per day are used up (12 per minute are allowed)", "quota_period"),
+    ("Raise your monthly usage limit. It allows 30 requests per minute", "billing"),
+    ("Wait 20 seconds or a minute; the daily limit is reached", "quota_period"),
+]
+
+
+@pytest.mark.parametrize(("text", "expected"), HINTS)
+def test_a_short_window_that_is_named_first_is_the_limit_that_was_hit(text, expected):
+    assert meaning(429, said(text)) == expected
+    assert meaning(429, said(text, "rate_limit_error")) == expected
+
+
+def test_without_a_hint_the_words_behind_a_short_window_count():
+    assert meaning(429, said("12 requests per minute: too many concurrent requests")) == "concurrency"
