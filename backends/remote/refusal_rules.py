@@ -23,6 +23,8 @@ _RATES = ("request_rate", "token_rate", "unknown")
 _WAIT_WITHOUT_MONEY = 3600.0
 #: Statuses at which words about money count; also inside a 200.
 _MONEY_STATUSES = (400, 402, 403, 412, 429)
+#: Statuses that no failure over the request's content has. At a 500, for example, the words may be quoted.
+_SURE_LOAD = (429, 503, 529)
 _QUOTED = re.compile(
     r"(?<!\w)'[^'\n]{0,1500}'(?!\w)|\"[^\"]{0,1500}\"|`[^`]{0,1500}`|“[^”]{0,1500}”|‘[^’]{0,1500}’|「[^」]{0,1500}」"
     r"|\b(?:https?|file|oss|s3|data):\S+|\S{1,80}\.(?:jpe?g|png|gif|webp|bmp|tiff?|mp[34]|wav|mov|avi|txt|pdf|json|ya?ml)\b"
@@ -32,6 +34,8 @@ _THEN_QUOTES = re.compile(
     r"\b(?:got|given|received|input|value|prompt|content|messages?|text|url|file|filename|path|image)s?\s*[:=].*",
     re.DOTALL,
 )
+#: The same for a failure while the request was processed.
+_FAILED_ON = re.compile(r"\b(?:got|given|received|input|value|prompt|content|text|url|filename|image)s?\s*[:=].*", re.DOTALL)
 _CAMEL = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])|[^A-Za-z0-9]+")
 _ACTUAL_AND_LIMIT = re.compile(
     r"(requests?|tokens?)(?: per |/)(second|minute|hour|day)s? \(actual/limit\):? *([\d.,]*\d)/([\d.,]*\d)"
@@ -98,7 +102,11 @@ class Rules:
         for code in self.code_words:
             if " " in code and code not in prose:  # a message that begins with its code says nothing by that
                 bare = bare.replace(code, " ")
-        self.words = _THEN_QUOTES.sub(" ", bare) if status in ABOUT_THE_REQUEST else bare
+        if status in ABOUT_THE_REQUEST:
+            bare = _THEN_QUOTES.sub(" ", bare)
+        elif status >= 500 and status not in _SURE_LOAD:
+            bare = _FAILED_ON.sub(" ", bare)
+        self.words = bare
         """The words that can be the provider's."""
         window = table.NAMED_SHORT_WINDOW.search(self.words)
         self._window_end = window.end() if window else None
@@ -200,7 +208,7 @@ class Rules:
         found += [
             (words.meaning, f"words in the code: {words.meaning}")
             for code in self.code_words
-            for words in table.CODE_WORDS
+            for words in (*table.CODE_WORDS, *self._weak_code_words())
             if words.pattern.search(code)
         ]
         heads = (code.partition(".")[0] for code in self.codes)  # `InvalidParameter.ImageSize`
@@ -208,6 +216,13 @@ class Rules:
         for meaning, rule in found:
             if self._allowed(meaning):
                 yield self._refined(meaning, rule)
+
+    def _weak_code_words(self) -> list[table.Words]:
+        return [
+            words
+            for words in table.WEAK_CODE_WORDS
+            if self.status < 400 or self.status in table.WEAK_STATUSES[words.meaning]
+        ]
 
     def _people(self) -> Iterator[tuple[Meaning, str]]:
         """Money, content inspection, the key and long periods, by words."""
@@ -248,20 +263,25 @@ class Rules:
         status = self.status
         if not (self._throttles() or status >= 500 or status < 400):
             return
+
+        def found(pattern: re.Pattern[str], words: str) -> bool:
+            match = pattern.search(words)
+            return match is not None and (status in _SURE_LOAD or not self._quotes(match[0]))
+
         # The harmless kinds of a 429 may be decided by quoted words too: Google quotes the names of its own quotas.
         for words in (self._before_hints(), self.words, self.text) if status == 429 else (self.words,):
-            if table.CONCURRENCY.search(words):
+            if found(table.CONCURRENCY, words):
                 yield "concurrency", "words: too many at the same time, or a full queue"
-            if table.GROWTH.search(words):
+            if found(table.GROWTH, words):
                 yield "growth", "words: the load rose too quickly"
-            if table.CAPACITY.search(words):
+            if found(table.CAPACITY, words):
                 yield "capacity", "words: overloaded, busy or loading"
-            tokens, requests = table.TOKENS.search(words), table.REQUESTS.search(words)
+            tokens, requests = found(table.TOKENS, words), found(table.REQUESTS, words)
             if tokens and not requests:
                 yield "token_rate", "words: LLM tokens per time"
             if requests and not tokens:
                 yield "request_rate", "words: requests per time"
-            if table.SHORT_WINDOW.search(words) and not tokens:
+            if found(table.SHORT_WINDOW, words) and not tokens:
                 yield "request_rate", "words: a limit per minute or second"
 
     def _by_status(self) -> tuple[Meaning, str]:

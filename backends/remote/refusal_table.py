@@ -139,12 +139,14 @@ def _words(*lines: tuple[Meaning, str]) -> tuple[Words, ...]:
 #: Words inside codes. `ModelAccountTpmRateLimitExceeded` is matched as "model account tpm rate limit exceeded". A caller
 #: cannot write a code, so these count at every status, except where `refusals.py` says otherwise.
 CODE_WORDS = _words(
-    ("billing", r"\barrears?\b|arrearage|\boverdue\b|\bunpaid\b|\bbalance\b|\bbilling\b|\bpayment\b|\bbudget exceeded"
-                r"|(insufficient|out of|not enough|no) (funds?|credits?|user quota|wallet)|credits? (exhausted|depleted)"
-                r"|resource pack|charge resource|free (trial|tier|quota)|not purchased|unpurchased|\bsuspended\b|spend(ing)? limit"),
-    ("moderated", r"content (filter|policy)|data inspection|sensitive|moderation|responsible ai|risk control"),
+    ("billing", r"\barrears?\b|arrearage|\bbudget exceeded|(bill|account|payment|invoice) (is )?overdue|payment required|unpaid (bill|invoice)"
+                r"|(insufficient|out of|not enough|no) (account )?(balance|funds?|credits?|user quota|wallet)|credits? (exhausted|depleted)"
+                r"|balance (is )?(not enough|insufficient|exhausted|depleted|too low)"
+                r"|billing (not active|disabled|hard limit|limit|required)"
+                r"|resource pack|charge resource|free (trial|tier|quota)|not purchased|unpurchased|account suspended|spend(ing)? limit"),
+    ("moderated", r"content (filter|policy)|data inspection|(?<!case )(?<!in)sensitive|moderation|responsible ai|risk control"),
     ("too_large", r"(request|prompt|input|payload|context|body)( length)? (is )?too (large|long)|context (length|window)"),
-    ("unauthorized", r"(invalid|incorrect|wrong|missing|expired|bad) (api ?key|access key|token|credential)"
+    ("unauthorized", r"(invalid|incorrect|wrong|missing|expired|bad) (api ?key|access (key|token)|credential)"
                      r"|api ?key (invalid|expired|disabled|not)|\bunauthori[sz]ed\b|\bunauthenticated\b"
                      r"|authentication|\bauth (failed|error)"),
     ("quota_period", r"\b(per|by) (day|week|month|hour)\b|\b(daily|weekly|monthly|hourly)\b|\b(rpd|tpd|rph|tph)\b"),
@@ -155,6 +157,12 @@ CODE_WORDS = _words(
     ("request_rate", r"\b(rp[ms]|qp[ms]|ip[ms])\b|\brequests? (rate|per|frequency)|too frequent"),
     ("capacity", r"overload|\bbusy\b|\bno capacity\b|capacity|model (unavailable|not ready|loading)|insufficient resource"),
 )  # fmt: skip
+#: Words that also name fields of a request (`unsupported_white_balance`): only at `WEAK_STATUSES` and inside a 200.
+WEAK_CODE_WORDS = _words(
+    ("billing", r"\boverdue\b|\bunpaid\b|\bbalance\b|\bbilling\b|\bpayment\b|\bsuspended\b"),
+    ("unauthorized", r"(invalid|incorrect|wrong|missing|expired|bad) token"),
+)
+WEAK_STATUSES: dict[Meaning, tuple[int, ...]] = {"billing": (402, 403, 412, 429), "unauthorized": (401, 403)}
 #: Codes that say only that some limit was exceeded.
 THROTTLING_CODE = re.compile(
     r"throttl|rate limit|too many request|slow ?down|request limit|limit exceeded|resource exhausted|quota (exceeded|exhausted)"
@@ -260,11 +268,11 @@ CAPACITY = re.compile(
     r"|饱和|访问量过大|(系统|服务|服务器|模型)(当前)?(繁忙|忙)|过载|负载(过高|较高)|资源(紧张|不足)|算力不足|高峰"
 )
 TOKENS = re.compile(
-    r"tokens?[ -]?(rate|per|limit|quota)|tokens? .{0,20}(per|/|a) ?(min|sec|m\b|s\b)|\b[io]?tp[ms]\b|too many tokens|tokens? count"
+    r"tokens?[ -]?(rate|per(?! (request|prompt|image|message))|limit|quota)|tokens? .{0,20}(per|/|a) ?(min|sec|m\b|s\b)|\b[io]?tp[ms]\b|too many tokens|tokens? count"
     r"|allocated quota exceeded|每分钟.{0,6}token|token.{0,8}(限制|超限|超出|上限|额度)"
 )
 REQUESTS = re.compile(
-    r"(requests?|calls?|queries|images?|api|invocations?)[ -](rate|per|limit)|(requests?|calls?|queries) .{0,30}\b(per|/|a) ?(min|sec|m\b|s\b)"
+    r"(requests?|calls?|queries|images?|api|invocations?)[ -](rate|per(?! (request|prompt|image|message|batch))|limit)|(requests?|calls?|queries) .{0,30}\b(per|/|a) ?(min|sec|m\b|s\b)"
     r"|\b[rqi]p[ms]\b|exceeded your (request limit|current requests)|local rate limited|number of requests"
     r"|(请求|调用|访问)(频率|速率)|频率(过高|限制|超)|过于频繁|限频|每分钟请求|每秒请求"
 )

@@ -160,3 +160,45 @@ def test_a_short_window_that_is_named_first_is_the_limit_that_was_hit(text, expe
 
 def test_without_a_hint_the_words_behind_a_short_window_count():
     assert meaning(429, said("12 requests per minute: too many concurrent requests")) == "concurrency"
+
+
+FIELDS = ["auto_balance_range", "invalid_token_position", "payment_field_missing", "billing_address", "case_sensitive_key",
+          "overdue_flag_unknown", "bad_token_ids", "suspended_sequences"]  # fmt: skip
+
+
+@pytest.mark.parametrize("code", FIELDS)
+def test_a_single_word_in_the_code_of_a_rejection_is_the_name_of_a_field(code):
+    assert meaning(400, said("not supported", code)) == "rejected"
+    assert meaning(422, said("not supported", code)) == "rejected"
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "expected"),
+    [
+        (403, "balance_problem", "billing"),
+        (429, "payment_late", "billing"),
+        (403, "invalid_token", "unauthorized"),
+        (400, "insufficient_balance", "billing"),
+        (400, "UserBalanceNotEnough", "billing"),
+        (400, "invalid_access_token", "unauthorized"),
+        (400, "CustomerBillOverdue", "billing"),
+    ],
+)
+def test_a_code_about_the_account_still_counts(status, code, expected):
+    assert meaning(status, said("no", code)) == expected
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["failed on prompt: is that road busy", "failed to load 3 images per prompt", "the limit of tokens per image failed"],
+)
+def test_a_failure_that_quotes_the_request_is_a_failure(text):
+    assert meaning(500, said(text, type="InternalServerError")) == "server"
+
+
+def test_words_about_load_in_a_failure_count_unless_the_request_has_them():
+    for text, kind in (("that lane is busy", "capacity"), ("12 calls per minute", "request_rate")):
+        assert meaning(500, said(text), {"content": "A dog"}) == kind
+        assert meaning(500, said(text), {"content": text}) == "server"
+        assert meaning(503, said(text), {"content": text}) == kind
+        assert meaning(500, said(text, param="messages")) == "server"
