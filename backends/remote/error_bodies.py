@@ -54,7 +54,8 @@ _TEXT_KEYS = (
 #: Keys of Google's `QuotaFailure` and `ErrorInfo` whose values name the window and the dimension of a quota.
 _QUOTA_KEYS = ("quotaId", "quotaMetric", "quota_limit", "quota_metric", "quota_unit", "quotaUnit", "subject")
 _INNER_MESSAGE = re.compile(
-    r"""[{,]\s*['"](?:message|msg)['"]\s*:\s*(?:'((?:[^'\\]|\\.){1,1500})'|"((?:[^"\\]|\\.){1,1500})")\s*[,}]""", re.DOTALL
+    r"""[{,]\s*['"](?:message|msg)['"]\s*:\s*(?:'((?:[^'\\]|\\.){1,1500})'|"((?:[^"\\]|\\.){1,1500})")\s*[,}]""",
+    re.DOTALL,
 )
 #: The texts of one error in which inner messages are looked for, and how many are taken from each.
 _OUTER_TEXTS, _INNER_MESSAGES = 2, 2
@@ -185,9 +186,12 @@ def _collect_codes(value: Mapping[str, Any], facts: ErrorFacts, name: str) -> No
                 facts.status = facts.status or code
             elif code and len(facts.numbers) < _NUMBERS:
                 facts.numbers.append((name if name == "base_resp" else key, code))
-        elif isinstance(code, str) and 0 < len(code) <= _CODE_LIMIT and not code.startswith("http"):
-            if len(facts.codes) < _CODES:
-                facts.codes.append(code)
+        elif isinstance(code, str) and _is_code(code) and len(facts.codes) < _CODES:
+            facts.codes.append(code)
+
+
+def _is_code(text: str) -> bool:
+    return 0 < len(text) <= _CODE_LIMIT and not text.startswith("http")
 
 
 def _collect_texts(value: Mapping[str, Any], facts: ErrorFacts, depth: int) -> None:

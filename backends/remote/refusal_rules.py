@@ -35,7 +35,9 @@ _THEN_QUOTES = re.compile(
     re.DOTALL,
 )
 #: The same for a failure while the request was processed.
-_FAILED_ON = re.compile(r"\b(?:got|given|received|input|value|prompt|content|text|url|filename|image)s?\s*[:=].*", re.DOTALL)
+_FAILED_ON = re.compile(
+    r"\b(?:got|given|received|input|value|prompt|content|text|url|filename|image)s?\s*[:=].*", re.DOTALL
+)
 _CAMEL = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])|[^A-Za-z0-9]+")
 _ACTUAL_AND_LIMIT = re.compile(
     r"(requests?|tokens?)(?: per |/)(second|minute|hour|day)s? \(actual/limit\):? *([\d.,]*\d)/([\d.,]*\d)"
@@ -66,7 +68,8 @@ _ESCAPES = 20_000
 _KELVIN = "\u212a".encode()
 #: What stands between two words in a request: nothing (`isOverdue`), `_`, or white space, which JSON may escape.
 _BETWEEN_WORDS = (
-    rb"(?:[\s_\x1c-\x1f]|\\[nrtfb]|\xc2[\x85\xa0]|\xe1\x9a\x80|\xe2\x80[\x80-\x8a\xa8\xa9\xaf]|\xe2\x81\x9f|\xe3\x80\x80){0,64}"
+    rb"(?:[\s_\x1c-\x1f]|\\[nrtfb]|\xc2[\x85\xa0]|\xe1\x9a\x80"
+    rb"|\xe2\x80[\x80-\x8a\xa8\xa9\xaf]|\xe2\x81\x9f|\xe3\x80\x80){0,64}"
 )
 _ESCAPED = (b'"', b"/", b"\\\\")
 

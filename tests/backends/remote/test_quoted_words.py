@@ -7,6 +7,7 @@ import json
 import pytest
 from answer_readings import meaning_of
 
+from backends.remote import refusal_rules
 from backends.remote.refusals import classify
 
 
@@ -57,7 +58,7 @@ def test_a_number_that_decides_is_shown_as_the_code():
 
 
 ADVICE = [
-    "You would exceed the rate limit of 9,000 input tokens per minute. Please reduce the prompt length, or try again later.",
+    "Above the rate limit of 9,000 input tokens per minute. Please reduce the prompt length, or try again later.",
     "More than the limit of input tokens per minute. Reduce the length of the prompt and try again.",
     "Over the limit of input tokens per minute: your input must be reduced, or wait.",
 ]
@@ -121,11 +122,17 @@ def test_words_of_the_request_are_found_in_it_however_they_are_spelled(spelling,
 
 
 def test_words_with_other_characters_are_found_in_the_request():
-    for said_by_caller in ('account "a/b\\c" is suspended', "account é is suspended", "bill is 'x' overdue, in arrears"):
+    for said_by_caller in (
+        'account "a/b\\c" is suspended',
+        "account é is suspended",
+        "bill is 'x' overdue, in arrears",
+    ):
         assert meaning(400, said(said_by_caller), {"text": said_by_caller}) == "rejected"
     assert meaning(400, said("please topup"), {"text": "Please Topup"}) == "rejected"
     assert meaning(400, said("no \u212aey, in arrears; to\u212aen quota is not enough"), {"text": "x"}) == "billing"
-    assert meaning(400, said("to\u212aen quota is not enough"), {"text": "to\u212aen quota is not enough"}) == "rejected"
+    assert (
+        meaning(400, said("to\u212aen quota is not enough"), {"text": "to\u212aen quota is not enough"}) == "rejected"
+    )
 
 
 def test_a_request_with_very_many_escapes_counts_as_containing_every_word():
@@ -162,8 +169,8 @@ def test_without_a_hint_the_words_behind_a_short_window_count():
     assert meaning(429, said("12 requests per minute: too many concurrent requests")) == "concurrency"
 
 
-FIELDS = ["auto_balance_range", "invalid_token_position", "payment_field_missing", "billing_address", "case_sensitive_key",
-          "overdue_flag_unknown", "bad_token_ids", "suspended_sequences"]  # fmt: skip
+FIELDS = ["auto_balance_range", "invalid_token_position", "payment_field_missing", "billing_address",
+          "case_sensitive_key", "overdue_flag_unknown", "bad_token_ids", "suspended_sequences"]  # fmt: skip
 
 
 @pytest.mark.parametrize("code", FIELDS)
@@ -190,7 +197,11 @@ def test_a_code_about_the_account_still_counts(status, code, expected):
 
 @pytest.mark.parametrize(
     "text",
-    ["failed on prompt: is that road busy", "failed to load 3 images per prompt", "the limit of tokens per image failed"],
+    [
+        "failed on prompt: is that road busy",
+        "failed to load 3 images per prompt",
+        "the limit of tokens per image failed",
+    ],
 )
 def test_a_failure_that_quotes_the_request_is_a_failure(text):
     assert meaning(500, said(text, type="InternalServerError")) == "server"
@@ -202,3 +213,20 @@ def test_words_about_load_in_a_failure_count_unless_the_request_has_them():
         assert meaning(500, said(text), {"content": text}) == "server"
         assert meaning(503, said(text), {"content": text}) == kind
         assert meaning(500, said(text, param="messages")) == "server"
+
+
+def test_a_message_that_agrees_with_the_request_in_many_places_is_searched_for_a_few_times(
+    monkeypatch,
+):
+    searched = []
+    spelling = refusal_rules._spelling
+    monkeypatch.setattr(refusal_rules, "_spelling", lambda words: searched.append(words) or spelling(words))
+    lines = [
+        "insufficient balance, balance too low, out of credits, add credits, spending limit reached",
+        "over budget, the account is suspended, bill is overdue, payment required, plan expired, please recharge",
+        "invalid api key, api key expired, inappropriate content, requests per day, daily limit, try tomorrow",
+        "quota exceeded, free trial expired, this month, 24 hour limit, billing details, monthly usage limit, 余额不足",
+    ]
+    text = " ".join(lines)
+    assert meaning(403, said(text), {"content": text}) == "rejected"
+    assert 1 < len(searched) <= 16
