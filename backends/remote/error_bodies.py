@@ -11,17 +11,25 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, cast
 
 import orjson
 
 from backends.remote.events import begins_like_events, events_in
+from backends.remote.refusal_table import ABOUT_THE_REQUEST
 
 #: Bytes. A longer body that is not strict JSON is not read: the lenient parser would block the event loop.
 _LENIENT_LIMIT = 1024 * 1024
 #: Characters of the texts of one error that are read, and of one code.
 _TEXT_LIMIT, _CODE_LIMIT = 2000, 120
 _DEPTH, _ITEMS = 6, 16
+#: How much of one error is collected. Nobody's error has more, and each text and code costs time on the event loop.
+_TEXTS, _CODES, _NUMBERS, _NAMES, _HEADERS, _VISITS = 32, 32, 64, 32, 32, 200
+#: Texts of one error that are parsed because they may contain JSON, and their characters.
+_PARSED_TEXTS, _PARSED_LIMIT = 8, 65_536
+#: Characters of a header inside a body.
+_HEADER_LIMIT = 300
 
 _ENVELOPES = (
     "error",
@@ -45,8 +53,12 @@ _TEXT_KEYS = (
 )  # fmt: skip
 #: Keys of Google's `QuotaFailure` and `ErrorInfo` whose values name the window and the dimension of a quota.
 _QUOTA_KEYS = ("quotaId", "quotaMetric", "quota_limit", "quota_metric", "quota_unit", "quotaUnit", "subject")
-_INNER_MESSAGE = re.compile(r"""['"](?:message|msg)['"]\s*:\s*(['"])(.{1,1500}?)\1\s*[,}]""", re.DOTALL)
-_NUMBER_IN_TEXT = re.compile(r"\((\d{4,6})\)")
+_INNER_MESSAGE = re.compile(
+    r"""[{,]\s*['"](?:message|msg)['"]\s*:\s*(?:'((?:[^'\\]|\\.){1,1500})'|"((?:[^"\\]|\\.){1,1500})")\s*[,}]""",
+    re.DOTALL,
+)
+#: The texts of one error in which inner messages are looked for, and how many are taken from each.
+_OUTER_TEXTS, _INNER_MESSAGES = 2, 2
 _LINE_OF_TEXT = re.compile(r"\s+")
 #: A request id is shown and logged, so only a token is accepted.
 _TOKEN = re.compile(r"[A-Za-z0-9_.:/-]{1,64}")
@@ -75,6 +87,10 @@ class ErrorFacts:
     """Whether a `request_id` stands beside the error. DashScope sends it, OpenAI's servers do not."""
     is_page: bool = False
     is_json: bool = False
+    visited: int = 0
+    """Objects and lists that were looked into."""
+    parsed: int = 0
+    """Texts that were parsed as JSON."""
 
     @property
     def text(self) -> str:
@@ -107,8 +123,12 @@ def lenient_json(data: bytes) -> object:
         return None
 
 
-def read_error(body: bytes) -> ErrorFacts:
-    """Return the facts of an error's body. Never raises."""
+def read_error(body: bytes, status: int = 0) -> ErrorFacts:
+    """Return the facts of an error's body. Never raises.
+
+    `status` is the HTTP status; below 400, the status that the body names counts. At a status that is about the request
+    the message is not unwrapped, because it may quote the request.
+    """
     facts = ErrorFacts()
     if begins_like_events(body):
         body = next((event.data for event in events_in(body.replace(b"\r\n", b"\n")) if event.data), b"")
@@ -121,24 +141,28 @@ def read_error(body: bytes) -> ErrorFacts:
     else:
         facts.is_json = True
         _collect(payload, facts, "", 0)
-    for text in list(facts.texts):
+    if (status if status >= 400 else facts.status) in ABOUT_THE_REQUEST or facts.param:
+        return facts
+    for text in facts.texts[:_OUTER_TEXTS]:
         # Gateways put the provider's whole error into their own message, as JSON or as a Python dict.
-        facts.texts += [match[2] for match in _INNER_MESSAGE.finditer(text[: 2 * _TEXT_LIMIT])]
-        facts.numbers += [("text", int(number)) for number in _NUMBER_IN_TEXT.findall(text[:_TEXT_LIMIT])]
+        found = _INNER_MESSAGE.finditer(text[: 2 * _TEXT_LIMIT])
+        facts.texts += [match[1] or match[2] for match in islice(found, _INNER_MESSAGES)]
     return facts
 
 
 def _collect(value: Any, facts: ErrorFacts, name: str, depth: int) -> None:
     """Collect the facts of a value, those of inner objects first. `name` is the key under which the value stands."""
-    if depth > _DEPTH:
+    if depth > _DEPTH or facts.visited >= _VISITS:
         return
+    if isinstance(value, list | dict):
+        facts.visited += 1
     if isinstance(value, list):
         if name == "detail" and value and isinstance(value[0], dict) and "loc" in value[0]:
             facts.param = "loc"  # FastAPI: a field of the request is invalid, and `input` repeats it
         for item in value[:_ITEMS]:
             _collect(item, facts, name, depth + 1)
     elif isinstance(value, str) and not depth:
-        facts.texts.append(value)
+        facts.texts.append(value[: 2 * _TEXT_LIMIT])
     elif isinstance(value, dict):
         for key in _ENVELOPES:
             if isinstance(inner := value.get(key), dict | list):
@@ -160,10 +184,14 @@ def _collect_codes(value: Mapping[str, Any], facts: ErrorFacts, name: str) -> No
         if isinstance(code, int) and not isinstance(code, bool):
             if 400 <= code <= 599:
                 facts.status = facts.status or code
-            elif code:
+            elif code and len(facts.numbers) < _NUMBERS:
                 facts.numbers.append((name if name == "base_resp" else key, code))
-        elif isinstance(code, str) and 0 < len(code) <= _CODE_LIMIT and not code.startswith("http"):
+        elif isinstance(code, str) and _is_code(code) and len(facts.codes) < _CODES:
             facts.codes.append(code)
+
+
+def _is_code(text: str) -> bool:
+    return 0 < len(text) <= _CODE_LIMIT and not text.startswith("http")
 
 
 def _collect_texts(value: Mapping[str, Any], facts: ErrorFacts, depth: int) -> None:
@@ -171,10 +199,17 @@ def _collect_texts(value: Mapping[str, Any], facts: ErrorFacts, depth: int) -> N
         text = value.get(key)
         if not isinstance(text, str) or not text:
             continue
-        if text.startswith("{") and depth < _DEPTH and (inner := lenient_json(text.encode("utf-8", "replace"))):
+        if depth < _DEPTH and (inner := _json_inside(text, facts)):
             _collect(inner, facts, "", depth + 1)  # the provider's error as a text inside the gateway's
-        else:
+        elif len(facts.texts) < _TEXTS:
             facts.texts.append(text[: 2 * _TEXT_LIMIT])
+
+
+def _json_inside(text: str, facts: ErrorFacts) -> object:
+    if not text.startswith("{") or len(text) > _PARSED_LIMIT or facts.parsed >= _PARSED_TEXTS:
+        return None
+    facts.parsed += 1
+    return lenient_json(text.encode("utf-8", "replace"))
 
 
 def _collect_details(value: Mapping[str, Any], facts: ErrorFacts, depth: int) -> None:
@@ -183,11 +218,14 @@ def _collect_details(value: Mapping[str, Any], facts: ErrorFacts, depth: int) ->
         [value, *(value.get("violations") or [])][:_ITEMS] if _is_list(value.get("violations")) else [value]
     ):
         if isinstance(violation, dict):
-            facts.quota_names += [name for key in _QUOTA_KEYS if isinstance(name := violation.get(key), str)]
+            names = [name[:_CODE_LIMIT] for key in _QUOTA_KEYS if isinstance(name := violation.get(key), str)]
+            facts.quota_names += names[: _NAMES - len(facts.quota_names)]
     if isinstance(delay := value.get("retryDelay"), str):
-        facts.retry_delay = facts.retry_delay or delay
+        facts.retry_delay = facts.retry_delay or delay[:_CODE_LIMIT]
     if isinstance(headers := value.get("headers"), dict):
-        facts.headers |= {str(name): text for name, text in list(headers.items())[:32] if isinstance(text, str)}
+        for name, text in islice(headers.items(), _HEADERS - len(facts.headers)):
+            if isinstance(text, str):
+                facts.headers[name[:_CODE_LIMIT]] = text[:_HEADER_LIMIT]
     if isinstance(param := value.get("param"), str) and param not in ("", "None", "quota", "queue"):
         facts.param = facts.param or param[:_CODE_LIMIT]
     for key in _ID_KEYS:

@@ -7,14 +7,14 @@ the request, and never if the request contains the same words.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
+from itertools import islice
 from typing import cast
 
 from backends.remote import refusal_table as table
 from backends.remote.error_bodies import ErrorFacts
-from backends.remote.refusal_table import Meaning, plain
+from backends.remote.refusal_table import ABOUT_THE_REQUEST, Meaning, plain
 
 #: Kinds that a long period can hide behind: OpenAI's type `requests` beside "requests per day".
 _RATES = ("request_rate", "token_rate", "unknown")
@@ -23,8 +23,8 @@ _RATES = ("request_rate", "token_rate", "unknown")
 _WAIT_WITHOUT_MONEY = 3600.0
 #: Statuses at which words about money count; also inside a 200.
 _MONEY_STATUSES = (400, 402, 403, 412, 429)
-#: Statuses at which a message is about the request's fields, so that it may quote them.
-ABOUT_THE_REQUEST = (400, 404, 405, 409, 413, 415, 422)
+#: Statuses that no failure over the request's content has. At a 500, for example, the words may be quoted.
+_SURE_LOAD = (429, 503, 529)
 _QUOTED = re.compile(
     r"(?<!\w)'[^'\n]{0,1500}'(?!\w)|\"[^\"]{0,1500}\"|`[^`]{0,1500}`|“[^”]{0,1500}”|‘[^’]{0,1500}’|「[^」]{0,1500}」"
     r"|\b(?:https?|file|oss|s3|data):\S+|\S{1,80}\.(?:jpe?g|png|gif|webp|bmp|tiff?|mp[34]|wav|mov|avi|txt|pdf|json|ya?ml)\b"
@@ -33,6 +33,10 @@ _QUOTED = re.compile(
 _THEN_QUOTES = re.compile(
     r"\b(?:got|given|received|input|value|prompt|content|messages?|text|url|file|filename|path|image)s?\s*[:=].*",
     re.DOTALL,
+)
+#: The same for a failure while the request was processed.
+_FAILED_ON = re.compile(
+    r"\b(?:got|given|received|input|value|prompt|content|text|url|filename|image)s?\s*[:=].*", re.DOTALL
 )
 _CAMEL = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])|[^A-Za-z0-9]+")
 _ACTUAL_AND_LIMIT = re.compile(
@@ -43,14 +47,31 @@ _CURRENT_AND_LIMIT = re.compile(
 )
 _LIMIT = re.compile(r"(?:limit|allowed|maximum)[: ]+(\d[\d,]*)")
 _REQUESTED = re.compile(r"requested[: ]+(\d[\d,]*)")
+#: A provider's number inside a message: MiniMax's "insufficient balance (1008)".
+_NUMBER_IN_TEXT = re.compile(r"\((\d{4,6})\)")
 _AFFORD = re.compile(r"can only afford (\d[\d,]*)")
 _POLICY = re.compile(r'"([^"]*)"[^,]*?;\s*(?:q=\d+\s*;\s*)?w=(\d+)')
 _LONG_WINDOW = 3600
+#: Facts of one kind in a message that are read.
+_FACTS = 4
 #: Characters of a header that are searched.
 _HEADER_LIMIT = 300
 #: Headers of Kong, Cerebras, SambaNova and Mistral that name their window.
 _REMAINING = re.compile(r"ratelimit-remaining-(?:[a-z]+-)?(second|minute|hour|day|month)$")
 _SHORT_WINDOWS = ("second", "minute")
+#: Searches in one request. A message that agrees with it more often quotes it.
+_SEARCHES = 16
+_ESCAPE = re.compile(rb"\\u([0-9A-Fa-f]{4})")
+#: Escapes in a request that are replaced. With more, each word counts as a word of the request.
+_ESCAPES = 20_000
+#: The only other letter that becomes an ASCII letter in lower case.
+_KELVIN = "\u212a".encode()
+#: What stands between two words in a request: nothing (`isOverdue`), `_`, or white space, which JSON may escape.
+_BETWEEN_WORDS = (
+    rb"(?:[\s_\x1c-\x1f]|\\[nrtfb]|\xc2[\x85\xa0]|\xe1\x9a\x80"
+    rb"|\xe2\x80[\x80-\x8a\xa8\xa9\xaf]|\xe2\x81\x9f|\xe3\x80\x80){0,64}"
+)
+_ESCAPED = (b'"', b"/", b"\\\\")
 
 
 def without_quotes(text: str) -> str:
@@ -84,10 +105,20 @@ class Rules:
         for code in self.code_words:
             if " " in code and code not in prose:  # a message that begins with its code says nothing by that
                 bare = bare.replace(code, " ")
-        self.words = _THEN_QUOTES.sub(" ", bare) if status in ABOUT_THE_REQUEST else bare
+        if status in ABOUT_THE_REQUEST:
+            bare = _THEN_QUOTES.sub(" ", bare)
+        elif status >= 500 and status not in _SURE_LOAD:
+            bare = _FAILED_ON.sub(" ", bare)
+        self.words = bare
         """The words that can be the provider's."""
+        window = table.NAMED_SHORT_WINDOW.search(self.words)
+        self._window_end = window.end() if window else None
+        """Where the first short window in the words ends."""
         self._request = request_body
         self._lower_request: bytes | None = None
+        self._searches = 0
+        self.numbers_in_words = self._numbers_in_words()
+        """Numbers in parentheses, which some providers put into their messages instead of a code."""
 
     def decide(self) -> tuple[Meaning, str]:
         """Return the meaning and the rule."""
@@ -106,7 +137,14 @@ class Rules:
         limit, requested = _LIMIT.search(text), _REQUESTED.search(text)
         if limit and requested and 400 <= status < 500 and _int(requested[1]) > _int(limit[1]):
             yield "too_large", "Requested N is above Limit M, read as numbers"
-        if status in (400, 413, 422, 429) or status < 400:
+        if status == 429 or (status < 400 and self._throttles()):
+            # Anthropic's ordinary 429 advises to "reduce the prompt length … or try again later".
+            if self.wait is None and self._proven(table.SURELY_TOO_LARGE) and not table.PASSES.search(self.words):
+                yield "too_large", "words: the request is too large for the limit"
+            for code in self._each_code():
+                if code in table.SURELY_TOO_LARGE_CODES:
+                    yield "too_large", f"code {code}"
+        elif status in (400, 413, 422) or status < 400:
             if self._proven(table.TOO_LARGE):
                 yield "too_large", "words: the request is too large"
             for code in self._each_code():
@@ -114,7 +152,7 @@ class Rules:
                     yield "too_large", f"code {code}"
 
     def _machine_facts(self) -> Iterator[tuple[Meaning, str]]:
-        headers, text = self.headers, self.text
+        headers = self.headers
         names = " ".join(self.facts.quota_names)
         spelled = _CAMEL.sub(" ", names).lower()
         if re.search(r"\bper (day|week|month|hour)\b|\b1 (d|h)\b", spelled):
@@ -145,23 +183,25 @@ class Rules:
         for name, window in _POLICY.findall(headers.get("ratelimit-policy", "")[:_HEADER_LIMIT]):
             if name in used_up and int(window) >= _LONG_WINDOW:
                 yield "quota_period", "header ratelimit-policy: the window of the used-up policy is an hour or more"
+        if not self._may_state_facts():
+            return
         reached = [
-            (name, window)
-            for name, window, actual, limit in _ACTUAL_AND_LIMIT.findall(text)
-            if _int(actual) >= _int(limit)
+            (match[1], match[2])
+            for match in islice(_ACTUAL_AND_LIMIT.finditer(self.words), _FACTS)
+            if _int(match[3]) >= _int(match[4]) and not self._quotes(match[0])
         ]
         if any(window in ("hour", "day") for _, window in reached):
             yield "quota_period", "(actual/limit): a/b with a >= b"
         for name, _ in reached:
             yield ("token_rate" if name.startswith("token") else "request_rate"), "(actual/limit): a/b with a >= b"
-        for name, actual, limit in _CURRENT_AND_LIMIT.findall(text):
-            if _int(actual) >= _int(limit):
+        for match in islice(_CURRENT_AND_LIMIT.finditer(self.words), _FACTS):
+            if _int(match[2]) >= _int(match[3]) and not self._quotes(match[0]):
                 kinds: dict[str, Meaning] = {"rpm": "request_rate", "tpm": "token_rate"}
-                yield kinds.get(name, "concurrency"), "current a, limit b with a >= b"
+                yield kinds.get(match[1], "concurrency"), "current a, limit b with a >= b"
 
     def _codes(self) -> Iterator[tuple[Meaning, str]]:
         found: list[tuple[Meaning, str]] = []
-        for field, number in self.facts.numbers:
+        for field, number in [*self.facts.numbers, *(("text", number) for number in self.numbers_in_words)]:
             numbers = table.NUMBERS.get(field, table.NUMBERS["code"])
             if number in numbers:
                 found.append((numbers[number], f"number {number} in {field}"))
@@ -171,7 +211,7 @@ class Rules:
         found += [
             (words.meaning, f"words in the code: {words.meaning}")
             for code in self.code_words
-            for words in table.CODE_WORDS
+            for words in (*table.CODE_WORDS, *self._weak_code_words())
             if words.pattern.search(code)
         ]
         heads = (code.partition(".")[0] for code in self.codes)  # `InvalidParameter.ImageSize`
@@ -179,6 +219,13 @@ class Rules:
         for meaning, rule in found:
             if self._allowed(meaning):
                 yield self._refined(meaning, rule)
+
+    def _weak_code_words(self) -> list[table.Words]:
+        return [
+            words
+            for words in table.WEAK_CODE_WORDS
+            if self.status < 400 or self.status in table.WEAK_STATUSES[words.meaning]
+        ]
 
     def _people(self) -> Iterator[tuple[Meaning, str]]:
         """Money, content inspection, the key and long periods, by words."""
@@ -210,7 +257,8 @@ class Rules:
     def _period(self) -> Iterator[tuple[Meaning, str]]:
         if rule := self._first(table.PERIOD):
             yield rule
-        if (match := table.WINDOW_SECONDS.search(self.words)) and int(match[1]) >= _LONG_WINDOW:
+        match = table.WINDOW_SECONDS.search(self.words)
+        if match and int(match[1]) >= _LONG_WINDOW and not self._is_hint(match):
             yield "quota_period", "words: a window of an hour or more, in seconds"
 
     def _load(self) -> Iterator[tuple[Meaning, str]]:
@@ -218,20 +266,25 @@ class Rules:
         status = self.status
         if not (self._throttles() or status >= 500 or status < 400):
             return
+
+        def found(pattern: re.Pattern[str], words: str) -> bool:
+            match = pattern.search(words)
+            return match is not None and (status in _SURE_LOAD or not self._quotes(match[0]))
+
         # The harmless kinds of a 429 may be decided by quoted words too: Google quotes the names of its own quotas.
-        for words in (self.words, self.text) if status == 429 else (self.words,):
-            if table.CONCURRENCY.search(words):
+        for words in (self._before_hints(), self.words, self.text) if status == 429 else (self.words,):
+            if found(table.CONCURRENCY, words):
                 yield "concurrency", "words: too many at the same time, or a full queue"
-            if table.GROWTH.search(words):
+            if found(table.GROWTH, words):
                 yield "growth", "words: the load rose too quickly"
-            if table.CAPACITY.search(words):
+            if found(table.CAPACITY, words):
                 yield "capacity", "words: overloaded, busy or loading"
-            tokens, requests = table.TOKENS.search(words), table.REQUESTS.search(words)
+            tokens, requests = found(table.TOKENS, words), found(table.REQUESTS, words)
             if tokens and not requests:
                 yield "token_rate", "words: LLM tokens per time"
             if requests and not tokens:
                 yield "request_rate", "words: requests per time"
-            if table.SHORT_WINDOW.search(words) and not tokens:
+            if found(table.SHORT_WINDOW, words) and not tokens:
                 yield "request_rate", "words: a limit per minute or second"
 
     def _by_status(self) -> tuple[Meaning, str]:
@@ -320,21 +373,77 @@ class Rules:
     def _proven(self, pattern: re.Pattern[str]) -> bool:
         """Return whether the provider's own words match: see the module's docstring."""
         match = pattern.search(self.words)
-        if match is None:
+        if match is None or (pattern in table.LASTING and self._is_hint(match)):
             return False
         if self.status not in ABOUT_THE_REQUEST and self.status >= 400 and self.status != 403:
             return True
+        return not self._quotes(match[0])
+
+    def _is_hint(self, match: re.Match[str]) -> bool:
+        """Return whether words about money or a long period are a hint beside a short limit, which was named before.
+
+        "10 per minute. (Your plan also allows 1000 requests per day.)"
+        """
+        return self._window_end is not None and self._window_end <= match.start() and self._throttles()
+
+    def _before_hints(self) -> str:
+        """Return the words up to the short window that was named first if hints follow, else all words."""
+        matches = (pattern.search(self.words) for pattern in table.LASTING) if self._window_end is not None else ()
+        hinted = any(match is not None and self._is_hint(match) for match in matches)
+        return self.words[: self._window_end] if hinted else self.words
+
+    def _may_state_facts(self) -> bool:
+        """Return whether numbers inside the message can be the provider's own: only where it speaks of a limit."""
+        return self.status < 400 or self.status in (403, 429) or self.status >= 500
+
+    def _numbers_in_words(self) -> list[int]:
+        if not self._may_state_facts():
+            return []
+        found = dict.fromkeys(_NUMBER_IN_TEXT.findall(self.words))
+        known = [number for number in found if int(number) in table.NUMBERS["text"]]
+        return [int(number) for number in known if not self._quotes(f"({number})")]
+
+    def _quotes(self, words: str) -> bool:
+        """Return whether the message may be about a field of the request, or whether the words are the request's."""
         if self.facts.param or any(table.CODES.get(code) == "own_fault" for code in self._each_code()):
-            return False
-        return not self._request_has(match[0])
+            return True
+        return self._request_has(words)
 
     def _request_has(self, words: str) -> bool:
+        """Return whether the request contains the words, however their white space and letters were written.
+
+        In the words, white space is one space, and identifiers are split: see `refusals`.
+        """
         if not self._request:
             return False
+        self._searches += 1
+        if self._searches > _SEARCHES:
+            return True
         if self._lower_request is None:
-            self._lower_request = self._request.lower()
-        escaped = json.dumps(words)[1:-1].lower().encode()
-        return words.encode("utf-8", "replace") in self._lower_request or escaped in self._lower_request
+            self._lower_request = _lower(self._request)
+        request = self._lower_request
+        # Where a quote was taken out of the message, more than one space is left: the request has the quote there.
+        return request is None or all(
+            _spelling(part).search(request) for part in re.split(r"\s{2,}", words.strip()) if part
+        )
+
+
+def _lower(request: bytes) -> bytes | None:
+    """Return a request in lower case without escapes such as `\\u0062`; None if it has too many to replace them."""
+    if b"\\u" in request:
+        if request.count(b"\\u") > _ESCAPES:
+            return None
+        request = _ESCAPE.sub(lambda match: chr(int(match[1], 16)).encode("utf-8", "surrogatepass"), request)
+    return request.lower().replace(_KELVIN, b"k")
+
+
+def _spelling(words: str) -> re.Pattern[bytes]:
+    """Return a pattern of all the spellings, in a JSON request, that become these words in a message."""
+    parts = []
+    for word in words.split():
+        spelled = (re.escape(letter.encode("utf-8", "replace")) for letter in word)
+        parts.append(b"".join(rb"\\?" + letter if letter in _ESCAPED else letter for letter in spelled))
+    return re.compile(_BETWEEN_WORDS.join(parts))
 
 
 def _int(text: str) -> float:

@@ -16,6 +16,9 @@ Meaning = ThrottleKind | Literal[
     "quota_period", "billing", "unauthorized", "moderated", "too_large", "own_fault", "rejected", "server"
 ]  # fmt: skip
 
+#: Statuses at which a message is about the request's fields, so that it may quote them.
+ABOUT_THE_REQUEST = (400, 404, 405, 409, 413, 415, 422)
+
 
 def plain(code: str) -> str:
     """Return a code in the spelling of the table: `Limit_Requests` and `LimitRequests` are the same code."""
@@ -136,12 +139,14 @@ def _words(*lines: tuple[Meaning, str]) -> tuple[Words, ...]:
 #: Words inside codes. `ModelAccountTpmRateLimitExceeded` is matched as "model account tpm rate limit exceeded". A caller
 #: cannot write a code, so these count at every status, except where `refusals.py` says otherwise.
 CODE_WORDS = _words(
-    ("billing", r"\barrears?\b|arrearage|\boverdue\b|\bunpaid\b|\bbalance\b|\bbilling\b|\bpayment\b|\bbudget exceeded"
-                r"|(insufficient|out of|not enough|no) (funds?|credits?|user quota|wallet)|credits? (exhausted|depleted)"
-                r"|resource pack|charge resource|free (trial|tier|quota)|not purchased|unpurchased|\bsuspended\b|spend(ing)? limit"),
-    ("moderated", r"content (filter|policy)|data inspection|sensitive|moderation|responsible ai|risk control"),
+    ("billing", r"\barrears?\b|arrearage|\bbudget exceeded|(bill|account|payment|invoice) (is )?overdue|payment required|unpaid (bill|invoice)"
+                r"|(insufficient|out of|not enough|no) (account )?(balance|funds?|credits?|user quota|wallet)|credits? (exhausted|depleted)"
+                r"|balance (is )?(not enough|insufficient|exhausted|depleted|too low)"
+                r"|billing (not active|disabled|hard limit|limit|required)"
+                r"|resource pack|charge resource|free (trial|tier|quota)|not purchased|unpurchased|account suspended|spend(ing)? limit"),
+    ("moderated", r"content (filter|policy)|data inspection|(?<!case )(?<!in)sensitive|moderation|responsible ai|risk control"),
     ("too_large", r"(request|prompt|input|payload|context|body)( length)? (is )?too (large|long)|context (length|window)"),
-    ("unauthorized", r"(invalid|incorrect|wrong|missing|expired|bad) (api ?key|access key|token|credential)"
+    ("unauthorized", r"(invalid|incorrect|wrong|missing|expired|bad) (api ?key|access (key|token)|credential)"
                      r"|api ?key (invalid|expired|disabled|not)|\bunauthori[sz]ed\b|\bunauthenticated\b"
                      r"|authentication|\bauth (failed|error)"),
     ("quota_period", r"\b(per|by) (day|week|month|hour)\b|\b(daily|weekly|monthly|hourly)\b|\b(rpd|tpd|rph|tph)\b"),
@@ -152,6 +157,12 @@ CODE_WORDS = _words(
     ("request_rate", r"\b(rp[ms]|qp[ms]|ip[ms])\b|\brequests? (rate|per|frequency)|too frequent"),
     ("capacity", r"overload|\bbusy\b|\bno capacity\b|capacity|model (unavailable|not ready|loading)|insufficient resource"),
 )  # fmt: skip
+#: Words that also name fields of a request (`unsupported_white_balance`): only at `WEAK_STATUSES` and inside a 200.
+WEAK_CODE_WORDS = _words(
+    ("billing", r"\boverdue\b|\bunpaid\b|\bbalance\b|\bbilling\b|\bpayment\b|\bsuspended\b"),
+    ("unauthorized", r"(invalid|incorrect|wrong|missing|expired|bad) token"),
+)
+WEAK_STATUSES: dict[Meaning, tuple[int, ...]] = {"billing": (402, 403, 412, 429), "unauthorized": (401, 403)}
 #: Codes that say only that some limit was exceeded.
 THROTTLING_CODE = re.compile(
     r"throttl|rate limit|too many request|slow ?down|request limit|limit exceeded|resource exhausted|quota (exceeded|exhausted)"
@@ -167,6 +178,11 @@ TOO_LARGE = re.compile(
     r"|exceeds? the (maximum|max) (number of tokens|context|input|request|prompt)"
     r"|(请求|输入|上下文)(内容)?(过大|过长|长度超)"
 )
+#: The part of it that counts beside a limit: other advice to send less is given for a limit that passes, too.
+SURELY_TOO_LARGE = re.compile(r"(request|prompt|input|message|payload)( body)? (is )?too (large|long)|must be reduced")
+SURELY_TOO_LARGE_CODES = ("requesttoolarge", "contextlengthexceeded")
+#: The limit passes, so that the same request is accepted later.
+PASSES = re.compile(r"\brate[ -]limit|try (it )?again|\bwait\b|retry (after|in|later)|稍后|重试")
 
 #: A budget that returns as soon as requests end. It is looked for before money.
 BEFORE_MONEY = re.compile(r"\bin-?flight\b.{0,30}(budget|spend|limit)")
@@ -226,6 +242,8 @@ PERIOD = _words(
     ("quota_period", r"(try|come back|available) (it )?(again )?tomorrow|(call|request) volume quota|\d{1,4}[ -]hours? (usage )?(limit|quota|window)"),
     ("quota_period", rf"{_PERIOD_ZH}[^。]{{0,24}}(上限|限额|额度|次数|限制|配额|用完|用尽|耗尽|超出|超过|流控)|日流控|明[天日]再试"),
 )  # fmt: skip
+#: Words that do not count behind a short window (see `NAMED_SHORT_WINDOW`): there they are a hint.
+LASTING = frozenset(line.pattern for line in (*MONEY, *PERIOD)) | {WEAK_MONEY, FREE_QUOTA}
 #: "50 per 86400s": the window in seconds.
 WINDOW_SECONDS = re.compile(r"\bper (\d{4,8}) ?s(ec|econds?)?\b")
 
@@ -250,13 +268,18 @@ CAPACITY = re.compile(
     r"|饱和|访问量过大|(系统|服务|服务器|模型)(当前)?(繁忙|忙)|过载|负载(过高|较高)|资源(紧张|不足)|算力不足|高峰"
 )
 TOKENS = re.compile(
-    r"tokens?[ -]?(rate|per|limit|quota)|tokens? .{0,20}(per|/|a) ?(min|sec|m\b|s\b)|\b[io]?tp[ms]\b|too many tokens|tokens? count"
+    r"tokens?[ -]?(rate|per(?! (request|prompt|image|message))|limit|quota)|tokens? .{0,20}(per|/|a) ?(min|sec|m\b|s\b)|\b[io]?tp[ms]\b|too many tokens|tokens? count"
     r"|allocated quota exceeded|每分钟.{0,6}token|token.{0,8}(限制|超限|超出|上限|额度)"
 )
 REQUESTS = re.compile(
-    r"(requests?|calls?|queries|images?|api|invocations?)[ -](rate|per|limit)|(requests?|calls?|queries) .{0,30}\b(per|/|a) ?(min|sec|m\b|s\b)"
+    r"(requests?|calls?|queries|images?|api|invocations?)[ -](rate|per(?! (request|prompt|image|message|batch))|limit)|(requests?|calls?|queries) .{0,30}\b(per|/|a) ?(min|sec|m\b|s\b)"
     r"|\b[rqi]p[ms]\b|exceeded your (request limit|current requests)|local rate limited|number of requests"
     r"|(请求|调用|访问)(频率|速率)|频率(过高|限制|超)|过于频繁|限频|每分钟请求|每秒请求"
 )
 #: A short window without the word tokens.
 SHORT_WINDOW = re.compile(r"\bper[ _-]?(min|sec)|/ ?(min|sec)|\bqps\b|每分钟|每秒")
+#: A short window, also beside the word tokens.
+NAMED_SHORT_WINDOW = re.compile(
+    r"\bper[ _-]?(min(ute)?|sec(ond)?)s?\b|/ ?(min(ute)?|sec(ond)?)s?\b|\bqps\b|\b[rt]p[ms]\b|\bper \d{1,3} ?s(ec|econds?)?\b"
+    r"|每分钟|每秒"
+)

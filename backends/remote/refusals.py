@@ -32,8 +32,8 @@ from backends.base import (
 )
 from backends.forwarded_headers import UPSTREAM_REQUEST_ID, to_caller, upstream_request_id
 from backends.remote.error_bodies import ErrorFacts, read_error
-from backends.remote.refusal_rules import ABOUT_THE_REQUEST, Rules, without_quotes
-from backends.remote.refusal_table import Meaning
+from backends.remote.refusal_rules import Rules, without_quotes
+from backends.remote.refusal_table import ABOUT_THE_REQUEST, Meaning
 from backends.remote.waits import retry_after
 
 #: The status that is reported for an error inside a 200 if the error itself names no status.
@@ -90,20 +90,22 @@ def read(
     `status` is the HTTP status or, for an error inside a 200, the status that it names. A value below 400 means that it
     names none. `request_body` is the request that was refused: words that it contains prove nothing.
     """
-    facts = read_error(body)
+    facts = read_error(body, status)
     if status < 400 and facts.status:
         status = facts.status
     lower = {name.lower(): value for name, value in (facts.headers | dict(headers)).items()}
     text = _IDENTIFIER.sub(" ", facts.text).lower()
     wait = retry_after(lower, time.time() if now is None else now, without_quotes(text), facts.retry_delay)
-    meaning, rule = Rules(status, lower, facts, text, wait=wait, request_body=request_body).decide()
+    rules = Rules(status, lower, facts, text, wait=wait, request_body=request_body)
+    meaning, rule = rules.decide()
     if status < 400:
         status = _DEFAULT_STATUS.get(meaning, 429)
     elif meaning == "too_large" and status not in ABOUT_THE_REQUEST and status != 402:
         status = 413
     if meaning == "quota_period" and wait is not None and wait < _SHORTEST_PERIOD_WAIT:
         wait = None
-    return Reading(meaning, rule, status, facts.shown_code, wait, facts)
+    code = facts.shown_code or next((str(number) for number in rules.numbers_in_words), "")
+    return Reading(meaning, rule, status, code, wait, facts)
 
 
 def classify(status: int, headers: Mapping[str, str], body: bytes, *, request_body: bytes = b"") -> BackendError:
