@@ -47,7 +47,7 @@ def judge(payload: object, *, is_chat: bool) -> Judgement:
     """Judge a whole answer, or the data of one event.
 
     `is_chat`: the answer is a chat completion in OpenAI's or the native format. Other answers (embeddings, lists) are
-    judged only by marks of an error.
+    judged only by marks of an error, and never if they are a resource: a batch that failed tells of its own errors.
     """
     if not isinstance(payload, dict):
         return "nothing" if is_chat else "answer"
@@ -70,10 +70,10 @@ def judge(payload: object, *, is_chat: bool) -> Judgement:
         finished = finished or bool(reason)
     if content:
         return "answer"
+    if not is_chat:
+        return "error" if _marks_error(payload) and not _is_resource(payload) else "answer"
     if _marks_error(payload):
         return "error"
-    if not is_chat:
-        return "answer"
     return "answer" if finished or any(isinstance(choice.get("message"), dict) for choice in choices) else "nothing"
 
 
@@ -129,6 +129,16 @@ def _marks_error(payload: Mapping[str, Any]) -> bool:
         or (isinstance(code, int) and code not in (0, 200) and ("message" in payload or "msg" in payload))
         or bool(payload.get("error_code"))
         or (isinstance(response, dict) and bool(response.get("Error")))
+    )
+
+
+def _is_resource(payload: Mapping[str, Any]) -> bool:
+    """Return whether an answer is an object of the API: its `error` then tells of its own past, not of this call."""
+    return (
+        payload.get("object") not in (None, "error")
+        or payload.get("id") is not None
+        or payload.get("data") is not None
+        or (isinstance(status := payload.get("status"), str) and status != "error")
     )
 
 

@@ -242,6 +242,9 @@ class DashScopeBackend:
         body = await _read(response, _BODY_LIMIT, first)
         headers = to_caller(response.headers)
         is_chat = request.dialect == "native" or request.path == "/chat/completions"
+        if not is_chat and request.method != "POST":
+            # It shows what happened earlier: the errors and the usage in it are not those of this request.
+            return Reply(status=response.status, headers=headers, body=body)
         payload = lenient_json(body) if is_chat or response.content_type == "application/json" else None
         if payload is None and not is_chat:
             return Reply(status=response.status, headers=headers, body=body)

@@ -276,3 +276,34 @@ async def test_the_upstreams_own_request_id_is_in_the_headers_and_in_the_message
     upstream.script = answering({"error": {"message": "x"}}, status=500, headers="X-Request-Id: mine\r\n")
     echoed = Request("openai", CHAT.path, CHAT.body, "m", headers={"X-Request-Id": "mine"})
     assert (await error_of(backend, echoed)).upstream_request_id == ""
+
+
+# What a passed-through path answers is often a resource that failed earlier.
+FAILED_JOB = {
+    "id": "ftjob-7", "object": "fine_tuning.job", "status": "failed", "usage": {"prompt_tokens": 9},
+    "error": {"code": "exceeded_quota", "message": "You exceeded your quota, check your plan and billing details."},
+}  # fmt: skip
+FAILED_BATCH = {"id": "b-7", "object": "batch", "errors": {"data": [{"code": "rate_limit_exceeded", "message": "x"}]}}
+BARE_ERROR = {"error": {"code": "Arrearage", "message": "Access denied: overdue payment."}}
+
+
+@pytest.mark.parametrize("body", [FAILED_JOB, FAILED_BATCH, BARE_ERROR, {"code": "Arrearage", "message": "x"}])
+async def test_what_a_get_returns_is_never_an_error_of_the_call(backend, upstream, body):
+    upstream.script = answering(body)
+    reply = await backend.send(Request("openai", "/batches/b-7", b"", "", method="GET"), Timings())
+    assert (json.loads(reply.body), reply.usage, len(upstream.seen)) == (body, None, 1)
+
+
+@pytest.mark.parametrize("body", [FAILED_JOB, FAILED_BATCH, {"data": [], "errors": [{"code": "x"}]}])
+async def test_a_resource_with_errors_of_its_own_is_the_answer_to_a_post(backend, upstream, body):
+    upstream.script = answering(body)
+    reply = await backend.send(Request("openai", "/batches/b-7/cancel", b"{}", ""), Timings())
+    assert json.loads(reply.body) == body
+
+
+@pytest.mark.parametrize(
+    "body", [BARE_ERROR, {**BARE_ERROR, "data": None, "id": None}, {"object": "error", "code": "Arrearage"}]
+)
+async def test_an_error_in_a_200_to_another_post_is_raised(backend, upstream, body):
+    upstream.script = answering(body)
+    assert meaning_of(await error_of(backend, Request("openai", "/embeddings", b"{}", "e"))) == "billing"
