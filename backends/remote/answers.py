@@ -156,6 +156,8 @@ _NO_USAGE = re.compile(rb'"usage"\s*:\s*null')
 #: Bytes. A longer event is not parsed. The longest useful event is a native frame with the whole text of an answer of
 #: 32 k tokens; it has about half of this length.
 _EVENT_LIMIT = 256 * 1024
+#: The number of events that are searched for an error in a stream that nobody asked for.
+_MOST_EVENTS = 100
 
 
 class StreamWatch:
@@ -238,6 +240,17 @@ class StreamWatch:
     def _see_usage(self, data: bytes) -> None:
         if b'"usage"' in data and not _NO_USAGE.search(data):
             self._last_usage = data
+
+
+def error_in_events(body: bytes, *, request_body: bytes) -> BackendError | None:
+    """Return the first error in a stream that nobody asked for, or None.
+
+    Only the beginning is searched: a refusal comes first, and a long answer would block the event loop.
+    """
+    watch = StreamWatch(request_body=request_body)
+    block = EventReader(_EVENT_LIMIT).feed(body[:_EVENT_LIMIT].rstrip() + b"\n\n")
+    watch.feed(b"\n\n".join(block.split(b"\n\n", _MOST_EVENTS)[:_MOST_EVENTS]) + b"\n\n")
+    return watch.failure
 
 
 def _is_end(event: Event) -> bool:

@@ -18,7 +18,7 @@ from backends.http1.errors import HttpError, failure_of
 from backends.http1.headers import canonical_name
 from backends.http1.implementation import choose
 from backends.http1.interface import Connector, Origin, Response
-from backends.remote.answers import StreamWatch, judge, seems_readable, usage_of
+from backends.remote.answers import StreamWatch, error_in_events, judge, seems_readable, usage_of
 from backends.remote.error_bodies import lenient_json, read_error
 from backends.remote.events import begins_like_events
 from backends.remote.native import send_native
@@ -252,11 +252,9 @@ class DashScopeBackend:
         if judgement == "answer" or (payload is None and seems_readable(body)):
             return Reply(status=response.status, headers=headers, body=body, usage=usage_of(payload))
         if payload is None and begins_like_events(body):  # a stream that nobody asked for; it may contain an error
-            watch = StreamWatch(request_body=request.body)
-            watch.feed(body)
-            watch.end()
-            if watch.failure is not None:
-                raise watch.failure
+            failure = error_in_events(body, request_body=request.body)
+            if failure is not None:
+                raise failure
         if not isinstance(payload, dict):
             raise _not_json(response)
         error = classify(0, response.headers, body, request_body=request.body)

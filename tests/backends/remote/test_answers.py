@@ -11,8 +11,10 @@ from answer_readings import meaning_of
 from scripted_upstream import BOUND, CHAT_ANSWER, Link, Seen
 
 from backends.base import BackendError, Reply, Request, ServerFailed, Throttled, Timings
+from backends.remote import answers
 from backends.remote.answers import judge
 from backends.remote.backend import DashScopeBackend
+from backends.remote.error_bodies import lenient_json
 
 CHAT = Request("openai", "/chat/completions", b'{"messages": []}', "m")
 STREAM = Request("openai", "/chat/completions", b'{"stream": true}', "m", stream=True)
@@ -307,3 +309,27 @@ async def test_a_resource_with_errors_of_its_own_is_the_answer_to_a_post(backend
 async def test_an_error_in_a_200_to_another_post_is_raised(backend, upstream, body):
     upstream.script = answering(body)
     assert meaning_of(await error_of(backend, Request("openai", "/embeddings", b"{}", "e"))) == "billing"
+
+
+EMPTY_EVENT = b'data: {"choices": []}\n\n'
+REFUSAL_EVENT = b'data: {"error": {"code": "Arrearage"}}\r\n\r\n'
+
+
+@pytest.mark.parametrize(
+    ("body", "meaning"),
+    [
+        (b": ping\n\n" + REFUSAL_EVENT + EMPTY_EVENT * 200_000, "billing"),
+        (EMPTY_EVENT * 50 + REFUSAL_EVENT.strip(), "billing"),
+        (EMPTY_EVENT * 200_000 + REFUSAL_EVENT, "server"),
+        (b": " + b"x" * 300_000 + b"\n\n" + REFUSAL_EVENT, "server"),
+    ],
+    ids=["first", "the fiftieth, without an empty line", "too late", "too far"],
+)
+async def test_only_the_beginning_of_a_stream_that_nobody_asked_for_is_searched_for_an_error(
+    backend, upstream, monkeypatch, body, meaning
+):
+    parsed: list[bytes] = []
+    monkeypatch.setattr(answers, "lenient_json", lambda data: parsed.append(data) or lenient_json(data))
+    upstream.script = answering(body)
+    assert meaning_of(await error_of(backend, CHAT)) == meaning
+    assert len(parsed) <= 100
