@@ -34,7 +34,8 @@ _ERROR_BODY_SECONDS = 5.0
 _ERROR_BODY_LIMIT = 1024 * 1024
 #: Bytes of the longest answer that is read.
 _BODY_LIMIT = 64 * 1024 * 1024
-#: Bytes of comments and pings that are accepted before a stream's first content.
+#: Bytes of comments and pings that are accepted before a stream's first content, and bytes of events without content
+#: after which the stream is delivered all the same.
 _PREFACE_LIMIT = 1024 * 1024
 _COMPATIBLE_PATH, _NATIVE_PATH = "/compatible-mode/v1", "/api/v1"
 #: DashScope's bounds for the header `X-DashScope-Wait-Timeout`, in seconds.
@@ -279,8 +280,13 @@ class DashScopeBackend:
             size += len(piece)
             if watch.has_content or watch.failure is not None:
                 break
-            if size > _PREFACE_LIMIT:
-                raise ServerFailed(f"the provider's stream held no content in its first {size} bytes")
+            if size - watch.open_bytes > _PREFACE_LIMIT:
+                if watch.has_data:  # a model that thinks for long sends events with empty texts: begin to deliver
+                    watch.has_content = True
+                    break
+                error = ServerFailed(f"the provider's stream held no content in its first {size} bytes")
+                error.may_resend = False  # the provider is answering, so that it charges
+                raise error
             piece = await response.content.readany()
         else:
             watch.end()

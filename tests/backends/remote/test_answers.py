@@ -333,3 +333,93 @@ async def test_only_the_beginning_of_a_stream_that_nobody_asked_for_is_searched_
     upstream.script = answering(body)
     assert meaning_of(await error_of(backend, CHAT)) == meaning
     assert len(parsed) <= 100
+
+
+PICTURE = piece("", images=[{"image_url": {"url": "data:image/png;base64," + "iVBO" * 400_000}}])
+
+
+@pytest.mark.parametrize("before", [b"", b": " + b"keep-alive " * 80_000 + b"\n\n"], ids=["at once", "after comments"])
+async def test_one_very_long_event_with_data_is_content_and_is_asked_for_once(backend, upstream, before):
+    upstream.script = streaming(*([before] if before else []), PICTURE, piece("", "stop"), b"data: [DONE]\n\n")
+    reply = await backend.send(STREAM, Timings())
+    assert (await read_all(reply)).endswith(b"data: [DONE]\n\n")
+    assert len(upstream.seen) == 1
+
+
+def test_a_very_long_comment_is_no_content():
+    watch = answers.StreamWatch()
+    for part in (b": x", b"data: " * 50_000, b"\n\n", b"data: {}\n\n"):
+        watch.feed(part)
+        assert not watch.has_content
+    for part in (b"id: 3\nevent: result\n", b"data: " + b"x" * 200_000, b"x" * 100_000):
+        assert not watch.has_content
+        watch.feed(part)
+    assert watch.has_content
+
+
+async def test_comments_without_end_are_an_error_that_is_not_sent_again(backend, upstream):
+    upstream.script = streaming(*[b": " + b"tick " * 20_000 + b"\n\n"] * 12)
+    error = await error_of(backend, STREAM)
+    assert "no content" in error.message
+    assert not error.may_resend
+
+
+async def test_a_model_that_thinks_for_long_with_empty_texts_is_delivered(backend, upstream):
+    thinking = b"".join(b"data: " + json.dumps(piece("")).encode() + b"\n\n" for _ in range(3000))
+    upstream.script = streaming(*[thinking] * 5, piece("At last", "stop"))
+    assert b"At last" in await read_all(await backend.send(STREAM, Timings()))
+
+
+@pytest.mark.parametrize("blank", [b"\n" * 90, b"\r\n" * 2000, b" \t" * 40 + b"\n"])
+async def test_many_blank_lines_before_a_stream_or_an_answer_change_nothing(backend, upstream, blank):
+    event = b"data: " + json.dumps(piece("A gate", "stop")).encode() + b"\n\n"
+    upstream.script = streaming(*[blank] * 3, event)
+    assert (await read_all(await backend.send(STREAM, Timings()))).endswith(event)
+    upstream.script = answering(blank + json.dumps({"error": LIMIT}).encode(), content_type="text/event-stream")
+    assert isinstance(await error_of(backend, STREAM), Throttled)
+
+
+NULL_REASON = {"choices": [{"index": 0, "delta": {}, "finish_reason": None}], "usage": {"prompt_tokens": 3}}
+SPACED = b'data: {"choices": [{"delta": {"content": "b"}, "finish_reason" : "length"}]}\n\n'
+NATIVE_END = b'data:{"output":{"choices":[{"finish_reason":"stop","message":{"content":[{"text":"b"}]}}]}}\n\n'
+
+
+def sse(event: object) -> bytes:
+    return event if isinstance(event, bytes) else b"data: " + json.dumps(event).encode() + b"\n\n"
+
+
+def compact(event: object) -> bytes:
+    return b"data: " + json.dumps(event, separators=(",", ":")).encode() + b"\n\n"
+
+
+@pytest.mark.parametrize("size", [1, 7, 64, 100_000])
+@pytest.mark.parametrize("last", [piece("", "stop"), compact(piece("", "stop")), SPACED, NATIVE_END, b"data: [DONE]\n\n"])
+def test_the_end_of_a_stream_is_remembered_wherever_the_network_splits_it(size, last):
+    first = compact(piece("a")) + compact(piece("finish_reason"))
+    whole = first + sse(last) + compact(NULL_REASON) + sse(NULL_REASON) + b": ping\n\n" * 3
+    for raw, ends in ((whole, True), (first + compact(NULL_REASON), False)):
+        watch = answers.StreamWatch()
+        for at in range(0, len(raw), size):
+            watch.feed(raw[at : at + size])
+        watch.end()
+        assert watch.is_complete is ends
+
+
+def test_words_about_the_end_in_a_text_are_not_the_end():
+    watch = answers.StreamWatch()
+    for text in ('{"finish_reason": "stop"}', "data: [DONE]", '"finish_reason":"null"'):
+        watch.feed(sse(piece(text)) + compact(piece(text)))
+    watch.end()
+    assert not watch.is_complete
+
+
+def test_a_very_long_last_event_is_no_cut_but_a_long_event_that_is_cut_is_one():
+    long = b"data: " + b"x" * 300_000
+    for rest, complete in ((b"\n\n", True), (b"", False), (b"\n\n" + sse(piece("b")), False)):
+        watch = answers.StreamWatch()
+        watch.feed(sse(piece("a")))
+        watch.feed(long)
+        if rest:
+            watch.feed(rest)
+        watch.end()
+        assert watch.is_complete is complete
