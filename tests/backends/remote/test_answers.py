@@ -423,3 +423,37 @@ def test_a_very_long_last_event_is_no_cut_but_a_long_event_that_is_cut_is_one():
             watch.feed(rest)
         watch.end()
         assert watch.is_complete is complete
+
+
+ODD_USAGES = [
+    {"prompt_tokens": None, "completion_tokens": None}, {"prompt_tokens": 5, "completion_tokens": None},
+    {"prompt_tokens": "7", "completion_tokens": []}, {"prompt_tokens": -3, "completion_tokens": 1}, [4, 5], "many",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("usage", ODD_USAGES)
+async def test_an_odd_usage_does_not_cut_a_translated_stream(plain_backend, upstream, usage):
+    good = {"prompt_tokens": 31, "completion_tokens": 4, "prompt_tokens_details": 12}
+    upstream.script = streaming(
+        {**piece("A "), "usage": usage}, {**piece("gate", "stop"), "usage": usage}, {"choices": [], "usage": good}
+    )
+    raw = await read_all(await plain_backend.send(TRANSLATED, Timings()))
+    assert native_frames(raw)[-1]["choices"][0]["message"]["content"] == [{"text": "A gate"}]
+    first, *_, last = (json.loads(part.partition(b"data:")[2])["usage"] for part in raw.split(b"\n\n") if part)
+    assert (first, last) == ({}, {"input_tokens": 31, "output_tokens": 4, "total_tokens": 35})
+
+
+@pytest.mark.parametrize("usage", ODD_USAGES)
+async def test_an_odd_usage_does_not_spoil_a_translated_answer(plain_backend, upstream, usage):
+    upstream.script = answering({**CHAT_ANSWER, "usage": usage})
+    whole = Request("native", "/services/x", TRANSLATED.body, "m")
+    assert json.loads((await plain_backend.send(whole, Timings())).body)["usage"] == {}
+
+
+async def test_the_translation_survives_deltas_whose_values_change_their_type(plain_backend, upstream):
+    upstream.script = streaming(
+        piece("A", extra=["x"], tool_calls="none"), piece(" gate", extra="y", tool_calls=[{"index": 0, "id": "c"}]),
+        piece("", "stop"),
+    )  # fmt: skip
+    message = native_frames(await read_all(await plain_backend.send(TRANSLATED, Timings())))[-1]["choices"][0]["message"]
+    assert (message["content"], message["extra"], message["tool_calls"][0]["id"]) == ([{"text": "A gate"}], "y", "c")
