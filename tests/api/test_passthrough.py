@@ -88,8 +88,8 @@ async def test_a_json_body_costs_its_tokens_however_its_type_is_spelled(serving,
 
 
 async def test_a_failed_batch_passes_through_and_does_not_stop_other_requests(serving, scripted):
-    batch = {"id": "batch_9", "object": "batch", "status": "failed",
-             "errors": {"data": [{"code": "billing_hard_limit_reached", "message": "Billing hard limit reached"}]}}  # fmt: skip
+    errors = {"data": [{"code": "billing_hard_limit_reached", "message": "Billing hard limit has been reached"}]}
+    batch = {"id": "batch_9", "object": "batch", "status": "failed", "errors": errors}
 
     async def script(link, seen):
         await link.answer(batch if seen.method == "GET" else {"object": "list", "data": []})

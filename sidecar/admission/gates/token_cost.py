@@ -7,7 +7,7 @@ USUAL_OUTPUT = 100.0
 #: A count that differs from its estimate by a larger factor says nothing about other requests: its media were not what
 #: their headers say.
 _MAX_RATIO = 20
-#: LLM tokens that a provider may add to a request, for example the words of a chat template. They may exceed the factor.
+#: LLM tokens that a provider may add to any request, for example the words of a chat template.
 _ADDED = 1000
 
 

@@ -393,7 +393,9 @@ def compact(event: object) -> bytes:
 
 
 @pytest.mark.parametrize("size", [1, 7, 64, 100_000])
-@pytest.mark.parametrize("last", [piece("", "stop"), compact(piece("", "stop")), SPACED, NATIVE_END, b"data: [DONE]\n\n"])
+@pytest.mark.parametrize(
+    "last", [piece("", "stop"), compact(piece("", "stop")), SPACED, NATIVE_END, b"data: [DONE]\n\n"]
+)
 def test_the_end_of_a_stream_is_remembered_wherever_the_network_splits_it(size, last):
     first = compact(piece("a")) + compact(piece("finish_reason"))
     whole = first + sse(last) + compact(NULL_REASON) + sse(NULL_REASON) + b": ping\n\n" * 3
@@ -455,5 +457,7 @@ async def test_the_translation_survives_deltas_whose_values_change_their_type(pl
         piece("A", extra=["x"], tool_calls="none"), piece(" gate", extra="y", tool_calls=[{"index": 0, "id": "c"}]),
         piece("", "stop"),
     )  # fmt: skip
-    message = native_frames(await read_all(await plain_backend.send(TRANSLATED, Timings())))[-1]["choices"][0]["message"]
+    message = native_frames(await read_all(await plain_backend.send(TRANSLATED, Timings())))[-1]["choices"][0][
+        "message"
+    ]
     assert (message["content"], message["extra"], message["tool_calls"][0]["id"]) == ([{"text": "A gate"}], "y", "c")
