@@ -12,6 +12,12 @@ from struct import Struct
 #: nearly all remaining files have EXIF data first, and the size in the first few KB.
 _PREFIX_CHARS = (224, 1024, 8192)
 
+#: Patches of one image at most: with `vl_high_resolution_images`, the provider shrinks it to this many.
+_MAX_PATCHES = 16_384
+#: The longer side of an image, divided by its shorter side, at most: the provider refuses any other image, so that a
+#: larger number in a header is no reason to hold back the requests of others.
+_MAX_ASPECT = 200
+
 #: The start of a JPEG segment: 0xFF, its marker, and its length in bytes.
 _JPEG_SEGMENT = Struct(">BBH")
 #: JPEG markers that start a frame and therefore contain its size: SOF0..SOF15 without DHT (C4), JPG (C8) and DAC (CC).
@@ -118,11 +124,12 @@ def image_tokens(
     nearest multiple of the patch size f. Then it scales the image so that its area lies between `min_pixels`
     (default 4·f²) and `max_pixels` (default 1280·f²; 16384·f² with `vl_high_resolution_images`). The image costs one
     token per f² pixels, and two tokens that mark its start and its end. The patch size f is 32 pixels for qwen3-vl and
-    28 pixels for older models.
+    28 pixels for older models. A header or a bound that asks for more costs no more than an image that is accepted.
     """
     patch = 32 if model.startswith("qwen3") else 28
+    width, height = min(width, height * _MAX_ASPECT), min(height, width * _MAX_ASPECT)
     smallest = min_pixels or 4 * patch * patch
-    largest = 16384 * patch * patch if high_resolution else max_pixels or 1280 * patch * patch
+    largest = _MAX_PATCHES * patch * patch if high_resolution else max_pixels or 1280 * patch * patch
     rows = max(1, round(height / patch))
     columns = max(1, round(width / patch))
     if rows * columns * patch * patch > largest:
@@ -131,4 +138,4 @@ def image_tokens(
     elif rows * columns * patch * patch < smallest:
         scale = sqrt(smallest / (height * width)) / patch
         rows, columns = ceil(height * scale), ceil(width * scale)
-    return rows * columns + 2
+    return min(rows * columns, _MAX_PATCHES) + 2

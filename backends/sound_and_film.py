@@ -25,6 +25,9 @@ UNKNOWN_FILM_SECONDS, UNKNOWN_SOUND_SECONDS = 10.0, 30.0
 #: Pixels that are assumed for a frame whose size cannot be read: a camera's 1080p.
 UNKNOWN_FRAME = (1920, 1080)
 
+#: Bytes of one second of a WAV file, at least. Speech in the smallest usual form takes 1,625 (GSM at 13 kbit/s).
+_MIN_WAV_BYTES = 1000.0
+
 #: Kilobits per second of an MP3 file, by the number in its frame header: MPEG-1 layer 3, and MPEG-2 layer 3.
 _MP3_KILOBITS = (
     (0, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),
@@ -72,7 +75,8 @@ def sound_seconds(data: bytes, total_bytes: int) -> float:
 def _wav_bytes_per_second(data: bytes) -> float:
     if data[:4] != b"RIFF" or data[8:12] != b"WAVE" or (at := data.find(b"fmt ")) < 0:
         return 0.0
-    return float(int.from_bytes(data[at + 16 : at + 20], "little"))
+    given = int.from_bytes(data[at + 16 : at + 20], "little")
+    return max(given, _MIN_WAV_BYTES) if given else 0.0
 
 
 def _mp3_bytes_per_second(data: bytes) -> float:

@@ -47,7 +47,7 @@ def judge(payload: object, *, is_chat: bool) -> Judgement:
     """Judge a whole answer, or the data of one event.
 
     `is_chat`: the answer is a chat completion in OpenAI's or the native format. Other answers (embeddings, lists) are
-    judged only by marks of an error.
+    judged only by marks of an error, and never if they are a resource: a batch that failed tells of its own errors.
     """
     if not isinstance(payload, dict):
         return "nothing" if is_chat else "answer"
@@ -70,10 +70,10 @@ def judge(payload: object, *, is_chat: bool) -> Judgement:
         finished = finished or bool(reason)
     if content:
         return "answer"
+    if not is_chat:
+        return "error" if _marks_error(payload) and not _is_resource(payload) else "answer"
     if _marks_error(payload):
         return "error"
-    if not is_chat:
-        return "answer"
     return "answer" if finished or any(isinstance(choice.get("message"), dict) for choice in choices) else "nothing"
 
 
@@ -132,6 +132,16 @@ def _marks_error(payload: Mapping[str, Any]) -> bool:
     )
 
 
+def _is_resource(payload: Mapping[str, Any]) -> bool:
+    """Return whether an answer is an object of the API: its `error` then tells of its own past, not of this call."""
+    return (
+        payload.get("object") not in (None, "error")
+        or payload.get("id") is not None
+        or payload.get("data") is not None
+        or (isinstance(status := payload.get("status"), str) and status != "error")
+    )
+
+
 def seems_readable(body: bytes) -> bool:
     """Return whether an answer that cannot be parsed may still be one that some client can read."""
     start = body[:64].removeprefix(b"\xef\xbb\xbf").lstrip()
@@ -141,11 +151,16 @@ def seems_readable(body: bytes) -> bool:
 #: Only events that contain one of these are parsed after the first content. `feed` searches with `find`, because `in`
 #: takes three times as long on bytes.
 _MARKERS = (b'"usage"', b"error", b"HTTP_STATUS/", b'"base_resp"')
+#: A finish reason that is not null, so that only such events are parsed for it. The native dialect sends "null".
+_FINISHED = re.compile(rb'finish_reason"\s*:\s*"(?!null")[^"]')
+_NOT_FINISHED = b'finish_reason":null'
 _NO_USAGE = re.compile(rb'"usage"\s*:\s*null')
 
 #: Bytes. A longer event is not parsed. The longest useful event is a native frame with the whole text of an answer of
 #: 32 k tokens; it has about half of this length.
 _EVENT_LIMIT = 256 * 1024
+#: The number of events that are searched for an error in a stream that nobody asked for.
+_MOST_EVENTS = 100
 
 
 class StreamWatch:
@@ -159,7 +174,12 @@ class StreamWatch:
     ) -> None:
         """`request_body` is the request, whose words prove nothing in an error. `headers` are those of the answer."""
         self.has_content = False
-        """Whether the stream has contained content. Comments, roles, empty texts and a usage are no content."""
+        """Whether the stream has contained content. Comments, roles, empty texts and a usage are no content.
+
+        An event that is too long to be parsed is content.
+        """
+        self.has_data = False
+        """Whether an event with data has come, also without content."""
         self.failure: BackendError | None = None
         """The first error event, classified. Later events are ignored, because an error ends the stream."""
         self._is_chat = is_chat
@@ -168,16 +188,20 @@ class StreamWatch:
         self._reader = EventReader(_EVENT_LIMIT)
         self._last_usage = b""
         self._ended = False
-        # The latest two blocks of events. They are searched for the end of the stream only once, at the end.
-        self._before = self._latest = b""
+        # Whether the last event was too long to be parsed. It may have been the one that named the end.
+        self._last_was_skipped = False
 
     def feed(self, piece: bytes) -> None:
         """Process the next piece of the stream."""
         block = self._reader.feed(piece)
+        if self._reader.skipped_data:
+            self._see_skipped()
+        elif block:
+            self._last_was_skipped = False
         if not block:
             return
-        self._before = self._latest
-        self._latest = block
+        if not self._ended and _may_end(block):
+            self._ended = any(map(_is_end, events_in(block)))
         if self.has_content and max(map(block.find, _MARKERS)) < 0:
             return
         for event in events_in(block):
@@ -185,10 +209,17 @@ class StreamWatch:
 
     def end(self) -> None:
         """Process a last event without an empty line after it. Must be called at the end of the stream."""
+        if self._reader.open_bytes:
+            self._last_was_skipped = False  # it was cut, or another event followed
         if block := self._reader.end():
-            self._before, self._latest = self._latest, block
+            self._ended = self._ended or any(map(_is_end, events_in(block)))
             for event in events_in(block):
                 self._see(event)
+
+    @property
+    def open_bytes(self) -> int:
+        """The bytes of the last event that have come, if it is not complete."""
+        return self._reader.open_bytes
 
     @property
     def usage(self) -> Usage | None:
@@ -198,15 +229,19 @@ class StreamWatch:
     @property
     def is_complete(self) -> bool:
         """Whether the stream has said that it has ended: by `[DONE]` or by a finish reason."""
-        return self._ended or any(_is_end(event) for event in events_in(self._before + self._latest))
+        return self._ended or self._last_was_skipped
+
+    def _see_skipped(self) -> None:
+        self._reader.skipped_data = False
+        self._last_was_skipped = self.has_data = self.has_content = True
 
     def _see(self, event: Event) -> None:
         data = event.data
         if self.failure is not None:
             return
         if data == b"[DONE]":
-            self._ended = True
             return
+        self.has_data = self.has_data or bool(data)
         said = event.name == b"error" or event.status >= 400
         if not (
             said or (data and (not self.has_content or data.find(b"error") >= 0 or data.find(b'"base_resp"') >= 0))
@@ -221,13 +256,31 @@ class StreamWatch:
             if not self._is_chat or not isinstance(payload, dict):
                 self.has_content = True
             else:
-                self._ended = self._ended or finish_reason_of(payload)
-                self.has_content = self._ended or any(map(has_content, choices_of(payload)))
+                self.has_content = finish_reason_of(payload) or any(map(has_content, choices_of(payload)))
         self._see_usage(data)
 
     def _see_usage(self, data: bytes) -> None:
         if b'"usage"' in data and not _NO_USAGE.search(data):
             self._last_usage = data
+
+
+def _may_end(block: bytes) -> bool:
+    """Return whether a block may name the end of a stream. The usual block of one event is searched three times."""
+    at = block.find(_NOT_FINISHED)
+    if at < 0 or block.find(b"finish_reason", at + len(_NOT_FINISHED)) >= 0:
+        return _FINISHED.search(block) is not None or block.find(b"[DONE]") >= 0
+    return block.find(b"[DONE]") >= 0
+
+
+def error_in_events(body: bytes, *, request_body: bytes) -> BackendError | None:
+    """Return the first error in a stream that nobody asked for, or None.
+
+    Only the beginning is searched: a refusal comes first, and a long answer would block the event loop.
+    """
+    watch = StreamWatch(request_body=request_body)
+    block = EventReader(_EVENT_LIMIT).feed(body[:_EVENT_LIMIT].rstrip() + b"\n\n")
+    watch.feed(b"\n\n".join(block.split(b"\n\n", _MOST_EVENTS)[:_MOST_EVENTS]) + b"\n\n")
+    return watch.failure
 
 
 def _is_end(event: Event) -> bool:

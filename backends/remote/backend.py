@@ -18,7 +18,7 @@ from backends.http1.errors import HttpError, failure_of
 from backends.http1.headers import canonical_name
 from backends.http1.implementation import choose
 from backends.http1.interface import Connector, Origin, Response
-from backends.remote.answers import StreamWatch, judge, seems_readable, usage_of
+from backends.remote.answers import StreamWatch, error_in_events, judge, seems_readable, usage_of
 from backends.remote.error_bodies import lenient_json, read_error
 from backends.remote.events import begins_like_events
 from backends.remote.native import send_native
@@ -34,7 +34,8 @@ _ERROR_BODY_SECONDS = 5.0
 _ERROR_BODY_LIMIT = 1024 * 1024
 #: Bytes of the longest answer that is read.
 _BODY_LIMIT = 64 * 1024 * 1024
-#: Bytes of comments and pings that are accepted before a stream's first content.
+#: Bytes of comments and pings that are accepted before a stream's first content, and bytes of events without content
+#: after which the stream is delivered all the same.
 _PREFACE_LIMIT = 1024 * 1024
 _COMPATIBLE_PATH, _NATIVE_PATH = "/compatible-mode/v1", "/api/v1"
 #: DashScope's bounds for the header `X-DashScope-Wait-Timeout`, in seconds.
@@ -242,6 +243,9 @@ class DashScopeBackend:
         body = await _read(response, _BODY_LIMIT, first)
         headers = to_caller(response.headers)
         is_chat = request.dialect == "native" or request.path == "/chat/completions"
+        if not is_chat and request.method != "POST":
+            # It shows what happened earlier: the errors and the usage in it are not those of this request.
+            return Reply(status=response.status, headers=headers, body=body)
         payload = lenient_json(body) if is_chat or response.content_type == "application/json" else None
         if payload is None and not is_chat:
             return Reply(status=response.status, headers=headers, body=body)
@@ -249,11 +253,9 @@ class DashScopeBackend:
         if judgement == "answer" or (payload is None and seems_readable(body)):
             return Reply(status=response.status, headers=headers, body=body, usage=usage_of(payload))
         if payload is None and begins_like_events(body):  # a stream that nobody asked for; it may contain an error
-            watch = StreamWatch(request_body=request.body)
-            watch.feed(body)
-            watch.end()
-            if watch.failure is not None:
-                raise watch.failure
+            failure = error_in_events(body, request_body=request.body)
+            if failure is not None:
+                raise failure
         if not isinstance(payload, dict):
             raise _not_json(response)
         error = classify(0, response.headers, body, request_body=request.body)
@@ -278,8 +280,13 @@ class DashScopeBackend:
             size += len(piece)
             if watch.has_content or watch.failure is not None:
                 break
-            if size > _PREFACE_LIMIT:
-                raise ServerFailed(f"the provider's stream held no content in its first {size} bytes")
+            if size - watch.open_bytes > _PREFACE_LIMIT:
+                if watch.has_data:  # a model that thinks for long sends events with empty texts: begin to deliver
+                    watch.has_content = True
+                    break
+                error = ServerFailed(f"the provider's stream held no content in its first {size} bytes")
+                error.may_resend = False  # the provider is answering, so that it charges
+                raise error
             piece = await response.content.readany()
         else:
             watch.end()

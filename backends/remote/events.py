@@ -18,6 +18,7 @@ _STATUS = re.compile(rb"(?::HTTP_STATUS/|status:)\s*(\d{3})\s*")
 #: How an event stream begins, after white space. Anything else is a whole answer.
 _BEGINNING = re.compile(rb":|(?:data|event|id|retry)[:\r\n]")
 _FIELDS = (b"data", b"event", b"id", b"retry")
+_LONGEST_FIELD = len(b"event:")
 
 
 class Event(NamedTuple):
@@ -32,7 +33,7 @@ class Event(NamedTuple):
 class EventReader:
     """Divides the bytes of a stream, which arrive in pieces of any size, after each complete event."""
 
-    __slots__ = ("_begun", "_ended_with_cr", "_limit", "_open", "_open_bytes", "_skipping")
+    __slots__ = ("_begun", "_ended_with_cr", "_limit", "_open", "_open_bytes", "_skipping", "skipped_data")
 
     def __init__(self, limit: int) -> None:
         """`limit` is the length in bytes of the longest event that is kept; a longer event is skipped."""
@@ -42,6 +43,13 @@ class EventReader:
         self._begun = False
         self._ended_with_cr = False
         self._skipping = False
+        self.skipped_data = False
+        """Whether an event with data was skipped because of its length. The caller may reset it."""
+
+    @property
+    def open_bytes(self) -> int:
+        """The bytes of the event that is not complete, at most the limit."""
+        return self._open_bytes
 
     def feed(self, piece: bytes) -> bytes:
         """Return the events that this piece completes, with LF as the only end of a line; empty if there are none."""
@@ -76,6 +84,8 @@ class EventReader:
             return
         self._open_bytes += len(piece)
         if self._open_bytes > self._limit:
+            seen = b"".join((*self._open, piece))
+            self.skipped_data = self.skipped_data or seen.startswith(b"data") or b"\ndata" in seen
             self._skipping = True
             self._open, self._open_bytes = [piece[-1:]], self._limit
         else:
@@ -129,6 +139,8 @@ def begins_like_events(body: bytes) -> bool | None:
     `application/json`.
     """
     start = body[:64].removeprefix(_BOM).lstrip()
+    if len(start) < _LONGEST_FIELD < len(body):  # many blank lines keep the connection alive
+        start = body.removeprefix(_BOM).lstrip()[:64]
     if _BEGINNING.match(start) is not None:
         return True
     if any(field.startswith(start) for field in _FIELDS):  # also for no bytes at all

@@ -16,7 +16,7 @@ from typing import Any
 import orjson
 
 from backends.base import BackendError, Rejected, Reply, Request, ServerFailed, Timings
-from backends.remote.answers import choices_of
+from backends.remote.answers import choices_of, usage_of
 from backends.remote.error_bodies import lenient_json
 from backends.remote.events import EventReader, events_in
 
@@ -142,7 +142,7 @@ def _whole(answer: Any, request_id: str) -> bytes:
     choices = [_choice(choice["message"], choice["finish_reason"]) for choice in answer["choices"]]
     if len(choices) > 1:
         choices = [{"index": at, **choice} for at, choice in enumerate(choices)]
-    native = {"output": {"choices": choices}, "usage": _usage(answer.get("usage")), "request_id": request_id}
+    native = {"output": {"choices": choices}, "usage": _usage(answer), "request_id": request_id}
     return _dumps(native)
 
 
@@ -161,17 +161,19 @@ def _choice(message: dict[str, Any], finish_reason: str | None) -> dict[str, Any
     }
 
 
-def _usage(usage: dict[str, Any] | None) -> dict[str, Any]:
-    if not isinstance(usage, dict) or "prompt_tokens" not in usage:
+def _usage(answer: dict[str, Any]) -> dict[str, Any]:
+    """Return the native usage of an OpenAI answer or event; empty if it names none that is plausible."""
+    usage = usage_of(answer)
+    if usage is None:
         return {}
-    input_tokens, output_tokens = usage["prompt_tokens"], usage.get("completion_tokens", 0)
     counted = {
-        "input_tokens": input_tokens,
-        "output_tokens": output_tokens,
-        "total_tokens": input_tokens + output_tokens,
+        "input_tokens": usage.input_tokens,
+        "output_tokens": usage.output_tokens,
+        "total_tokens": usage.input_tokens + usage.output_tokens,
     }
-    details = usage.get("prompt_tokens_details") or {}
-    return {**counted, "image_tokens": details["image_tokens"]} if "image_tokens" in details else counted
+    details = answer["usage"].get("prompt_tokens_details")
+    has_images = isinstance(details, dict) and isinstance(details.get("image_tokens"), int)
+    return {**counted, "image_tokens": details["image_tokens"]} if has_images else counted
 
 
 class _Message:
@@ -188,10 +190,13 @@ class _Message:
             if name == "role" or not value:
                 continue
             for message in (self._whole, self._new):
+                before = message.get(name)
                 if name == "tool_calls" and isinstance(value, list):
-                    _add_tool_calls(message.setdefault(name, []), value)
-                elif isinstance(value, str):
-                    message[name] = message.get(name, "") + value
+                    if not isinstance(before, list):
+                        before = message[name] = []
+                    _add_tool_calls(before, value)
+                elif isinstance(value, str) and isinstance(before, str):
+                    message[name] = before + value
                 else:
                     message[name] = value
 
@@ -251,7 +256,7 @@ async def _frames(
         if event is None:
             ended = True
             continue
-        usage = _usage(event.get("usage")) or usage
+        usage = _usage(event) or usage
         for choice in choices_of(event):
             index = choice.get("index")
             message = messages.setdefault(index if isinstance(index, int) else 0, _Message())

@@ -20,6 +20,9 @@ CHARS_PER_TOKEN = 3.5
 UNKNOWN_IMAGE_TOKENS = 1250
 #: LLM tokens of a medium of unknown kind, such as a document. The value is that of an unknown image: one page.
 UNKNOWN_MEDIUM_TOKENS = 1250
+#: LLM tokens of one request at most: the longest context of the provider's vision and text models. A longer request is
+#: refused, and counting more would let one body hold back the requests of all others.
+MAX_REQUEST_TOKENS = 1_000_000
 #: First characters, in base64, of image formats that providers accept but whose size we do not read:
 #: BMP, TIFF (two byte orders), and the boxes of HEIC or AVIF.
 _OTHER_IMAGES = ("Qk", "SUkq", "TU0A", "AAAA")
@@ -27,6 +30,11 @@ _BASE64, _BACKSLASH = b";base64,", ord("\\")
 #: Base64 characters that are kept of each image: in the first pass, and in the second pass if the first pass fails.
 #: Both are multiples of four, because four base64 characters encode three whole bytes.
 _KEPT_IMAGE_CHARS = (512, 8192)
+#: The number of values of one body that are looked at: its messages, their parts, and what is in these. More would
+#: block the event loop for longer than a few milliseconds. The rest costs nothing.
+_MAX_VALUES = 20_000
+#: The number of media of one body whose headers are read. Each further one costs `UNKNOWN_MEDIUM_TOKENS`.
+_MAX_MEDIA = 1000
 
 
 @dataclass(slots=True)
@@ -46,6 +54,10 @@ class ParsedBody:
     unknown_media: int = 0
     other_tokens: float = 0.0
     """LLM tokens that the caller gives as numbers."""
+    values_left: int = _MAX_VALUES
+    """The number of values that may still be looked at."""
+    media_left: int = _MAX_MEDIA
+    """The number of media whose headers may still be read."""
 
     def tokens(self, model: str) -> float:
         """Estimate the LLM tokens of the input by the provider's published rules."""
@@ -57,10 +69,20 @@ class ParsedBody:
             least, most = self.image_bounds.get(at, (None, None))
             total += image_tokens(*size, model, high_resolution=self.high_resolution, min_pixels=least, max_pixels=most)
         total += sum(film_tokens(film, model) for film in self.films)
-        return total + sum(map(sound_tokens, self.sound_seconds))
+        return min(total + sum(map(sound_tokens, self.sound_seconds)), MAX_REQUEST_TOKENS)
+
+    def takes_medium(self) -> bool:
+        """Return whether the header of one more medium may be read. If not, count the medium at a constant cost."""
+        if self.media_left <= 0:
+            self.unknown_media += 1
+            return False
+        self.media_left -= 1
+        return True
 
     def add_image(self, size: tuple[int, int] | None, part: dict[str, Any]) -> None:
         """Add an image. Its part may bound the number of pixels that the provider reads."""
+        if not self.takes_medium():
+            return
         least, most = _pixels(part.get("min_pixels")), _pixels(part.get("max_pixels"))
         if least or most:
             self.image_bounds[len(self.images)] = (least, most)
@@ -151,6 +173,9 @@ def parse_messages(
         actual = "missing" if messages is None else "an empty one" if messages == [] else json_type(messages)
         raise InvalidRequest(f"{where} must be a list of at least one message; it is {actual}", field=where)
     for index, message in enumerate(messages):
+        parsed.values_left -= 1
+        if parsed.values_left < 0:
+            return
         at = f"{where}[{index}]"
         if not isinstance(message, dict):
             raise InvalidRequest(f"{at} must be an object, not {json_type(message)}", field=at)
@@ -159,6 +184,9 @@ def parse_messages(
             parsed.text_chars += len(content)
         elif isinstance(content, list):
             for number, part in enumerate(content):
+                parsed.values_left -= 1
+                if parsed.values_left < 0:
+                    return
                 if isinstance(part, dict):
                     parse_part(part, f"{at}[{number}]", parsed)
                 elif isinstance(part, str):  # the provider decides whether a plain string is a part

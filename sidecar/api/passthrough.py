@@ -35,7 +35,7 @@ async def passthrough(call: Call) -> Answer:
         raise InvalidRequest("a path that leads out of the upstream's base does not pass through", status=404)
     body = await call.read()
     content_type = http.headers.get("Content-Type", "")
-    parsed = _parsed(body) if content_type.startswith("application/json") else ParsedBody(None, stream=False)
+    parsed = _parsed(body) if content_type.lower().startswith("application/json") else ParsedBody(None, stream=False)
     model = parsed.model or ""
     return await call.forward(
         "openai",

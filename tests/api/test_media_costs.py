@@ -14,7 +14,8 @@ from PIL import Image
 
 from backends.media import image_tokens
 from sidecar.api import native, openai, passthrough
-from sidecar.api.body import UNKNOWN_IMAGE_TOKENS, UNKNOWN_MEDIUM_TOKENS, parse_body
+from sidecar.api.body import UNKNOWN_IMAGE_TOKENS, UNKNOWN_MEDIUM_TOKENS, ParsedBody, parse_body
+from sidecar.api.media import count_media
 
 MODEL = "qwen-vl-plus"
 #: By hand from the rule: 1080p frames of at most 768 patches of 28 x 28 pixels are 36 x 20 patches.
@@ -181,3 +182,102 @@ async def test_a_frame_of_a_megabyte_through_responses_does_not_exhaust_a_limit_
     for _ in range(4):
         async with sidecar.post(body, path="/v1/responses") as response:
             assert response.status == 200, await response.text()
+
+
+def deep(levels: int) -> list:
+    value: list = ["https://cameras.lan/1.jpg"]
+    for _ in range(levels):
+        value = [value]
+    return value
+
+
+@pytest.mark.parametrize("name", ["image", "images", "video_url", "audio", "file"])
+def test_a_deep_list_of_media_is_read_like_a_flat_one(name):
+    assert of_chat({"type": "x", name: deep(800)}) == of_chat({"type": "x", name: deep(0)}) > 0
+    assert of_any({name: deep(800)}) == of_any({name: deep(0)})
+
+
+class CountingUrls(list):
+    """A list that says how many of its entries were taken."""
+
+    taken = 0
+
+    def __getitem__(self, at):
+        entries = super().__getitem__(at)
+        self.taken = max(self.taken, len(entries))
+        return entries
+
+
+@pytest.mark.parametrize("name", ["image", "video", "audio_url", "file"])
+def test_all_media_of_a_body_together_are_looked_at_within_one_budget(name):
+    parsed = ParsedBody("m", stream=False)
+    first, second = CountingUrls(["b"] * 15_000), CountingUrls(["b"] * 1_000_000)
+    count_media(name, first, {}, parsed)
+    count_media(name, second, {}, parsed)
+    count_media(name, second, {}, parsed)
+    assert (first.taken, second.taken, parsed.values_left) == (15_000, 5_000, 0)
+    assert len(parsed.images) + len(parsed.films) + len(parsed.sound_seconds) <= 1000
+
+
+@pytest.mark.parametrize(("name", "each"), [("image", UNKNOWN_IMAGE_TOKENS), ("audio", 30 * 25)])
+def test_media_after_the_thousandth_have_a_constant_cost(name, each):
+    parsed = ParsedBody("m", stream=False)
+    count_media(name, ["https://cameras.lan/1"] * 1300, {}, parsed)
+    assert len(parsed.images) + len(parsed.sound_seconds) == 1000
+    assert parsed.unknown_media == 300
+    assert count_media(name, "https://cameras.lan/1", {}, parsed)
+    parsed.add_image((1280, 720), {})
+    assert parsed.unknown_media == 302
+
+
+@pytest.mark.parametrize("part", [{"type": "x", "image": "b"}, {"type": "x", "image_url": ["b"] * 50}, "four"])
+@pytest.mark.parametrize(("messages", "parts"), [(40_000, 1), (1, 40_000)])
+def test_a_chat_of_very_many_parts_is_not_searched_completely(part, messages, parts):
+    body = {"messages": [{"role": "user", "content": [part] * parts}] * messages}
+    parsed = openai.parse_chat(json.dumps(body).encode())
+    assert parsed.values_left <= 0
+    assert len(parsed.images) <= 1000
+    assert parsed.text_chars <= 20_000 * len("four")
+
+
+def png(width: int, height: int) -> str:
+    return data_url("image/png", b"\x89PNG\r\n\x1a\n" + struct.pack(">I4sII", 13, b"IHDR", width, height) + bytes(20))
+
+
+def slow_wav(bytes_per_second: int, length: int) -> str:
+    head = b"RIFF\0\0\0\0WAVEfmt \x10\0\0\0\1\0\1\0" + struct.pack("<II", 8000, bytes_per_second)
+    return data_url("audio/wav", head + bytes(length - len(head)))
+
+
+@pytest.mark.parametrize("model", ["qwen-vl-plus", "qwen3-vl-plus"])
+@pytest.mark.parametrize("size", [(3_999_999_999, 1), (2, 4_000_000_000), (4_000_000_000, 4_000_000_000), (11, 11)])
+@pytest.mark.parametrize("least", [None, 1 << 29, 1 << 30])
+def test_no_header_and_no_bound_of_an_image_claims_more_than_the_provider_takes(model, size, least):
+    part = {"type": "image_url", "image_url": {"url": png(*size)}, "min_pixels": least, "max_pixels": 1 << 30}
+    body = json.dumps({"messages": [{"role": "user", "content": [part]}]}).encode()
+    assert 0 < openai.parse_chat(body).tokens(model) <= 16_384 + 2
+
+
+def test_an_image_of_the_most_extreme_shape_that_is_accepted_costs_what_the_rule_says():
+    assert image_tokens(28 * 200, 28, MODEL) == image_tokens(28 * 900, 28, MODEL) == 200 + 2
+    assert image_tokens(28, 28 * 150, MODEL) == 150 + 2
+
+
+def test_a_sound_is_not_longer_than_its_bytes_can_be():
+    assert of_native({"audio": slow_wav(3, 90_000)}) == pytest.approx(90 * 25, abs=2)
+    assert of_native({"audio": slow_wav(2000, 90_000)}) == pytest.approx(45 * 25, abs=2)
+    assert of_native({"audio": slow_wav(0, 90_000)}) == 30 * 25
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"type": "text", "text": "word " * 900_000},
+        {"type": "x", "images": ["https://cameras.lan/1.jpg"] * 2500},
+        {"type": "video", "video": [png(4_000_000_000, 1)] * 768},
+        {"type": "input_audio", "input_audio": {"data": "https://cameras.lan/1.wav"}, "audio": ["b"] * 9000},
+    ],
+)
+def test_one_request_claims_at_most_the_longest_context(part):
+    assert 0 < of_chat(part) <= 1_000_000
+    assert of_any({"model": "m", "input": [part], "more": [1] * 100_000}) <= 1_000_000

@@ -6,6 +6,8 @@ import asyncio
 
 import pytest
 
+from sidecar.api.call import Call
+
 
 async def test_without_passthrough_other_paths_are_404_in_openais_format(serving, scripted):
     upstream = await scripted()
@@ -63,3 +65,39 @@ async def test_no_path_leaves_the_upstreams_base(serving, scripted, path):
     assert (await reader.read()).startswith(b"HTTP/1.1 404")
     writer.close()
     assert upstream.seen == []
+
+
+@pytest.mark.parametrize("kind", ["application/json", "Application/JSON", "APPLICATION/JSON; charset=utf-8"])
+async def test_a_json_body_costs_its_tokens_however_its_type_is_spelled(serving, scripted, monkeypatch, kind):
+    costs: list[float] = []
+    forward = Call.forward
+
+    async def noting(self, *args, tokens, **fields):
+        costs.append(tokens)
+        return await forward(self, *args, tokens=tokens, **fields)
+
+    monkeypatch.setattr(Call, "forward", noting)
+    upstream = await scripted()
+    sidecar = await serving(dashscope_url=f"{upstream.origin}/v1", passthrough=True)
+    body = b'{"model":"e","input":"' + b"x" * 350 + b'"}'
+    url = f"{sidecar.url}/v1/embeddings"
+    async with sidecar.client.post(url, data=body, headers={"Content-Type": kind}) as response:
+        assert response.status == 200
+    assert costs == [100.0]
+    assert upstream.seen[0].headers["content-type"] == kind
+
+
+async def test_a_failed_batch_passes_through_and_does_not_stop_other_requests(serving, scripted):
+    errors = {"data": [{"code": "billing_hard_limit_reached", "message": "Billing hard limit has been reached"}]}
+    batch = {"id": "batch_9", "object": "batch", "status": "failed", "errors": errors}
+
+    async def script(link, seen):
+        await link.answer(batch if seen.method == "GET" else {"object": "list", "data": []})
+
+    upstream = await scripted(script)
+    sidecar = await serving(dashscope_url=f"{upstream.origin}/v1", passthrough=True)
+    async with sidecar.client.get(f"{sidecar.url}/v1/batches/batch_9") as response:
+        assert (response.status, await response.json()) == (200, batch)
+    async with sidecar.post({"model": "e", "input": "x"}, path="/v1/embeddings") as response:
+        assert response.status == 200
+    assert len(upstream.seen) == 2

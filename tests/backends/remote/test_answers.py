@@ -11,8 +11,10 @@ from answer_readings import meaning_of
 from scripted_upstream import BOUND, CHAT_ANSWER, Link, Seen
 
 from backends.base import BackendError, Reply, Request, ServerFailed, Throttled, Timings
+from backends.remote import answers
 from backends.remote.answers import judge
 from backends.remote.backend import DashScopeBackend
+from backends.remote.error_bodies import lenient_json
 
 CHAT = Request("openai", "/chat/completions", b'{"messages": []}', "m")
 STREAM = Request("openai", "/chat/completions", b'{"stream": true}', "m", stream=True)
@@ -276,3 +278,186 @@ async def test_the_upstreams_own_request_id_is_in_the_headers_and_in_the_message
     upstream.script = answering({"error": {"message": "x"}}, status=500, headers="X-Request-Id: mine\r\n")
     echoed = Request("openai", CHAT.path, CHAT.body, "m", headers={"X-Request-Id": "mine"})
     assert (await error_of(backend, echoed)).upstream_request_id == ""
+
+
+# What a passed-through path answers is often a resource that failed earlier.
+FAILED_JOB = {
+    "id": "ftjob-7", "object": "fine_tuning.job", "status": "failed", "usage": {"prompt_tokens": 9},
+    "error": {"code": "exceeded_quota", "message": "You exceeded your quota, check your plan and billing details."},
+}  # fmt: skip
+FAILED_BATCH = {"id": "b-7", "object": "batch", "errors": {"data": [{"code": "rate_limit_exceeded", "message": "x"}]}}
+BARE_ERROR = {"error": {"code": "Arrearage", "message": "Access denied: overdue payment."}}
+
+
+@pytest.mark.parametrize("body", [FAILED_JOB, FAILED_BATCH, BARE_ERROR, {"code": "Arrearage", "message": "x"}])
+async def test_what_a_get_returns_is_never_an_error_of_the_call(backend, upstream, body):
+    upstream.script = answering(body)
+    reply = await backend.send(Request("openai", "/batches/b-7", b"", "", method="GET"), Timings())
+    assert (json.loads(reply.body), reply.usage, len(upstream.seen)) == (body, None, 1)
+
+
+@pytest.mark.parametrize("body", [FAILED_JOB, FAILED_BATCH, {"data": [], "errors": [{"code": "x"}]}])
+async def test_a_resource_with_errors_of_its_own_is_the_answer_to_a_post(backend, upstream, body):
+    upstream.script = answering(body)
+    reply = await backend.send(Request("openai", "/batches/b-7/cancel", b"{}", ""), Timings())
+    assert json.loads(reply.body) == body
+
+
+@pytest.mark.parametrize(
+    "body", [BARE_ERROR, {**BARE_ERROR, "data": None, "id": None}, {"object": "error", "code": "Arrearage"}]
+)
+async def test_an_error_in_a_200_to_another_post_is_raised(backend, upstream, body):
+    upstream.script = answering(body)
+    assert meaning_of(await error_of(backend, Request("openai", "/embeddings", b"{}", "e"))) == "billing"
+
+
+EMPTY_EVENT = b'data: {"choices": []}\n\n'
+REFUSAL_EVENT = b'data: {"error": {"code": "Arrearage"}}\r\n\r\n'
+
+
+@pytest.mark.parametrize(
+    ("body", "meaning"),
+    [
+        (b": ping\n\n" + REFUSAL_EVENT + EMPTY_EVENT * 200_000, "billing"),
+        (EMPTY_EVENT * 50 + REFUSAL_EVENT.strip(), "billing"),
+        (EMPTY_EVENT * 200_000 + REFUSAL_EVENT, "server"),
+        (b": " + b"x" * 300_000 + b"\n\n" + REFUSAL_EVENT, "server"),
+    ],
+    ids=["first", "the fiftieth, without an empty line", "too late", "too far"],
+)
+async def test_only_the_beginning_of_a_stream_that_nobody_asked_for_is_searched_for_an_error(
+    backend, upstream, monkeypatch, body, meaning
+):
+    parsed: list[bytes] = []
+    monkeypatch.setattr(answers, "lenient_json", lambda data: parsed.append(data) or lenient_json(data))
+    upstream.script = answering(body)
+    assert meaning_of(await error_of(backend, CHAT)) == meaning
+    assert len(parsed) <= 100
+
+
+PICTURE = piece("", images=[{"image_url": {"url": "data:image/png;base64," + "iVBO" * 400_000}}])
+
+
+@pytest.mark.parametrize("before", [b"", b": " + b"keep-alive " * 80_000 + b"\n\n"], ids=["at once", "after comments"])
+async def test_one_very_long_event_with_data_is_content_and_is_asked_for_once(backend, upstream, before):
+    upstream.script = streaming(*([before] if before else []), PICTURE, piece("", "stop"), b"data: [DONE]\n\n")
+    reply = await backend.send(STREAM, Timings())
+    assert (await read_all(reply)).endswith(b"data: [DONE]\n\n")
+    assert len(upstream.seen) == 1
+
+
+def test_a_very_long_comment_is_no_content():
+    watch = answers.StreamWatch()
+    for part in (b": x", b"data: " * 50_000, b"\n\n", b"data: {}\n\n"):
+        watch.feed(part)
+        assert not watch.has_content
+    for part in (b"id: 3\nevent: result\n", b"data: " + b"x" * 200_000, b"x" * 100_000):
+        assert not watch.has_content
+        watch.feed(part)
+    assert watch.has_content
+
+
+async def test_comments_without_end_are_an_error_that_is_not_sent_again(backend, upstream):
+    upstream.script = streaming(*[b": " + b"tick " * 20_000 + b"\n\n"] * 12)
+    error = await error_of(backend, STREAM)
+    assert "no content" in error.message
+    assert not error.may_resend
+
+
+async def test_a_model_that_thinks_for_long_with_empty_texts_is_delivered(backend, upstream):
+    thinking = b"".join(b"data: " + json.dumps(piece("")).encode() + b"\n\n" for _ in range(3000))
+    upstream.script = streaming(*[thinking] * 5, piece("At last", "stop"))
+    assert b"At last" in await read_all(await backend.send(STREAM, Timings()))
+
+
+@pytest.mark.parametrize("blank", [b"\n" * 90, b"\r\n" * 2000, b" \t" * 40 + b"\n"])
+async def test_many_blank_lines_before_a_stream_or_an_answer_change_nothing(backend, upstream, blank):
+    event = b"data: " + json.dumps(piece("A gate", "stop")).encode() + b"\n\n"
+    upstream.script = streaming(*[blank] * 3, event)
+    assert (await read_all(await backend.send(STREAM, Timings()))).endswith(event)
+    upstream.script = answering(blank + json.dumps({"error": LIMIT}).encode(), content_type="text/event-stream")
+    assert isinstance(await error_of(backend, STREAM), Throttled)
+
+
+NULL_REASON = {"choices": [{"index": 0, "delta": {}, "finish_reason": None}], "usage": {"prompt_tokens": 3}}
+SPACED = b'data: {"choices": [{"delta": {"content": "b"}, "finish_reason" : "length"}]}\n\n'
+NATIVE_END = b'data:{"output":{"choices":[{"finish_reason":"stop","message":{"content":[{"text":"b"}]}}]}}\n\n'
+
+
+def sse(event: object) -> bytes:
+    return event if isinstance(event, bytes) else b"data: " + json.dumps(event).encode() + b"\n\n"
+
+
+def compact(event: object) -> bytes:
+    return b"data: " + json.dumps(event, separators=(",", ":")).encode() + b"\n\n"
+
+
+@pytest.mark.parametrize("size", [1, 7, 64, 100_000])
+@pytest.mark.parametrize(
+    "last", [piece("", "stop"), compact(piece("", "stop")), SPACED, NATIVE_END, b"data: [DONE]\n\n"]
+)
+def test_the_end_of_a_stream_is_remembered_wherever_the_network_splits_it(size, last):
+    first = compact(piece("a")) + compact(piece("finish_reason"))
+    whole = first + sse(last) + compact(NULL_REASON) + sse(NULL_REASON) + b": ping\n\n" * 3
+    for raw, ends in ((whole, True), (first + compact(NULL_REASON), False)):
+        watch = answers.StreamWatch()
+        for at in range(0, len(raw), size):
+            watch.feed(raw[at : at + size])
+        watch.end()
+        assert watch.is_complete is ends
+
+
+def test_words_about_the_end_in_a_text_are_not_the_end():
+    watch = answers.StreamWatch()
+    for text in ('{"finish_reason": "stop"}', "data: [DONE]", '"finish_reason":"null"'):
+        watch.feed(sse(piece(text)) + compact(piece(text)))
+    watch.end()
+    assert not watch.is_complete
+
+
+def test_a_very_long_last_event_is_no_cut_but_a_long_event_that_is_cut_is_one():
+    long = b"data: " + b"x" * 300_000
+    for rest, complete in ((b"\n\n", True), (b"", False), (b"\n\n" + sse(piece("b")), False)):
+        watch = answers.StreamWatch()
+        watch.feed(sse(piece("a")))
+        watch.feed(long)
+        if rest:
+            watch.feed(rest)
+        watch.end()
+        assert watch.is_complete is complete
+
+
+ODD_USAGES = [
+    {"prompt_tokens": None, "completion_tokens": None}, {"prompt_tokens": 5, "completion_tokens": None},
+    {"prompt_tokens": "7", "completion_tokens": []}, {"prompt_tokens": -3, "completion_tokens": 1}, [4, 5], "many",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("usage", ODD_USAGES)
+async def test_an_odd_usage_does_not_cut_a_translated_stream(plain_backend, upstream, usage):
+    good = {"prompt_tokens": 31, "completion_tokens": 4, "prompt_tokens_details": 12}
+    upstream.script = streaming(
+        {**piece("A "), "usage": usage}, {**piece("gate", "stop"), "usage": usage}, {"choices": [], "usage": good}
+    )
+    raw = await read_all(await plain_backend.send(TRANSLATED, Timings()))
+    assert native_frames(raw)[-1]["choices"][0]["message"]["content"] == [{"text": "A gate"}]
+    first, *_, last = (json.loads(part.partition(b"data:")[2])["usage"] for part in raw.split(b"\n\n") if part)
+    assert (first, last) == ({}, {"input_tokens": 31, "output_tokens": 4, "total_tokens": 35})
+
+
+@pytest.mark.parametrize("usage", ODD_USAGES)
+async def test_an_odd_usage_does_not_spoil_a_translated_answer(plain_backend, upstream, usage):
+    upstream.script = answering({**CHAT_ANSWER, "usage": usage})
+    whole = Request("native", "/services/x", TRANSLATED.body, "m")
+    assert json.loads((await plain_backend.send(whole, Timings())).body)["usage"] == {}
+
+
+async def test_the_translation_survives_deltas_whose_values_change_their_type(plain_backend, upstream):
+    upstream.script = streaming(
+        piece("A", extra=["x"], tool_calls="none"), piece(" gate", extra="y", tool_calls=[{"index": 0, "id": "c"}]),
+        piece("", "stop"),
+    )  # fmt: skip
+    message = native_frames(await read_all(await plain_backend.send(TRANSLATED, Timings())))[-1]["choices"][0][
+        "message"
+    ]
+    assert (message["content"], message["extra"], message["tool_calls"][0]["id"]) == ([{"text": "A gate"}], "y", "c")

@@ -61,6 +61,8 @@ def test_an_event_above_the_limit_is_skipped_and_the_next_is_read():
         (b"data: {}\n\n", True), (b": ping\n\n", True), (b"\xef\xbb\xbf event: x\n", True), (b"id:1\n", True),
         (b'{"choices": []}', False), (b"<html>", False), (b"[]", False), (b"identity is no field", False),
         (b"", None), (b"\n\n", None), (b"dat", None), (b"{", False),
+        (b"\n" * 90, None), (b"\r\n" * 90 + b"event: x\n", True), (b" " * 64 + b"[1]", False),
+        (b"\n" * 61 + b"data: x", True), (b"\n" * 61 + b"dates", False), (b"\n" * 500 + b"ret", None),
     ],
 )  # fmt: skip
 def test_the_content_shows_whether_an_answer_is_a_stream(body, is_stream):
