@@ -21,7 +21,7 @@ _MAX_FILE_BYTES = 1 << 20
 #: Characters of a value that an error shows.
 _SHOWN_CHARACTERS = 80
 #: The user name and password in a URL. An error and `check` do not show them.
-PASSWORD = re.compile(r"(?<=://)[^\s]*(?=@)|^[^\s/]*:[^\s]*(?=@)")
+PASSWORD = re.compile(r"(?<=://)[^\s]*(?=@)|^(?!\w+://)[^\s/]*:[^\s]*(?=@)")
 #: The value of a variable that Kubernetes creates for a service, for example `SIDECAR_PORT` for a service `sidecar`.
 SERVICE_LINK = re.compile(r"(?:tcp|udp|sctp)://\S+", re.IGNORECASE)
 #: A secret, or the file of a secret. Blank values are errors: otherwise an empty variable would open the listener.
