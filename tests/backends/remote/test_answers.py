@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gzip
 import json
+from contextlib import asynccontextmanager
 
 import pytest
 from answer_readings import meaning_of
@@ -23,21 +24,25 @@ NATIVE = Request("native", "/services/x", b"{}", "m")
 TRANSLATED = Request("native", "/services/x", b'{"input": {"messages": []}}', "m", stream=True)
 
 
-@pytest.fixture
-async def backend(upstream):
-    made = DashScopeBackend(base_url=f"{upstream.origin}/compatible-mode/v1")
+@asynccontextmanager
+async def connected(base_url):
+    made = DashScopeBackend(base_url=base_url)
     await made.start()
     yield made
     await made.close()
+
+
+@pytest.fixture
+async def backend(upstream):
+    async with connected(f"{upstream.origin}/compatible-mode/v1") as made:
+        yield made
 
 
 @pytest.fixture
 async def plain_backend(upstream):
     """Connect to a server that has only OpenAI's API."""
-    made = DashScopeBackend(base_url=f"{upstream.origin}/v1")
-    await made.start()
-    yield made
-    await made.close()
+    async with connected(f"{upstream.origin}/v1") as made:
+        yield made
 
 
 def answering(body: bytes | dict, content_type: str = "application/json", **more):
