@@ -143,8 +143,6 @@ class Upstream:
         self.model = model
         self.tier = tier
         self.unready_reason = unready_reason
-        self.has_answered = False
-        """True after the first answer. From then on, failures mean an outage; before, the address may be wrong."""
         self.latency = 0.0
         """Smoothed seconds from the start of an attempt to its accepted verdict."""
         self.on_end: list[Callable[[float], None]] = []
@@ -334,7 +332,6 @@ class Upstream:
         return verdict.named
 
     def _answered(self, now: float, permit: Permit, verdict: Verdict) -> None:
-        self.has_answered = True
         self._accepted_at = now
         self.last_good = max(self.last_good, permit.sent_at)
         if permit.number > self._started_before:
@@ -368,6 +365,11 @@ class Upstream:
                     self.circuit.ends_by_itself = gate.learner.windowed
         elif state is CircuitState.OUTAGE or self.requests.learner.limit == inf:
             self.requests.resume(now, OUTAGE_SHARE)
+
+    @property
+    def has_answered(self) -> bool:
+        """True after the first answer. From then on, failures mean an outage; before, the address may be wrong."""
+        return self.last_good > -inf
 
     # -- looking ahead -------------------------------------------------------------------------------------------------
 

@@ -175,7 +175,7 @@ class Dispatcher:
         An upstream that never answered is not counted: its address may be wrong. If it has answered another request
         that was sent after the loop time `since`, the failed request itself may be the cause.
         """
-        return upstream.circuit.failing and -inf < upstream.last_good <= since
+        return upstream.circuit.failing and upstream.has_answered and upstream.last_good <= since
 
     async def _attempt(
         self, permit: Permit, request: Request, on_stream: Callable[[Reply], Awaitable[None]] | None

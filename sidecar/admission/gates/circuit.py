@@ -193,9 +193,9 @@ class Circuit:
                 self._forget_failures()
                 if verdict.named == "capacity":
                     self._refused(now, CircuitState.CAPACITY, verdict, opens=is_probe or self.state is None)
-                elif self.refuses_account and is_probe:
+                elif self.refuses_account and probed_at is not None:
                     # An ordinary limit refused the probe, so the account is accepted again: as after an accepted probe.
-                    self._close(now, self._probed_at)
+                    self._close(now, probed_at)
                 elif self.state is not None:
                     self._refused(now, self.state, verdict, opens=is_probe)
             case "failed":
