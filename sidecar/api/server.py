@@ -18,6 +18,7 @@ from sidecar.api.errors import Api, InvalidRequest, problem_of
 from sidecar.api.passthrough import passthrough
 from sidecar.api.trio import endpoints as trio
 from sidecar.dispatch.dispatcher import Dispatcher
+from sidecar.foreign_pages import ForeignPages
 
 log = logging.getLogger("sidecar.access")
 
@@ -61,12 +62,14 @@ class DataServer:
         dispatcher: Dispatcher,
         settings: CallSettings,
         *,
+        foreign_pages: ForeignPages,
         detector: Dispatcher | None = None,
         api_key: str | None = None,
         access_log: bool = False,
     ) -> None:
         self._dispatcher = dispatcher
         self._detector = detector
+        self._foreign_pages = foreign_pages
         self.configure(settings, api_key=api_key, access_log=access_log)
         self._tasks: set[asyncio.Task[Any]] = set()
         self._aborted = False
@@ -109,6 +112,7 @@ class DataServer:
         self._tasks.add(task)
         try:
             call.identify()
+            self._check_origin(http)
             if endpoint is None:
                 _refuse_path(path, http.method, methods)
             if self._api_key is not None and not endpoint.open:
@@ -152,6 +156,11 @@ class DataServer:
                 "a defect in the sidecar: %s", type(error).__name__, exc_info=error, extra=_ids(call)
             )
         return await call.fail(problem)
+
+    def _check_origin(self, http: HttpRequest) -> None:
+        refusal = self._foreign_pages.refusal(http.headers)
+        if refusal is not None:
+            raise InvalidRequest(refusal, status=403, code="forbidden_origin")
 
     def _check_bearer(self, http: HttpRequest) -> None:
         given = http.headers.get("Authorization", "")
