@@ -6,6 +6,7 @@ import asyncio
 import hmac
 import logging
 from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NoReturn, get_args
 from urllib.parse import unquote
@@ -70,6 +71,7 @@ class DataServer:
         self._dispatcher = dispatcher
         self._detector = detector
         self._foreign_pages = foreign_pages
+        self._parser = ThreadPoolExecutor(1, "parse")  # one thread: large bodies take turns, and never all processors
         self.configure(settings, api_key=api_key, access_log=access_log)
         self._tasks: set[asyncio.Task[Any]] = set()
         self._aborted = False
@@ -106,7 +108,14 @@ class DataServer:
             endpoint = methods.get("GET" if http.method == "HEAD" else http.method)
         else:
             endpoint = _redirect_of(path) or self._passthrough_endpoint(path)
-        call = Call(http, endpoint.api if endpoint else _api_of(path), self._dispatcher, self._settings, self._detector)
+        call = Call(
+            http,
+            endpoint.api if endpoint else _api_of(path),
+            self._dispatcher,
+            self._settings,
+            detector=self._detector,
+            parser=self._parser,
+        )
         task = http.task
         assert task is not None  # noqa: S101  this code runs in that task
         self._tasks.add(task)
