@@ -51,6 +51,21 @@ def error_body(message: str, kind: str, code: str) -> bytes:
     return orjson.dumps({"error": {"message": message, "type": kind, "code": code, "param": None}})
 
 
+#: The answer to a body that only another transfer coding could read, such as `gzip, chunked`. aiohttp's parser takes it
+#: for a chunked body and would hand on its compressed bytes.
+UNKNOWN_CODING = error_body(
+    "Transfer-Encoding must be chunked and nothing else: send the body without another coding",
+    "invalid_request_error",
+    "invalid_request",
+)
+
+
+def has_unknown_coding(headers: CIMultiDictProxy[str]) -> bool:
+    """Return whether a body has a transfer coding beside `chunked`."""
+    codings = headers.get("Transfer-Encoding")
+    return codings is not None and codings.strip().lower() != "chunked"
+
+
 INTERNAL_ERROR = error_body("internal error", "server_error", "internal_error")
 
 

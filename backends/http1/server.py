@@ -176,6 +176,9 @@ class Connection(RequestProtocol):
             body = accepting.error_body(str(message), "invalid_request_error", message.code)
             self._refuse(message.status, body, accepting.ERROR_HEADERS)
             return False
+        if accepting.has_unknown_coding(message.headers):
+            self._refuse(400, accepting.UNKNOWN_CODING, accepting.ERROR_HEADERS)
+            return False
         http = HttpRequest(message, content, self)
         self._current = http
         if self.caller_has_left:
