@@ -25,6 +25,7 @@ from sidecar.admission import Admission, UpstreamSettings
 from sidecar.api.call import CallSettings, Sampling
 from sidecar.api.server import DataServer
 from sidecar.dispatch.dispatcher import Dispatcher
+from sidecar.foreign_pages import ForeignPages
 from sidecar.observe import logging as logs
 from sidecar.observe.gauges import AdmissionGauges
 from sidecar.observe.metrics import Metrics
@@ -112,14 +113,18 @@ def assemble(settings: Settings, drain: Callable[[], None]) -> Parts:
     health.backend_reason = lambda: _no_backend_is_ready(backends)
     registry.register(AdmissionGauges(admissions))
     sampler = Sampler(metrics, admissions)
+    foreign_pages = ForeignPages(settings.allowed_hosts.split(","))
     data = DataServer(
         Dispatcher(admission, backends, metrics),
         _call_settings(settings, backends[0], traced=spans is not None),
+        foreign_pages=foreign_pages,
         detector=detector_dispatcher,
         api_key=settings.api_key,
         access_log=settings.access_log,
     )
-    admin = AdminServer(registry, health, lambda: status_of(health, admissions, sampler), drain, sampler)
+    admin = AdminServer(
+        registry, health, lambda: status_of(health, admissions, sampler), drain, sampler, foreign_pages=foreign_pages
+    )
     state_file = _state_file(settings, admission, backends)
     return Parts(
         health, metrics, sampler, admission, backends, detector, detector_admission, data, admin, state_file, spans

@@ -102,6 +102,7 @@ __all__ = [
     "exchange",
     "is_head_too_large",
     "rfc822_formatted_time",
+    "set_idle",
     "tcp_keepalive",
 ]
 
@@ -182,8 +183,13 @@ class RequestProtocol(BaseProtocol):
         if self._reading_paused:
             super().resume_reading(resume_parser)
 
+    @property
+    def is_paused(self) -> bool:
+        """Whether the socket is not read at present."""
+        return self._reading_paused or self._buffer_paused
+
     def pause_while_full(self) -> None:
-        """Stop reading the socket: the maximum number of requests is waiting. `request_done` resumes reading."""
+        """Stop reading the socket: as much as allowed is waiting. `request_done` resumes reading."""
         if not self._buffer_paused:
             self._pause_reading_for_buffer()
 
@@ -241,11 +247,18 @@ class ParsedRequest:
 class ResponseProtocol(ResponseHandler):
     """A connection to an upstream."""
 
+    is_idle = False
+    """Whether no request is on the connection. Data that then arrives ends it: it answers nothing, and aiohttp would
+    keep all of it in memory."""
     on_data: Callable[[], None] | None = None
     """A callback. It is called after each piece of data was parsed, and after the end of the connection."""
 
     def data_received(self, data: bytes) -> None:
         """Parse data, then notify the reader of the body."""
+        if self.is_idle:
+            if self.transport is not None:
+                self.transport.abort()
+            return
         super().data_received(data)
         if self.on_data is not None:
             self.on_data()
@@ -304,14 +317,20 @@ class ConnectTarget(ClientRequest):
         super().__init__("GET", url, proxy=proxy, loop=asyncio.get_running_loop())
 
 
+def set_idle(connection: Connection) -> None:
+    """Mark a connection as idle. `can_be_reused` ends this."""
+    cast("ResponseProtocol", connection.protocol).is_idle = True
+
+
 def can_be_reused(connection: Connection) -> bool:
-    """Return whether an idle connection is still open and no data has arrived on it.
+    """Return whether an idle connection is still open and no data has arrived on it. It is no longer idle then.
 
     Such data would be read as the answer to the next request.
     """
-    protocol = connection.protocol
+    protocol = cast("ResponseProtocol | None", connection.protocol)
     if protocol is None:
         return False
+    protocol.is_idle = False
     transport = protocol.transport
     return transport is not None and not transport.is_closing() and not protocol.should_close
 

@@ -22,6 +22,7 @@ from backends.http1.aiohttp_parts import (
     broke_before_answer,
     can_be_reused,
     exchange,
+    set_idle,
 )
 from backends.http1.headers import head_of
 
@@ -109,6 +110,7 @@ class Origin:
 
     def keep(self, connection: Connection) -> None:
         """Store a connection for another request. The answer on it was read to its end."""
+        set_idle(connection)
         self._idle.append((connection, self._clock()))
         if self._timer is None:
             self._timer = self._loop.call_later(connecting.IDLE_SECONDS, self._close_idle)

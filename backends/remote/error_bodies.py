@@ -16,6 +16,7 @@ from typing import Any, cast
 
 import orjson
 
+from backends.json_values import has_too_many_values
 from backends.remote.events import begins_like_events, events_in
 from backends.remote.refusal_table import ABOUT_THE_REQUEST
 
@@ -107,9 +108,12 @@ class ErrorFacts:
 def lenient_json(data: bytes) -> object:
     """Return the JSON value in `data`; None if it is none. (A valid answer is never JSON's `null`.)
 
-    Strict JSON is parsed at once. Otherwise a byte order mark, UTF-16, `NaN`, `-Infinity`, single surrogates and
-    control characters are accepted, as Python's and JavaScript's clients accept some of them.
+    Text with too many values is not parsed, because it would take very much memory. Strict JSON is parsed at once.
+    Otherwise a byte order mark, UTF-16, `NaN`, `-Infinity`, single surrogates and control characters are accepted,
+    as Python's and JavaScript's clients accept some of them.
     """
+    if has_too_many_values(data):
+        return None
     try:
         return cast("object", orjson.loads(data))
     except orjson.JSONDecodeError:

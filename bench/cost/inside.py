@@ -29,6 +29,7 @@ from sidecar.admission import Admission, UpstreamSettings
 from sidecar.api.call import CallSettings
 from sidecar.api.server import DataServer
 from sidecar.dispatch.dispatcher import Dispatcher
+from sidecar.foreign_pages import ForeignPages
 from sidecar.observe.metrics import Metrics
 
 ROUNDS, REQUESTS = 12, 1_500
@@ -68,7 +69,9 @@ async def microseconds(body: bytes) -> float:
 
     cast("Any", backend)._connector.connect_new = connect
     dispatcher = Dispatcher(Admission([UpstreamSettings(backend.name)]), [backend], Metrics(CollectorRegistry()))
-    connection = Connection(Listener(DataServer(dispatcher, CallSettings()), max_connections=1), loop)
+    connection = Connection(
+        Listener(DataServer(dispatcher, CallSettings(), foreign_pages=ForeignPages()), max_connections=1), loop
+    )
     answered = asyncio.Event()
     connection.connection_made(cast("asyncio.Transport", _Transport(lambda _: answered.set())))
     request, rounds = request_of(body), []

@@ -16,6 +16,7 @@ from backends.http1.interface import Answer, Handler, HttpRequest
 from sidecar.admin.health import Health
 from sidecar.admin.live import BackendHistory, History, Tick
 from sidecar.admin.status import Status, UpstreamReport
+from sidecar.foreign_pages import ForeignPages
 from sidecar.observe.sampler import Sampler
 from sidecar.observe.time_series import FIELDS
 
@@ -28,6 +29,10 @@ PAGE = {
     "/page.js": ("page.js", "text/javascript"),
 }
 _PAGE_FOLDER = Path(__file__).with_name("page")
+#: The paths that are answered under any name of the machine: probes and Prometheus use the names that they are given.
+_ANY_HOST = frozenset({"/metrics", "/startupz", "/readyz", "/livez"})
+#: The paths that a page could read, or use, by DNS rebinding.
+_OWN_PAGE = frozenset({"/", "/status", "/history", "/events", "/drain"})
 #: Maximum number of open live views. Each one needs a connection and some JSON every second.
 MAX_VIEWERS = 16
 _JSON = {"Content-Type": "application/json"}
@@ -43,6 +48,8 @@ class AdminServer:
         status: Callable[[], Status],
         drain: Callable[[], None],
         sampler: Sampler,
+        *,
+        foreign_pages: ForeignPages,
     ) -> None:
         """`status` returns the data of `GET /status`. `drain` starts the drain and returns immediately."""
         self._registry = registry
@@ -50,6 +57,7 @@ class AdminServer:
         self._status = status
         self._drain = drain
         self._sampler = sampler
+        self._foreign_pages = foreign_pages
         self._viewers = 0
         self._paths: dict[str, tuple[str, Handler]] = {
             "/metrics": ("GET", self._metrics),
@@ -76,6 +84,14 @@ class AdminServer:
         if http.method != method and (http.method, method) != ("HEAD", "GET"):
             allow = "GET, HEAD" if method == "GET" else method
             return await _text(http, 405, f"{path} takes {allow}", {"Allow": allow})
+        refusal = self._foreign_pages.refusal(
+            http.headers,
+            navigable=path == "/" and http.method == "GET",
+            own_page=path in _OWN_PAGE,
+            any_host=path in _ANY_HOST,
+        )
+        if refusal is not None:
+            return await _text(http, 403, f"forbidden_origin: {refusal}")
         return await handle(http)
 
     async def _metrics(self, http: HttpRequest) -> Answer:
@@ -147,19 +163,9 @@ class AdminServer:
         )
 
     async def _post_drain(self, http: HttpRequest) -> Answer:
-        """Start the drain.
-
-        Only callers on this machine may do so. Requests with `Origin` or `Sec-Fetch-Site`, or with a foreign `Host`,
-        are refused: a browser sent them for a web page.
-        """
+        """Start the drain. Only callers on this machine may do so."""
         if not _is_loopback(http.remote):
             return await _text(http, 403, "drain is taken from loopback only")
-        if (
-            "Origin" in http.headers
-            or "Sec-Fetch-Site" in http.headers
-            or not _names_this_host(http.headers.get("Host", ""))
-        ):
-            return await _text(http, 403, "drain is not taken from a web page")
         self._drain()
         return await _text(http, 202, "draining")
 
@@ -192,18 +198,3 @@ def _is_loopback(remote: str) -> bool:
         return False
     mapped = getattr(address, "ipv4_mapped", None)
     return (mapped or address).is_loopback
-
-
-def _names_this_host(host: str) -> bool:
-    """Return whether `Host` is an IP address or localhost.
-
-    A web page could use any other name that resolves to this machine (DNS rebinding).
-    """
-    name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() else host
-    if name == "localhost":
-        return True
-    try:
-        ipaddress.ip_address(name.strip("[]"))
-    except ValueError:
-        return False
-    return True

@@ -8,6 +8,7 @@ from typing import Any
 
 import orjson
 
+from backends.json_values import MAX_VALUES, has_too_many_values
 from backends.media import data_url_size, image_tokens
 from backends.sound_and_film import Film, film_tokens, sound_tokens
 from sidecar.api.errors import InvalidRequest
@@ -33,6 +34,9 @@ _KEPT_IMAGE_CHARS = (512, 8192)
 #: The number of values of one body that are looked at: its messages, their parts, and what is in these. More would
 #: block the event loop for longer than a few milliseconds. The rest costs nothing.
 _MAX_VALUES = 20_000
+#: Bytes of a body, without its images, that are parsed in the event loop. Parsing more could block it for longer than
+#: 10 ms, so it is done in a thread.
+_LOOP_BYTES = 256 * 1024
 #: The number of media of one body whose headers are read. Each further one costs `UNKNOWN_MEDIUM_TOKENS`.
 _MAX_MEDIA = 1000
 
@@ -112,6 +116,11 @@ def parse_body(body: bytes, read: Callable[[dict[str, Any]], ParsedBody]) -> Par
     return read(json_object(body))
 
 
+def is_quick(body: bytes) -> bool:
+    """Return whether a body can be parsed in the event loop."""
+    return len(body) <= _LOOP_BYTES or len(_shorten_images(body, _KEPT_IMAGE_CHARS[0])) <= _LOOP_BYTES
+
+
 def _shorten_images(body: bytes, chars: int) -> bytes:
     """Return the same JSON with each long base64 text cut to its first `chars` characters.
 
@@ -120,9 +129,10 @@ def _shorten_images(body: bytes, chars: int) -> bytes:
     and does not end the string, or if the kept part contains an escape, which the cut could split.
     """
     pieces: list[bytes] = []
-    done = 0
+    done = looked_at = 0
     at = body.find(_BASE64)
-    while at >= 0:
+    while at >= 0 and looked_at < _MAX_MEDIA:
+        looked_at += 1
         end = body.find(b'"', at)
         # The duration of a sound follows from its length, so a sound is not cut.
         keep = at + len(_BASE64) + (len(body) if _may_be_sound(body, at) else chars)
@@ -141,8 +151,17 @@ def _may_be_sound(body: bytes, at: int) -> bool:
     return start >= 0 and (start + 5 == at or body.startswith(b"audio", start + 5))
 
 
+def refuse_too_many_values(body: bytes) -> None:
+    """Raise `InvalidRequest` if parsing the body could take very much memory."""
+    if has_too_many_values(body):
+        raise InvalidRequest(
+            f"the body has more than {MAX_VALUES} JSON values (objects, lists, texts, numbers): send fewer at once"
+        )
+
+
 def json_object(body: bytes) -> dict[str, Any]:
     """Parse a body that must be a JSON object. Raises `InvalidRequest`."""
+    refuse_too_many_values(body)
     try:
         data = orjson.loads(body)
     except orjson.JSONDecodeError as error:

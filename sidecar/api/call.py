@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import random
 import re
-from collections.abc import AsyncIterator, Awaitable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from functools import partial
 from math import isfinite
@@ -14,6 +15,7 @@ from backends.base import Dialect, OnPiece, Reply, Request
 from backends.forwarded_headers import query_to_provider, to_provider
 from backends.http1.interface import Answer, HttpRequest
 from sidecar.admission import Arrival, Priority, Ticket
+from sidecar.api.body import ParsedBody, is_quick
 from sidecar.api.errors import Api, InvalidRequest, Problem, body_of, headers_of
 from sidecar.api.key import fair_queue_key
 from sidecar.dispatch.dispatcher import DeadlineExceeded, Dispatcher
@@ -63,12 +65,16 @@ class Call:
         api: Api,
         dispatcher: Dispatcher,
         settings: CallSettings,
-        detector: Dispatcher | None = None,
+        *,
+        detector: Dispatcher | None,
+        parser: Executor,
     ) -> None:
+        """`parser` is one thread that parses large bodies, one after the other."""
         self.http = http
         self.api: Api = api
         self.settings = settings
         self.detector = detector
+        self.parser = parser
         self.outcome: RequestOutcome = "error"
         self.ticket: Ticket | None = None
         self.request_id = ""
@@ -120,6 +126,12 @@ class Call:
                     status=408,
                     code="request_timeout",
                 ) from None
+
+    async def parse(self, body: bytes, parse: Callable[[bytes], ParsedBody]) -> ParsedBody:
+        """Return what `parse` finds in the body. A large body is parsed in a thread. Raises `InvalidRequest`."""
+        if is_quick(body):
+            return parse(body)
+        return await asyncio.get_running_loop().run_in_executor(self.parser, parse, body)
 
     async def _receive(self, arrival: Arrival, max_bytes: int) -> bytes:
         """Read a body that has not arrived completely."""

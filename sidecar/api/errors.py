@@ -26,8 +26,8 @@ from sidecar.observe.metrics import RequestOutcome
 Api = Literal["openai", "trio", "native"]
 #: Every error code of the sidecar itself. Any other code that a caller gets is the provider's.
 Code = Literal[
-    "invalid_request", "unauthorized", "not_found", "method_not_allowed", "request_timeout", "superseded",
-    "payload_too_large", "unsupported_media_type", "headers_too_large",
+    "invalid_request", "unauthorized", "forbidden_origin", "not_found", "method_not_allowed", "request_timeout",
+    "superseded", "payload_too_large", "unsupported_media_type", "headers_too_large",
     "queue_full", "deadline_unreachable", "draining", "upstream_quota_used_up", "upstream_billing", "upstream_error",
     "deadline_exceeded", "internal_error",
 ]  # fmt: skip

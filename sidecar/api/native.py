@@ -17,10 +17,14 @@ PATH = "/services/aigc/multimodal-generation/generation"
 async def generation(call: Call) -> Answer:
     """Answer `POST …/multimodal-generation/generation`; with `X-DashScope-SSE: enable`, as a stream of events."""
     body = await call.read()
-    parsed = parse_body(body, _read)
+    parsed = await call.parse(body, _parse)
     body, model = with_model(body, parsed, call.settings.default_model)
     stream = call.http.headers.get("X-DashScope-SSE", "").lower() == "enable"
     return await call.forward("native", PATH, body, model=model, tokens=parsed.tokens(model), stream=stream)
+
+
+def _parse(body: bytes) -> ParsedBody:
+    return parse_body(body, _read)
 
 
 def _read(data: dict[str, Any]) -> ParsedBody:

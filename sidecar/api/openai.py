@@ -17,7 +17,7 @@ BASES = ("/v1", "/compatible-mode/v1")
 async def chat_completions(call: Call) -> Answer:
     """Answer `POST /v1/chat/completions`, streaming or not."""
     body = await call.read()
-    parsed = parse_chat(body)
+    parsed = await call.parse(body, parse_chat)
     body, model = with_model(body, parsed, call.settings.default_model)
     return await call.forward(
         "openai", "/chat/completions", body, model=model, tokens=parsed.tokens(model), stream=parsed.stream

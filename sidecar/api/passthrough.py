@@ -35,7 +35,8 @@ async def passthrough(call: Call) -> Answer:
         raise InvalidRequest("a path that leads out of the upstream's base does not pass through", status=404)
     body = await call.read()
     content_type = http.headers.get("Content-Type", "")
-    parsed = _parsed(body) if content_type.lower().startswith("application/json") else ParsedBody(None, stream=False)
+    is_json = content_type.lower().startswith("application/json")
+    parsed = await call.parse(body, _parsed) if is_json else ParsedBody(None, stream=False)
     model = parsed.model or ""
     return await call.forward(
         "openai",

@@ -6,6 +6,7 @@ import asyncio
 import hmac
 import logging
 from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NoReturn, get_args
 from urllib.parse import unquote
@@ -18,6 +19,7 @@ from sidecar.api.errors import Api, InvalidRequest, problem_of
 from sidecar.api.passthrough import passthrough
 from sidecar.api.trio import endpoints as trio
 from sidecar.dispatch.dispatcher import Dispatcher
+from sidecar.foreign_pages import ForeignPages
 
 log = logging.getLogger("sidecar.access")
 
@@ -61,12 +63,15 @@ class DataServer:
         dispatcher: Dispatcher,
         settings: CallSettings,
         *,
+        foreign_pages: ForeignPages,
         detector: Dispatcher | None = None,
         api_key: str | None = None,
         access_log: bool = False,
     ) -> None:
         self._dispatcher = dispatcher
         self._detector = detector
+        self._foreign_pages = foreign_pages
+        self._parser = ThreadPoolExecutor(1, "parse")  # one thread: large bodies take turns, and never all processors
         self.configure(settings, api_key=api_key, access_log=access_log)
         self._tasks: set[asyncio.Task[Any]] = set()
         self._aborted = False
@@ -103,12 +108,20 @@ class DataServer:
             endpoint = methods.get("GET" if http.method == "HEAD" else http.method)
         else:
             endpoint = _redirect_of(path) or self._passthrough_endpoint(path)
-        call = Call(http, endpoint.api if endpoint else _api_of(path), self._dispatcher, self._settings, self._detector)
+        call = Call(
+            http,
+            endpoint.api if endpoint else _api_of(path),
+            self._dispatcher,
+            self._settings,
+            detector=self._detector,
+            parser=self._parser,
+        )
         task = http.task
         assert task is not None  # noqa: S101  this code runs in that task
         self._tasks.add(task)
         try:
             call.identify()
+            self._check_origin(http)
             if endpoint is None:
                 _refuse_path(path, http.method, methods)
             if self._api_key is not None and not endpoint.open:
@@ -152,6 +165,11 @@ class DataServer:
                 "a defect in the sidecar: %s", type(error).__name__, exc_info=error, extra=_ids(call)
             )
         return await call.fail(problem)
+
+    def _check_origin(self, http: HttpRequest) -> None:
+        refusal = self._foreign_pages.refusal(http.headers)
+        if refusal is not None:
+            raise InvalidRequest(refusal, status=403, code="forbidden_origin")
 
     def _check_bearer(self, http: HttpRequest) -> None:
         given = http.headers.get("Authorization", "")

@@ -54,6 +54,11 @@ class Settings(BaseModel):
     unix_socket: values.File = Field(None, description="path of a unix socket that takes requests too")
     admin_host: values.Text = Field("0.0.0.0", description="address of the admin listener: probes and metrics")  # noqa: S104
     admin_port: values.Port = Field(9464, description="port of the admin listener; 0 takes a free one")
+    allowed_hosts: values.HostNames = Field(
+        "",
+        description="names under which a browser may use the listeners, with commas between them, such as"
+        " cams.example.com; addresses and local names may always be used",
+    )
     dashscope_url: values.Url = Field(
         "https://dashscope.aliyuncs.com/compatible-mode/v1", description="base URL of any OpenAI-compatible server"
     )

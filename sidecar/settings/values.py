@@ -206,6 +206,13 @@ def _header_name(value: Any) -> str:
     return value.strip()
 
 
+def _host_names(value: Any) -> str:
+    names = [name.strip().removesuffix(".") for name in str(value).split(",") if name.strip()]
+    if not all(re.fullmatch(r"[A-Za-z0-9._-]+", name) for name in names):
+        raise ValueError("must be host names without scheme and port, such as cams.example.com,video.example.com")
+    return ",".join(names)
+
+
 Duration = Annotated[float, BeforeValidator(duration())]
 DurationOrZero = Annotated[float, BeforeValidator(duration(least=0))]
 Bytes = Annotated[int, BeforeValidator(size())]
@@ -221,6 +228,7 @@ File = Annotated[Path | None, BeforeValidator(_path)]
 Url = Annotated[str, BeforeValidator(_url)]
 UrlOrNone = Annotated[str | None, BeforeValidator(_url)]
 Key = Annotated[str | None, BeforeValidator(_key)]
+HostNames = Annotated[str, BeforeValidator(_host_names)]
 HeaderName = Annotated[str, BeforeValidator(_header_name)]
 LogFormat = Annotated[Literal["json", "human"] | None, BeforeValidator(choice("json", "human"))]
 LogLevel = Annotated[

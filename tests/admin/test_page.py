@@ -10,7 +10,6 @@ from pathlib import Path
 
 import aiohttp
 import pytest
-from real_parts import real_packages, real_part
 from running import BOUND, CHAT, Process, chat, samples
 
 from sidecar.cli.demo.cameras import Answered, Result
@@ -18,18 +17,6 @@ from sidecar.cli.demo.report import report
 from sidecar.cli.demo.table import Row
 
 PAGE = Path(__file__).parents[2] / "sidecar" / "admin" / "page"
-
-
-@pytest.fixture
-async def browser():
-    """Chromium, closed afterwards."""
-    real_packages("playwright", how_to_get_them="`make .venv/.group-page` installs it")
-    from playwright.async_api import async_playwright  # noqa: PLC0415
-
-    async with async_playwright() as driver:
-        launched = await driver.chromium.launch(executable_path=real_part("chromium"), args=["--no-sandbox"])
-        yield launched
-        await launched.close()
 
 
 @contextlib.asynccontextmanager

@@ -121,6 +121,10 @@ async def unknown_expectation(setup):
     return await setup.ask(await setup.serving(), Expect="miracles")
 
 
+async def foreign_page(setup):
+    return await setup.ask(await setup.serving(), Origin="http://evil.example")
+
+
 async def unauthorized(setup):
     return await setup.ask(await setup.serving(api_key="letmein"), Authorization="Bearer wrong")
 
@@ -256,6 +260,7 @@ ERRORS: dict[Callable[[Setup], Awaitable[Any]], tuple[int, Code, str, str]] = {
     compressed: (415, "unsupported_media_type", "compressed body", "without Content-Encoding"),
     slow_body: (408, "request_timeout", r"within 0\.2 s", "SIDECAR_DEADLINE"),
     unknown_expectation: (417, "invalid_request", "'miracles'", "only 100-continue"),
+    foreign_page: (403, "forbidden_origin", "", "another site may not send this: .* SIDECAR_ALLOWED_HOSTS"),
     unauthorized: (401, "unauthorized", "another one", "must be Bearer and the key .* SIDECAR_API_KEY"),
     not_found: (404, "not_found", "completionss|generations|describes", CHAT),
     method_not_allowed: (405, "method_not_allowed", "PUT", "takes POST"),

@@ -29,6 +29,7 @@ _RequestT = TypeVar("_RequestT", DescribeRequest, CropDescribeRequest, DetectReq
 
 #: Bytes. Larger bodies are checked in a thread, because checking 10 MB takes 10 ms and would block the event loop.
 _THREAD_BYTES = 1 << 20
+_THREAD_BYTES = 1 << 20
 #: Draws composites in at most two threads: each decoded frame may take 150 MB, and the event loop needs processor time.
 _DRAWING = ThreadPoolExecutor(2, "composite")
 #: The classes that trio-core counts as vehicles. A bicycle is not one of them.
@@ -121,7 +122,8 @@ async def health(call: Call) -> Answer:
 async def _read(call: Call, kind: type[_RequestT]) -> tuple[_RequestT, memoryview]:
     body, content_type = await call.read(), call.http.headers.get("Content-Type", "")
     if len(body) > _THREAD_BYTES:
-        return await asyncio.to_thread(parse_request, kind, body, content_type)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(call.parser, parse_request, kind, body, content_type)
     return parse_request(kind, body, content_type)
 
 

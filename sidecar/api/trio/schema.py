@@ -21,6 +21,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import BaseModel, Field, ValidationError
 from pydantic_core import ErrorDetails
 
+from sidecar.api.body import refuse_too_many_values
 from sidecar.api.errors import InvalidRequest
 
 #: A JSON object. Its values are `Any`, because only the provider interprets them.
@@ -121,6 +122,7 @@ def _find_image(body: bytes) -> slice | None:
 
 def _parse(text: bytes, body: bytes) -> Any:
     """Parse JSON with the standard library, as FastAPI does. The position in an error refers to `body`."""
+    refuse_too_many_values(text)
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:

@@ -131,6 +131,29 @@ async def test_an_unrequested_answer_is_never_used(backend, upstream, together):
     assert_connections(upstream, [0, 1])
 
 
+async def test_an_upstream_that_floods_an_idle_connection_is_cut_off(backend, upstream):
+    if not is_internal():
+        return  # it keeps no idle connection
+    flooded, is_read = asyncio.get_running_loop().create_future(), asyncio.Event()
+
+    async def flood(link: Link, _: Seen) -> None:
+        await link.answer({"choices": "mine"})
+        await is_read.wait()
+        sent = 0
+        try:
+            while sent < 64 * 1024 * 1024:
+                await link.send(b"x" * 65536)
+                sent += 65536
+        except ConnectionError:
+            flooded.set_result(sent)
+
+    upstream.script = flood
+    await send(backend)
+    is_read.set()
+    async with asyncio.timeout(BOUND):
+        assert await flooded < 16 * 1024 * 1024  # what fits into the kernel's buffers
+
+
 @pytest.mark.parametrize("apart", [True, False])
 async def test_interim_answers_are_skipped(backend, upstream, apart):
     async def script(link: Link, _: Seen) -> None:
