@@ -19,6 +19,9 @@ Dialect = Literal["openai", "native"]
 #: all accounts. `unknown`: the provider did not name the limit.
 ThrottleKind = Literal["request_rate", "token_rate", "growth", "concurrency", "capacity", "unknown"]
 
+#: Bytes of the longest whole answer that is read, if the request sets no lower bound.
+MAX_ANSWER_BYTES = 64 * 1024 * 1024
+
 
 @dataclass(slots=True)
 class Request:
@@ -44,6 +47,8 @@ class Request:
     """The HTTP method. It differs from POST only for requests that pass through to an upstream over HTTP."""
     query: str = ""
     """The query of the caller's URL, without credentials. Only an upstream over HTTP gets it."""
+    max_answer_bytes: int = MAX_ANSWER_BYTES
+    """Bytes of the longest whole answer that is read. Only an upstream over HTTP has answers of any length."""
 
 
 @dataclass(slots=True)
@@ -122,6 +127,11 @@ class Backend(Protocol):
 
         None if the sidecar must learn the limits.
         """
+        ...
+
+    @property
+    def has_native_api(self) -> bool:
+        """Whether the backend sends requests in the native dialect to DashScope's own API, whatever their path."""
         ...
 
     def account(self) -> str:

@@ -12,7 +12,7 @@ from math import inf
 
 from sidecar import __version__
 from sidecar.admin.health import Health
-from sidecar.admission import Admission, Change, GateStatus, PoolStatus, Priority, UpstreamStatus
+from sidecar.admission import NO_MODEL, Admission, Change, GateStatus, PoolStatus, Priority, UpstreamStatus
 from sidecar.observe.format import duration, number, shown_name
 from sidecar.observe.gauges import upstreams_named
 from sidecar.observe.sampler import Sampler
@@ -184,7 +184,7 @@ def _backend(name: str, pools: Sequence[PoolStatus], now: float, sampler: Sample
     queues = [pool for pool in pools if pool.upstreams[0].name == name]
     by_priority = {priority.name.lower(): sum(pool.waiting[priority] for pool in queues) for priority in Priority}
     pairs = [(pool, upstream) for pool in pools for upstream in pool.upstreams if upstream.name == name]
-    pairs.sort(key=lambda pair: pair[0].last_used, reverse=True)
+    pairs.sort(key=lambda pair: (pair[0].model == NO_MODEL, -pair[0].last_used))
     return UpstreamReport(
         name=name,
         in_flight=sum(upstream.concurrency.in_flight or 0 for upstream in upstreams_named(pools, name)),
