@@ -31,7 +31,7 @@ async def upload_policy(call: Call) -> Answer:
             model=NO_MODEL,
             tokens=0.0,
             stream=False,
-            method=call.http.method,
+            method="GET",  # also for a HEAD: DashScope may not answer that one
             max_seconds=_MAX_SECONDS,
             max_answer_bytes=_MAX_BYTES,
         )
