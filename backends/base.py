@@ -179,6 +179,8 @@ class BackendError(Exception):
     """The provider's own message on one line; empty if it sent none."""
     upstream_request_id = ""
     """The provider's own id of this request; empty if it named none. Its support asks for this id."""
+    words_known = True
+    """False if no rule knew the provider's code or words, so that the error was read by its status alone."""
     may_resend = True
     """False if the provider has completed the request: sending it again would be charged again."""
 

@@ -253,19 +253,20 @@ class Dispatcher:
         elif isinstance(failure, QuotaUsedUp):
             verdict = verdict._replace(named="quota_period", retry_after=failure.ends_in)
         permit.report(verdict)
+        self._metrics.refusals.count(verdict.at, name, failure)
         match failure:
             case Throttled():
-                self._metrics.throttled(name, failure.kind, failure.code)
+                self._metrics.throttled(name, failure.kind)
                 return "throttled"
             case BillingRefused():
-                self._metrics.throttled(name, "billing", failure.code)
+                self._metrics.throttled(name, "billing")
                 return "throttled"
             case QuotaUsedUp():
-                self._metrics.throttled(name, "quota_period", failure.code)
+                self._metrics.throttled(name, "quota_period")
                 return "throttled"
             case Unauthorized():
                 self._metrics.key_refused(name, failure.message)
-                self._metrics.throttled(name, "unauthorized", failure.code)
+                self._metrics.throttled(name, "unauthorized")
                 return "client_error"
             case Rejected():
                 return "client_error"

@@ -40,6 +40,7 @@ class Sampler:
 
     def __init__(self, metrics: Metrics, admissions: Sequence[Admission]) -> None:
         self._metrics = metrics
+        self.refusals = metrics.refusals
         self._admissions = admissions
         self._clock = asyncio.get_running_loop().time
         self._started_at = self._last_sample_at = self._last_summary_at = self._clock()
