@@ -2,8 +2,8 @@
 
 To implement a backend, you need only this file. Each call of `send` makes exactly one attempt. A backend never retries
 a refusal, never waits for a quota, and never hides an error. There is one exception: if a *reused* connection breaks
-before the first byte of the answer, the backend may send the request once more on a new connection without reporting
-this.
+before the first byte of the answer, the backend may send the request once more on a new connection. It counts this in
+`Timings.resends`.
 """
 
 from __future__ import annotations
@@ -59,6 +59,8 @@ class Timings:
     """When the wait for a connection, or for the GPU's lock or batch, ended."""
     first_byte: float | None = None
     """When the first byte of the answer arrived."""
+    resends: int = 0
+    """How many times the request was sent again, because a reused connection had died while it was idle."""
 
 
 #: A callback that consumes one piece of a stream. It returns False to pause the stream.

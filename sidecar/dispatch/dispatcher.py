@@ -310,7 +310,8 @@ class Dispatcher:
 
     @staticmethod
     def _record_timings(ticket: Ticket, timings: Timings, now: float) -> None:
-        """Add the backend's times (start of work, first byte) to the ticket's stopwatch."""
+        """Add the backend's times (start of work, first byte) to the ticket's stopwatch, and count what was resent."""
+        ticket.attempts += timings.resends
         started = timings.work_started
         if started is not None:
             ticket.stopwatch.switch("first_byte", started)
