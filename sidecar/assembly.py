@@ -268,7 +268,9 @@ def _key(settings: Settings) -> Callable[[], str | None]:
     try:
         return KeyFile(settings.dashscope_api_key_file)
     except (OSError, ValueError) as error:
-        reason = f"{settings.dashscope_api_key_file}: {error.strerror}" if isinstance(error, OSError) else error
+        reason = str(error)
+        if isinstance(error, OSError):
+            reason = f"{settings.dashscope_api_key_file}: {error.strerror}; name a file that the sidecar may read"
         raise StartError(f"SIDECAR_DASHSCOPE_API_KEY_FILE: {reason}") from error
 
 
