@@ -22,7 +22,7 @@ _MAX_BYTES = 64 * 1024
 
 async def upload_policy(call: Call) -> Answer:
     """Answer `GET /api/v1/uploads` with DashScope's answer. It is no generation, so that it uses no learned limit."""
-    require_native_api(call)
+    require_native_api(call, "; an image can be sent inside a request, as a data URL")
     try:
         return await call.forward(
             "native",
@@ -39,12 +39,12 @@ async def upload_policy(call: Call) -> Answer:
         raise DeadlineExceeded(f"no upload policy came within {_MAX_SECONDS:g} s: ask again") from error
 
 
-def require_native_api(call: Call) -> None:
-    """Raise `InvalidRequest` if no backend passes on the paths of DashScope's own API."""
+def require_native_api(call: Call, advice: str = "") -> None:
+    """Raise `InvalidRequest` if no backend passes on the paths of DashScope's own API. `advice` ends the message."""
     if call.settings.no_native_api:
         raise InvalidRequest(
             f"only DashScope's own API answers {call.http.raw_path.partition('?')[0][:200]}, and "
-            f"{call.settings.no_native_api}; an image can be sent inside the request, as a data URL",
+            f"{call.settings.no_native_api}{advice}",
             status=404,
             code="not_found",
         )

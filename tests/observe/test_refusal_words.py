@@ -8,6 +8,7 @@ import pytest
 from running import chat
 
 from backends.base import Throttled
+from backends.remote.answer_file import explain, lines_of
 from backends.remote.refusals import classify
 from sidecar.observe.refusal_words import RefusalWords
 
@@ -44,6 +45,15 @@ def test_a_refusal_that_only_its_status_explains_is_unknown(status, body):
 )
 def test_known_words_invalid_requests_and_failures_are_not_unknown(status, body):
     assert classify(status, {}, body).words_known
+
+
+def test_check_answer_prints_a_report_for_unknown_words_at_any_status():
+    head = b"HTTP/1.1 403 Forbidden\r\nContent-Type: application/json\r\n\r\n"
+    unknown = "\n".join(lines_of(explain(head + b'{"code": "PantryLocked", "message": "Ask the housekeeper."}')))
+    assert "please send it" in unknown
+    assert "PantryLocked" in unknown
+    assert "housekeeper" not in unknown
+    assert "please send it" not in "\n".join(lines_of(explain(head + b'{"code": "Arrearage"}')))
 
 
 async def status_of(sidecar):
