@@ -2,8 +2,8 @@
 
 To implement a backend, you need only this file. Each call of `send` makes exactly one attempt. A backend never retries
 a refusal, never waits for a quota, and never hides an error. There is one exception: if a *reused* connection breaks
-before the first byte of the answer, the backend may send the request once more on a new connection without reporting
-this.
+before the first byte of the answer, the backend may send the request once more on a new connection. It counts this in
+`Timings.resends`.
 """
 
 from __future__ import annotations
@@ -18,6 +18,9 @@ Dialect = Literal["openai", "native"]
 #: The limit that caused a refusal. `growth`: the request rate rose too quickly. `capacity`: the model is overloaded for
 #: all accounts. `unknown`: the provider did not name the limit.
 ThrottleKind = Literal["request_rate", "token_rate", "growth", "concurrency", "capacity", "unknown"]
+
+#: Bytes of the longest whole answer that is read, if the request sets no lower bound.
+MAX_ANSWER_BYTES = 64 * 1024 * 1024
 
 
 @dataclass(slots=True)
@@ -44,6 +47,8 @@ class Request:
     """The HTTP method. It differs from POST only for requests that pass through to an upstream over HTTP."""
     query: str = ""
     """The query of the caller's URL, without credentials. Only an upstream over HTTP gets it."""
+    max_answer_bytes: int = MAX_ANSWER_BYTES
+    """Bytes of the longest whole answer that is read. Only an upstream over HTTP has answers of any length."""
 
 
 @dataclass(slots=True)
@@ -54,6 +59,8 @@ class Timings:
     """When the wait for a connection, or for the GPU's lock or batch, ended."""
     first_byte: float | None = None
     """When the first byte of the answer arrived."""
+    resends: int = 0
+    """How many times the request was sent again, because a reused connection had died while it was idle."""
 
 
 #: A callback that consumes one piece of a stream. It returns False to pause the stream.
@@ -124,6 +131,11 @@ class Backend(Protocol):
         """
         ...
 
+    @property
+    def has_native_api(self) -> bool:
+        """Whether the backend sends requests in the native dialect to DashScope's own API, whatever their path."""
+        ...
+
     def account(self) -> str:
         """Return the name of the account whose limits apply, for the state file.
 
@@ -169,6 +181,8 @@ class BackendError(Exception):
     """The provider's own message on one line; empty if it sent none."""
     upstream_request_id = ""
     """The provider's own id of this request; empty if it named none. Its support asks for this id."""
+    words_known = True
+    """False if no rule knew the provider's code or words, so that the error was read by its status alone."""
     may_resend = True
     """False if the provider has completed the request: sending it again would be charged again."""
 

@@ -164,6 +164,7 @@ class Sidecar:
             await self._data_listener.close()
         if self.parts.state_file is not None:
             self.parts.state_file.save()
+        await self.parts.models.close()
         for backend in reversed(self.parts.all_backends):
             await backend.close()
         if self.parts.spans is not None:

@@ -25,6 +25,7 @@ from sidecar.admission import Admission, UpstreamSettings
 from sidecar.api.call import CallSettings, Sampling
 from sidecar.api.server import DataServer
 from sidecar.dispatch.dispatcher import Dispatcher
+from sidecar.dispatch.model_list import ModelList
 from sidecar.foreign_pages import ForeignPages
 from sidecar.observe import logging as logs
 from sidecar.observe.gauges import AdmissionGauges
@@ -60,6 +61,7 @@ class Parts:
     detector_admission: Admission | None
     """The detector has a queue of its own."""
     data: DataServer
+    models: ModelList
     admin: AdminServer
     state_file: StateFile | None
     spans: Spans | None
@@ -73,7 +75,7 @@ class Parts:
     def configure(self, settings: Settings) -> None:
         """Apply settings that can change without a restart: see `config_file.RELOADABLE`."""
         self.data.configure(
-            _call_settings(settings, self.backends[0], traced=self.spans is not None),
+            _call_settings(settings, self.backends, traced=self.spans is not None),
             api_key=settings.api_key,
             access_log=settings.access_log,
         )
@@ -113,10 +115,12 @@ def assemble(settings: Settings, drain: Callable[[], None]) -> Parts:
     health.backend_reason = lambda: _no_backend_is_ready(backends)
     registry.register(AdmissionGauges(admissions))
     sampler = Sampler(metrics, admissions)
+    models = ModelList(admission, backends, metrics)
     foreign_pages = ForeignPages(settings.allowed_hosts.split(","))
     data = DataServer(
         Dispatcher(admission, backends, metrics),
-        _call_settings(settings, backends[0], traced=spans is not None),
+        _call_settings(settings, backends, traced=spans is not None),
+        models,
         foreign_pages=foreign_pages,
         detector=detector_dispatcher,
         api_key=settings.api_key,
@@ -127,21 +131,34 @@ def assemble(settings: Settings, drain: Callable[[], None]) -> Parts:
     )
     state_file = _state_file(settings, admission, backends)
     return Parts(
-        health, metrics, sampler, admission, backends, detector, detector_admission, data, admin, state_file, spans
-    )
+        health, metrics, sampler, admission, backends, detector, detector_admission, data, models, admin, state_file,
+        spans,
+    )  # fmt: skip
 
 
-def _call_settings(settings: Settings, backend: Backend, *, traced: bool) -> CallSettings:
-    """Return the settings that apply to callers. `backend` is the first one."""
+def _call_settings(settings: Settings, backends: Sequence[Backend], *, traced: bool) -> CallSettings:
+    """Return the settings that apply to callers."""
+    backend = backends[0]
     return CallSettings(
         deadline=settings.deadline,
         max_body_bytes=settings.max_body_bytes,
         key_header=settings.key_header,
         default_model=backend.model_id or settings.dashscope_model,
         passthrough=settings.passthrough and backend.name == "dashscope",
+        no_native_api=_no_native_api(backends),
         sampling=Sampling(settings.default_max_tokens, settings.default_temperature, settings.default_top_p),
         traced=traced,
     )
+
+
+def _no_native_api(backends: Sequence[Backend]) -> str:
+    """Return why no backend passes on the paths of DashScope's own API; empty if one does."""
+    if any(backend.has_native_api for backend in backends):
+        return ""
+    names = ",".join(backend.name for backend in backends)
+    if "dashscope" not in names:
+        return f"SIDECAR_BACKEND={names} is not DashScope"
+    return "SIDECAR_DASHSCOPE_NATIVE_URL, which names its base URL, is not set"
 
 
 def _no_backend_is_ready(backends: Sequence[Backend]) -> str | None:
@@ -256,7 +273,9 @@ def _key(settings: Settings) -> Callable[[], str | None]:
     try:
         return KeyFile(settings.dashscope_api_key_file)
     except (OSError, ValueError) as error:
-        reason = f"{settings.dashscope_api_key_file}: {error.strerror}" if isinstance(error, OSError) else error
+        reason = str(error)
+        if isinstance(error, OSError):
+            reason = f"{settings.dashscope_api_key_file}: {error.strerror}; name a file that the sidecar may read"
         raise StartError(f"SIDECAR_DASHSCOPE_API_KEY_FILE: {reason}") from error
 
 

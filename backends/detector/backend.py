@@ -53,6 +53,7 @@ class DetectorBackend:
 
     name = "detector"
     model_id = None
+    has_native_api = False
     slots = 2
 
     def __init__(self, model: Path) -> None:

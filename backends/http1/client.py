@@ -89,6 +89,7 @@ class Origin:
                 soon = self._clock() - timings.work_started < _DIED_IDLE_SECONDS
                 if not (reused and soon and broke_before_answer(error)):
                     raise
+                timings.resends += 1
                 new_only = True
             else:
                 timings.first_byte = self._clock()

@@ -135,3 +135,4 @@ async def _exchange(origin: Origin, path: str) -> None:
 class _Times:
     work_started: float | None = None
     first_byte: float | None = None
+    resends: int = 0

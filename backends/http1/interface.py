@@ -176,6 +176,8 @@ class Timings(Protocol):
     """The time at which the wait for a connection ended."""
     first_byte: float | None
     """The time at which the head of the answer arrived."""
+    resends: int
+    """How many times the request was sent again on a new connection."""
 
 
 class Response(Protocol):

@@ -35,6 +35,8 @@ _PROGRESS_SECONDS = 10
 class LocalBackend:
     """Serves a transformers vision-language model from a thread of this process."""
 
+    has_native_api = False
+
     def __init__(
         self,
         model: str,

@@ -45,6 +45,8 @@ class Explanation:
     rule: str
     consequence: str
     code: str
+    words_known: bool
+    """False for a refusal that was read by its status alone."""
     wait_seconds: float | None
     header_names: list[str]
     body_bytes: int
@@ -90,6 +92,7 @@ def explain(raw: bytes) -> Explanation:
         rule=rule,
         consequence=_CONSEQUENCES[meaning],
         code=reading.code if reading else "",
+        words_known=reading is None or reading.words_known,
         wait_seconds=reading.wait if reading else None,
         header_names=sorted(name for name in headers if _TOKEN.fullmatch(name)),
         body_bytes=len(body),
@@ -107,7 +110,7 @@ def lines_of(explanation: Explanation) -> list[str]:
         f"wait     {wait}",
         f"then     {explanation.consequence}",
     ]
-    if explanation.meaning == "unknown":
+    if explanation.meaning == "unknown" or not explanation.words_known:
         lines += ["", "The sidecar does not know these words. This report contains nobody's text; please send it:"]
         lines.append(json.dumps(asdict(explanation), indent=1))
     return lines

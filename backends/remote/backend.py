@@ -12,7 +12,17 @@ from typing import TypeVar
 
 from yarl import URL
 
-from backends.base import BackendError, OnPiece, Rejected, Reply, Request, ServerFailed, Timings, Unreachable
+from backends.base import (
+    MAX_ANSWER_BYTES,
+    BackendError,
+    OnPiece,
+    Rejected,
+    Reply,
+    Request,
+    ServerFailed,
+    Timings,
+    Unreachable,
+)
 from backends.forwarded_headers import to_caller
 from backends.http1.errors import HttpError, failure_of
 from backends.http1.headers import canonical_name
@@ -21,7 +31,7 @@ from backends.http1.interface import Connector, Origin, Response
 from backends.remote.answers import StreamWatch, error_in_events, judge, seems_readable, usage_of
 from backends.remote.error_bodies import lenient_json, read_error
 from backends.remote.events import begins_like_events
-from backends.remote.native import send_native
+from backends.remote.native import GENERATION_PATH, send_native
 from backends.remote.refusals import classify
 
 _T = TypeVar("_T")
@@ -32,11 +42,11 @@ _log = logging.getLogger(__name__)
 _ERROR_BODY_SECONDS = 5.0
 #: Bytes of the longest error body that is read.
 _ERROR_BODY_LIMIT = 1024 * 1024
-#: Bytes of the longest answer that is read.
-_BODY_LIMIT = 64 * 1024 * 1024
 #: Bytes of comments and pings that are accepted before a stream's first content, and bytes of events without content
 #: after which the stream is delivered all the same.
 _PREFACE_LIMIT = 1024 * 1024
+#: Paths whose answers are chat completions, in OpenAI's or the native format.
+_CHAT_PATHS = frozenset({"/chat/completions", GENERATION_PATH, "/services/aigc/text-generation/generation"})
 _COMPATIBLE_PATH, _NATIVE_PATH = "/compatible-mode/v1", "/api/v1"
 #: DashScope's bounds for the header `X-DashScope-Wait-Timeout`, in seconds.
 _MIN_WAIT_SECONDS, _MAX_WAIT_SECONDS = 3, 120
@@ -71,6 +81,11 @@ class DashScopeBackend:
 
     model_id = None
     slots = None
+
+    @property
+    def has_native_api(self) -> bool:
+        """Whether a URL of DashScope's own API is known, see `Backend.has_native_api`."""
+        return self._native is not None
 
     def unready_reason(self) -> None:
         """Return None: only a request can show whether the provider answers. See `Backend.unready_reason`."""
@@ -232,7 +247,8 @@ class DashScopeBackend:
         """
         headers = {**to_caller(response.headers), "Content-Encoding": response.headers["Content-Encoding"]}
         if not request.stream:
-            return Reply(status=response.status, headers=headers, body=await _read(response, _BODY_LIMIT))
+            body = await _read(response, request.max_answer_bytes)
+            return Reply(status=response.status, headers=headers, body=body)
         return self._streaming(response, headers, None, deque())
 
     async def _whole(self, response: Response, request: Request, first: bytes = b"") -> Reply:
@@ -240,9 +256,9 @@ class DashScopeBackend:
 
         A request whose 200 has arrived completely is never sent again, because the provider has charged it.
         """
-        body = await _read(response, _BODY_LIMIT, first)
+        body = await _read(response, request.max_answer_bytes, first)
         headers = to_caller(response.headers)
-        is_chat = request.dialect == "native" or request.path == "/chat/completions"
+        is_chat = request.path in _CHAT_PATHS
         if not is_chat and request.method != "POST":
             # It shows what happened earlier: the errors and the usage in it are not those of this request.
             return Reply(status=response.status, headers=headers, body=body)
@@ -269,7 +285,7 @@ class DashScopeBackend:
 
     async def _stream(self, response: Response, request: Request, first: bytes) -> Reply:
         """Read until the first content, so that a refusal instead of content is raised like any other refusal."""
-        is_chat = request.dialect == "native" or request.path == "/chat/completions"
+        is_chat = request.path in _CHAT_PATHS
         watch = StreamWatch(is_chat=is_chat, request_body=request.body, headers=response.headers)
         preface: deque[bytes] = deque()
         size = 0
@@ -421,7 +437,7 @@ def _checked(url: str) -> str:
 
 
 async def _json_body(response: Response) -> bytes:
-    body = await _read(response, _BODY_LIMIT)
+    body = await _read(response, MAX_ANSWER_BYTES)
     if _encoding(response):
         body = await asyncio.to_thread(_decompressed, body, _encoding(response))
     if not isinstance(lenient_json(body), dict):

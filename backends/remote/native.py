@@ -20,6 +20,8 @@ from backends.remote.answers import choices_of, usage_of
 from backends.remote.error_bodies import lenient_json
 from backends.remote.events import EventReader, events_in
 
+#: Path of the generation API for vision models, below the base of the native API.
+GENERATION_PATH = "/services/aigc/multimodal-generation/generation"
 #: Fields of `parameters` that control the format of a native answer. All other fields have the same meaning in both
 #: dialects.
 _NATIVE_ONLY = frozenset({"incremental_output", "result_format", "stream"})
@@ -37,6 +39,8 @@ async def send_native(
     """
     request_id = str(uuid.uuid4())
     try:
+        if request.path != GENERATION_PATH:
+            raise Rejected(f"this upstream does not answer {request.path[:200]}", status=404)
         translated, incremental = _to_openai(request)
         reply = await send(translated, timings)
     except BackendError as error:

@@ -119,13 +119,20 @@ class Rules:
         self._searches = 0
         self.numbers_in_words = self._numbers_in_words()
         """Numbers in parentheses, which some providers put into their messages instead of a code."""
+        self.words_known = True
+        """False after `decide` if no rule knew the code or the words, and the status does not say enough."""
 
     def decide(self) -> tuple[Meaning, str]:
         """Return the meaning and the rule."""
         for rules in (self._own_fault, self._machine_facts, self._codes, self._people, self._load):
             for found in rules():
                 return found
-        return self._by_status()
+        meaning, rule = self._by_status()
+        # An invalid request and a failure have words of any kind; a limit, money or the key have words that recur.
+        self.words_known = (self.status in ABOUT_THE_REQUEST and meaning == "rejected") or (
+            self.status >= 500 and meaning == "server"
+        )
+        return meaning, rule
 
     # -- the rules, in their order -------------------------------------------------------------------------------------
 

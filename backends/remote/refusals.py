@@ -80,6 +80,8 @@ class Reading:
     code: str
     wait: float | None
     facts: ErrorFacts
+    words_known: bool
+    """False for a refusal whose code and words no rule knew: its status alone was read."""
 
 
 def read(
@@ -105,7 +107,7 @@ def read(
     if meaning == "quota_period" and wait is not None and wait < _SHORTEST_PERIOD_WAIT:
         wait = None
     code = facts.shown_code or next((str(number) for number in rules.numbers_in_words), "")
-    return Reading(meaning, rule, status, code, wait, facts)
+    return Reading(meaning, rule, status, code, wait, facts, rules.words_known)
 
 
 def classify(status: int, headers: Mapping[str, str], body: bytes, *, request_body: bytes = b"") -> BackendError:
@@ -155,4 +157,5 @@ def error_of(reading: Reading, status: int, headers: Mapping[str, str], body: by
         error.above_limit = meaning == "too_large" and status != 400
     error.quote = " ".join(reading.facts.text[: 4 * _QUOTE_LIMIT].split())[:_QUOTE_LIMIT]
     error.upstream_request_id = request_id
+    error.words_known = reading.words_known
     return error

@@ -19,6 +19,7 @@ class SimulatedBackend:
     name = "simulated"
     model_id = None
     slots = None
+    has_native_api = False
 
     def __init__(self, provider: Profile | Provider | None = None) -> None:
         self.provider = provider if isinstance(provider, Provider) else Provider(provider or Profile())

@@ -29,6 +29,7 @@ from sidecar.admission import Admission, UpstreamSettings
 from sidecar.api.call import CallSettings
 from sidecar.api.server import DataServer
 from sidecar.dispatch.dispatcher import Dispatcher
+from sidecar.dispatch.model_list import ModelList
 from sidecar.foreign_pages import ForeignPages
 from sidecar.observe.metrics import Metrics
 
@@ -68,10 +69,9 @@ async def microseconds(body: bytes) -> float:
         return _Pooled(upstream)
 
     cast("Any", backend)._connector.connect_new = connect
-    dispatcher = Dispatcher(Admission([UpstreamSettings(backend.name)]), [backend], Metrics(CollectorRegistry()))
-    connection = Connection(
-        Listener(DataServer(dispatcher, CallSettings(), foreign_pages=ForeignPages()), max_connections=1), loop
-    )
+    parts = Admission([UpstreamSettings(backend.name)]), [backend], Metrics(CollectorRegistry())
+    data = DataServer(Dispatcher(*parts), CallSettings(), ModelList(*parts), foreign_pages=ForeignPages())
+    connection = Connection(Listener(data, max_connections=1), loop)
     answered = asyncio.Event()
     connection.connection_made(cast("asyncio.Transport", _Transport(lambda _: answered.set())))
     request, rounds = request_of(body), []

@@ -12,9 +12,10 @@ from math import inf
 
 from sidecar import __version__
 from sidecar.admin.health import Health
-from sidecar.admission import Admission, Change, GateStatus, PoolStatus, Priority, UpstreamStatus
+from sidecar.admission import NO_MODEL, Admission, Change, GateStatus, PoolStatus, Priority, UpstreamStatus
 from sidecar.observe.format import duration, number, shown_name
 from sidecar.observe.gauges import upstreams_named
+from sidecar.observe.refusal_words import RefusalWords
 from sidecar.observe.sampler import Sampler
 
 #: Maximum number of keys in `longest_queues`.
@@ -100,6 +101,24 @@ class Queue:
 
 
 @dataclass(frozen=True, slots=True)
+class Unknown:
+    """The latest refusal that was read by its status alone."""
+
+    seconds_ago: float
+    status: int
+    code: str
+
+
+@dataclass(frozen=True, slots=True)
+class Refusals:
+    """The provider's refusals since the start, by whether a rule knew their code or words."""
+
+    known: int
+    unknown: int
+    last_unknown: Unknown | None
+
+
+@dataclass(frozen=True, slots=True)
 class UpstreamReport:
     """One upstream by name, with all its models."""
 
@@ -108,6 +127,7 @@ class UpstreamReport:
     queue: Queue
     totals: dict[str, float]
     """The metrics' own sums since the start."""
+    refusals: Refusals
     models: list[Model]
 
 
@@ -184,14 +204,21 @@ def _backend(name: str, pools: Sequence[PoolStatus], now: float, sampler: Sample
     queues = [pool for pool in pools if pool.upstreams[0].name == name]
     by_priority = {priority.name.lower(): sum(pool.waiting[priority] for pool in queues) for priority in Priority}
     pairs = [(pool, upstream) for pool in pools for upstream in pool.upstreams if upstream.name == name]
-    pairs.sort(key=lambda pair: pair[0].last_used, reverse=True)
+    pairs.sort(key=lambda pair: (pair[0].model == NO_MODEL, -pair[0].last_used))
     return UpstreamReport(
         name=name,
         in_flight=sum(upstream.concurrency.in_flight or 0 for upstream in upstreams_named(pools, name)),
         queue=Queue(sum(by_priority.values()), sum(pool.waiting_bytes for pool in queues), by_priority),
         totals={key: round(value, 3) for key, value in sampler.totals.get(name, {}).items()},
+        refusals=_refusals(name, now, sampler.refusals),
         models=[_model(pool, upstream, now) for pool, upstream in pairs],
     )
+
+
+def _refusals(name: str, now: float, words: RefusalWords) -> Refusals:
+    last = words.last_unknown.get(name)
+    unknown = None if last is None else Unknown(round(now - last.at, 1), last.status, last.code)
+    return Refusals(words.known[name], words.unknown[name], unknown)
 
 
 def _model(pool: PoolStatus, upstream: UpstreamStatus, now: float) -> Model:

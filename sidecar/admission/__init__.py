@@ -3,7 +3,7 @@
 Uses only asyncio and arithmetic. The event loop is the only clock.
 """
 
-from sidecar.admission.admission import Admission, PoolStatus, UpstreamSettings
+from sidecar.admission.admission import NO_MODEL, Admission, PoolStatus, UpstreamSettings
 from sidecar.admission.arrivals import Arrival
 from sidecar.admission.errors import (
     AccountClosed,
@@ -23,6 +23,7 @@ from sidecar.admission.upstream import Permit, Upstream, UpstreamStatus
 
 __all__ = [
     "CAUSES",
+    "NO_MODEL",
     "AccountClosed",
     "Admission",
     "Arrival",

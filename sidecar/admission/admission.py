@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf
 from random import Random
 from typing import Any
@@ -19,6 +19,11 @@ from sidecar.admission.upstream import Permit, Upstream, UpstreamStatus
 
 #: Maximum number of pools (one per model). Above it, the least recently used idle pool is deleted.
 MAX_POOLS = 64
+#: The model of a request that is no generation: a list of models, an upload policy. It waits in a pool of its own and
+#: counts as an attempt in flight, but the operator's rates and the limits learned from generations do not apply to it.
+NO_MODEL = "(no model)"
+#: Maximum number of such requests in flight at one upstream. They take tens of milliseconds, so 8 are about 100/s.
+MAX_WITHOUT_MODEL = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,9 +166,8 @@ class Admission:
         if pool is None:
             while len(self._pools) >= MAX_POOLS and self._delete_idle_pool():
                 pass
-            pool = self._pools[model] = Pool(
-                self.loop, [self._upstream(settings, model) for settings in self._settings], self._bodies
-            )
+            settings = _without_model(self._settings) if model == NO_MODEL else self._settings
+            pool = self._pools[model] = Pool(self.loop, [self._upstream(one, model) for one in settings], self._bodies)
         return pool
 
     def _upstream(self, settings: UpstreamSettings, model: str) -> Upstream:
@@ -262,9 +266,9 @@ class Admission:
         oldest, pool = min(idle, key=lambda one: (one[1].has_learned, one[1].last_used))
         del self._pools[oldest]
         pool.close()
-        for settings, upstream in zip(self._settings, pool.upstreams, strict=True):
+        for upstream in pool.upstreams:
             if not upstream.on_end:  # no other pool uses it
-                del self._upstreams[settings.name, settings.only_model or oldest]
+                del self._upstreams[upstream.name, upstream.model]
         return True
 
     # -- state file and operators --------------------------------------------------------------------------------------
@@ -304,3 +308,17 @@ class Admission:
                 tuple(upstream.status(now) for upstream in pool.upstreams),
                 tuple(pool.waiting.longest(longest)) if longest else (),
             )
+
+
+def _without_model(upstreams: Sequence[UpstreamSettings]) -> list[UpstreamSettings]:
+    """Return the settings for requests of `NO_MODEL`. An upstream with one model is in this process: it takes none."""
+    return [
+        replace(
+            settings,
+            requests_per_second=inf,
+            tokens_per_second=inf,
+            concurrency=min(settings.concurrency or MAX_WITHOUT_MODEL, MAX_WITHOUT_MODEL),
+        )
+        for settings in upstreams
+        if settings.only_model is None
+    ]

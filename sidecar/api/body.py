@@ -25,8 +25,9 @@ UNKNOWN_MEDIUM_TOKENS = 1250
 #: refused, and counting more would let one body hold back the requests of all others.
 MAX_REQUEST_TOKENS = 1_000_000
 #: First characters, in base64, of image formats that providers accept but whose size we do not read:
-#: BMP, TIFF (two byte orders), and the boxes of HEIC or AVIF.
-_OTHER_IMAGES = ("Qk", "SUkq", "TU0A", "AAAA")
+#: BMP, TIFF (two byte orders), the boxes of HEIC, AVIF and JPEG 2000, JPEG 2000 without boxes, and PBM, PGM and PPM
+#: (`P1` to `P6`).
+_OTHER_IMAGES = ("Qk", "SUkq", "TU0A", "AAAA", "/0//UQ", "UDE", "UDI", "UDM", "UDQ", "UDU", "UDY")
 _BASE64, _BACKSLASH = b";base64,", ord("\\")
 #: Base64 characters that are kept of each image: in the first pass, and in the second pass if the first pass fails.
 #: Both are multiples of four, because four base64 characters encode three whole bytes.

@@ -9,16 +9,17 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from functools import partial
-from math import isfinite
+from math import inf, isfinite
 
-from backends.base import Dialect, OnPiece, Reply, Request
+from backends.base import MAX_ANSWER_BYTES, Dialect, OnPiece, Reply, Request
 from backends.forwarded_headers import query_to_provider, to_provider
 from backends.http1.interface import Answer, HttpRequest
 from sidecar.admission import Arrival, Priority, Ticket
 from sidecar.api.body import ParsedBody, is_quick
 from sidecar.api.errors import Api, InvalidRequest, Problem, body_of, headers_of
 from sidecar.api.key import fair_queue_key
-from sidecar.dispatch.dispatcher import DeadlineExceeded, Dispatcher
+from sidecar.dispatch.dispatcher import Dispatcher
+from sidecar.dispatch.model_list import ModelList
 from sidecar.observe.metrics import RequestOutcome
 from sidecar.observe.trace import TracingStopwatch
 
@@ -50,6 +51,8 @@ class CallSettings:
     key_header: str = "X-Camera-Id"
     default_model: str = "qwen-vl-plus"
     passthrough: bool = False
+    no_native_api: str = ""
+    """Why paths of DashScope's own API cannot be passed on; empty if they can."""
     sampling: Sampling = field(default_factory=Sampling)
     """What trio-core's API sends where the request gives nothing."""
     traced: bool = False
@@ -65,6 +68,7 @@ class Call:
         api: Api,
         dispatcher: Dispatcher,
         settings: CallSettings,
+        models: ModelList,
         *,
         detector: Dispatcher | None,
         parser: Executor,
@@ -83,6 +87,7 @@ class Call:
         self.response: Answer | None = None
         self._error_sent = False
         self._dispatcher = dispatcher
+        self._models = models
         self._now = dispatcher.now
         self._arrived = self._now()
 
@@ -212,6 +217,11 @@ class Call:
         """The query of the caller's URL that the provider gets, without credentials."""
         return query_to_provider(self.http.raw_path.partition("?")[2])
 
+    @property
+    def asks_for_native_stream(self) -> bool:
+        """Whether a request to DashScope's own API asks for server-sent events."""
+        return self.http.headers.get("X-DashScope-SSE", "").lower() == "enable"
+
     def forwarded_headers(self) -> dict[str, str]:
         """Return the caller's headers that are forwarded to the provider, and the request id."""
         passed = to_provider(self.http.headers)
@@ -240,9 +250,15 @@ class Call:
         stream: bool,
         method: str = "POST",
         headers: Mapping[str, str] | None = None,
+        max_seconds: float = inf,
+        max_answer_bytes: int = MAX_ANSWER_BYTES,
     ) -> Answer:
-        """Send the caller's body unchanged to the upstream, and the upstream's answer unchanged to the caller."""
+        """Send the caller's body unchanged to the upstream, and the upstream's answer unchanged to the caller.
+
+        `max_seconds` bounds the time of this path, `max_answer_bytes` its whole answers.
+        """
         ticket = self.make_ticket(model=model, tokens=tokens, size_bytes=len(body))
+        ticket.deadline = min(ticket.deadline, self._arrived + max_seconds)
         request = Request(
             dialect=dialect,
             path=path,
@@ -253,6 +269,7 @@ class Call:
             deadline=ticket.deadline,
             method=method,
             query=self.query,
+            max_answer_bytes=max_answer_bytes,
         )
         del body  # the request holds the only copy
         reply = await self.ask(request, ticket)
@@ -274,14 +291,9 @@ class Call:
         return await detector.run(ticket, request)
 
     async def models(self) -> bytes:
-        """Return the backend's list of models. Raises `DeadlineExceeded`."""
-        try:
-            async with asyncio.timeout(self.settings.deadline):
-                return await self._dispatcher.models()
-        except TimeoutError as error:
-            raise DeadlineExceeded(
-                f"no list of models within {self.settings.deadline:g} s: ask again, or raise SIDECAR_DEADLINE"
-            ) from error
+        """Return the list of models; see `ModelList.get`."""
+        seconds = self._timeout_seconds(self.http.headers.get("X-Request-Timeout"))
+        return await self._models.get(seconds, max_seconds=self.settings.deadline)
 
     # -- answer --------------------------------------------------------------------------------------------------------
 

@@ -19,8 +19,9 @@ async def generation(call: Call) -> Answer:
     body = await call.read()
     parsed = await call.parse(body, _parse)
     body, model = with_model(body, parsed, call.settings.default_model)
-    stream = call.http.headers.get("X-DashScope-SSE", "").lower() == "enable"
-    return await call.forward("native", PATH, body, model=model, tokens=parsed.tokens(model), stream=stream)
+    return await call.forward(
+        "native", PATH, body, model=model, tokens=parsed.tokens(model), stream=call.asks_for_native_stream
+    )
 
 
 def _parse(body: bytes) -> ParsedBody:

@@ -1,4 +1,4 @@
-"""Forward the other endpoints of an OpenAI-compatible upstream (embeddings, files, completions).
+"""Forward the other endpoints of an OpenAI-compatible upstream (embeddings, files), or of DashScope's own API.
 
 These requests pass through the same admission as chat completions. They are forwarded only if `SIDECAR_PASSTHROUGH` is
 set and only to an upstream over HTTP, because every such request acts in the provider's account.
@@ -15,12 +15,16 @@ from sidecar.api.call import Call
 from sidecar.api.errors import InvalidRequest
 from sidecar.api.media import count_anything
 from sidecar.api.openai import BASES
+from sidecar.api.uploads import require_native_api
+
+#: The base path of DashScope's own API.
+NATIVE_BASE = "/api/v1"
 
 _METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
 
 
 async def passthrough(call: Call) -> Answer:
-    """Forward any method on any other path below `/v1` and `/compatible-mode/v1`."""
+    """Forward any method on any other path below `/v1`, `/compatible-mode/v1` and `/api/v1`."""
     http = call.http
     if http.method not in _METHODS:
         raise InvalidRequest(
@@ -29,7 +33,10 @@ async def passthrough(call: Call) -> Answer:
             code="method_not_allowed",
             allow=", ".join(_METHODS),
         )
-    base = next(base for base in BASES if http.raw_path.startswith(f"{base}/"))
+    is_native = call.api == "native"
+    if is_native:
+        require_native_api(call)
+    base = next(base for base in (*BASES, NATIVE_BASE) if http.raw_path.startswith(f"{base}/"))
     path = http.raw_path[len(base) :].partition("?")[0]
     if ".." in unquote(path).replace("\\", "/").split("/"):
         raise InvalidRequest("a path that leads out of the upstream's base does not pass through", status=404)
@@ -39,12 +46,12 @@ async def passthrough(call: Call) -> Answer:
     parsed = await call.parse(body, _parsed) if is_json else ParsedBody(None, stream=False)
     model = parsed.model or ""
     return await call.forward(
-        "openai",
+        "native" if is_native else "openai",
         path,
         body,
         model=model,
         tokens=parsed.tokens(model),
-        stream=parsed.stream,
+        stream=call.asks_for_native_stream if is_native else parsed.stream,
         method=http.method,
         headers={"Content-Type": content_type} if content_type else {},
     )

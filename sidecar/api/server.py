@@ -13,12 +13,13 @@ from urllib.parse import unquote
 
 from backends.http1.interface import Answer, HttpRequest
 from sidecar.admission import Draining
-from sidecar.api import native, openai
+from sidecar.api import native, openai, uploads
 from sidecar.api.call import TRACE, Call, CallSettings
 from sidecar.api.errors import Api, InvalidRequest, problem_of
-from sidecar.api.passthrough import passthrough
+from sidecar.api.passthrough import NATIVE_BASE, passthrough
 from sidecar.api.trio import endpoints as trio
 from sidecar.dispatch.dispatcher import Dispatcher
+from sidecar.dispatch.model_list import ModelList
 from sidecar.foreign_pages import ForeignPages
 
 log = logging.getLogger("sidecar.access")
@@ -39,7 +40,8 @@ ENDPOINTS: dict[str, dict[str, Endpoint]] = {}
 for _base in openai.BASES:
     ENDPOINTS[f"{_base}/chat/completions"] = {"POST": Endpoint("openai", openai.chat_completions)}
     ENDPOINTS[f"{_base}/models"] = {"GET": Endpoint("openai", openai.models)}
-ENDPOINTS["/api/v1" + native.PATH] = {"POST": Endpoint("native", native.generation)}
+ENDPOINTS[NATIVE_BASE + native.PATH] = {"POST": Endpoint("native", native.generation)}
+ENDPOINTS[NATIVE_BASE + uploads.PATH] = {"GET": Endpoint("native", uploads.upload_policy)}
 ENDPOINTS["/api/inference/describe"] = {"POST": Endpoint("trio", trio.describe)}
 ENDPOINTS["/api/inference/crop-describe"] = {"POST": Endpoint("trio", trio.crop_describe)}
 ENDPOINTS["/api/inference/detect"] = {"POST": Endpoint("trio", trio.detect)}
@@ -52,7 +54,9 @@ _DRAIN_TIMEOUT_TEXT = (
     "the sidecar is shutting down and could not finish this in the time it was given: try again in 1 s, "
     "or raise SIDECAR_DRAIN_TIMEOUT"
 )
-_PASSTHROUGH = Endpoint("openai", passthrough)
+#: Base path -> the endpoint of every other path below it, if `SIDECAR_PASSTHROUGH` is set.
+_PASSTHROUGH = {f"{base}/": Endpoint("openai", passthrough) for base in openai.BASES}
+_PASSTHROUGH[f"{NATIVE_BASE}/"] = Endpoint("native", passthrough)
 
 
 class DataServer:
@@ -62,6 +66,7 @@ class DataServer:
         self,
         dispatcher: Dispatcher,
         settings: CallSettings,
+        models: ModelList,
         *,
         foreign_pages: ForeignPages,
         detector: Dispatcher | None = None,
@@ -69,6 +74,7 @@ class DataServer:
         access_log: bool = False,
     ) -> None:
         self._dispatcher = dispatcher
+        self._models = models
         self._detector = detector
         self._foreign_pages = foreign_pages
         self._parser = ThreadPoolExecutor(1, "parse")  # one thread: large bodies take turns, and never all processors
@@ -108,13 +114,9 @@ class DataServer:
             endpoint = methods.get("GET" if http.method == "HEAD" else http.method)
         else:
             endpoint = _redirect_of(path) or self._passthrough_endpoint(path)
+        api = endpoint.api if endpoint else _api_of(path)
         call = Call(
-            http,
-            endpoint.api if endpoint else _api_of(path),
-            self._dispatcher,
-            self._settings,
-            detector=self._detector,
-            parser=self._parser,
+            http, api, self._dispatcher, self._settings, self._models, detector=self._detector, parser=self._parser
         )
         task = http.task
         assert task is not None  # noqa: S101  this code runs in that task
@@ -152,8 +154,9 @@ class DataServer:
 
     def _passthrough_endpoint(self, path: str) -> Endpoint | None:
         """Return the endpoint for a path that is not ours: pass-through if it is enabled, otherwise None."""
-        passes = self._settings.passthrough and path.startswith(tuple(f"{base}/" for base in openai.BASES))
-        return _PASSTHROUGH if passes else None
+        if not self._settings.passthrough:
+            return None
+        return next((endpoint for base, endpoint in _PASSTHROUGH.items() if path.startswith(base)), None)
 
     async def _answer(self, call: Call, error: Exception) -> Answer:
         if isinstance(error, ConnectionError) and call.http.caller_has_left:
@@ -215,7 +218,8 @@ def _refuse_path(path: str, method: str, methods: dict[str, Endpoint] | None) ->
         message = f"{path} takes {allow}, not {method[:20]}"
         raise InvalidRequest(message, status=405, code="method_not_allowed", allow=allow)
     raise InvalidRequest(
-        f"there is nothing at {path[:200]}; there is {', '.join(ENDPOINTS)}, and with SIDECAR_PASSTHROUGH all of /v1/",
+        f"there is nothing at {path[:200]}; there is {', '.join(ENDPOINTS)}, and with SIDECAR_PASSTHROUGH "
+        f"all of /v1/ and {NATIVE_BASE}/",
         status=404,
         code="not_found",
     )

@@ -9,9 +9,9 @@ from __future__ import annotations
 import random
 from collections.abc import Awaitable, Callable, Sequence
 from math import inf
+from typing import Protocol
 
 from backends.base import (
-    Backend,
     BackendError,
     BillingRefused,
     QuotaUsedUp,
@@ -53,10 +53,23 @@ class NoByteInTime(DeadlineExceeded):
     """The upstream sent no byte in the time that `Pool.patience` allows, so another upstream gets the request."""
 
 
+class Sender(Protocol):
+    """The part of a backend that the retry loop uses; see `Backend`."""
+
+    @property
+    def name(self) -> str:
+        """The name of the upstream."""
+        ...
+
+    async def send(self, request: Request, timings: Timings) -> Reply:
+        """Make one attempt."""
+        ...
+
+
 class Dispatcher:
     """The retry loop around the backends of one admission."""
 
-    def __init__(self, admission: Admission, backends: Sequence[Backend], metrics: Metrics) -> None:
+    def __init__(self, admission: Admission, backends: Sequence[Sender], metrics: Metrics) -> None:
         """Each backend serves the upstream of the same name."""
         self.admission = admission
         self.backends = {backend.name: backend for backend in backends}
@@ -75,16 +88,6 @@ class Dispatcher:
     def draining(self) -> bool:
         """True while draining: new requests are refused."""
         return self.admission.draining
-
-    async def models(self) -> bytes:
-        """Return the list of models of the first backend that returns one. Raises the error of the last backend."""
-        *others, last = self.backends.values()
-        for backend in others:
-            try:
-                return await backend.models()
-            except BackendError:
-                continue
-        return await last.models()
 
     async def run(
         self,
@@ -250,19 +253,20 @@ class Dispatcher:
         elif isinstance(failure, QuotaUsedUp):
             verdict = verdict._replace(named="quota_period", retry_after=failure.ends_in)
         permit.report(verdict)
+        self._metrics.refusals.count(verdict.at, name, failure)
         match failure:
             case Throttled():
-                self._metrics.throttled(name, failure.kind, failure.code)
+                self._metrics.throttled(name, failure.kind)
                 return "throttled"
             case BillingRefused():
-                self._metrics.throttled(name, "billing", failure.code)
+                self._metrics.throttled(name, "billing")
                 return "throttled"
             case QuotaUsedUp():
-                self._metrics.throttled(name, "quota_period", failure.code)
+                self._metrics.throttled(name, "quota_period")
                 return "throttled"
             case Unauthorized():
                 self._metrics.key_refused(name, failure.message)
-                self._metrics.throttled(name, "unauthorized", failure.code)
+                self._metrics.throttled(name, "unauthorized")
                 return "client_error"
             case Rejected():
                 return "client_error"
@@ -306,7 +310,8 @@ class Dispatcher:
 
     @staticmethod
     def _record_timings(ticket: Ticket, timings: Timings, now: float) -> None:
-        """Add the backend's times (start of work, first byte) to the ticket's stopwatch."""
+        """Add the backend's times (start of work, first byte) to the ticket's stopwatch, and count what was resent."""
+        ticket.attempts += timings.resends
         started = timings.work_started
         if started is not None:
             ticket.stopwatch.switch("first_byte", started)

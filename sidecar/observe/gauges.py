@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from sidecar.admission import Admission, CircuitState, PoolStatus, Priority, State, UpstreamStatus
+from sidecar.admission import NO_MODEL, Admission, CircuitState, PoolStatus, Priority, State, UpstreamStatus
 
 
 class AdmissionGauges(Collector):
@@ -47,6 +47,7 @@ class AdmissionGauges(Collector):
                 size.add_metric((name,), sum(pool.waiting_bytes for pool in queues))
                 upstreams = list(upstreams_named(pools, name))
                 in_flight.add_metric((name,), sum(upstream.concurrency.in_flight or 0 for upstream in upstreams))
+                upstreams = [upstream for upstream in upstreams if upstream.model != NO_MODEL]
                 for family, gates in (
                     (request_rate, [upstream.requests for upstream in upstreams]),
                     (token_rate, [upstream.tokens for upstream in upstreams]),

@@ -16,6 +16,7 @@ from prometheus_client import CollectorRegistry, Gauge, Histogram, disable_creat
 from backends.base import Throttled, Usage
 from sidecar.admission import Priority, Ticket
 from sidecar.observe import instruments
+from sidecar.observe.refusal_words import RefusalWords
 from sidecar.observe.trace import TracingStopwatch
 
 log = logging.getLogger("sidecar")
@@ -103,7 +104,7 @@ class Metrics:
             "sidecar_tokens", "LLM tokens as the provider counted them.", ("backend", "model", "kind")
         )
         self._labelled_models: set[str] = set()
-        self._logged_codes: set[str] = set()
+        self.refusals = RefusalWords()
         self._key_refused_by: set[str] = set()  # backends whose provider has refused the key
         self.batch_size = Histogram(
             "sidecar_batch_size",
@@ -169,12 +170,9 @@ class Metrics:
             self._key_refused_by.add(backend)
             log.warning("%s: %s. Is SIDECAR_DASHSCOPE_API_KEY a key of this provider and region?", backend, message)
 
-    def throttled(self, backend: str, kind: str, code: str) -> None:
-        """Count a call that the provider refused because of a limit. Log an unknown code once."""
+    def throttled(self, backend: str, kind: str) -> None:
+        """Count a call that the provider refused because of a limit."""
         self._throttles[backend, kind] += 1
-        if kind == "unknown" and code not in self._logged_codes and len(self._logged_codes) < MAX_MODELS:
-            self._logged_codes.add(code)
-            log.warning("the provider refused with a code this version does not know: %.80r", code)
 
     def retry(self, backend: str, why: Exception) -> None:
         """Count a ticket that returns to the queue after an attempt without an answer."""

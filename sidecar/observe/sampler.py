@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from math import inf
 from typing import Any
 
-from sidecar.admission import CAUSES, Admission, Change, PoolStatus
+from sidecar.admission import CAUSES, NO_MODEL, Admission, Change, PoolStatus
 from sidecar.observe.gauges import upstreams_named
 from sidecar.observe.metrics import Metrics
 from sidecar.observe.time_series import FIELDS, Point, TimeSeries
@@ -40,6 +40,7 @@ class Sampler:
 
     def __init__(self, metrics: Metrics, admissions: Sequence[Admission]) -> None:
         self._metrics = metrics
+        self.refusals = metrics.refusals
         self._admissions = admissions
         self._clock = asyncio.get_running_loop().time
         self._started_at = self._last_sample_at = self._last_summary_at = self._clock()
@@ -118,7 +119,7 @@ class Sampler:
             if pool.upstreams[0].name == name and (count := sum(pool.waiting.values())):
                 waiting[pool.cause or "turn"] += count
         upstreams = list(upstreams_named(pools, name))
-        used = {pool.model for pool in pools if now - pool.last_used < SUMMARY_SECONDS}
+        used = {pool.model for pool in pools if now - pool.last_used < SUMMARY_SECONDS} - {NO_MODEL}
         for upstream in upstreams:
             if upstream.model in used or len(upstreams) == 1:
                 for unit, gate in (("requests", upstream.requests), ("tokens", upstream.tokens)):

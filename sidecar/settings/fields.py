@@ -112,7 +112,7 @@ class Settings(BaseModel):
     )
     state_file: values.File = Field(None, description="file where the learned limits survive a restart")
     passthrough: values.Flag = Field(
-        False, description="other /v1 paths go to an HTTP upstream under the same admission"
+        False, description="other /v1 and /api/v1 paths go to an HTTP upstream under the same admission"
     )
     access_log: values.Flag = Field(False, description="one log line a request, with its waits")
     log_format: values.LogFormat = Field(None, description="json or human. Default: human on a terminal, else json")

@@ -19,9 +19,11 @@ from backends.remote.error_bodies import lenient_json
 
 CHAT = Request("openai", "/chat/completions", b'{"messages": []}', "m")
 STREAM = Request("openai", "/chat/completions", b'{"stream": true}', "m", stream=True)
-NATIVE = Request("native", "/services/x", b"{}", "m")
+NATIVE = Request("native", "/services/aigc/multimodal-generation/generation", b"{}", "m")
 #: A native request of a server without a native API: it is translated.
-TRANSLATED = Request("native", "/services/x", b'{"input": {"messages": []}}', "m", stream=True)
+TRANSLATED = Request(
+    "native", "/services/aigc/multimodal-generation/generation", b'{"input": {"messages": []}}', "m", stream=True
+)
 
 
 @asynccontextmanager
@@ -453,7 +455,7 @@ async def test_an_odd_usage_does_not_cut_a_translated_stream(plain_backend, upst
 @pytest.mark.parametrize("usage", ODD_USAGES)
 async def test_an_odd_usage_does_not_spoil_a_translated_answer(plain_backend, upstream, usage):
     upstream.script = answering({**CHAT_ANSWER, "usage": usage})
-    whole = Request("native", "/services/x", TRANSLATED.body, "m")
+    whole = Request("native", "/services/aigc/multimodal-generation/generation", TRANSLATED.body, "m")
     assert json.loads((await plain_backend.send(whole, Timings())).body)["usage"] == {}
 
 

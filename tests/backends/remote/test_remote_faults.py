@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from dataclasses import replace
 from typing import cast
 
 import pytest
@@ -383,14 +384,13 @@ async def test_only_a_part_of_an_enormous_error_body_is_read(backend, upstream):
     assert sent < 40_000_000
 
 
-async def test_only_a_part_of_an_enormous_answer_is_read(backend, upstream, monkeypatch):
-    monkeypatch.setattr("backends.remote.backend._BODY_LIMIT", 1_000_000)
-
+async def test_only_a_part_of_an_enormous_answer_is_read(backend, upstream):
     async def script(link: Link, _: Seen) -> None:
         await link.answer(b"[" + b"1," * 600_000 + b"1]")
 
     upstream.script = script
-    assert "longer than 1000000 bytes" in await failure_of(backend, ServerFailed)
+    request = replace(CHAT, max_answer_bytes=1_000_000)
+    assert "longer than 1000000 bytes" in await failure_of(backend, ServerFailed, request)
 
 
 async def test_an_answer_before_the_end_of_the_request_is_used_and_its_connection_closed(connected):

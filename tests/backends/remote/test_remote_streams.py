@@ -26,7 +26,9 @@ async def backend(upstream):
 
 
 OPENAI = Request(dialect="openai", path="/chat/completions", body=b"{}", model="m", stream=True)
-NATIVE = Request(dialect="native", path="/services/x", body=b"{}", model="m", stream=True)
+NATIVE = Request(
+    dialect="native", path="/services/aigc/multimodal-generation/generation", body=b"{}", model="m", stream=True
+)
 
 
 def delta(text: str, **more: object) -> bytes:
