@@ -267,7 +267,6 @@ class Upstream:
         in_flight = self.concurrency.reserve(now, ticket, 0.0, held=held == "concurrency")
         if not self._paced:
             return Permit(self, ticket, now, (in_flight,), on_end)
-        load = self.wordless.sent(now, self.concurrency.in_flight - 1) if self.wordless.awake else None
         cost = self.cost(ticket)
         # The typical cost of an attempt: until the first answer, the mean of the attempts in flight; afterwards a
         # moving average (weight 0.05).
@@ -281,7 +280,8 @@ class Upstream:
                 growth.trim(now)
         tokens = self.tokens.reserve(now, ticket, cost, held=held == "token_rate")
         permit = Permit(self, ticket, now, (in_flight, requests, now, tokens), on_end)
-        permit.load = load
+        if self.wordless.awake:
+            permit.load = self.wordless.sent(now, self.concurrency.in_flight - 1)
         return permit
 
     def read_failure(self, permit: Permit, now: float) -> Reading:
