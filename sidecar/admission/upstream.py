@@ -334,7 +334,8 @@ class Upstream:
         self.circuit.settle(now, ticket, verdict, blamed=blamed)  # last: it may open because of what the rates learned
         if self.concurrency.discovered:
             # The refusals came from a concurrency limit, so the learned request rate was not a limit.
-            self.requests.resume(now, 1.0)
+            self.requests.resume(now, UNKNOWN if self._limit_without_words else 1.0)
+            self._limit_without_words = False
         if blamed in ("request_rate", "token_rate"):
             nothing_accepted = (self.requests if blamed == "request_rate" else self.tokens).refuses_everything
         else:

@@ -35,7 +35,14 @@ from sidecar.admission import (
 )
 from sidecar.admission.gates.base import VerdictOutcome
 from sidecar.dispatch.deadlines import Deadlines
-from sidecar.dispatch.retry_policy import OUTAGE_CHECK_SECONDS, Action, RetryPolicy, Situation, jitter
+from sidecar.dispatch.retry_policy import (
+    MAX_FAILED_ATTEMPTS,
+    OUTAGE_CHECK_SECONDS,
+    Action,
+    RetryPolicy,
+    Situation,
+    jitter,
+)
 from sidecar.observe.metrics import Metrics, RequestOutcome
 from sidecar.observe.trace import TracingStopwatch
 
@@ -159,7 +166,7 @@ class Dispatcher:
         ticket.not_before, ticket.only_while_failing = now, None
         if upstream.unavailable and not situation.elsewhere:
             ticket.tried = ()  # it was a probe, and no other upstream is left: it waits among all other tickets again
-        times = upstream.wordless.times_failed(ticket)
+        times = min(upstream.wordless.times_failed(ticket), MAX_FAILED_ATTEMPTS)
         if action == "again" and times > 1:
             # The others go first: if they are answered, this request itself is the cause.
             ticket.not_before += jitter(self._random, times - 1, ticket.deadline - now)

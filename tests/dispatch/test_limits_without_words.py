@@ -73,7 +73,7 @@ def six_at_a_time(now, in_flight):
 @pytest.mark.parametrize("offered", [15.0, 9.0], ids=["above the limit", "below it"])
 @pytest.mark.parametrize(
     ("refuses", "share"),
-    [(lambda: Bucket(1), 0.9), (lambda: Bucket(6), 0.9), (lambda: six_at_a_time, 0.75)],
+    [(lambda: Bucket(1), 0.9), (lambda: Bucket(6), 0.9), (lambda: six_at_a_time, 0.8)],
     ids=["no burst", "burst", "connections"],
 )
 def test_a_limit_without_words_is_learned_and_no_caller_sees_its_5xx(refuses, share, offered):

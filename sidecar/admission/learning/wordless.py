@@ -6,7 +6,7 @@ failures come: a limit refuses when more was sent just before, the other causes 
 
 Each attempt is ranked by three measures of the load at its start. Under a cause that does not depend on the load, the
 rank of a failure is uniform between 0 and 1. Under a limit it is near 1. The sum of the logarithms of the likelihood
-ratio (CUSUM; Page, 1954) says which of the two is true. It needs about ten failures.
+ratio (CUSUM; Page, 1954) says which of the two is true. It needs 6 to 12 failures.
 """
 
 from __future__ import annotations
