@@ -267,7 +267,7 @@ class Dispatcher:
             f"{failure.message}; it does so when more is sent, so this is read as a limit",
             kind="unknown",
             status=failure.status,
-            code=failure.code,
+            code=failure.code or f"status {failure.status}",
             body=failure.body,
             headers=failure.headers,
         )

@@ -55,10 +55,10 @@ async def test_a_full_server_is_counted_as_refusals_and_no_caller_sees_its_503(r
 
 async def test_a_real_nginx_with_its_default_status_is_learned_as_a_limit():
     real_part("nginx")
-    rate, statuses = 40.0, Counter()
+    rate, statuses = 20.0, Counter()
 
     async def ask():
-        async with sidecar.post(chat(), headers={"X-Request-Timeout": "15"}) as response:
+        async with sidecar.post(chat(), headers={"X-Request-Timeout": "60"}) as response:
             await response.read()
             statuses[response.status] += 1
 
@@ -71,13 +71,14 @@ async def test_a_real_nginx_with_its_default_status_is_learned_as_a_limit():
             running(dashscope_url=f"http://127.0.0.1:{front}/v1") as sidecar,
         ):
             async with asyncio.TaskGroup() as tasks:
-                for _ in range(400):  # 8 s at 50/s
+                for number in range(200):  # groups of 5 that come at the same time, at 50/s
                     tasks.create_task(ask())
-                    await asyncio.sleep(0.02)
+                    if number % 5 == 4:
+                        await asyncio.sleep(0.1)
             metrics = await sidecar.metrics()
         refused = (folder / "access").read_text().count(" 503")
     answering.close()
-    assert statuses == {200: 400}
+    assert statuses == {200: 200}
     assert refused > 0
     assert 0 < metrics['sidecar_throttles_total{backend="dashscope",kind="unknown"}'] <= refused
     assert metrics['sidecar_limit_requests_per_second{backend="dashscope"}'] > 0.3 * rate
