@@ -31,7 +31,7 @@ def missing(part: str, how_to_get_it: str) -> NoReturn:
 
 def real_part(program: str, how_to_get_it: str = "`.ci/parts` brings it on a Debian machine") -> str:
     """Give the program's path."""
-    found = shutil.which(program, path=os.pathsep.join([str(PARTS), os.environ["PATH"]]))
+    found = shutil.which(program, path=os.pathsep.join([str(PARTS), str(PARTS.with_name("sbin")), os.environ["PATH"]]))
     if found is None:
         missing(f"the program {program}", how_to_get_it)
     return found

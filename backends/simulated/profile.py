@@ -50,6 +50,7 @@ class Profile:
     moderation_share: float = _option(0.0, "share of accepted requests that content inspection refuses, 0 to 1")
     in_stream_errors: bool = _option(False, "errors of a streaming request come as a frame inside its 200 stream")
     vague_refusals: bool = _option(False, "a refusal says `Throttling` and not which limit it was")
+    wordless_refusals: bool = _option(False, "a refusal is a 503 with a page that names no limit, as nginx's")
     retry_after: str = _option("", "Retry-After of a refusal: nothing, `honest`, or any text to be sent as it is")
 
     latency_seconds: float = _option(0.0, "median time to a whole answer")

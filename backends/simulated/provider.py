@@ -22,6 +22,9 @@ from backends.simulated.wire import FAULTS, Answer, Fault, Prompt, error_frame, 
 #: The models that `GET /v1/models` lists. The provider also serves every other name.
 MODELS = ("qwen-vl-plus", "qwen-vl-max", "qwen3-vl-plus", "qwen3-vl-flash")
 
+#: nginx's own page for a limit whose status was not configured.
+_WORDLESS_PAGE = b"<html><head><title>503 Service Temporarily Unavailable</title></head></html>"
+
 #: The outcome of a call that no limit refused.
 Outcome = Literal["answered", "cancelled", "invalid", "moderation", "error", "reset"]
 
@@ -240,6 +243,9 @@ class Call:
         else:
             fault = FAULTS["unknown" if profile.vague_refusals and refusal != "billing" else refusal]
         headers = {}
+        if profile.wordless_refusals and refusal not in ("outage", "billing"):
+            await self._sleep_refusal()
+            return Response(503, {"Content-Type": "text/html"}, _WORDLESS_PAGE)
         if fault.status == 429 and profile.retry_after:
             headers["Retry-After"] = profile.retry_after
             if profile.retry_after == "honest":

@@ -255,6 +255,20 @@ def _outage(result: Result, oracle: Result) -> list[Check]:
     ]
 
 
+def _without_words(result: Result, oracle: Result) -> list[Check]:
+    failed = sum(run.outcomes()["failed"] for run in result.runs)
+    return [*usual(0.9, 20)(result, oracle), at_most("5xx visible", failed, 0)]
+
+
+def _open_without_words(result: Result, oracle: Result) -> list[Check]:
+    failed = sum(run.outcomes()["failed"] for run in result.runs)
+    return [
+        at_least("answered", result.ok / result.asked, 0.999),
+        at_most("refusals/1000", result.per_thousand, 20),
+        at_most("5xx visible", failed, 0),
+    ]
+
+
 def _images(random: Random) -> int:
     """Return the LLM tokens of a thumbnail, a 720p frame or a 1080p frame, as `qwen-vl` counts them."""
     return random.choice((300, 1200, 2600))
@@ -393,4 +407,7 @@ TABLE: list[Scenario] = [
         usual(0.95, 10),
         seconds=600,
     ),
+    Scenario("17a", "a 503 without words for a limit", _p(wordless_refusals=True), saturated(), _without_words),
+    Scenario("17b", "the same, no burst", _p(wordless_refusals=True, burst_requests=1), saturated(), _without_words),
+    Scenario("17c", "the same, .9 of the quota", _p(wordless_refusals=True), poisson(9.0), _open_without_words),
 ]

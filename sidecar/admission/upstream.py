@@ -17,8 +17,10 @@ from sidecar.admission.gates.growth import GrowthGate
 from sidecar.admission.gates.rate import RateGate
 from sidecar.admission.gates.rise import RiseGate
 from sidecar.admission.gates.token_cost import TokenCost
-from sidecar.admission.learning.learner import Learner, Recovery, Remembered
+from sidecar.admission.learning.learner import UNKNOWN, Learner, Recovery, Remembered
 from sidecar.admission.learning.policer_learner import PolicerLearner
+from sidecar.admission.learning.tuning import ESTIMATE_UNSUREST
+from sidecar.admission.learning.wordless import Load, Reading, WordlessLimit
 from sidecar.admission.ticket import Cause, Ticket
 
 #: After an outage the pace begins at this share of the learned limit.
@@ -52,7 +54,7 @@ class Permit:
     received it.
     """
 
-    __slots__ = ("_on_end", "_reservations", "number", "sent_at", "ticket", "upstream")
+    __slots__ = ("_on_end", "_reservations", "load", "number", "reading", "sent_at", "ticket", "upstream")
 
     def __init__(
         self,
@@ -67,6 +69,10 @@ class Permit:
         self.sent_at = now
         self.number = upstream.started
         """Sequence number of the attempt at this upstream, starting at 1."""
+        self.load: Load | None = None
+        """The load at the start, recorded only while failures could be refusals without words."""
+        self.reading: Reading | None = None
+        """How the attempt's 5xx was read; None if there was none, or if it named its reason."""
         self._reservations: tuple[Any, ...] | None = reservations
         self._on_end = on_end
 
@@ -88,6 +94,14 @@ class Permit:
         if reservations is not None:
             self.upstream.settle(self, reservations, verdict)
             self._on_end(self)
+
+    def read_failure(self, now: float) -> Reading:
+        """Return how to read the attempt's 5xx that named no limit: a limit may have refused it without words.
+
+        Call it before `report`, and report `refused` if it says so.
+        """
+        self.reading = self.upstream.read_failure(self, now)
+        return self.reading
 
     def release(self, now: float) -> None:
         """End an attempt that has no verdict, as abandoned. Does nothing if the verdict was reported."""
@@ -176,6 +190,8 @@ class Upstream:
         )
         rates: list[Gate] = [self.requests, self.growth, self.tokens] if paced else []
         self._gates: list[Gate] = [self.concurrency, *rates]
+        self.wordless = WordlessLimit()
+        self._limit_without_words = False  # True: the learned request rate comes only from refusals without words
         self._paces: list[Gate] = [self.rise, *rates]  # the gates that `opening` asks last, in this order
         self._latencies: deque[float] = deque(maxlen=64)
         self._answers = 0
@@ -263,7 +279,35 @@ class Upstream:
             if len(growth.log) > MAX_REMEMBERED:
                 growth.trim(now)
         tokens = self.tokens.reserve(now, ticket, cost, held=held == "token_rate")
-        return Permit(self, ticket, now, (in_flight, requests, now, tokens), on_end)
+        permit = Permit(self, ticket, now, (in_flight, requests, now, tokens), on_end)
+        if self.wordless.awake:
+            permit.load = self.wordless.sent(now, self.concurrency.in_flight - 1)
+        return permit
+
+    def read_failure(self, permit: Permit, now: float) -> Reading:
+        """See `Permit.read_failure`. A backend that has no quota never refuses."""
+        if not self._paced:
+            return "failed"
+        was_sure = self.wordless.sure
+        reading = self.wordless.failed(
+            now,
+            permit.ticket,
+            sent_at=permit.sent_at,
+            number=permit.number,
+            load=permit.load,
+            answer_seconds=self.latency,
+            answers=self._answers,
+        )
+        if self.wordless.sure and not was_sure and self.requests.learner.limit == inf:
+            # The learner did not see the refusals so far. So it begins with what was accepted beside them.
+            accepted = self.wordless.accepted_per_second(now)
+            known = Remembered(accepted, 1.0, ESTIMATE_UNSUREST, "failures that come when more is sent")
+            self.requests.resume(now, known)
+            self._limit_without_words = True
+        elif was_sure and not self.wordless.sure and self._limit_without_words:
+            self.requests.resume(now, UNKNOWN)
+            self._limit_without_words = False
+        return reading
 
     def settle(self, permit: Permit, reservations: tuple[Any, ...], verdict: Verdict) -> None:
         """Report the verdict of an ended attempt to every gate. Called once for each attempt."""
@@ -281,13 +325,17 @@ class Upstream:
                 self.requests.limit_forgotten = self.tokens.limit_forgotten = False
                 self.rise.start(permit.sent_at)
             return
-        blamed = self._blamed(now, reservations, verdict) if verdict.outcome == "refused" else None
+        blamed = None
+        if verdict.outcome == "refused":
+            blamed = self._blamed(now, reservations, verdict)
+            self._limit_without_words = self._limit_without_words and permit.reading is not None
         for gate, reservation in zip(self._gates, reservations, strict=True):
             gate.settle(now, reservation, verdict, blamed=blamed)
         self.circuit.settle(now, ticket, verdict, blamed=blamed)  # last: it may open because of what the rates learned
         if self.concurrency.discovered:
             # The refusals came from a concurrency limit, so the learned request rate was not a limit.
-            self.requests.resume(now, 1.0)
+            self.requests.resume(now, UNKNOWN if self._limit_without_words else 1.0)
+            self._limit_without_words = False
         if blamed in ("request_rate", "token_rate"):
             nothing_accepted = (self.requests if blamed == "request_rate" else self.tokens).refuses_everything
         else:

@@ -35,7 +35,14 @@ from sidecar.admission import (
 )
 from sidecar.admission.gates.base import VerdictOutcome
 from sidecar.dispatch.deadlines import Deadlines
-from sidecar.dispatch.retry_policy import OUTAGE_CHECK_SECONDS, Action, RetryPolicy, Situation, jitter
+from sidecar.dispatch.retry_policy import (
+    MAX_FAILED_ATTEMPTS,
+    OUTAGE_CHECK_SECONDS,
+    Action,
+    RetryPolicy,
+    Situation,
+    jitter,
+)
 from sidecar.observe.metrics import Metrics, RequestOutcome
 from sidecar.observe.trace import TracingStopwatch
 
@@ -131,7 +138,8 @@ class Dispatcher:
                     raise
                 outcome, upstream = self._outcome_of(failure), permit.upstream
                 failed_attempts += outcome == "failed"
-                is_out = self._is_out(upstream, permit.sent_at if failed_at is None else failed_at)
+                undecided = permit.reading == "undecided"
+                is_out = undecided or self._is_out(upstream, permit.sent_at if failed_at is None else failed_at)
                 failed_at = self.now()
                 action = self._decide(ticket, upstream, outcome, failed_attempts, is_out=is_out)
                 if action == "fail":
@@ -139,7 +147,8 @@ class Dispatcher:
                 if action == "elsewhere" or is_out:
                     failed_attempts = 0  # it counts attempts in a row at one upstream that answers other requests
                 self._metrics.retry(upstream.name, failure)
-                last_failure = failure.with_traceback(None) if outcome in ("failed", "timed_out") else None
+                is_fault = outcome in ("failed", "timed_out") and not undecided
+                last_failure = failure.with_traceback(None) if is_fault else None
 
     def _decide(
         self, ticket: Ticket, upstream: Upstream, outcome: VerdictOutcome, failed_attempts: int, *, is_out: bool
@@ -160,12 +169,16 @@ class Dispatcher:
         ticket.not_before, ticket.only_while_failing = now, None
         if upstream.unavailable and not situation.elsewhere:
             ticket.tried = ()  # it was a probe, and no other upstream is left: it waits among all other tickets again
-        if action == "elsewhere":
+        times = min(upstream.wordless.times_failed(ticket), MAX_FAILED_ATTEMPTS)
+        if action == "again" and times > 1:
+            # The others go first: if they are answered, this request itself is the cause.
+            ticket.not_before += jitter(self._random, times - 1, ticket.deadline - now)
+        elif action == "elsewhere":
             ticket.tried = (*ticket.tried, upstream)
             if all(one in ticket.tried for one in pool.upstreams):
                 ticket.tried = ()  # an earlier failure was long ago: since then, the last upstream was out
         elif action == "again_later":
-            ticket.not_before += jitter(self._random, failed_attempts, ticket.deadline - now)
+            ticket.not_before += jitter(self._random, max(failed_attempts, times), ticket.deadline - now)
         elif action == "again_if_failing":
             ticket.not_before += min(OUTAGE_CHECK_SECONDS, max(ticket.deadline - now, 0.0))
             ticket.only_while_failing = upstream
@@ -228,7 +241,10 @@ class Dispatcher:
                 "allow more time, in X-Request-Timeout and SIDECAR_DEADLINE"
             ) from timeout
         except (BackendError, NoByteInTime) as failure:
-            result = self._report(permit, failure)
+            told = self._as_refusal(permit, failure)
+            result = self._report(permit, told or failure)
+            if told is not None:
+                raise told from None
             raise
         finally:
             self._metrics.attempt(name, result)
@@ -243,6 +259,23 @@ class Dispatcher:
                 return await self.backends[name].send(request, timings)
         except TimeoutError:
             raise NoByteInTime(f"{name} sent no byte for {patience:.1f} s") from None
+
+    def _as_refusal(self, permit: Permit, failure: Exception) -> Throttled | None:
+        """Return the failure as a refusal, if it is a 5xx by which a limit refused the request without words."""
+        if type(failure) is not ServerFailed or permit.ticket.streaming or not failure.may_resend:
+            return None
+        if permit.read_failure(self.now()) != "refused":
+            return None
+        refusal = Throttled(
+            f"{failure.message}; it does so when more is sent, so this is read as a limit",
+            kind="unknown",
+            status=failure.status,
+            code=failure.code or f"status {failure.status}",
+            body=failure.body,
+            headers=failure.headers,
+        )
+        refusal.quote, refusal.upstream_request_id = failure.quote, failure.upstream_request_id
+        return refusal
 
     def _report(self, permit: Permit, failure: Exception) -> str:
         """Report a failed attempt as a verdict. Return the result for the metrics."""

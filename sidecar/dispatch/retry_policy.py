@@ -36,7 +36,8 @@ class Situation:
     elsewhere: bool
     """True if an upstream that the request has not tried could take it."""
     failing: bool
-    """True if the upstream has answered before and now fails different requests in a row: an outage."""
+    """True if the upstream has answered before and now fails different requests in a row: an outage. Also if a limit
+    may have refused this attempt without words."""
     has_answered: bool
     """True if the upstream has answered before, so its address is right."""
     failed_attempts: int

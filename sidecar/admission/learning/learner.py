@@ -44,12 +44,13 @@ UNKNOWN = Unknown.UNKNOWN
 
 @dataclass(frozen=True, slots=True)
 class Remembered:
-    """A limit from before a restart. Rates are per second."""
+    """A limit that is known from elsewhere, such as from before a restart. Rates are per second."""
 
     limit: float
     burst: float
     error: float
     """The relative error of the limit."""
+    why: str = "remembered from before the restart"
 
 
 @dataclass(frozen=True, slots=True)

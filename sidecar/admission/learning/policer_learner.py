@@ -452,7 +452,7 @@ class PolicerLearner:
         self._cut_at = now
         self.unpaced = self._confirmed = False
         self._remembered_at = now
-        self.estimate.on(now, Event.REMEMBERED, "remembered from before the restart")
+        self.estimate.on(now, Event.REMEMBERED, known.why)
         self._begin()
 
     def rate(self, now: float) -> float:

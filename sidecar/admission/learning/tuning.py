@@ -188,3 +188,23 @@ CLIMB_IN_VAIN = 0.8
 
 #: Width of a bin in seconds.
 HISTORY_BIN_SECONDS = 0.05
+
+# -- wordless --------------------------------------------------------------------------------------------
+
+#: A failure can be a refusal without words only if it came in less than this share of the time of an answer.
+WORDLESS_FAST = 0.2
+#: Number of recent attempts with whose loads a failure is compared, and the smallest number that shows anything.
+WORDLESS_RECENT, WORDLESS_MIN_KNOWN = 64, 4
+#: One measure of the load is the time in which this many attempts were sent.
+WORDLESS_SPAN = 8
+#: Under a limit, the density of a failure's rank r among the loads is assumed to be (1 + SHAPE) x r^SHAPE.
+WORDLESS_SHAPE = 3.0
+#: The failures are refusals when the sum of the logarithms reaches this value: failures that do not depend on the load
+#: reach it by chance once in about e^8 = 3,000 failures. One failure lowers the sum by at most the second value.
+WORDLESS_SURE, WORDLESS_MAX_DROP = 8.0, 3.0
+#: A request that fails again while this many others were answered and none failed is itself the cause.
+WORDLESS_OTHERS = 4
+#: Seconds without a fast failure after which attempts are no longer recorded.
+WORDLESS_SLEEP_SECONDS = 60.0
+#: A request that fails this often, before enough is known, is read as failed.
+WORDLESS_UNKNOWN = 3
