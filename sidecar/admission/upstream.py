@@ -17,7 +17,7 @@ from sidecar.admission.gates.growth import GrowthGate
 from sidecar.admission.gates.rate import RateGate
 from sidecar.admission.gates.rise import RiseGate
 from sidecar.admission.gates.token_cost import TokenCost
-from sidecar.admission.learning.learner import Learner, Recovery, Remembered
+from sidecar.admission.learning.learner import UNKNOWN, Learner, Recovery, Remembered
 from sidecar.admission.learning.policer_learner import PolicerLearner
 from sidecar.admission.ticket import Cause, Ticket
 
@@ -319,17 +319,18 @@ class Upstream:
 
         None: the refusal is for capacity, so no gate learns a limit from it.
         """
-        if verdict.named == "capacity" or verdict.named == "quota_period":  # noqa: PLR1714  `in` would not narrow the type
+        named = verdict.named
+        if named == "capacity" or named == "quota_period" or named == "unauthorized":  # noqa: PLR1714  `in` would not narrow
             return None
         if not self._paced or self.circuit.state is not None:
             return "hold"
-        if verdict.named in (None, "request_rate") and self.concurrency.explains(reservations[0]):
+        if named in (None, "request_rate") and self.concurrency.explains(reservations[0]):
             return "concurrency"
-        if verdict.named is None:
+        if named is None:
             # The rate with the highest use of its own limit. While nothing is known: the request rate.
             by_tokens = self.tokens.learner.use(now) > self.requests.learner.use(now)
             return "token_rate" if by_tokens else "request_rate"
-        return verdict.named
+        return named
 
     def _answered(self, now: float, permit: Permit, verdict: Verdict) -> None:
         self._accepted_at = now
@@ -363,6 +364,11 @@ class Upstream:
                 if gate.learner.limit < inf:
                     gate.resume(now, recovery)
                     self.circuit.ends_by_itself = gate.learner.windowed
+        elif state is CircuitState.QUOTA:
+            self.concurrency.forget_guess(now)
+            for gate in (self.requests, self.tokens):
+                if gate.learner.limit < inf and not gate.learner.certain:
+                    gate.resume(now, UNKNOWN)  # it was learned from refusals because of the quota
         elif state is CircuitState.OUTAGE or self.requests.learner.limit == inf:
             self.requests.resume(now, OUTAGE_SHARE)
 
@@ -413,7 +419,7 @@ class Upstream:
 
     def next_probe_in(self, now: float) -> float:
         """Return the seconds until the next probe; no attempt can start earlier. 0 while the circuit is closed."""
-        return max(self.circuit.next_probe - now, 0.0) if self.circuit.state is not None else 0.0
+        return max(self.circuit.next_probe - now, 0.0)
 
     def throughput(self, now: float, ticket: Ticket) -> float:
         """Return how many attempts with the cost of this ticket can certainly start in one second."""

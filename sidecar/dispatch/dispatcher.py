@@ -27,6 +27,7 @@ from sidecar.admission import (
     Admission,
     DeadlineUnreachable,
     Dimension,
+    KeyClosed,
     Permit,
     StillFailing,
     Ticket,
@@ -116,7 +117,7 @@ class Dispatcher:
                         raise
                     watch.switch("write", self.now())
                     return reply
-            except (DeadlineUnreachable, StillFailing):
+            except (DeadlineUnreachable, StillFailing, KeyClosed):
                 if last_failure is None:
                     raise
                 try:
@@ -136,7 +137,7 @@ class Dispatcher:
                 if action == "elsewhere" or is_out:
                     failed_attempts = 0  # it counts attempts in a row at one upstream that answers other requests
                 self._metrics.retry(upstream.name, failure)
-                last_failure = failure.with_traceback(None) if outcome in ("failed", "timed_out") else None
+                last_failure = failure.with_traceback(None) if outcome != "refused" else None
 
     def _decide(
         self, ticket: Ticket, upstream: Upstream, outcome: VerdictOutcome, failed_attempts: int, *, is_out: bool
@@ -149,6 +150,7 @@ class Dispatcher:
             failing=is_out,
             has_answered=upstream.has_answered,
             failed_attempts=failed_attempts,
+            certain=ticket.doubted or upstream.circuit.refuses_account,
         )
         action = self._policies[upstream.name].decide(now, situation)
         if action == "fail":
@@ -161,6 +163,8 @@ class Dispatcher:
             ticket.tried = (*ticket.tried, upstream)
             if all(one in ticket.tried for one in pool.upstreams):
                 ticket.tried = ()  # an earlier failure was long ago: since then, the last upstream was out
+        elif action == "again_first":
+            ticket.doubted = True
         elif action == "again_later":
             ticket.not_before += jitter(self._random, failed_attempts, ticket.deadline - now)
         elif action == "again_if_failing":
@@ -249,6 +253,8 @@ class Dispatcher:
             verdict = verdict._replace(named=_NAMED.get(failure.kind), retry_after=failure.retry_after)
         elif isinstance(failure, QuotaUsedUp):
             verdict = verdict._replace(named="quota_period", retry_after=failure.ends_in)
+        elif isinstance(failure, Unauthorized):
+            verdict = verdict._replace(named="unauthorized")
         permit.report(verdict)
         match failure:
             case Throttled():
@@ -273,19 +279,17 @@ class Dispatcher:
             case _:
                 return "connect_error"
 
-    def _outcome_of(self, failure: Exception) -> VerdictOutcome:
+    @staticmethod
+    def _outcome_of(failure: Exception) -> VerdictOutcome:
         """Return the outcome that admission and the retry policy get for this failure."""
         match failure:
             case Throttled():
                 return "refused"
             case NoByteInTime():
                 return "timed_out"
-            case BillingRefused() | QuotaUsedUp():
+            case BillingRefused() | QuotaUsedUp() | Unauthorized():
+                # The key is the sidecar's, because the caller's bearer token is not forwarded.
                 return "account"
-            case Unauthorized():
-                # The key is the sidecar's, because the caller's bearer token is not forwarded: another backend may take
-                # the request. With one backend, the caller gets the provider's answer.
-                return "account" if len(self.backends) > 1 else "accepted"
             case Rejected():
                 # The request passed the limits, unless it is too large for a limit at all: that teaches nothing.
                 return "abandoned" if failure.above_limit else "accepted"
