@@ -19,6 +19,7 @@ from sidecar.admission.gates.rise import RiseGate
 from sidecar.admission.gates.token_cost import TokenCost
 from sidecar.admission.learning.learner import UNKNOWN, Learner, Recovery, Remembered
 from sidecar.admission.learning.policer_learner import PolicerLearner
+from sidecar.admission.own_fault import OwnFault
 from sidecar.admission.ticket import Cause, Ticket
 
 #: After an outage the pace begins at this share of the learned limit.
@@ -194,6 +195,7 @@ class Upstream:
         self._started_before = 0
         self._first_sent_at = inf
         self._refused_in_row = 0
+        self._own_fault = OwnFault(now)
 
     def __repr__(self) -> str:
         learners = f"{self.requests.learner!r} {self.tokens.learner!r}"
@@ -281,6 +283,7 @@ class Upstream:
                 self.requests.limit_forgotten = self.tokens.limit_forgotten = False
                 self.rise.start(permit.sent_at)
             return
+        self._own_fault.unanswered(now, ticket)
         blamed = self._blamed(now, reservations, verdict) if verdict.outcome == "refused" else None
         for gate, reservation in zip(self._gates, reservations, strict=True):
             gate.settle(now, reservation, verdict, blamed=blamed)
@@ -294,6 +297,18 @@ class Upstream:
             nothing_accepted = blamed in ("growth", "concurrency") and self._nothing_accepted(permit)
         if nothing_accepted:
             self.circuit.open(now, CircuitState.BLACKOUT, verdict.reason, verdict.retry_after)
+
+    def lone_token_refusals(self, permit: Permit) -> int:
+        """Return how many times in a row this ticket was refused for LLM tokens while nothing else was sent.
+
+        Call it for each such refusal, before its verdict is reported. 0: something else was sent within a minute, or
+        the circuit is open, so this request may be smaller than the limit.
+        """
+        now, ticket = self.clock(), permit.ticket
+        self._own_fault.unanswered(now, ticket)
+        if self.concurrency.in_flight > 1 or self.circuit.state is not None:
+            return 0
+        return self._own_fault.refused(permit.sent_at, ticket, self._accepted_at)
 
     def _is_silent(self, permit: Permit, now: float) -> bool:
         """Return True if an attempt without a byte means an outage, and not only that its caller allowed little time.

@@ -45,6 +45,11 @@ _NAMED: dict[str, Dimension] = {
     kind: kind for kind in ("request_rate", "token_rate", "growth", "concurrency", "capacity")
 }
 
+#: Seconds. A request is refused for LLM tokens although nothing else was sent for a minute: perhaps the request is too
+#: large, perhaps other programs use the account. It is sent again after the wait that the provider reported, or after
+#: LONE_WAIT_SECONDS; at most after MAX_LONE_WAIT_SECONDS, because probes may not be further apart.
+LONE_WAIT_SECONDS, MAX_LONE_WAIT_SECONDS = 1.0, 30.0
+
 
 class DeadlineExceeded(Exception):
     """The deadline passed while the upstream had the request."""
@@ -156,7 +161,7 @@ class Dispatcher:
         if action == "fail":
             return action
         ticket.requeued = True
-        ticket.not_before, ticket.only_while_failing = now, None
+        ticket.not_before, ticket.only_while_failing = max(now, ticket.not_before), None
         if upstream.unavailable and not situation.elsewhere:
             ticket.tried = ()  # it was a probe, and no other upstream is left: it waits among all other tickets again
         if action == "elsewhere":
@@ -229,7 +234,16 @@ class Dispatcher:
                 "allow more time, in X-Request-Timeout and SIDECAR_DEADLINE"
             ) from timeout
         except (BackendError, NoByteInTime) as failure:
-            result = self._report(permit, failure)
+            lone_refusals = 0
+            if isinstance(failure, Throttled) and failure.kind == "token_rate" and not ticket.streaming:
+                lone_refusals = upstream.lone_token_refusals(permit)
+                if lone_refusals > 1:
+                    result = "client_error"
+                    raise self._rejected(permit, failure) from None
+                if lone_refusals:
+                    wait = min(failure.retry_after or LONE_WAIT_SECONDS, MAX_LONE_WAIT_SECONDS)
+                    ticket.not_before = self.now() + wait
+            result = self._report(permit, failure, teaches=not lone_refusals)
             raise
         finally:
             self._metrics.attempt(name, result)
@@ -245,10 +259,13 @@ class Dispatcher:
         except TimeoutError:
             raise NoByteInTime(f"{name} sent no byte for {patience:.1f} s") from None
 
-    def _report(self, permit: Permit, failure: Exception) -> str:
-        """Report a failed attempt as a verdict. Return the result for the metrics."""
+    def _report(self, permit: Permit, failure: Exception, *, teaches: bool = True) -> str:
+        """Report a failed attempt as a verdict. Return the result for the metrics.
+
+        `teaches` False: no limit is learned from it.
+        """
         name = permit.upstream.name
-        verdict = Verdict(self._outcome_of(failure), self.now(), reason=str(failure))
+        verdict = Verdict(self._outcome_of(failure) if teaches else "abandoned", self.now(), reason=str(failure))
         if isinstance(failure, Throttled):
             verdict = verdict._replace(named=_NAMED.get(failure.kind), retry_after=failure.retry_after)
         elif isinstance(failure, QuotaUsedUp):
@@ -278,6 +295,20 @@ class Dispatcher:
                 return "server_error"
             case _:
                 return "connect_error"
+
+    def _rejected(self, permit: Permit, failure: Throttled) -> Rejected:
+        """Report a request that was refused for LLM tokens twice while nothing else was sent. Return its error."""
+        error = Rejected(
+            f"{failure.message}; it came twice while nothing else was sent, so this request is larger than the limit",
+            status=413,
+            code=failure.code,
+            body=failure.body,
+            headers=failure.headers,
+        )
+        error.above_limit = True
+        error.quote, error.upstream_request_id = failure.quote, failure.upstream_request_id
+        self._report(permit, error)
+        return error
 
     @staticmethod
     def _outcome_of(failure: Exception) -> VerdictOutcome:

@@ -227,7 +227,7 @@ async def test_a_faulty_upstream_gives_the_contracts_error(serving, scripted, sc
     assert len(upstream.seen) <= 3
 
 
-async def test_a_billing_refusal_is_sent_once_more_and_then_fails_every_request_immediately_with_its_reason(serving, provider):
+async def test_a_billing_refusal_is_sent_once_more_and_then_every_request_fails_with_its_reason(serving, provider):
     url, simulated = await provider(billing_refused=True)
     sidecar = await serving(dashscope_url=url)
     for _ in range(5):

@@ -148,7 +148,7 @@ class Circuit:
         self._failures = self._silent = 0
         self._failed: set[Ticket] = set()
         self._step = FIRST_STEP
-        self._account_step = 0.0  # seconds between two probes while the provider refuses the account
+        self._account_step = 0.0  # seconds between two probes while the account is refused; 0: the next request probes
         self._longest_failed_wait = 0.0  # the longest wait in seconds after which a probe was refused again
         self._waits = ReportedWaits()
 
@@ -168,8 +168,11 @@ class Circuit:
 
     @property
     def refuses_account(self) -> bool:
-        """True while the provider refuses the account: no money, a refused key, or a used-up quota of a long period."""
-        return self.state in ACCOUNT_STEPS
+        """True while the provider refuses the account: no money, a refused key, or a used-up quota of a long period.
+
+        False while only one request was refused: requests wait, because the next one is the probe.
+        """
+        return self.state in ACCOUNT_STEPS and self._account_step > 0.0
 
     def others_fail(self, ticket: Ticket) -> bool:
         """Return True if other requests than this one failed since the last answer."""
