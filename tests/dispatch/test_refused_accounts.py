@@ -216,6 +216,24 @@ def test_the_first_camera_with_a_refused_key_costs_the_others_no_answer():
     clock.run(main())
 
 
+def test_long_answers_prolong_no_doubt(kind):
+    async def main():
+        said = []
+
+        def refuse(camera, at):
+            if not said:
+                said.append(at)
+                return REFUSALS[kind]
+            return None
+
+        world = World(Scripted("a", refuse, answer_seconds=20.0))
+        results = await world.arrive(1.0, 10.0)
+        assert errors(results) == []
+        assert max(seconds for _, seconds in results) <= 20.0 + 15.0  # the doubt, and the slow rise after it
+
+    clock.run(main())
+
+
 def test_a_caller_that_leaves_during_the_doubt_does_not_keep_the_others_waiting(kind):
     async def main():
         backend = Scripted("a", lambda camera, at: REFUSALS[kind] if camera == "first" else None)

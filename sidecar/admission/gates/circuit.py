@@ -260,7 +260,7 @@ class Circuit:
             step = self._step
             if state is CircuitState.BLACKOUT:  # its caller had too little time even for a refusal
                 step = FIRST_STEP
-            elif self.refuses_account:  # a long step would let callers that leave keep the circuit open
+            elif state in ACCOUNT_STEPS:  # a long step would let callers that leave keep the circuit open
                 step = MAX_STEP
             self.next_probe = max(self.next_probe, probed_at + step)
         else:
@@ -384,11 +384,15 @@ class Circuit:
     def _probe_passes_in(self, now: float) -> float:
         """Return the seconds until a probe without a verdict counts as accepted.
 
-        Infinite outside a blackout: in the other states, a missing refusal proves nothing.
+        Infinite if a missing refusal proves nothing: outside a blackout, and if more than one request was refused
+        because of the account. Refusals of the account come as soon as usual refusals, but no time is known for them.
         """
-        if not self._probes or self.state is not CircuitState.BLACKOUT:
+        if not self._probes or self.state is None:
             return inf
-        return self._probed_at + self.refusal_seconds() - now
+        if self.state is CircuitState.BLACKOUT:
+            return self._probed_at + self.refusal_seconds() - now
+        is_unsure = self.state is CircuitState.DOUBT or (self.state in ACCOUNT_STEPS and not self.refuses_account)
+        return self._probed_at + MAX_STEP - now if is_unsure else inf
 
     def refusal_seconds(self) -> float:
         """Return the seconds after which an attempt without a verdict was probably not refused."""
