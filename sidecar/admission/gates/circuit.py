@@ -341,9 +341,9 @@ class Circuit:
             if not was_false:
                 self.next_probe = min(self.next_probe, max(self.ends_at, now + FIRST_STEP))
         else:
+            self._heed(now, retry_after)
             if before is state is CircuitState.CAPACITY and is_valid(retry_after):
                 self._waits.double()
-            self._heed(now, retry_after)
 
     def _close(self, now: float, probed_at: float | None) -> None:
         """Close the circuit, because the probe that was sent at `probed_at` was accepted.

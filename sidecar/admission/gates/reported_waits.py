@@ -47,7 +47,7 @@ class ReportedWaits:
         return is_valid(wait) and abs(now + wait - self._end) <= SAME_SHARE * wait
 
     def double(self) -> None:
-        """Allow twice the delay from now on: a probe was refused for capacity."""
+        """Allow twice the delay for the probes after the next one: a probe was refused for capacity."""
         self._longest = min(2.0 * self._longest, MUCH_TRUST)
 
     def delay(self, now: float, wait: float | None, last_refused: float) -> float:

@@ -388,24 +388,26 @@ def test_a_blackout_begins_with_the_wait_that_ended_the_previous_blackout():
     assert circuit.next_probe == pytest.approx(10.0 + 2.0)
 
 
-def test_a_lack_of_capacity_with_a_long_wait_is_probed_after_5_10_20_and_30_seconds():
+def test_a_lack_of_capacity_with_a_long_wait_is_probed_every_5_10_20_and_30_seconds():
     circuit = make_circuit()
     circuit.settle(0.0, TICKET, refused(0.0, "capacity", 120.0), blamed=None)
     times = []
     while circuit.next_probe < 200.0:
         times.append(now := circuit.next_probe)
         probe(circuit, now, refused(now, "capacity", 120.0))
-    assert times == [5.0, 15.0, 35.0, 65.0, 95.0, 125.0, 155.0, 185.0]
+    assert times == [5.0, 10.0, 20.0, 40.0, 70.0, 100.0, 130.0, 160.0, 190.0]
     assert circuit.state is CircuitState.CAPACITY  # the reported end moves, so it is no quota
 
 
 def test_a_short_wait_for_capacity_is_believed_no_longer_than_it_is():
     circuit = make_circuit()
     circuit.open(0.0, CircuitState.CAPACITY, "busy", 8.0)
+    waits = []
     for _ in range(5):
         now = circuit.next_probe
         probe(circuit, now, refused(now, "capacity", 8.0))
-        assert circuit.next_probe - now == 8.0
+        waits.append(circuit.next_probe - now)
+    assert waits == [5.0, 8.0, 8.0, 8.0, 8.0]
 
 
 def refuse_probes(circuit, seconds, retry_after, named=None):
