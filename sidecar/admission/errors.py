@@ -30,7 +30,7 @@ class Draining(NotAdmitted):
 
 
 class AccountClosed(NotAdmitted):
-    """The provider refuses the account itself (billing), so that waiting does not help."""
+    """The provider refuses the account itself (for money or the key), so that waiting does not help."""
 
 
 class QuotaClosed(AccountClosed):
@@ -38,6 +38,10 @@ class QuotaClosed(AccountClosed):
 
     `retry_after`: seconds until the end that the provider reported, otherwise until the next probe.
     """
+
+
+class KeyClosed(AccountClosed):
+    """The provider refuses the sidecar's key."""
 
 
 class StillFailing(NotAdmitted):

@@ -11,7 +11,14 @@ from collections.abc import Sequence
 from math import inf
 from operator import itemgetter
 
-from sidecar.admission.errors import AccountClosed, DeadlineUnreachable, NotAdmitted, QuotaClosed, StillFailing
+from sidecar.admission.errors import (
+    AccountClosed,
+    DeadlineUnreachable,
+    KeyClosed,
+    NotAdmitted,
+    QuotaClosed,
+    StillFailing,
+)
 from sidecar.admission.forecast import Forecast
 from sidecar.admission.gates.circuit import Circuit, CircuitState
 from sidecar.admission.queue import FairQueue
@@ -140,7 +147,8 @@ class Pool:
         if permit is None or permit.done():
             permit = ticket.permit = self._loop.create_future()
         untried = self._untried_by(ticket)
-        self.waiting.add(now, ticket, None if untried is self.upstreams else untried)
+        # A doubted ticket waits in a queue of its own before all others, even if it may go to every upstream.
+        self.waiting.add(now, ticket, None if untried is self.upstreams and not ticket.doubted else untried)
         if ticket.not_before > now:
             ticket.expiry = self._loop.call_at(ticket.deadline, self._expire, ticket)
         elif self._only_upstream is None and (switch_at := self._forecast.switch_at(now, ticket, untried)) < inf:
@@ -461,4 +469,5 @@ def _account_closed(now: float, circuit: Circuit) -> AccountClosed:
     if circuit.state is CircuitState.QUOTA:
         ends_at = circuit.ends_at if now < circuit.ends_at < inf else opens_at
         return QuotaClosed(circuit.reason, retry_after=ends_at - now)
-    return AccountClosed(circuit.reason, retry_after=opens_at - now)
+    closed = KeyClosed if circuit.state is CircuitState.UNAUTHORIZED else AccountClosed
+    return closed(circuit.reason, retry_after=opens_at - now)

@@ -66,6 +66,7 @@ class Ticket:
         "backend",
         "cause_seconds",
         "deadline",
+        "doubted",
         "expiry",
         "key",
         "latest",
@@ -120,6 +121,8 @@ class Ticket:
         """The name of the backend of the last attempt."""
         self.requeued = False
         """True: an attempt brought no answer and the ticket is queued again, at the head of its key's queue."""
+        self.doubted = False
+        """True: an attempt was refused because of the account or the key, and is made once more before all others."""
         self.not_before = 0.0
         """Loop time before which a retry may not be sent."""
         self.only_while_failing: Any = None

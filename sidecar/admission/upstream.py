@@ -21,6 +21,7 @@ from sidecar.admission.learning.learner import UNKNOWN, Learner, Recovery, Remem
 from sidecar.admission.learning.policer_learner import PolicerLearner
 from sidecar.admission.learning.tuning import ESTIMATE_UNSUREST
 from sidecar.admission.learning.wordless import Load, Reading, WordlessLimit
+from sidecar.admission.own_fault import OwnFault
 from sidecar.admission.ticket import Cause, Ticket
 
 #: After an outage the pace begins at this share of the learned limit.
@@ -210,6 +211,7 @@ class Upstream:
         self._started_before = 0
         self._first_sent_at = inf
         self._refused_in_row = 0
+        self._own_fault = OwnFault(now)
 
     def __repr__(self) -> str:
         learners = f"{self.requests.learner!r} {self.tokens.learner!r}"
@@ -325,6 +327,7 @@ class Upstream:
                 self.requests.limit_forgotten = self.tokens.limit_forgotten = False
                 self.rise.start(permit.sent_at)
             return
+        self._own_fault.unanswered(now, ticket)
         blamed = None
         if verdict.outcome == "refused":
             blamed = self._blamed(now, reservations, verdict)
@@ -342,6 +345,18 @@ class Upstream:
             nothing_accepted = blamed in ("growth", "concurrency") and self._nothing_accepted(permit)
         if nothing_accepted:
             self.circuit.open(now, CircuitState.BLACKOUT, verdict.reason, verdict.retry_after)
+
+    def lone_token_refusals(self, permit: Permit) -> int:
+        """Return how many times in a row this ticket was refused for LLM tokens while nothing else was sent.
+
+        Call it for each such refusal, before its verdict is reported. 0: something else was sent within a minute, or
+        the circuit is open, so this request may be smaller than the limit.
+        """
+        now, ticket = self.clock(), permit.ticket
+        self._own_fault.unanswered(now, ticket)
+        if self.concurrency.in_flight > 1 or self.circuit.state is not None:
+            return 0
+        return self._own_fault.refused(permit.sent_at, ticket, self._accepted_at)
 
     def _is_silent(self, permit: Permit, now: float) -> bool:
         """Return True if an attempt without a byte means an outage, and not only that its caller allowed little time.
@@ -367,17 +382,18 @@ class Upstream:
 
         None: the refusal is for capacity, so no gate learns a limit from it.
         """
-        if verdict.named == "capacity" or verdict.named == "quota_period":  # noqa: PLR1714  `in` would not narrow the type
+        named = verdict.named
+        if named == "capacity" or named == "quota_period" or named == "unauthorized":  # noqa: PLR1714  `in` would not narrow
             return None
         if not self._paced or self.circuit.state is not None:
             return "hold"
-        if verdict.named in (None, "request_rate") and self.concurrency.explains(reservations[0]):
+        if named in (None, "request_rate") and self.concurrency.explains(reservations[0]):
             return "concurrency"
-        if verdict.named is None:
+        if named is None:
             # The rate with the highest use of its own limit. While nothing is known: the request rate.
             by_tokens = self.tokens.learner.use(now) > self.requests.learner.use(now)
             return "token_rate" if by_tokens else "request_rate"
-        return verdict.named
+        return named
 
     def _answered(self, now: float, permit: Permit, verdict: Verdict) -> None:
         self._accepted_at = now
@@ -411,6 +427,11 @@ class Upstream:
                 if gate.learner.limit < inf:
                     gate.resume(now, recovery)
                     self.circuit.ends_by_itself = gate.learner.windowed
+        elif state is CircuitState.QUOTA:
+            self.concurrency.forget_guess(now)
+            for gate in (self.requests, self.tokens):
+                if gate.learner.limit < inf and not gate.learner.certain:
+                    gate.resume(now, UNKNOWN)  # it was learned from refusals because of the quota
         elif state is CircuitState.OUTAGE or self.requests.learner.limit == inf:
             self.requests.resume(now, OUTAGE_SHARE)
 
@@ -461,7 +482,7 @@ class Upstream:
 
     def next_probe_in(self, now: float) -> float:
         """Return the seconds until the next probe; no attempt can start earlier. 0 while the circuit is closed."""
-        return max(self.circuit.next_probe - now, 0.0) if self.circuit.state is not None else 0.0
+        return max(self.circuit.next_probe - now, 0.0)
 
     def throughput(self, now: float, ticket: Ticket) -> float:
         """Return how many attempts with the cost of this ticket can certainly start in one second."""

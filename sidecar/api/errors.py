@@ -15,6 +15,7 @@ from sidecar.admission import (
     AccountClosed,
     DeadlineUnreachable,
     Draining,
+    KeyClosed,
     NotAdmitted,
     QueueFull,
     QuotaClosed,
@@ -99,6 +100,7 @@ _NOT_ADMITTED: dict[type[NotAdmitted], tuple[int, Code, RequestOutcome]] = {
 }
 #: Advice that follows the provider's own message in the error text.
 _BILLING_ADVICE = "settle it in the provider's console, nothing here needs a restart"
+_KEY_ADVICE = "set SIDECAR_DASHSCOPE_API_KEY or its file to a key of this provider and region"
 _CHECK_ADVICE = "`vlm-sidecar check` tries the way to it step by step"
 
 
@@ -129,6 +131,9 @@ def _problem_of(error: Exception, api: Api) -> Problem:
             return Problem(502, "upstream_billing", text, "error")
         case QuotaClosed():
             return Problem(503, "upstream_quota_used_up", error.message, "error", retry_after=error.retry_after)
+        case KeyClosed():
+            text = f"the provider refuses the sidecar's key: {error.message}; {_KEY_ADVICE}"
+            return Problem(502, "upstream_error", text, "error", retry_after=error.retry_after)
         case AccountClosed():
             text = f"the provider refuses the account: {error.message}; {_BILLING_ADVICE}"
             return Problem(502, "upstream_billing", text, "error", retry_after=error.retry_after)

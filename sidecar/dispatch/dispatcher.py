@@ -27,6 +27,7 @@ from sidecar.admission import (
     Admission,
     DeadlineUnreachable,
     Dimension,
+    KeyClosed,
     Permit,
     StillFailing,
     Ticket,
@@ -50,6 +51,11 @@ from sidecar.observe.trace import TracingStopwatch
 _NAMED: dict[str, Dimension] = {
     kind: kind for kind in ("request_rate", "token_rate", "growth", "concurrency", "capacity")
 }
+
+#: Seconds. A request is refused for LLM tokens although nothing else was sent for a minute: perhaps the request is too
+#: large, perhaps other programs use the account. It is sent again after the wait that the provider reported, or after
+#: LONE_WAIT_SECONDS; at most after MAX_LONE_WAIT_SECONDS, because probes may not be further apart.
+LONE_WAIT_SECONDS, MAX_LONE_WAIT_SECONDS = 1.0, 30.0
 
 
 class DeadlineExceeded(Exception):
@@ -126,7 +132,7 @@ class Dispatcher:
                         raise
                     watch.switch("write", self.now())
                     return reply
-            except (DeadlineUnreachable, StillFailing):
+            except (DeadlineUnreachable, StillFailing, KeyClosed):
                 if last_failure is None:
                     raise
                 try:
@@ -147,7 +153,7 @@ class Dispatcher:
                 if action == "elsewhere" or is_out:
                     failed_attempts = 0  # it counts attempts in a row at one upstream that answers other requests
                 self._metrics.retry(upstream.name, failure)
-                is_fault = outcome in ("failed", "timed_out") and not undecided
+                is_fault = outcome != "refused" and not undecided
                 last_failure = failure.with_traceback(None) if is_fault else None
 
     def _decide(
@@ -161,12 +167,13 @@ class Dispatcher:
             failing=is_out,
             has_answered=upstream.has_answered,
             failed_attempts=failed_attempts,
+            certain=ticket.doubted or upstream.circuit.refuses_account,
         )
         action = self._policies[upstream.name].decide(now, situation)
         if action == "fail":
             return action
         ticket.requeued = True
-        ticket.not_before, ticket.only_while_failing = now, None
+        ticket.not_before, ticket.only_while_failing = max(now, ticket.not_before), None
         if upstream.unavailable and not situation.elsewhere:
             ticket.tried = ()  # it was a probe, and no other upstream is left: it waits among all other tickets again
         times = min(upstream.wordless.times_failed(ticket), MAX_FAILED_ATTEMPTS)
@@ -177,6 +184,8 @@ class Dispatcher:
             ticket.tried = (*ticket.tried, upstream)
             if all(one in ticket.tried for one in pool.upstreams):
                 ticket.tried = ()  # an earlier failure was long ago: since then, the last upstream was out
+        elif action == "again_first":
+            ticket.doubted = True
         elif action == "again_later":
             ticket.not_before += jitter(self._random, max(failed_attempts, times), ticket.deadline - now)
         elif action == "again_if_failing":
@@ -242,9 +251,19 @@ class Dispatcher:
             ) from timeout
         except (BackendError, NoByteInTime) as failure:
             told = self._as_refusal(permit, failure)
-            result = self._report(permit, told or failure)
             if told is not None:
+                result = self._report(permit, told)
                 raise told from None
+            lone_refusals = 0
+            if isinstance(failure, Throttled) and failure.kind == "token_rate" and not ticket.streaming:
+                lone_refusals = upstream.lone_token_refusals(permit)
+                if lone_refusals > 1:
+                    result = "client_error"
+                    raise self._rejected(permit, failure) from None
+                if lone_refusals:
+                    wait = min(failure.retry_after or LONE_WAIT_SECONDS, MAX_LONE_WAIT_SECONDS)
+                    ticket.not_before = self.now() + wait
+            result = self._report(permit, failure, teaches=not lone_refusals)
             raise
         finally:
             self._metrics.attempt(name, result)
@@ -277,14 +296,19 @@ class Dispatcher:
         refusal.quote, refusal.upstream_request_id = failure.quote, failure.upstream_request_id
         return refusal
 
-    def _report(self, permit: Permit, failure: Exception) -> str:
-        """Report a failed attempt as a verdict. Return the result for the metrics."""
+    def _report(self, permit: Permit, failure: Exception, *, teaches: bool = True) -> str:
+        """Report a failed attempt as a verdict. Return the result for the metrics.
+
+        `teaches` False: no limit is learned from it.
+        """
         name = permit.upstream.name
-        verdict = Verdict(self._outcome_of(failure), self.now(), reason=str(failure))
+        verdict = Verdict(self._outcome_of(failure) if teaches else "abandoned", self.now(), reason=str(failure))
         if isinstance(failure, Throttled):
             verdict = verdict._replace(named=_NAMED.get(failure.kind), retry_after=failure.retry_after)
         elif isinstance(failure, QuotaUsedUp):
             verdict = verdict._replace(named="quota_period", retry_after=failure.ends_in)
+        elif isinstance(failure, Unauthorized):
+            verdict = verdict._replace(named="unauthorized")
         permit.report(verdict)
         self._metrics.refusals.count(verdict.at, name, failure)
         match failure:
@@ -310,19 +334,31 @@ class Dispatcher:
             case _:
                 return "connect_error"
 
-    def _outcome_of(self, failure: Exception) -> VerdictOutcome:
+    def _rejected(self, permit: Permit, failure: Throttled) -> Rejected:
+        """Report a request that was refused for LLM tokens twice while nothing else was sent. Return its error."""
+        error = Rejected(
+            f"{failure.message}; it came twice while nothing else was sent, so this request is larger than the limit",
+            status=413,
+            code=failure.code,
+            body=failure.body,
+            headers=failure.headers,
+        )
+        error.above_limit = True
+        error.quote, error.upstream_request_id = failure.quote, failure.upstream_request_id
+        self._report(permit, error)
+        return error
+
+    @staticmethod
+    def _outcome_of(failure: Exception) -> VerdictOutcome:
         """Return the outcome that admission and the retry policy get for this failure."""
         match failure:
             case Throttled():
                 return "refused"
             case NoByteInTime():
                 return "timed_out"
-            case BillingRefused() | QuotaUsedUp():
+            case BillingRefused() | QuotaUsedUp() | Unauthorized():
+                # The key is the sidecar's, because the caller's bearer token is not forwarded.
                 return "account"
-            case Unauthorized():
-                # The key is the sidecar's, because the caller's bearer token is not forwarded: another backend may take
-                # the request. With one backend, the caller gets the provider's answer.
-                return "account" if len(self.backends) > 1 else "accepted"
             case Rejected():
                 # The request passed the limits, unless it is too large for a limit at all: that teaches nothing.
                 return "abandoned" if failure.above_limit else "accepted"

@@ -25,7 +25,7 @@ RETRY_STEP_SECONDS = 0.5
 #: cause, and the retry is sent.
 OUTAGE_CHECK_SECONDS = 1.0
 
-Action = Literal["again", "again_later", "again_if_failing", "elsewhere", "fail"]
+Action = Literal["again", "again_first", "again_later", "again_if_failing", "elsewhere", "fail"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +42,8 @@ class Situation:
     """True if the upstream has answered before, so its address is right."""
     failed_attempts: int
     """Number of consecutive failed attempts of this request."""
+    certain: bool = True
+    """True unless this is the first refusal of the account, which may be wrong or the request's own fault."""
 
 
 #: The first row whose outcome and condition match gives the action. A condition is evaluated only if the outcome of its
@@ -54,6 +56,7 @@ TABLE: tuple[tuple[VerdictOutcome, Callable[[Situation], bool], Action], ...] = 
     ("failed", lambda situation: situation.has_answered, "again_if_failing"),
     ("timed_out", lambda _: True, "elsewhere"),  # an attempt is stopped early only if another upstream can take it
     ("account", lambda situation: situation.elsewhere, "elsewhere"),
+    ("account", lambda situation: not situation.certain, "again_first"),
 )
 
 

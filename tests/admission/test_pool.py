@@ -212,6 +212,15 @@ async def _probe(bench, name):
     return upstream.start(bench.loop.time(), bench.ticket(), lambda permit: None)
 
 
+async def close_account(bench, permit):
+    """Refuse the account at the permit's upstream, and then also to the only probe."""
+    bench.report(permit, "account", reason="no money")
+    permit.ticket.requeued = permit.ticket.doubted = True
+    probe = await bench.enter(permit.ticket)
+    assert (probe.ticket, probe.upstream) == (permit.ticket, permit.upstream)
+    bench.report(probe, "account", reason="no money")
+
+
 @virtual
 async def test_a_failed_ticket_may_be_the_probe_of_another_upstream_and_then_go_back():
     bench = Bench(UpstreamSettings("a"), UpstreamSettings("b"))
@@ -432,7 +441,7 @@ async def test_a_retry_whose_caller_leaves_in_the_moment_of_its_time_takes_no_pe
 async def test_a_retry_for_an_account_that_is_refused_meanwhile_is_refused_with_that():
     bench = Bench(UpstreamSettings("a"))
     retry = bench.enter(bench.requeued(pause=3.0))
-    bench.report(bench.at_once(), "account", reason="no money")
+    await close_account(bench, bench.at_once())
     with pytest.raises(AccountClosed, match="no money"):
         await retry
     assert bench.at_rest()
@@ -696,7 +705,7 @@ async def test_a_ticket_that_the_lowest_tier_would_answer_too_late_goes_to_the_n
 @virtual
 async def test_nobody_waits_for_an_upstream_that_is_not_ready_when_the_other_refuses_the_account():
     bench = Bench(UpstreamSettings("a"), UpstreamSettings("b", tier=2, unready_reason=lambda: "the model is broken"))
-    bench.report(bench.at_once(), "account", reason="no money")
+    await close_account(bench, bench.at_once())
     with pytest.raises(AccountClosed, match="no money"):
         bench.enter()
     assert bench.at_rest()
@@ -707,19 +716,20 @@ async def test_while_every_account_is_refused_every_waiting_ticket_is_refused_an
     bench = Bench(UpstreamSettings("a", concurrency=1), UpstreamSettings("b", concurrency=1))
     (a,), (b,) = bench.fill("a"), bench.fill("b")
     anywhere, only_b, later = bench.enter(), bench.enter(bench.requeued("a")), bench.enter(bench.requeued(pause=9.0))
-    bench.report(a, "account", reason="no money at a")
+    await close_account(bench, a)
     assert not anywhere.done()
     assert not only_b.done()
-    bench.report(b, "account", reason="no money at b")
+    bench.report(b, "account", named="quota_period", reason="no money at b")
     for entry in (anywhere, only_b, later):
         with pytest.raises(AccountClosed, match="no money"):
             await entry
     with pytest.raises(AccountClosed):
         bench.enter()
     assert bench.at_rest()
-    await asyncio.sleep(35.0)
+    await asyncio.sleep(6.0)
     permit = bench.at_once()  # the half-open probe
     bench.report(permit, "accepted")
+    await asyncio.sleep(1.0)  # then the load rises slowly
     assert bench.at_once() is not None
 
 

@@ -227,7 +227,7 @@ async def test_a_faulty_upstream_gives_the_contracts_error(serving, scripted, sc
     assert len(upstream.seen) <= 3
 
 
-async def test_a_billing_refusal_fails_immediately_with_its_reason_and_is_not_retried(serving, provider):
+async def test_a_billing_refusal_is_sent_once_more_and_then_every_request_fails_with_its_reason(serving, provider):
     url, simulated = await provider(billing_refused=True)
     sidecar = await serving(dashscope_url=url)
     for _ in range(5):
@@ -235,7 +235,7 @@ async def test_a_billing_refusal_fails_immediately_with_its_reason_and_is_not_re
             error = (await response.json())["error"]
             assert (response.status, error["code"]) == (502, "upstream_billing")
             assert "(Arrearage): the account has no money" in error["message"]
-    assert simulated.counts.calls == 1
+    assert simulated.counts.calls == 2
 
 
 async def test_a_moderation_refusal_reaches_the_caller_unchanged_after_one_attempt(serving, provider):

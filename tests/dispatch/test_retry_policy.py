@@ -24,8 +24,8 @@ from sidecar.dispatch.retry_policy import (
 )
 
 
-def situation(outcome, *, elsewhere=False, failing=False, has_answered=False, failed_attempts=1):
-    return Situation(outcome, elsewhere, failing, has_answered, failed_attempts)
+def situation(outcome, *, elsewhere=False, failing=False, has_answered=False, failed_attempts=1, certain=True):
+    return Situation(outcome, elsewhere, failing, has_answered, failed_attempts, certain)
 
 
 def spent_policy():
@@ -45,6 +45,7 @@ ROWS = [
     (situation("failed", has_answered=True, failed_attempts=MAX_FAILED_ATTEMPTS), "again_if_failing"),
     (situation("timed_out", elsewhere=True), "elsewhere"),
     (situation("account", elsewhere=True), "elsewhere"),
+    (situation("account", certain=False), "again_first"),
 ]
 
 

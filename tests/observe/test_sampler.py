@@ -194,7 +194,7 @@ def test_a_time_series_is_bounded_and_loses_no_count(seconds, each):
 
 
 async def test_a_refused_key_is_logged_once_until_the_provider_accepts_it(serving, scripted, caplog):
-    statuses = iter((401, 401, 200, 401))
+    statuses = iter((401, 401, 200, 401, 401))  # a first 401 is sent once more
 
     async def script(link, seen):
         await link.answer(CHAT_ANSWER if (status := next(statuses)) == 200 else {"error": {}}, status=status)
@@ -202,8 +202,8 @@ async def test_a_refused_key_is_logged_once_until_the_provider_accepts_it(servin
     upstream = await scripted(script)
     sidecar = await serving(dashscope_url=f"{upstream.origin}/v1")
     logged = []
-    for expected in (401, 401, 200, 401):
+    for expected in (401, 200, 401):
         async with sidecar.post() as response:
             assert response.status == expected
         logged.append(caplog.text.count("SIDECAR_DASHSCOPE_API_KEY"))
-    assert logged == [1, 1, 1, 2]
+    assert logged == [1, 1, 2]

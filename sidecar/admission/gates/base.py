@@ -13,7 +13,7 @@ from sidecar.admission.ticket import Cause, Ticket
 
 VerdictOutcome = Literal["accepted", "refused", "failed", "timed_out", "account", "abandoned"]
 #: The limits that a provider can name in a refusal.
-Dimension = Literal["request_rate", "token_rate", "growth", "concurrency", "capacity", "quota_period"]
+Dimension = Literal["request_rate", "token_rate", "growth", "concurrency", "capacity", "quota_period", "unauthorized"]
 
 
 class Verdict(NamedTuple):
@@ -29,8 +29,9 @@ class Verdict(NamedTuple):
     at: float
     """Loop time at which the outcome was known."""
     named: Dimension | None = None
-    """The limit that the provider named in a refusal; None if it named no limit. `quota_period` (the quota of a day or
-    of another long period is used up) only with the outcome `account`."""
+    """The limit that the provider named in a refusal; None if it named no limit. With the outcome `account`:
+    `quota_period` (the quota of a day or of another long period is used up), `unauthorized` (the key is refused), or
+    None (money)."""
     usage: tuple[int, int] | None = None
     """LLM tokens of input and output, as the provider counted them."""
     retry_after: float | None = None

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from enum import StrEnum
-from math import inf, isfinite
+from math import inf
+from typing import Literal
 
-from sidecar.admission.gates.base import Ahead, Change, GateStatus, Verdict
+from sidecar.admission.gates.base import Ahead, Change, GateStatus, Verdict, VerdictOutcome
+from sidecar.admission.gates.reported_waits import QUOTA_SECONDS, ReportedWaits, is_valid
 from sidecar.admission.learning.learner import Recovery
 from sidecar.admission.ticket import Cause, Ticket
 
@@ -18,7 +20,12 @@ class CircuitState(StrEnum):
     CAPACITY = "capacity"
     BLACKOUT = "blackout"
     """A limit refuses every call: the quota of a window is used up, or the provider punishes calls above the limit."""
+    DOUBT = "account_doubt"
+    """One call was refused because of the account or the key. The same request is sent again before any other, so that
+    one wrong answer, or one request with a fault of its own, closes nothing."""
     BILLING = "billing"
+    UNAUTHORIZED = "unauthorized"
+    """The provider refuses the sidecar's key."""
     QUOTA = "quota_period"
     """The quota of a day or of another long period is used up."""
 
@@ -33,14 +40,13 @@ FAILING_TICKETS = 2
 #: The step is the time from a refusal to the next probe. FIRST_STEP: the first step in seconds. The step grows by the
 #: factor GROWTH while it is below SHORT_STEP seconds, then by SLOW_GROWTH, up to MAX_STEP seconds.
 FIRST_STEP, GROWTH, SHORT_STEP, SLOW_GROWTH, MAX_STEP = 0.5, 2.0, 4.0, 1.25, 5.0
-#: Seconds between two probes while the provider refuses the account.
-BILLING_STEP = 30.0
-#: Seconds between two probes while the quota of a long period is used up: QUOTA_STEP, then twice as long after each
-#: refused probe, up to MAX_QUOTA_STEP. A probe is sent earlier if the provider reported that the period ends earlier.
-QUOTA_STEP, MAX_QUOTA_STEP = 60.0, 1800.0
-#: Maximum delay of the next probe by a Retry-After, in seconds: LITTLE_TRUST normally, MUCH_TRUST after two
-#: Retry-Afters in a row were found to be true.
-LITTLE_TRUST, MUCH_TRUST = 5.0, 30.0
+#: Seconds until the first probe and maximum seconds between two probes while the provider refuses the account. Each
+#: refused probe doubles the time. A probe is sent earlier if the provider reported that a quota ends earlier.
+ACCOUNT_STEPS: dict[CircuitState, tuple[float, float]] = {
+    CircuitState.BILLING: (5.0, 30.0),
+    CircuitState.UNAUTHORIZED: (5.0, 5.0),  # a new key is used soon
+    CircuitState.QUOTA: (60.0, 1800.0),
+}
 #: Seconds. The circuit is expected to stay open for as long as it has been open already. This is the maximum of that
 #: estimate.
 MAX_GUESS = 60.0
@@ -48,11 +54,39 @@ MAX_GUESS = 60.0
 #: usual time of a refusal if that is longer.
 PATIENCE_SECONDS = 0.5
 
+#: What a verdict says to the circuit. `failed`: also no byte in time. `account`: the account or the key is refused.
+Event = Literal["accepted", "refused", "capacity", "failed", "account", "quota", "nothing"]
+#: What a probe's verdict does: close the circuit; keep it open for the same reason (`again`) or for another; send the
+#: next probe, because this one showed nothing (`later`); open it for the reason that the verdict names (`confirmed`).
+Move = CircuitState | Literal["close", "again", "later", "confirmed"]
+
+_OTHER: dict[Event, Move] = {
+    "accepted": "close", "refused": "again", "capacity": CircuitState.CAPACITY, "failed": CircuitState.OUTAGE,
+    "account": CircuitState.DOUBT, "quota": CircuitState.QUOTA, "nothing": "later",
+}  # fmt: skip
+#: An ordinary limit that refuses a probe shows that the account is accepted. A failure shows nothing about it.
+_ACCOUNT: dict[Event, Move] = _OTHER | {"refused": "close", "failed": "later", "account": "confirmed"}
+#: The move after the verdict of a probe, by the state of the circuit.
+MOVES: dict[CircuitState, dict[Event, Move]] = {
+    CircuitState.OUTAGE: _OTHER,
+    CircuitState.CAPACITY: _OTHER,
+    CircuitState.BLACKOUT: _OTHER,
+    CircuitState.DOUBT: _ACCOUNT | {"failed": CircuitState.OUTAGE},
+    CircuitState.BILLING: _ACCOUNT,
+    CircuitState.UNAUTHORIZED: _ACCOUNT,
+    CircuitState.QUOTA: _ACCOUNT,
+}
+#: These verdicts open a closed circuit at once.
+FIRST_MOVES: dict[Event, CircuitState] = {
+    "capacity": CircuitState.CAPACITY, "account": CircuitState.DOUBT, "quota": CircuitState.QUOTA,
+}  # fmt: skip
+
 
 class Circuit:
     """Closed while `state` is None. While open, it lets one probe at a time pass, at the loop time `next_probe`."""
 
     __slots__ = (
+        "_account_step",
         "_failed",
         "_failures",
         "_longest_failed_wait",
@@ -60,13 +94,11 @@ class Circuit:
         "_on_close",
         "_probed_at",
         "_probes",
-        "_quota_step",
         "_random",
         "_refusal_seconds",
-        "_retry_after_until",
         "_silent",
         "_step",
-        "_true_retry_afters",
+        "_waits",
         "_window_ends",
         "ends_at",
         "ends_by_itself",
@@ -97,7 +129,8 @@ class Circuit:
         self.state: CircuitState | None = None
         self.reason = ""
         self.since = 0.0
-        self.next_probe = 0.0
+        self.next_probe = -inf
+        """Loop time before which no probe may be sent; -inf while the circuit is closed."""
         self.last_refused = 0.0
         self.gap = 0.0
         """Seconds from the last refusal to the successful probe in the previous blackout: this wait was long enough."""
@@ -115,10 +148,9 @@ class Circuit:
         self._failures = self._silent = 0
         self._failed: set[Ticket] = set()
         self._step = FIRST_STEP
-        self._quota_step = QUOTA_STEP
+        self._account_step = 0.0  # seconds between two probes while the account is refused; 0: the next request probes
         self._longest_failed_wait = 0.0  # the longest wait in seconds after which a probe was refused again
-        self._retry_after_until = 0.0  # loop time at which the provider's latest Retry-After ends
-        self._true_retry_afters = 0  # how many Retry-Afters in a row were found to be true
+        self._waits = ReportedWaits()
 
     def __repr__(self) -> str:
         opened = self.state and f"open {self.state.value} since={self.since:.3f} next_probe={self.next_probe:.3f}"
@@ -136,8 +168,11 @@ class Circuit:
 
     @property
     def refuses_account(self) -> bool:
-        """True while the provider refuses the account: it has no money, or the quota of a long period is used up."""
-        return self.state in (CircuitState.BILLING, CircuitState.QUOTA)
+        """True while the provider refuses the account: no money, a refused key, or a used-up quota of a long period.
+
+        False while only one request was refused: requests wait, because the next one is the probe.
+        """
+        return self.state in ACCOUNT_STEPS and self._account_step > 0.0
 
     def others_fail(self, ticket: Ticket) -> bool:
         """Return True if other requests than this one failed since the last answer."""
@@ -183,48 +218,57 @@ class Circuit:
                 self._forget_failures()
             return
         probed_at = self._probes.pop(reservation, None)
-        is_probe = probed_at is not None
-        match verdict.outcome:
-            case "accepted":
-                self._forget_failures()
-                if probed_at is not None:
-                    self._close(now, probed_at)
-            case "refused":
-                self._forget_failures()
-                if verdict.named == "capacity":
-                    self._refused(now, CircuitState.CAPACITY, verdict, opens=is_probe or self.state is None)
-                elif self.refuses_account and probed_at is not None:
-                    # An ordinary limit refused the probe, so the account is accepted again: as after an accepted probe.
-                    self._close(now, probed_at)
-                elif self.state is not None:
-                    self._refused(now, self.state, verdict, opens=is_probe)
-            case "failed":
-                self._failures += 1
-                if len(self._failed) < OUTAGE_TICKETS:  # more are not needed, and each keeps its request in memory
-                    self._failed.add(reservation)
-                down = self._failures >= OUTAGE_FAILURES and len(self._failed) >= OUTAGE_TICKETS
-                if self.refuses_account and is_probe:  # it shows nothing about the account
-                    self.next_probe = now + MAX_STEP
-                elif is_probe or (self.state is None and down):
-                    self.open(now, CircuitState.OUTAGE, verdict.reason)
-            case "timed_out":
-                self._silent += 1
-                if self.refuses_account and is_probe:
-                    self.next_probe = now + MAX_STEP
-                elif is_probe or (self.state is None and self._silent >= OUTAGE_SILENT):
-                    self.open(now, CircuitState.OUTAGE, verdict.reason)
-            case "account":
-                state = CircuitState.QUOTA if verdict.named == "quota_period" else CircuitState.BILLING
-                if is_probe or self.state is not state:
-                    self.open(now, state, verdict.reason, verdict.retry_after)
-            case _:
-                if probed_at is not None:  # the probe showed nothing (its caller left): keep the time between probes
-                    step = self._step
-                    if self.state is CircuitState.BLACKOUT:  # its caller had too little time even for a refusal
-                        step = FIRST_STEP
-                    elif self.refuses_account:  # a long step would let callers that leave keep the circuit open
-                        step = MAX_STEP
-                    self.next_probe = max(self.next_probe, probed_at + step)
+        event = _event(verdict)
+        down = self._count(verdict.outcome, reservation)
+        if self.state is None:
+            state = CircuitState.OUTAGE if down else FIRST_MOVES.get(event)
+            # The second refusal of one request, between accepted calls of others, is the request's own fault.
+            if state is not None and not (event == "account" and reservation.doubted):
+                self.open(now, state, verdict.reason, verdict.retry_after)
+        elif probed_at is not None:
+            self._probed(now, self.state, probed_at, event, verdict)
+        elif event == "quota" and self.state is not CircuitState.QUOTA:
+            self.open(now, CircuitState.QUOTA, verdict.reason, verdict.retry_after)
+        elif event == "accepted" and self.state is CircuitState.DOUBT:
+            self._close(now, None)
+        elif verdict.outcome == "refused":
+            self._heed(now, verdict.retry_after)
+
+    def _count(self, outcome: VerdictOutcome, ticket: Ticket) -> bool:
+        """Count the failures in a row. Return True if the provider is down."""
+        if outcome in ("accepted", "refused"):
+            self._forget_failures()
+        elif outcome == "timed_out":
+            self._silent += 1
+            return self._silent >= OUTAGE_SILENT
+        elif outcome == "failed":
+            self._failures += 1
+            if len(self._failed) < OUTAGE_TICKETS:  # more are not needed, and each keeps its request in memory
+                self._failed.add(ticket)
+            return self._failures >= OUTAGE_FAILURES and len(self._failed) >= OUTAGE_TICKETS
+        return False
+
+    def _probed(self, now: float, state: CircuitState, probed_at: float, event: Event, verdict: Verdict) -> None:
+        """Make the move that follows the verdict of the probe that was sent at `probed_at`; see `MOVES`."""
+        if state is CircuitState.QUOTA and self._waits.is_same_end(now, verdict.retry_after):
+            event = "quota"  # whatever the provider calls it
+        move = MOVES[state][event]
+        if move == "close":
+            self._close(now, probed_at)
+        elif move == "later":
+            # The probe showed nothing, for example because its caller left: keep the time between probes.
+            step = self._step
+            if state is CircuitState.BLACKOUT:  # its caller had too little time even for a refusal
+                step = FIRST_STEP
+            elif state in ACCOUNT_STEPS:  # a long step would let callers that leave keep the circuit open
+                step = MAX_STEP
+            self.next_probe = max(self.next_probe, probed_at + step)
+        else:
+            if move == "again":
+                move = state
+            elif move == "confirmed":
+                move = CircuitState.UNAUTHORIZED if verdict.named == "unauthorized" else CircuitState.BILLING
+            self.open(now, move, verdict.reason, verdict.retry_after)
 
     def seconds_for(self, now: float, ahead: Ahead, *, guess: bool) -> float:
         """See `Gate`."""
@@ -260,7 +304,7 @@ class Circuit:
         jitter = 1.0 + 0.2 * self._random()
         if self.state is None:
             self.since = now
-            self._retry_after_until = 0.0
+            self._waits.begin()
             self._step = FIRST_STEP
             # Start with the wait that was enough in the previous blackout (`gap`). If a probe was refused after a wait
             # of `_longest_failed_wait`, start slightly above that.
@@ -270,34 +314,56 @@ class Circuit:
             if state is CircuitState.BLACKOUT:
                 self._longest_failed_wait = max(self._longest_failed_wait, now - self.last_refused)
             self._step = min(self._step * (GROWTH if self._step < SHORT_STEP else SLOW_GROWTH), MAX_STEP)
+        if self._waits.show_used_up_quota(now, retry_after) and state in (CircuitState.CAPACITY, CircuitState.BLACKOUT):
+            state = CircuitState.QUOTA
+            reason = f"{reason}; for {QUOTA_SECONDS:.0f} s it has named the same end for every call"
         before, self.state = self.state, state
         self.reason = reason
         self.last_refused = now
         if state is not before:
             self._on_change(Change(now, "hold", 0.0, 0.0, state.value, reason))
         step = self._step * jitter
-        if state is CircuitState.BILLING:
-            step = BILLING_STEP
-        elif state is CircuitState.QUOTA:
-            self._quota_step = min(2.0 * self._quota_step, MAX_QUOTA_STEP) if before is state else QUOTA_STEP
-            step = self._quota_step * jitter
+        if state in ACCOUNT_STEPS:
+            first, longest = ACCOUNT_STEPS[state]
+            if before is state:
+                self._account_step = min(max(2.0 * self._account_step, first), longest)
+            else:
+                # One request was refused twice. If this is its own fault, the next request shows it at once.
+                is_unsure = state is CircuitState.UNAUTHORIZED and before is CircuitState.DOUBT
+                self._account_step = 0.0 if is_unsure else first
+            step = self._account_step * jitter
         if 0.0 < expected - now < 2.0 * step:
             step = min(expected - now, 1.2 * MAX_STEP)
         self.next_probe = now + step
         if state is CircuitState.QUOTA:
             was_false = before is state and now >= self.ends_at  # the end that the provider reported before
-            is_valid = isfinite(seconds := retry_after or 0.0) and seconds > 0
-            self.ends_at = now + seconds if is_valid else inf
+            self.ends_at = now + retry_after if is_valid(retry_after) else inf
             if not was_false:
                 self.next_probe = min(self.next_probe, max(self.ends_at, now + FIRST_STEP))
         else:
             self._heed(now, retry_after)
+            if before is state is CircuitState.CAPACITY and is_valid(retry_after):
+                self._waits.double()
 
-    def _close(self, now: float, probed_at: float) -> None:
-        """Close the circuit, because the probe that was sent at `probed_at` was accepted."""
+    def _close(self, now: float, probed_at: float | None) -> None:
+        """Close the circuit, because the probe that was sent at `probed_at` was accepted.
+
+        None: another call was accepted, which shows that there was no reason to open.
+        """
         state = self.state
         if state is None:
             return
+        if probed_at is not None:
+            self._learn(now, state, probed_at)
+        self.state = None
+        self.reason = ""
+        self.next_probe = -inf
+        self._probes.clear()
+        why = "a probe" if probed_at is not None else "another call"
+        self._on_change(Change(now, "hold", 0.0, 0.0, "", f"{why} was accepted after {now - self.since:.1f} s"))
+
+    def _learn(self, now: float, state: CircuitState, probed_at: float) -> None:
+        """Learn from the waits that were long enough or too short."""
         waited = max(probed_at - self.last_refused, 0.0)
         self._on_close(now, state, Recovery(self.since, probed_at, waited))
         if state is CircuitState.BLACKOUT:
@@ -306,43 +372,27 @@ class Circuit:
                 # This wait was not longer than an earlier wait that failed. So the length of the wait does not matter:
                 # a refused probe does not prolong the blackout, which ends by itself.
                 self._longest_failed_wait = 0.0
-        if self._retry_after_until:
-            early = self._retry_after_until - probed_at
-            if early > 0.5 * (self._retry_after_until - self.since):
-                self._true_retry_afters = 0  # the probe was accepted long before the time that the provider named
-            elif early <= 0 and self.last_refused < self._retry_after_until:
-                self._true_retry_afters += 1
-        self.state = None
-        self.reason = ""
-        self.next_probe = -inf
-        self._probes.clear()
-        self._on_change(Change(now, "hold", 0.0, 0.0, "", f"a probe was accepted after {now - self.since:.1f} s"))
-
-    def _refused(self, now: float, state: CircuitState, verdict: Verdict, *, opens: bool) -> None:
-        if opens:
-            self.open(now, state, verdict.reason, verdict.retry_after)
-        else:
-            self._heed(now, verdict.retry_after)
+        self._waits.judge(self.since, self.last_refused, probed_at)
 
     def _heed(self, now: float, retry_after: float | None) -> None:
-        """
-        Delay the next probe until a refusal's Retry-After (seconds) has passed. The newest value counts.
+        """Delay the next probe until a refusal's Retry-After (seconds) has passed, as far as it is believed.
 
-        It delays the probe by at most `trust` seconds, and never makes it earlier.
+        The newest value counts. It never makes the probe earlier.
         """
-        if retry_after is not None and isfinite(retry_after) and retry_after > 0:
-            self._retry_after_until = now + retry_after
-            trust = MUCH_TRUST if self._true_retry_afters >= 2 else LITTLE_TRUST
-            self.next_probe = max(self.next_probe, now + min(retry_after, trust))
+        self.next_probe = max(self.next_probe, self._waits.delay(now, retry_after, self.last_refused))
 
     def _probe_passes_in(self, now: float) -> float:
         """Return the seconds until a probe without a verdict counts as accepted.
 
-        Infinite outside a blackout: in the other states, a missing refusal proves nothing.
+        Infinite if a missing refusal proves nothing: outside a blackout, and if more than one request was refused
+        because of the account. Refusals of the account come as soon as usual refusals, but no time is known for them.
         """
-        if not self._probes or self.state is not CircuitState.BLACKOUT:
+        if not self._probes or self.state is None:
             return inf
-        return self._probed_at + self.refusal_seconds() - now
+        if self.state is CircuitState.BLACKOUT:
+            return self._probed_at + self.refusal_seconds() - now
+        is_unsure = self.state is CircuitState.DOUBT or (self.state in ACCOUNT_STEPS and not self.refuses_account)
+        return self._probed_at + MAX_STEP - now if is_unsure else inf
 
     def refusal_seconds(self) -> float:
         """Return the seconds after which an attempt without a verdict was probably not refused."""
@@ -351,3 +401,17 @@ class Circuit:
     def _forget_failures(self) -> None:
         self._failures = self._silent = 0
         self._failed.clear()
+
+
+def _event(verdict: Verdict) -> Event:
+    match verdict.outcome:
+        case "refused":
+            return "capacity" if verdict.named == "capacity" else "refused"
+        case "account":
+            return "quota" if verdict.named == "quota_period" else "account"
+        case "timed_out":
+            return "failed"
+        case "abandoned":
+            return "nothing"
+        case outcome:
+            return outcome

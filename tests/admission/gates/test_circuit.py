@@ -1,7 +1,9 @@
 """Circuit: when the probe may be sent, and how far a provider's Retry-After is believed."""
 
 import copy
+from itertools import product
 from math import inf, nan
+from typing import get_args
 
 import pytest
 from gate_calls import TICKET, accepted, make_circuit, probe, refused
@@ -10,18 +12,35 @@ from hypothesis import strategies as st
 
 from sidecar.admission import Ticket, Verdict
 from sidecar.admission.gates.circuit import (
-    BILLING_STEP,
+    ACCOUNT_STEPS,
     FIRST_STEP,
-    LITTLE_TRUST,
-    MAX_QUOTA_STEP,
     MAX_STEP,
-    MUCH_TRUST,
+    MOVES,
     OUTAGE_FAILURES,
     OUTAGE_SILENT,
     CircuitState,
+    Event,
 )
+from sidecar.admission.gates.reported_waits import LITTLE_TRUST, MUCH_TRUST, QUOTA_SECONDS
 
-NOT_BILLING = (CircuitState.OUTAGE, CircuitState.CAPACITY, CircuitState.BLACKOUT)
+NOT_ACCOUNT = [state for state in CircuitState if state not in ACCOUNT_STEPS]
+#: A verdict for each event of the table.
+VERDICTS = {
+    "accepted": ("accepted", None), "refused": ("refused", "request_rate"), "capacity": ("refused", "capacity"),
+    "failed": ("failed", None), "account": ("account", None), "quota": ("account", "quota_period"),
+    "nothing": ("abandoned", None),
+}  # fmt: skip
+#: The state after the verdict of a probe, in the order of `VERDICTS`; "-": closed, "=": unchanged. Written
+#: again by hand: the table of the code must say the same.
+AFTER = {
+    "outage":        "-   =   capacity   outage   account_doubt   quota_period   =",
+    "capacity":      "-   =   capacity   outage   account_doubt   quota_period   =",
+    "blackout":      "-   =   capacity   outage   account_doubt   quota_period   =",
+    "account_doubt": "-   -   capacity   outage   billing         quota_period   =",
+    "billing":       "-   -   capacity   =        billing         quota_period   =",
+    "unauthorized":  "-   -   capacity   =        billing         quota_period   =",
+    "quota_period":  "-   -   capacity   =        billing         quota_period   =",
+}  # fmt: skip
 
 
 def close(circuit, now):
@@ -36,7 +55,24 @@ def trust(circuit):
     return other.next_probe - 1e9
 
 
-@pytest.mark.parametrize("state", NOT_BILLING)
+@pytest.mark.parametrize(("state", "event"), list(product(CircuitState, VERDICTS)))
+def test_the_verdict_of_a_probe_moves_the_circuit_as_the_table_says(state, event):
+    circuit = make_circuit()
+    circuit.open(0.0, state, "closed")
+    at = circuit.next_probe
+    outcome, named = VERDICTS[event]
+    probe(circuit, at, Verdict(outcome, at, named, reason="told"))
+    after = dict(zip(VERDICTS, AFTER[state].split(), strict=True))[event]
+    assert circuit.state == {"-": None, "=": state}.get(after, after)
+    assert circuit.state is None or at + FIRST_STEP <= circuit.next_probe < inf
+
+
+def test_the_table_has_a_move_for_every_state_and_event():
+    assert set(MOVES) == set(CircuitState)
+    assert all(set(moves) == set(get_args(Event)) for moves in MOVES.values())
+
+
+@pytest.mark.parametrize("state", NOT_ACCOUNT)
 def test_the_step_between_probes_grows_up_to_the_longest_step(state):
     circuit, now, steps = make_circuit(), 0.0, []
     for _ in range(12):
@@ -147,11 +183,51 @@ def test_three_attempts_in_a_row_without_a_byte_are_an_outage_and_an_answer_betw
     assert circuit.state is CircuitState.OUTAGE
 
 
-def test_a_refused_account_is_probed_every_half_minute():
+def probe_waits(circuit, number, named):
+    """Refuse the account to so many probes; return the seconds before each of them."""
+    waits = []
+    for _ in range(number):
+        waits.append(circuit.next_probe - circuit.last_refused)
+        probe(circuit, circuit.next_probe, account(circuit.next_probe, named=named))
+    return waits
+
+
+def test_an_account_without_money_is_probed_after_5_10_20_and_30_seconds():
     circuit = make_circuit()
-    for now in (0.0, 40.0):
-        circuit.open(now, CircuitState.BILLING, "no money")
-        assert circuit.next_probe == now + BILLING_STEP
+    circuit.settle(0.0, TICKET, account(0.0, named=None), blamed=None)
+    assert (circuit.state, circuit.refuses_account) == (CircuitState.DOUBT, False)
+    assert probe_waits(circuit, 6, None) == [FIRST_STEP, 5.0, 10.0, 20.0, 30.0, 30.0]
+    assert (circuit.state, circuit.refuses_account) == (CircuitState.BILLING, True)
+
+
+def test_a_refused_key_is_probed_by_the_next_request_and_then_every_5_seconds():
+    circuit = make_circuit()
+    circuit.settle(0.0, TICKET, account(0.0, named="unauthorized"), blamed=None)
+    assert probe_waits(circuit, 5, "unauthorized") == [FIRST_STEP, 0.0, 5.0, 5.0, 5.0]
+    assert circuit.state is CircuitState.UNAUTHORIZED
+
+
+@pytest.mark.parametrize("named", [None, "unauthorized"])
+def test_calls_that_were_sent_before_the_doubt_neither_confirm_it_nor_delay_the_probe(named):
+    circuit = make_circuit()
+    early = [Ticket(now=0.0, deadline=60.0) for _ in range(3)]
+    for at, ticket in enumerate(early):
+        circuit.settle(0.1 * at, ticket, account(0.1 * at, named=named), blamed=None)
+    assert (circuit.state, circuit.next_probe) == (CircuitState.DOUBT, FIRST_STEP)
+
+
+def test_a_call_that_is_accepted_in_between_ends_the_doubt():
+    circuit = make_circuit()
+    circuit.settle(0.0, TICKET, account(0.0, named="unauthorized"), blamed=None)
+    circuit.settle(0.2, Ticket(now=0.0, deadline=60.0), accepted(0.2), blamed=None)
+    assert circuit.state is None
+
+
+def test_a_request_that_is_refused_a_second_time_between_answers_to_others_closes_nothing():
+    circuit, ticket = make_circuit(), Ticket(now=0.0, deadline=60.0)
+    ticket.doubted = True
+    circuit.settle(1.0, ticket, account(1.0, named="unauthorized"), blamed=None)
+    assert circuit.state is None
 
 
 def account(at, retry_after=None, named="quota_period"):
@@ -277,9 +353,6 @@ def test_a_retry_after_is_believed_after_it_was_true_twice_and_until_it_is_false
     assert trust(circuit) == LITTLE_TRUST
 
 
-LONGEST_STEPS = {CircuitState.BILLING: BILLING_STEP, CircuitState.QUOTA: MAX_QUOTA_STEP}
-
-
 @given(
     refusals=st.lists(
         st.tuples(
@@ -295,8 +368,9 @@ def test_the_next_probe_stays_within_bounds_whatever_the_provider_asks(refusals,
         trusted = trust(circuit)
         circuit.open(now, state, "busy", retry_after)
         wait = circuit.next_probe - now
-        longest_step = LONGEST_STEPS.get(state, MAX_STEP) * (1.0 + 0.2 * jitter)
-        assert FIRST_STEP * 0.99 <= wait <= max(trusted, longest_step) + 1e-6
+        longest = max(MAX_STEP, ACCOUNT_STEPS.get(circuit.state, (0.0, 0.0))[1]) * (1.0 + 0.2 * jitter)
+        shortest = 0.0 if circuit.state is CircuitState.UNAUTHORIZED else FIRST_STEP * 0.99
+        assert shortest <= wait <= max(trusted, longest) + 1e-6
         now = circuit.next_probe + pause
         if is_accepted:
             close(circuit, now)
@@ -312,3 +386,130 @@ def test_a_blackout_begins_with_the_wait_that_ended_the_previous_blackout():
     close(circuit, 2.5)
     circuit.open(10.0, CircuitState.BLACKOUT, "all used")
     assert circuit.next_probe == pytest.approx(10.0 + 2.0)
+
+
+def test_a_lack_of_capacity_with_a_long_wait_is_probed_every_5_10_20_and_30_seconds():
+    circuit = make_circuit()
+    circuit.settle(0.0, TICKET, refused(0.0, "capacity", 120.0), blamed=None)
+    times = []
+    while circuit.next_probe < 200.0:
+        times.append(now := circuit.next_probe)
+        probe(circuit, now, refused(now, "capacity", 120.0))
+    assert times == [5.0, 10.0, 20.0, 40.0, 70.0, 100.0, 130.0, 160.0, 190.0]
+    assert circuit.state is CircuitState.CAPACITY  # the reported end moves, so it is no quota
+
+
+def test_a_short_wait_for_capacity_is_believed_no_longer_than_it_is():
+    circuit = make_circuit()
+    circuit.open(0.0, CircuitState.CAPACITY, "busy", 8.0)
+    waits = []
+    for _ in range(5):
+        now = circuit.next_probe
+        probe(circuit, now, refused(now, "capacity", 8.0))
+        waits.append(circuit.next_probe - now)
+    assert waits == [5.0, 8.0, 8.0, 8.0, 8.0]
+
+
+def refuse_probes(circuit, seconds, retry_after, named=None):
+    """Refuse every probe for so many seconds. `retry_after` returns the wait for a loop time."""
+    while circuit.next_probe < seconds and circuit.state is not CircuitState.QUOTA:
+        now = circuit.next_probe
+        probe(circuit, now, refused(now, named, retry_after(now)))
+
+
+@pytest.mark.parametrize(("state", "named"), [(CircuitState.BLACKOUT, None), (CircuitState.CAPACITY, "capacity")])
+@pytest.mark.parametrize("wobble", [0.0, 0.09])
+def test_the_same_far_end_for_a_minute_is_a_used_up_quota(state, named, wobble):
+    circuit, end = make_circuit(), 4000.0
+
+    def retry_after(now):
+        return (end - now) * (1.0 + wobble * (int(now) % 2))
+
+    circuit.open(0.0, state, "busy", retry_after(0.0))
+    refuse_probes(circuit, QUOTA_SECONDS - 1.0, retry_after, named)
+    assert circuit.state is state
+    refuse_probes(circuit, QUOTA_SECONDS + 36.0, retry_after, named)
+    assert (circuit.state, circuit.refuses_account) == (CircuitState.QUOTA, True)
+    assert circuit.ends_at == pytest.approx(end, rel=0.1)
+    # The provider still calls it an ordinary limit.
+    now = circuit.next_probe
+    probe(circuit, now, refused(now, named, end - now))
+    assert circuit.state is CircuitState.QUOTA
+    assert circuit.next_probe == now + 120.0
+    probe(circuit, circuit.next_probe, refused(circuit.next_probe, None, 3.0))  # a usual wait: the quota is back
+    assert circuit.state is None
+
+
+@pytest.mark.parametrize(
+    "retry_after",
+    [
+        lambda now: 300.0,
+        lambda now: 100.0 - now if now < 95.0 else 2.0,
+        lambda now: None,
+        lambda now: 3600.0 * (1 + int(now) % 3),
+    ],
+    ids=["a constant wait", "an end within two minutes", "no wait", "ends that differ"],
+)
+def test_any_other_reported_wait_is_no_quota(retry_after):
+    circuit = make_circuit()
+    circuit.open(0.0, CircuitState.BLACKOUT, "busy", retry_after(0.0))
+    refuse_probes(circuit, 300.0, retry_after)
+    assert circuit.state is CircuitState.BLACKOUT
+
+
+def test_a_minute_begins_again_after_a_probe_that_was_not_refused():
+    circuit = make_circuit()
+    circuit.open(0.0, CircuitState.BLACKOUT, "busy", 86_400.0)
+    refuse_probes(circuit, 50.0, lambda now: 86_400.0 - now)
+    now = circuit.next_probe
+    probe(circuit, now, Verdict("failed", now))
+    circuit.open(now + 1.0, CircuitState.BLACKOUT, "busy", 86_400.0)
+    refuse_probes(circuit, 100.0, lambda now: 86_400.0 - now)
+    assert circuit.state is CircuitState.BLACKOUT
+
+
+OUTCOMES = [("accepted", None), ("refused", None), ("refused", "capacity"), ("failed", None), ("timed_out", None),
+            ("abandoned", None), ("account", None), ("account", "unauthorized")]  # fmt: skip
+
+
+@given(
+    verdicts=st.lists(
+        st.tuples(
+            st.sampled_from(OUTCOMES),
+            st.none() | st.floats(0.1, 1e6),
+            st.floats(0.0, 8.0),
+            st.booleans(),
+        ),
+        max_size=60,
+    ),
+    jitter=st.floats(0.0, 1.0),
+)
+def test_while_there_is_demand_probes_are_never_further_apart_than_the_provider_may_ask(verdicts, jitter):
+    """5 s; 30 s after a refusal that reported a wait, or while the account is refused; each plus a fifth.
+
+    Each verdict: outcome and name, reported wait, seconds until it comes, and whether another attempt that was sent
+    before ends with the same verdict just before.
+    """
+    circuit, now = make_circuit(jitter), 0.0
+    circuit.open(now, CircuitState.OUTAGE, "down")
+    sent_at, bound = now, MAX_STEP
+    for (outcome, named), retry_after, seconds, is_late in verdicts:
+        if circuit.state is None:
+            circuit.open(now, CircuitState.BLACKOUT, "busy")
+            sent_at, bound = now, MAX_STEP
+        opens_at = circuit.opens_at(now, 0.0)
+        assert opens_at - sent_at <= 1.2 * bound + 8.0  # 8 s: the previous verdict came so late
+        sent_at = now = max(now, opens_at)
+        circuit.advance(now)
+        if circuit.state is None:
+            continue
+        verdict = Verdict(outcome, now + seconds, named, retry_after=retry_after if outcome == "refused" else None)
+        ticket = Ticket(now=now, deadline=now + 60.0)
+        circuit.reserve(now, ticket, 0.0, held=False)
+        now += seconds
+        bound = MAX_STEP if verdict.retry_after is None and outcome != "account" else MUCH_TRUST
+        if is_late:
+            circuit.settle(now, Ticket(now=0.0, deadline=60.0), verdict, blamed=None)
+        circuit.settle(now, ticket, verdict, blamed=None)
+        if circuit.state is CircuitState.QUOTA:
+            return
