@@ -25,6 +25,7 @@ from sidecar.admission import Admission, UpstreamSettings
 from sidecar.api.call import CallSettings, Sampling
 from sidecar.api.server import DataServer
 from sidecar.dispatch.dispatcher import Dispatcher
+from sidecar.dispatch.stream_bounds import StreamSettings
 from sidecar.observe import logging as logs
 from sidecar.observe.gauges import AdmissionGauges
 from sidecar.observe.metrics import Metrics
@@ -130,6 +131,7 @@ def _call_settings(settings: Settings, backend: Backend, *, traced: bool) -> Cal
     """Return the settings that apply to callers. `backend` is the first one."""
     return CallSettings(
         deadline=settings.deadline,
+        stream=StreamSettings(settings.stream_idle, settings.stream_max),
         max_body_bytes=settings.max_body_bytes,
         key_header=settings.key_header,
         default_model=backend.model_id or settings.dashscope_model,

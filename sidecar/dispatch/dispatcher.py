@@ -22,7 +22,9 @@ from backends.base import (
     Throttled,
     Timings,
     Unauthorized,
+    Usage,
 )
+from backends.media import CHARS_PER_TOKEN
 from sidecar.admission import (
     Admission,
     DeadlineUnreachable,
@@ -36,6 +38,7 @@ from sidecar.admission import (
 from sidecar.admission.gates.base import VerdictOutcome
 from sidecar.dispatch.deadlines import Deadlines
 from sidecar.dispatch.retry_policy import OUTAGE_CHECK_SECONDS, Action, RetryPolicy, Situation, jitter
+from sidecar.dispatch.stream_bounds import StreamBounds, StreamSettings
 from sidecar.observe.metrics import Metrics, RequestOutcome
 from sidecar.observe.trace import TracingStopwatch
 
@@ -43,6 +46,8 @@ from sidecar.observe.trace import TracingStopwatch
 _NAMED: dict[str, Dimension] = {
     kind: kind for kind in ("request_rate", "token_rate", "growth", "concurrency", "capacity")
 }
+
+_STREAM = StreamSettings()
 
 
 class DeadlineExceeded(Exception):
@@ -91,12 +96,13 @@ class Dispatcher:
         ticket: Ticket,
         request: Request,
         on_stream: Callable[[Reply], Awaitable[None]] | None = None,
+        stream: StreamSettings = _STREAM,
     ) -> Reply:
         """Return the answer to the ticket's request.
 
         A complete answer is returned after its permit is released. A streaming answer is passed to `on_stream`, which
-        writes it while the permit is held; then it is returned. Raises `NotAdmitted`, `BackendError` (the provider's
-        error; `Throttled` only inside a stream that has begun) or `DeadlineExceeded`.
+        writes it while the permit is held, within the bounds of `stream`; then it is returned. Raises `NotAdmitted`,
+        `BackendError` (the provider's error; `Throttled` only inside a stream that has begun) or `DeadlineExceeded`.
         """
         watch = ticket.stopwatch
         failed_attempts = 0
@@ -110,7 +116,7 @@ class Dispatcher:
                 with await self.admission.permit(ticket) as permit:
                     watch.switch("lock", self.now())
                     try:
-                        reply = await self._attempt(permit, request, on_stream)
+                        reply = await self._attempt(permit, request, on_stream, stream)
                     except BaseException:
                         watch.switch("queue", self.now())
                         raise
@@ -178,7 +184,11 @@ class Dispatcher:
         return upstream.circuit.failing and upstream.has_answered and upstream.last_good <= since
 
     async def _attempt(
-        self, permit: Permit, request: Request, on_stream: Callable[[Reply], Awaitable[None]] | None
+        self,
+        permit: Permit,
+        request: Request,
+        on_stream: Callable[[Reply], Awaitable[None]] | None,
+        stream: StreamSettings,
     ) -> Reply:
         """Make one attempt and report its outcome to admission and the metrics."""
         ticket, upstream = permit.ticket, permit.upstream
@@ -188,6 +198,8 @@ class Dispatcher:
             request = trace.start_attempt(request, name)
         timings = Timings()
         result = "cancelled"
+        reply: Reply | None = None
+        bounds: StreamBounds | None = None
         try:
             with self._deadlines.until(ticket.deadline):
                 try:
@@ -200,34 +212,43 @@ class Dispatcher:
                         reply = await self._send_within(patience, name, request, timings)
                 finally:
                     self._record_timings(ticket, timings, self.now())
-                if reply.chunks is not None:
-                    if on_stream is None:
-                        raise TypeError("a streaming reply needs on_stream")
-                    ticket.streaming = True
-                    try:
+            if reply.chunks is not None:
+                if on_stream is None:
+                    raise TypeError("a streaming reply needs on_stream")
+                ticket.streaming = True
+                began = self.now()
+                bounds = StreamBounds(stream, reply.progress, began=began, deadline=ticket.deadline)
+                try:
+                    with self._deadlines.until(bounds.next_look(began), bounds.next_look):
                         await on_stream(reply)
-                    finally:
-                        await reply.aclose()
+                finally:
+                    await reply.aclose()
             if reply.failure is not None:
                 raise reply.failure
             now = self.now()
             permit.report(Verdict("accepted", now, usage=reply.usage))
             self._policies[name].budget.answered(now)
             result = "ok"
-            self._metrics.tokens(name, request.model, reply.usage)
         except TimeoutError as timeout:
             result = "timeout"
             now = self.now()
-            silent = timings.first_byte is None and now - permit.sent_at >= upstream.patience(ticket)
-            permit.report(Verdict("timed_out" if silent else "abandoned", now, reason=f"{name} sent no answer"))
+            if reply is not None and bounds is not None and bounds.has_content:
+                permit.report(Verdict("accepted", now, usage=reply.usage))  # the provider has let the request in
+            else:
+                silent = timings.first_byte is None and now - permit.sent_at >= upstream.patience(ticket)
+                permit.report(Verdict("timed_out" if silent else "abandoned", now, reason=f"{name} sent no answer"))
             raise DeadlineExceeded(
-                f"no whole answer from {name} within the request's {ticket.deadline - ticket.stopwatch.started:.1f} s: "
-                "allow more time, in X-Request-Timeout and SIDECAR_DEADLINE"
+                (bounds is not None and bounds.reason(name))
+                or f"no whole answer from {name} within the request's "
+                f"{ticket.deadline - ticket.stopwatch.started:.1f} s: allow more time, in X-Request-Timeout and "
+                "SIDECAR_DEADLINE"
             ) from timeout
         except (BackendError, NoByteInTime) as failure:
             result = self._report(permit, failure)
             raise
         finally:
+            if reply is not None:
+                self._count_tokens(ticket, name, reply)
             self._metrics.attempt(name, result)
             if trace is not None:
                 trace.end_attempt(result)
@@ -236,10 +257,18 @@ class Dispatcher:
     async def _send_within(self, patience: float, name: str, request: Request, timings: Timings) -> Reply:
         """Send the request to the backend `name`. Raises `NoByteInTime` if no byte comes within `patience` seconds."""
         try:
-            with self._deadlines.until(self.now() + patience, unless=lambda: timings.first_byte is not None):
+            with self._deadlines.until(self.now() + patience, lambda now: now if timings.first_byte is None else inf):
                 return await self.backends[name].send(request, timings)
         except TimeoutError:
             raise NoByteInTime(f"{name} sent no byte for {patience:.1f} s") from None
+
+    def _count_tokens(self, ticket: Ticket, name: str, reply: Reply) -> None:
+        """Count the LLM tokens of what was generated, also of an answer that was cut: as reported, or estimated."""
+        if reply.usage is not None:
+            self._metrics.tokens(name, ticket.model, reply.usage, "provider")
+        elif reply.output_bytes is not None:
+            output = max(round(reply.output_bytes / CHARS_PER_TOKEN), 1)
+            self._metrics.tokens(name, ticket.model, Usage(round(ticket.tokens), output), "estimate")
 
     def _report(self, permit: Permit, failure: Exception) -> str:
         """Report a failed attempt as a verdict. Return the result for the metrics."""
