@@ -53,7 +53,7 @@ class Stream:
         self._request_body = request_body
         self._held: list[bytes] = []
         self._held_bytes = 0
-        self._has_begun = False
+        self._comment_at = 0.0  # loop time at which the caller gets a comment, if nothing else can be passed on
         self._clock = asyncio.get_running_loop().time
         self._unread_bytes = 0
         self._reply: Reply | None = None
@@ -121,23 +121,24 @@ class Stream:
         return error
 
     async def _next_before_content(self, watch: StreamWatch) -> bytes:
-        """Return the next whole events without content, or a comment after `COMMENT_SECONDS` without any."""
-        while not watch.has_content:
-            if self._held and not watch.open_bytes:
-                break
-            if not self._has_begun:
-                self._has_begun = True  # the caller gets the head together with the first piece
-                return COMMENT
-            try:
-                async with asyncio.timeout(COMMENT_SECONDS):
+        """Return the next whole events without content, or a comment after `COMMENT_SECONDS` without any.
+
+        The first piece comes at once, because the caller gets the head together with it.
+        """
+        piece = COMMENT
+        try:
+            async with asyncio.timeout_at(self._comment_at):
+                while not watch.has_content and (watch.open_bytes or not self._held):
                     await self._read_before_content(watch)
-            except TimeoutError:
-                return COMMENT
-        return self._take_held()
+            piece = self._take_held()
+        except TimeoutError:
+            pass
+        self._comment_at = self._clock() + COMMENT_SECONDS
+        return piece
 
     def _take_held(self) -> bytes:
         held = b"".join(self._held)
-        self._held, self._held_bytes, self._has_begun = [], 0, True
+        self._held, self._held_bytes = [], 0
         return held
 
     # -- as an iterator, or with a callback ----------------------------------------------------------------------------

@@ -9,6 +9,10 @@ import json
 import openai
 import pytest
 from running import chat
+from scripted_upstream import Upstream
+
+from backends.base import Request, Timings
+from backends.remote.backend import DashScopeBackend
 
 pytestmark = pytest.mark.http
 
@@ -25,6 +29,23 @@ NATIVE_PATH = "/api/v1/services/aigc/multimodal-generation/generation"
 def short_waits(monkeypatch):
     monkeypatch.setattr("backends.remote.backend.HOLD_SECONDS", HOLD)
     monkeypatch.setattr("backends.remote.stream.COMMENT_SECONDS", HOLD)
+
+
+@pytest.fixture
+async def upstream_backend():
+    """A provider whose stream has no content, and the backend in front of it."""
+
+    async def script(link, _):
+        await link.start_stream()
+        for piece in (b": theirs\n\n", ROLE[:20], ROLE[20:]) * 100:
+            await asyncio.sleep(HOLD / 3)
+            await link.chunk(piece)
+
+    async with Upstream(script) as upstream:
+        backend = DashScopeBackend(base_url=f"{upstream.origin}/v1")
+        await backend.start()
+        yield upstream, backend
+        await backend.close()
 
 
 class Slow:
@@ -205,6 +226,50 @@ async def test_a_caller_that_leaves_a_waiting_stream_ends_it_at_the_provider(ser
     metrics = await sidecar.metrics()
     assert metrics['sidecar_requests_total{api="openai",backend="dashscope",outcome="cancelled"}'] == 1
     assert metrics['sidecar_upstream_attempts_total{backend="dashscope",result="cancelled"}'] == 1
+
+
+async def test_comments_come_while_the_provider_sends_half_events(serving, scripted):
+    halves = [b": a", b" comment", b" that", b" never", b" ends"] * 3
+    slow = Slow(after=[*halves, b"\n\n", WORDS, END, b""])
+    sidecar, _ = await start(serving, scripted, slow)
+
+    async def feed():
+        for _ in slow.after:
+            await asyncio.sleep(HOLD / 3)
+            slow.more.release()
+
+    async with sidecar.post(chat(stream=True)) as response:
+        feeding = asyncio.ensure_future(feed())
+        text = await until_comments(response, 3)
+        assert not feeding.done()
+        text += await response.read()
+        await feeding
+    assert b"".join(halves) + b"\n\n" in text
+    assert without_comments(text) == WORDS + END
+
+
+@pytest.mark.parametrize("steps", range(0, 60, 3))
+@pytest.mark.internal_http
+async def test_wherever_a_waiting_stream_is_cancelled_its_connection_is_closed(upstream_backend, steps):
+    upstream, backend = upstream_backend
+    request = Request("openai", "/chat/completions", b"{}", "m", stream=True)
+
+    async def read():
+        reply = await backend.send(request, Timings())
+        try:
+            async for _ in reply.chunks:
+                pass
+        finally:
+            await reply.aclose()
+
+    task = asyncio.ensure_future(read())
+    for _ in range(steps):
+        await asyncio.sleep(0 if steps < 30 else HOLD / 20)
+    task.cancel()
+    await asyncio.wait([task])
+    assert task.cancelled()
+    if upstream.links:
+        await asyncio.wait_for(upstream.links[0].gone(), 5)
 
 
 async def test_while_a_ticket_waits_in_the_sidecar_nothing_is_sent(serving, scripted):
