@@ -31,7 +31,7 @@ def test_a_deadline_can_move_each_time_that_it_comes(answers, ends):
 
         try:
             with deadlines.until(began + 1.0, later):
-                with contextlib.suppress(TimeoutError), deadlines.until(began + 3.5):  # another one, with the same timer
+                with contextlib.suppress(TimeoutError), deadlines.until(began + 3.5):  # it shares the timer
                     await asyncio.sleep(3.6)
                 await asyncio.sleep(20.0)
         except TimeoutError:
