@@ -75,12 +75,24 @@ class Usage(NamedTuple):
 
 
 @dataclass(slots=True)
+class Progress:
+    """How far a stream has come. The backend updates it while the stream is read."""
+
+    content_at: float | None = None
+    """The loop time of the newest content; None before the first content. Comments and empty pieces are no content.
+
+    A backend need not look at each piece: the time may be up to 1 s too late.
+    """
+
+
+@dataclass(slots=True)
 class Reply:
     """An accepted answer. Either `body` contains the whole answer, or `chunks` yields it piece by piece.
 
-    For a stream, `usage` and `failure` are set when `chunks` is exhausted. `failure` is an error that arrived inside
-    the stream after its first content. The caller receives the frame of this error unchanged; the field lets the
-    sidecar count and classify the error.
+    For a stream, `usage`, `output_bytes` and `failure` are set when `chunks` is exhausted or the reply is closed.
+    `failure` is an error that arrived inside the stream after its first content. The caller receives the frame of this
+    error unchanged; the field lets the sidecar count and classify the error. An error before the first content is
+    raised by `chunks` or `deliver`.
 
     The receiver of a streaming reply must call `aclose` exactly once, also after an error. `aclose` frees the
     connection. If the stream was not exhausted, `aclose` closes the connection, so that the provider sees that the
@@ -99,8 +111,17 @@ class Reply:
     Returns True when the stream is exhausted. Returns False if the callback paused the stream; call `deliver` again to
     continue.
     """
+    progress: Progress | None = None
+    """How far a stream has come. None: nothing is known about it, or the reply is no stream."""
     usage: Usage | None = None
+    output_bytes: float | None = None
+    """The length of the generated text in bytes (UTF-8), for an estimate if `usage` is None. It is an estimate too.
+
+    None: nothing was generated, or nothing is known about it.
+    """
     failure: BackendError | None = None
+    ended_within_event: bool = False
+    """Whether the last bytes of a stream belong to an event that is not complete. Set when the reply is closed."""
     closer: Callable[[], Awaitable[None]] | None = None
     """Releases the resources of a streaming reply. It works even if the iteration over `chunks` never started."""
 
@@ -158,6 +179,8 @@ class Backend(Protocol):
 
         Returns a reply with a 2xx status. Raises a `BackendError` in every other case. For a stream, `send` returns
         when the first content has arrived, so that it can raise a refusal inside a 200 stream like any other refusal.
+        It may return earlier if a stream has begun and its content takes long; then `chunks` keeps the caller's
+        connection alive with comments, and raises such a refusal.
         """
         ...
 

@@ -7,6 +7,10 @@ from functools import lru_cache
 from math import ceil, floor, sqrt
 from struct import Struct
 
+#: Characters of text per LLM token, an approximation for English. For other scripts, UTF-8 bytes are closer than
+#: characters. `TokenCost` corrects an estimate of the input from the reported usage.
+CHARS_PER_TOKEN = 3.5
+
 #: How many base64 characters of an image are searched for its size: first the smallest number, then more. 224: a
 #: usual JPEG has its size in the first 168 bytes. 1024: most other files have it in the first few hundred bytes. 8192:
 #: nearly all remaining files have EXIF data first, and the size in the first few KB.

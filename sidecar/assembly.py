@@ -26,6 +26,7 @@ from sidecar.api.call import CallSettings, Sampling
 from sidecar.api.server import DataServer
 from sidecar.dispatch.dispatcher import Dispatcher
 from sidecar.dispatch.model_list import ModelList
+from sidecar.dispatch.stream_bounds import StreamSettings
 from sidecar.foreign_pages import ForeignPages
 from sidecar.observe import logging as logs
 from sidecar.observe.gauges import AdmissionGauges
@@ -141,6 +142,7 @@ def _call_settings(settings: Settings, backends: Sequence[Backend], *, traced: b
     backend = backends[0]
     return CallSettings(
         deadline=settings.deadline,
+        stream=StreamSettings(settings.stream_idle, settings.stream_max),
         max_body_bytes=settings.max_body_bytes,
         key_header=settings.key_header,
         default_model=backend.model_id or settings.dashscope_model,

@@ -26,6 +26,8 @@ RELOADABLE = frozenset(
     {
         "dashscope_model",
         "deadline",
+        "stream_idle",
+        "stream_max",
         "drain_timeout",
         "max_body_bytes",
         "key_header",

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
-from backends.base import BackendError, Rejected, Reply, Request, Timings, Unreachable
+from backends.base import BackendError, Progress, Rejected, Reply, Request, Timings, Unreachable
 from backends.local.answers import OpenAIAnswer
 from backends.local.engine import Engine
 from backends.local.prompts import parse
@@ -140,7 +140,9 @@ class LocalBackend:
             if isinstance(event, Done) and not prompt.stream:
                 body = answer.whole(event.text, event.finish_reason, event.usage)
                 return Reply(200, {"Content-Type": "application/json"}, body, usage=event.usage)
+            row.deadline = None  # it holds until the first content; the caller of `send` ends a stream by closing it
             reply = Reply(200, {"Content-Type": answer.content_type}, closer=partial(self._release, row))
+            reply.progress = Progress(loop.time())
             reply.chunks = self._chunks(row, reply, answer, event)
             streaming = True
             return reply
@@ -159,8 +161,11 @@ class LocalBackend:
         self._rows.discard(row)
 
     async def _chunks(self, row: Row, reply: Reply, answer: OpenAIAnswer, event: Event) -> AsyncIterator[bytes]:
-        opening = answer.first()
+        opening, progress, clock = answer.first(), reply.progress, asyncio.get_running_loop().time
         while isinstance(event, Piece):
+            if progress is not None:
+                progress.content_at = clock()
+            reply.output_bytes = (reply.output_bytes or 0) + len(event.text.encode("utf-8", "surrogatepass"))
             yield opening + answer.piece(event.text)
             opening = b""
             event = await row.events.get()

@@ -46,7 +46,10 @@ class Row:
     fetched: Mapping[str, bytes] = field(default_factory=dict)
     """The bytes of the images that are not data URLs, by the field of the request that contains the URL."""
     deadline: float | None = None
-    """On the clock `time.monotonic`. After this time the row is not started, or it ends at the next decode step."""
+    """On the clock `time.monotonic`. After this time the row is not started, or it ends at the next decode step.
+
+    The event loop removes it at the first content of a stream, and then ends the row by `gone`.
+    """
     gone: bool = False
     """Whether the caller has gone. The event loop sets it, and the engine reads it at every decode step."""
     events: asyncio.Queue[Event] = field(default_factory=asyncio.Queue)

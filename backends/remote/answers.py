@@ -7,12 +7,14 @@ or `finish_reason: "error"`, if `base_resp.status_code` is not 0, or if nothing 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
-from backends.base import BackendError, Usage
+from backends.base import BackendError, Progress, Usage
 from backends.remote.error_bodies import lenient_json
 from backends.remote.events import Event, EventReader, events_in
+from backends.remote.output_meter import OutputMeter, text_bytes
 from backends.remote.refusals import classify
 
 #: LLM tokens. No model has a longer context. A larger count is an error of the provider, and it would distort the
@@ -101,6 +103,18 @@ def has_content(choice: Mapping[str, Any]) -> bool:
     return False
 
 
+def output_bytes_of(payload: object) -> int:
+    """Return the length in bytes of what a chat's answer or event contains; 0 if it has no content."""
+    choices = choices_of(payload) if isinstance(payload, dict) else []
+    return max(sum(text_bytes(choice, _CONTENT) for choice in choices), 1) if any(map(has_content, choices)) else 0
+
+
+def _output_bytes_of_any(payload: object) -> int:
+    """Return the same for an event of another API. All its data is content; a text is in `delta` or in a choice."""
+    delta = payload.get("delta") if isinstance(payload, dict) else None
+    return len(delta.encode("utf-8", "surrogatepass")) if isinstance(delta, str) else output_bytes_of(payload) or 1
+
+
 def finish_reason_of(payload: object) -> bool:
     """Return whether a choice names the reason for its end. The native dialect sends the text "null" until then."""
     return isinstance(payload, dict) and any(
@@ -170,9 +184,17 @@ class StreamWatch:
     """
 
     def __init__(
-        self, *, is_chat: bool = True, request_body: bytes = b"", headers: Mapping[str, str] | None = None
+        self,
+        *,
+        is_chat: bool = True,
+        request_body: bytes = b"",
+        headers: Mapping[str, str] | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`request_body` is the request, whose words prove nothing in an error. `headers` are those of the answer."""
+        """`request_body` is the request, whose words prove nothing in an error. `headers` are those of the answer.
+
+        `clock` is the loop's clock, for `progress`.
+        """
         self.has_content = False
         """Whether the stream has contained content. Comments, roles, empty texts and a usage are no content.
 
@@ -186,6 +208,9 @@ class StreamWatch:
         self._request_body = request_body
         self._headers = headers or {}
         self._reader = EventReader(_EVENT_LIMIT)
+        self._meter = OutputMeter(clock, output_bytes_of if is_chat else _output_bytes_of_any)
+        self.progress: Progress = self._meter.progress
+        """The time of the newest content."""
         self._last_usage = b""
         self._ended = False
         # Whether the last event was too long to be parsed. It may have been the one that named the end.
@@ -202,10 +227,11 @@ class StreamWatch:
             return
         if not self._ended and _may_end(block):
             self._ended = any(map(_is_end, events_in(block)))
-        if self.has_content and max(map(block.find, _MARKERS)) < 0:
-            return
-        for event in events_in(block):
-            self._see(event)
+        if self.has_content:
+            self._meter.feed(block)
+            if max(map(block.find, _MARKERS)) < 0:
+                return
+        self._see_all(block)
 
     def end(self) -> None:
         """Process a last event without an empty line after it. Must be called at the end of the stream."""
@@ -213,8 +239,9 @@ class StreamWatch:
             self._last_was_skipped = False  # it was cut, or another event followed
         if block := self._reader.end():
             self._ended = self._ended or any(map(_is_end, events_in(block)))
-            for event in events_in(block):
-                self._see(event)
+            if self.has_content:
+                self._meter.feed(block)
+            self._see_all(block)
 
     @property
     def open_bytes(self) -> int:
@@ -231,9 +258,23 @@ class StreamWatch:
         """Whether the stream has said that it has ended: by `[DONE]` or by a finish reason."""
         return self._ended or self._last_was_skipped
 
+    @property
+    def output_bytes(self) -> float | None:
+        """The estimated length of the generated text in bytes; None if the stream has contained none."""
+        return self._meter.output_bytes if self.has_content else None
+
     def _see_skipped(self) -> None:
         self._reader.skipped_data = False
         self._last_was_skipped = self.has_data = self.has_content = True
+        self._meter.skip()
+
+    def _see_all(self, block: bytes) -> None:
+        had_content = self.has_content
+        for event in events_in(block):
+            self._see(event)
+        if self.has_content and not had_content:
+            self._meter.skip()  # also if it is only a finish reason
+            self._meter.feed(block)
 
     def _see(self, event: Event) -> None:
         data = event.data
@@ -250,13 +291,15 @@ class StreamWatch:
             return
         payload = lenient_json(data)
         if said or judge(payload, is_chat=self._is_chat) == "error":
-            self.failure = classify(event.status, self._headers, data, request_body=self._request_body)
+            self.failure = classify(event.status, self._headers, data, request_body=self._request_body, payload=payload)
             return
         if not self.has_content:
             if not self._is_chat or not isinstance(payload, dict):
                 self.has_content = True
             else:
                 self.has_content = finish_reason_of(payload) or any(map(has_content, choices_of(payload)))
+            if self.has_content:
+                self._meter.start(data, payload)
         self._see_usage(data)
 
     def _see_usage(self, data: bytes) -> None:

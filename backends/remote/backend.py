@@ -6,8 +6,7 @@ import asyncio
 import hashlib
 import logging
 import zlib
-from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 from yarl import URL
@@ -15,7 +14,6 @@ from yarl import URL
 from backends.base import (
     MAX_ANSWER_BYTES,
     BackendError,
-    OnPiece,
     Rejected,
     Reply,
     Request,
@@ -28,11 +26,19 @@ from backends.http1.errors import HttpError, failure_of
 from backends.http1.headers import canonical_name
 from backends.http1.implementation import choose
 from backends.http1.interface import Connector, Origin, Response
-from backends.remote.answers import StreamWatch, error_in_events, judge, seems_readable, usage_of
-from backends.remote.error_bodies import lenient_json, read_error
+from backends.remote.answers import (
+    StreamWatch,
+    error_in_events,
+    judge,
+    output_bytes_of,
+    seems_readable,
+    usage_of,
+)
+from backends.remote.error_bodies import lenient_json
 from backends.remote.events import begins_like_events
 from backends.remote.native import GENERATION_PATH, send_native
-from backends.remote.refusals import classify
+from backends.remote.refusals import classify, error_of, read
+from backends.remote.stream import HOLD_SECONDS, Stream
 
 _T = TypeVar("_T")
 
@@ -42,9 +48,6 @@ _log = logging.getLogger(__name__)
 _ERROR_BODY_SECONDS = 5.0
 #: Bytes of the longest error body that is read.
 _ERROR_BODY_LIMIT = 1024 * 1024
-#: Bytes of comments and pings that are accepted before a stream's first content, and bytes of events without content
-#: after which the stream is delivered all the same.
-_PREFACE_LIMIT = 1024 * 1024
 #: Paths whose answers are chat completions, in OpenAI's or the native format.
 _CHAT_PATHS = frozenset({"/chat/completions", GENERATION_PATH, "/services/aigc/text-generation/generation"})
 _COMPATIBLE_PATH, _NATIVE_PATH = "/compatible-mode/v1", "/api/v1"
@@ -227,18 +230,30 @@ class DashScopeBackend:
         return self._whole_or_stream(response, request) if request.stream else self._whole(response, request)
 
     async def _whole_or_stream(self, response: Response, request: Request) -> Reply:
-        """Read the answer to a request for a stream.
+        """Read the answer to a request for a stream, until its first content.
 
-        The content decides, and not its label: servers label streams as `text/plain`, and errors as streams.
+        So a refusal instead of content is raised like any other refusal. If the content takes longer than
+        `HOLD_SECONDS`, the stream is returned without it. What decides between a whole answer and a stream is the
+        content, and not its label: servers label streams as `text/plain`, and errors as streams.
         """
-        first = b""
-        while (is_stream := begins_like_events(first)) is None and len(first) < _PREFACE_LIMIT:
-            piece = await response.content.readany()
-            if not piece:
-                is_stream = response.content_type == "text/event-stream"
-                break
-            first += piece
-        return await (self._stream(response, request, first) if is_stream else self._whole(response, request, first))
+        is_chat = _is_chat(request)
+        clock = asyncio.get_running_loop().time
+        watch = StreamWatch(is_chat=is_chat, request_body=request.body, headers=response.headers, clock=clock)
+        stream = Stream(response, watch, self._error_in_stream, must_end=is_chat, request_body=request.body)
+        hold_until = clock() + HOLD_SECONDS
+        is_labelled = response.content_type == "text/event-stream"
+        is_stream = is_labelled or await stream.begins_like_events()
+        try:
+            async with asyncio.timeout_at(hold_until):
+                if is_labelled:
+                    is_stream = await stream.begins_like_events()
+                if is_stream:
+                    await stream.until_content()
+        except TimeoutError:
+            pass  # it goes on: see `Stream`
+        if not is_stream:
+            return await self._whole(response, request, stream.first)
+        return stream.reply(to_caller(response.headers))
 
     async def _encoded(self, response: Response, request: Request) -> Reply:
         """Pass on an answer that is compressed although we asked for `identity`, together with its encoding.
@@ -248,8 +263,10 @@ class DashScopeBackend:
         headers = {**to_caller(response.headers), "Content-Encoding": response.headers["Content-Encoding"]}
         if not request.stream:
             body = await _read(response, request.max_answer_bytes)
-            return Reply(status=response.status, headers=headers, body=body)
-        return self._streaming(response, headers, None, deque())
+            # Compressed, the whole body is about as long as its text alone is otherwise.
+            output_bytes = len(body) if _is_chat(request) else None
+            return Reply(status=response.status, headers=headers, body=body, output_bytes=output_bytes)
+        return Stream(response, None, self._error_in_stream).reply(headers)
 
     async def _whole(self, response: Response, request: Request, first: bytes = b"") -> Reply:
         """Read a whole answer. `first` is what was read of it already.
@@ -258,7 +275,7 @@ class DashScopeBackend:
         """
         body = await _read(response, request.max_answer_bytes, first)
         headers = to_caller(response.headers)
-        is_chat = request.path in _CHAT_PATHS
+        is_chat = _is_chat(request)
         if not is_chat and request.method != "POST":
             # It shows what happened earlier: the errors and the usage in it are not those of this request.
             return Reply(status=response.status, headers=headers, body=body)
@@ -267,63 +284,32 @@ class DashScopeBackend:
             return Reply(status=response.status, headers=headers, body=body)
         judgement = judge(payload, is_chat=is_chat)
         if judgement == "answer" or (payload is None and seems_readable(body)):
-            return Reply(status=response.status, headers=headers, body=body, usage=usage_of(payload))
+            usage = usage_of(payload)
+            reply = Reply(status=response.status, headers=headers, body=body, usage=usage)
+            if usage is None and is_chat:
+                reply.output_bytes = len(body) if payload is None else output_bytes_of(payload)
+            return reply
         if payload is None and begins_like_events(body):  # a stream that nobody asked for; it may contain an error
             failure = error_in_events(body, request_body=request.body)
             if failure is not None:
                 raise failure
         if not isinstance(payload, dict):
             raise _not_json(response)
-        error = classify(0, response.headers, body, request_body=request.body)
+        reading = read(0, response.headers, body, request_body=request.body, payload=payload)
+        error = error_of(reading, 0, response.headers, body)
         if judgement == "nothing" and isinstance(error, ServerFailed):
-            facts = read_error(body)
-            if not (facts.codes or facts.texts):
+            if not (reading.facts.codes or reading.facts.texts):
                 error.message = f"the provider answered {response.status} without an answer that a caller could read"
                 error.args = (error.message,)
             error.may_resend = False
         raise error
 
-    async def _stream(self, response: Response, request: Request, first: bytes) -> Reply:
-        """Read until the first content, so that a refusal instead of content is raised like any other refusal."""
-        is_chat = request.path in _CHAT_PATHS
-        watch = StreamWatch(is_chat=is_chat, request_body=request.body, headers=response.headers)
-        preface: deque[bytes] = deque()
-        size = 0
-        piece = first or await response.content.readany()
-        while piece:
-            watch.feed(piece)
-            preface.append(piece)
-            size += len(piece)
-            if watch.has_content or watch.failure is not None:
-                break
-            if size - watch.open_bytes > _PREFACE_LIMIT:
-                if watch.has_data:  # a model that thinks for long sends events with empty texts: begin to deliver
-                    watch.has_content = True
-                    break
-                error = ServerFailed(f"the provider's stream held no content in its first {size} bytes")
-                error.may_resend = False  # the provider is answering, so that it charges
-                raise error
-            piece = await response.content.readany()
-        else:
-            watch.end()
-        if not watch.has_content:
-            raise watch.failure or _no_content(watch)
-        return self._streaming(response, to_caller(response.headers), watch, preface, is_chat=is_chat)
-
-    def _streaming(
-        self,
-        response: Response,
-        headers: dict[str, str],
-        watch: StreamWatch | None,
-        preface: deque[bytes],
-        *,
-        is_chat: bool = False,
-    ) -> Reply:
-        """Return the reply for a stream. `is_chat`: it must say at its end that it has ended."""
-        reply = Reply(status=response.status, headers=headers)
-        chunks = _Chunks(reply, response, watch, preface, self._explained, must_end=is_chat)
-        reply.chunks, reply.deliver, reply.closer = chunks, chunks.deliver, chunks.aclose
-        return reply
+    def _error_in_stream(self, error: HttpError | BackendError) -> BackendError:
+        """Return the error of this project for an error after `send` has returned, without the key."""
+        if isinstance(error, HttpError):
+            return self._explained(error)
+        self._mask(error)
+        return error
 
     def _explained(self, error: HttpError) -> BackendError:
         """Return the error of this project that describes the failure."""
@@ -349,82 +335,9 @@ class DashScopeBackend:
                 return Unreachable(f"the connection to {host} broke before the answer: {reason}")
 
 
-class _Chunks:
-    """The unchanged bytes of a stream. Data that the consumer has not read yet stays in the socket's buffers."""
-
-    def __init__(
-        self,
-        reply: Reply,
-        response: Response,
-        watch: StreamWatch | None,
-        preface: deque[bytes],
-        explained: Callable[[HttpError], BackendError],
-        *,
-        must_end: bool,
-    ) -> None:
-        self._reply = reply
-        self._response = response
-        self._watch = watch
-        self._preface = preface
-        self._explained = explained
-        self._must_end = must_end
-
-    def __aiter__(self) -> AsyncIterator[bytes]:
-        return self
-
-    async def __anext__(self) -> bytes:
-        if self._preface:
-            return self._preface.popleft()
-        try:
-            piece = await self._response.content.readany()
-        except HttpError as error:
-            self._settle()
-            raise self._explained(error) from error
-        if piece:
-            if self._watch is not None:
-                self._watch.feed(piece)
-            return piece
-        self._end()
-        raise StopAsyncIteration
-
-    async def deliver(self, on_piece: OnPiece) -> bool:
-        while self._preface:
-            if not on_piece(self._preface.popleft()):
-                return False
-        watch = self._watch
-
-        def watch_and_deliver(piece: bytes) -> bool:
-            if watch is not None:
-                watch.feed(piece)
-            return on_piece(piece)
-
-        try:
-            whole = await self._response.deliver(watch_and_deliver)
-        except HttpError as error:
-            self._settle()
-            raise self._explained(error) from error
-        if whole:
-            self._end()
-        return whole
-
-    async def aclose(self) -> None:
-        self._settle()
-        del self._reply  # it refers to this object
-        self._response.close_unless_read()
-
-    def _end(self) -> None:
-        """Process the end of the stream. Raise `ServerFailed` if the stream did not say that it has ended."""
-        watch = self._watch
-        if watch is not None:
-            watch.end()
-        self._settle()
-        if watch is not None and self._must_end and watch.failure is None and not watch.is_complete:
-            raise ServerFailed("the provider's stream ended in the middle: no finish_reason and no [DONE] came")
-
-    def _settle(self) -> None:
-        if self._watch is not None:
-            self._reply.usage = self._watch.usage
-            self._reply.failure = self._watch.failure
+def _is_chat(request: Request) -> bool:
+    """Return whether the answer is a chat completion, in OpenAI's or the native format."""
+    return request.path in _CHAT_PATHS
 
 
 def _checked(url: str) -> str:
@@ -479,12 +392,6 @@ def _decompressed(body: bytes, encoding: str) -> bytes:
         return zlib.decompressobj(zlib.MAX_WBITS | 32).decompress(body, _ERROR_BODY_LIMIT)
     except zlib.error:
         return b""
-
-
-def _no_content(watch: StreamWatch) -> ServerFailed:
-    error = ServerFailed("the provider's stream ended before any content")
-    error.may_resend = not watch.is_complete
-    return error
 
 
 def _not_json(response: Response) -> ServerFailed:

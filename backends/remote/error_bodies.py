@@ -127,16 +127,17 @@ def lenient_json(data: bytes) -> object:
         return None
 
 
-def read_error(body: bytes, status: int = 0) -> ErrorFacts:
-    """Return the facts of an error's body. Never raises.
+def read_error(body: bytes, status: int = 0, *, payload: object = None) -> ErrorFacts:
+    """Return the facts of an error's body. Never raises. `payload` is its JSON, if it was parsed already.
 
     `status` is the HTTP status; below 400, the status that the body names counts. At a status that is about the request
     the message is not unwrapped, because it may quote the request.
     """
     facts = ErrorFacts()
-    if begins_like_events(body):
-        body = next((event.data for event in events_in(body.replace(b"\r\n", b"\n")) if event.data), b"")
-    payload = lenient_json(body)
+    if payload is None:
+        if begins_like_events(body):
+            body = next((event.data for event in events_in(body.replace(b"\r\n", b"\n")) if event.data), b"")
+        payload = lenient_json(body)
     if payload is None:
         text = body[: 2 * _TEXT_LIMIT].decode("utf-8", "replace").strip()
         facts.is_page = text.startswith("<")

@@ -19,6 +19,7 @@ from backends.base import BackendError, Rejected, Reply, Request, ServerFailed, 
 from backends.remote.answers import choices_of, usage_of
 from backends.remote.error_bodies import lenient_json
 from backends.remote.events import EventReader, events_in
+from backends.remote.stream import COMMENT
 
 #: Path of the generation API for vision models, below the base of the native API.
 GENERATION_PATH = "/services/aigc/multimodal-generation/generation"
@@ -44,9 +45,7 @@ async def send_native(
         translated, incremental = _to_openai(request)
         reply = await send(translated, timings)
     except BackendError as error:
-        error.message, error.quote = _native_field(error.message), _native_field(error.quote)
-        error.args = (error.message,)
-        error.body = _error(error, request_id)
+        _make_native(error, request_id)
         raise
     if encoding := reply.headers.get("Content-Encoding"):
         await reply.aclose()
@@ -56,10 +55,23 @@ async def send_native(
             body = _whole(lenient_json(reply.body), request_id)
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise _no_completion(error) from error
-        return Reply(reply.status, reply.headers, body, usage=reply.usage, failure=reply.failure)
-    streaming = Reply(reply.status, reply.headers, closer=reply.aclose)
+        return replace(reply, body=body)
+    streaming = Reply(reply.status, reply.headers, progress=reply.progress)
+
+    async def close() -> None:
+        await reply.aclose()
+        streaming.usage, streaming.output_bytes = reply.usage, reply.output_bytes
+
+    streaming.closer = close
     streaming.chunks = _frames(reply, reply.chunks, streaming, request_id, incremental=incremental)
     return streaming
+
+
+def _make_native(error: BackendError, request_id: str) -> None:
+    """Give an error a native body and the field names of the native request."""
+    error.message, error.quote = _native_field(error.message), _native_field(error.quote)
+    error.args = (error.message,)
+    error.body = _error(error, request_id)
 
 
 def _invalid(message: str) -> Rejected:
@@ -237,6 +249,7 @@ async def _frames(
 ) -> AsyncIterator[bytes]:
     """Yield one native frame for each OpenAI event with content, and a last frame with finish reasons and usage.
 
+    Before the first frame, an event without content and a comment become a comment, which keeps the connection alive.
     Raises `ServerFailed` if the stream did not say that it has ended: no end is invented.
     """
     number = 0
@@ -256,21 +269,24 @@ async def _frames(
         answer = {"output": {"choices": choices}, "usage": usage, "request_id": request_id}
         return b"id:%d\nevent:result\n:HTTP_STATUS/200\ndata:%b\n\n" % (number, _dumps(answer))
 
-    async for event in _events(chunks):
-        if event is None:
-            ended = True
-            continue
-        usage = _usage(event) or usage
-        for choice in choices_of(event):
-            index = choice.get("index")
-            message = messages.setdefault(index if isinstance(index, int) else 0, _Message())
-            delta = choice.get("delta")
-            if isinstance(delta, dict):
-                message.add(delta)
-            message.reason = choice.get("finish_reason") or message.reason
-        if any(message.has_news for message in messages.values()):
-            yield frame(last=False)
-    streaming.usage, streaming.failure = reply.usage, reply.failure
+    async for events in _events(chunks, request_id):
+        for event in events:
+            if event is None:
+                ended = True
+                continue
+            usage = _usage(event) or usage
+            for choice in choices_of(event):
+                index = choice.get("index")
+                message = messages.setdefault(index if isinstance(index, int) else 0, _Message())
+                delta = choice.get("delta")
+                if isinstance(delta, dict):
+                    message.add(delta)
+                message.reason = choice.get("finish_reason") or message.reason
+            if any(message.has_news for message in messages.values()):
+                yield frame(last=False)
+        if reply.progress is not None and reply.progress.content_at is None:
+            yield COMMENT
+    streaming.usage, streaming.output_bytes, streaming.failure = reply.usage, reply.output_bytes, reply.failure
     if reply.failure is not None:
         number += 1
         body = _error(reply.failure, request_id)
@@ -281,14 +297,20 @@ async def _frames(
         raise ServerFailed("the upstream's stream ended in the middle: no finish_reason and no [DONE] came")
 
 
-async def _events(chunks: AsyncIterator[bytes]) -> AsyncIterator[dict[str, Any] | None]:
-    """Yield the JSON of each event of an OpenAI stream, and None for `[DONE]`. The chunks may split it anywhere."""
+async def _events(chunks: AsyncIterator[bytes], request_id: str) -> AsyncIterator[Iterator[dict[str, Any] | None]]:
+    """Yield the events of each chunk of an OpenAI stream: their JSON, and None for `[DONE]`.
+
+    The chunks may split an event anywhere. An error of the stream gets a native body.
+    """
     reader = EventReader(_EVENT_LIMIT)
-    async for chunk in chunks:
-        for value in _values(reader.feed(chunk)):
-            yield value
-    for value in _values(reader.end()):
-        yield value
+    try:
+        async for chunk in chunks:
+            yield _values(reader.feed(chunk))
+    except BackendError as error:
+        _make_native(error, request_id)
+        raise
+    if block := reader.end():
+        yield _values(block)
 
 
 def _values(block: bytes) -> Iterator[dict[str, Any] | None]:

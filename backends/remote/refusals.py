@@ -85,14 +85,21 @@ class Reading:
 
 
 def read(
-    status: int, headers: Mapping[str, str], body: bytes, *, request_body: bytes = b"", now: float | None = None
+    status: int,
+    headers: Mapping[str, str],
+    body: bytes,
+    *,
+    request_body: bytes = b"",
+    payload: object = None,
+    now: float | None = None,
 ) -> Reading:
     """Read a provider's error. Never raises, whatever bytes `body` contains.
 
     `status` is the HTTP status or, for an error inside a 200, the status that it names. A value below 400 means that it
     names none. `request_body` is the request that was refused: words that it contains prove nothing.
+    `payload` is the JSON of `body`, if it was parsed already: a body can be long.
     """
-    facts = read_error(body, status)
+    facts = read_error(body, status, payload=payload)
     if status < 400 and facts.status:
         status = facts.status
     lower = {name.lower(): value for name, value in (facts.headers | dict(headers)).items()}
@@ -110,13 +117,15 @@ def read(
     return Reading(meaning, rule, status, code, wait, facts, rules.words_known)
 
 
-def classify(status: int, headers: Mapping[str, str], body: bytes, *, request_body: bytes = b"") -> BackendError:
+def classify(
+    status: int, headers: Mapping[str, str], body: bytes, *, request_body: bytes = b"", payload: object = None
+) -> BackendError:
     """Return the exception for a provider's error, see `read`.
 
     Its message is our own sentence with the provider's code. The provider's text and body are for the caller of the
     request only.
     """
-    return error_of(read(status, headers, body, request_body=request_body), status, headers, body)
+    return error_of(read(status, headers, body, request_body=request_body, payload=payload), status, headers, body)
 
 
 def error_of(reading: Reading, status: int, headers: Mapping[str, str], body: bytes) -> BackendError:

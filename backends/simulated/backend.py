@@ -8,6 +8,8 @@ from collections.abc import AsyncGenerator
 import orjson
 
 from backends.base import Reply, Request, Timings, Unreachable, Usage
+from backends.remote.answers import output_bytes_of
+from backends.remote.output_meter import OutputMeter
 from backends.remote.refusals import classify
 from backends.simulated.profile import Profile
 from backends.simulated.provider import MODELS, Call, Frame, Provider
@@ -59,12 +61,15 @@ class SimulatedBackend:
         except BaseException:
             call.leave()
             raise
-        reply = Reply(200, response.headers)
-        chunks = reply.chunks = _chunks(reply, call, first, response.usage)
+        meter = OutputMeter(loop.time, output_bytes_of)
+        meter.skip()  # the first frame has arrived
+        reply = Reply(200, response.headers, progress=meter.progress)
+        chunks = reply.chunks = _chunks(reply, call, first, response.usage, meter)
 
         async def close() -> None:
             await chunks.aclose()
             call.leave()
+            reply.output_bytes = meter.output_bytes
 
         reply.closer = close
         return reply
@@ -77,12 +82,15 @@ class SimulatedBackend:
         """Do nothing: this backend has no resources to release."""
 
 
-async def _chunks(reply: Reply, call: Call, first: Frame | None, usage: Usage | None) -> AsyncGenerator[bytes]:
+async def _chunks(
+    reply: Reply, call: Call, first: Frame | None, usage: Usage | None, meter: OutputMeter
+) -> AsyncGenerator[bytes]:
     frame = first
     try:
         while frame is not None:
             if frame.error is not None:
                 reply.failure = classify(frame.error[0], {}, frame.error[1])
+            meter.feed(frame.data)
             yield frame.data
             frame = await call.frame()
     except ConnectionResetError as error:

@@ -9,13 +9,10 @@ from typing import Any
 import orjson
 
 from backends.json_values import MAX_VALUES, has_too_many_values
-from backends.media import data_url_size, image_tokens
+from backends.media import CHARS_PER_TOKEN, data_url_size, image_tokens
 from backends.sound_and_film import Film, film_tokens, sound_tokens
 from sidecar.api.errors import InvalidRequest
 
-#: Characters of text per LLM token. Used to estimate the input tokens before sending. An approximation for
-#: English text; `TokenCost` corrects it from the reported usage.
-CHARS_PER_TOKEN = 3.5
 #: LLM tokens of an image whose size cannot be read from its header (for example, an image given by a URL).
 #: The value is the cost of a 1080p frame for qwen-vl by the patch rule.
 UNKNOWN_IMAGE_TOKENS = 1250

@@ -7,7 +7,7 @@ import random
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from concurrent.futures import Executor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from math import inf, isfinite
 
@@ -20,6 +20,7 @@ from sidecar.api.errors import Api, InvalidRequest, Problem, body_of, headers_of
 from sidecar.api.key import fair_queue_key
 from sidecar.dispatch.dispatcher import Dispatcher
 from sidecar.dispatch.model_list import ModelList
+from sidecar.dispatch.stream_bounds import StreamSettings
 from sidecar.observe.metrics import RequestOutcome
 from sidecar.observe.trace import TracingStopwatch
 
@@ -47,6 +48,7 @@ class CallSettings:
     """The settings that apply to callers. `deadline` is in seconds, `max_body_bytes` in bytes."""
 
     deadline: float = 60.0
+    stream: StreamSettings = field(default_factory=StreamSettings)
     max_body_bytes: int = 14 * 1024 * 1024
     key_header: str = "X-Camera-Id"
     default_model: str = "qwen-vl-plus"
@@ -86,6 +88,7 @@ class Call:
         """The provider's own id of a request that ended with its error."""
         self.response: Answer | None = None
         self._error_sent = False
+        self._reply: Reply | None = None  # the stream that is written
         self._dispatcher = dispatcher
         self._models = models
         self._now = dispatcher.now
@@ -237,7 +240,10 @@ class Call:
         """
         if self.http.caller_has_left and request.method not in ("GET", "HEAD"):
             raise ConnectionResetError("the caller has shut its sending side")
-        return self._dispatcher.run(ticket, request, self._stream)
+        stream = self.settings.stream
+        if request.stream and "X-Request-Timeout" in self.http.headers:
+            stream = replace(stream, ends_at_deadline=True)
+        return self._dispatcher.run(ticket, request, self._stream, stream)
 
     async def forward(
         self,
@@ -312,7 +318,8 @@ class Call:
         if self.response is None:
             return await self.respond(problem.status, body, headers_of(problem))
         if not self._error_sent:
-            self.response.write(self._error_frame(problem, body))
+            end_of_event = b"\n\n" if self._reply is not None and self._reply.ended_within_event else b""
+            self.response.write(end_of_event + self._error_frame(problem, body))
         self.response.write_eof()  # do not wait for the write: the caller may have stopped reading
         return self.response
 
@@ -325,6 +332,7 @@ class Call:
         """Write a streaming answer chunk by chunk. A slow reader slows the provider, so no data accumulates here."""
         assert self.ticket is not None and reply.chunks is not None  # noqa: S101  `ask` has both
         switch, clock = self.ticket.stopwatch.switch, self._now
+        self._reply = reply
         self.response = answer = self._answer(reply.status, reply.headers, length=None)
         deliver = reply.deliver or partial(_deliver, reply.chunks)
         while not await deliver(answer.write):

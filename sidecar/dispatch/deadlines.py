@@ -23,13 +23,13 @@ class Deadlines:
     def __repr__(self) -> str:
         return f"<Deadlines active={len(self._active)} timer_at={self._timer_at:.3f}>"
 
-    def until(self, when: float, unless: Callable[[], bool] | None = None) -> Deadline:
+    def until(self, when: float, later: Callable[[float], float] | None = None) -> Deadline:
         """Return a context manager that ends its block with a `TimeoutError` at `when` (the loop's clock, in seconds).
 
-        It behaves like `asyncio.timeout_at`. If `unless` returns True at that time, the block runs on without a
-        deadline.
+        It behaves like `asyncio.timeout_at`. If `later` is given, it is called at that time with the loop time. If it
+        returns a later time, the block runs on until then; infinity: without a deadline.
         """
-        return Deadline(self, when, unless)
+        return Deadline(self, when, later)
 
     def add(self, deadline: Deadline) -> None:
         """Start to watch a deadline."""
@@ -55,8 +55,10 @@ class Deadlines:
         # uvloop's clock has a resolution of one millisecond, so the timer may run a fraction of a millisecond early.
         now, self._timer_at = max(self.loop.time(), self._timer_at), inf
         for deadline in [deadline for deadline in self._active if deadline.when <= now]:
-            self._active.remove(deadline)
-            deadline.expire()
+            if not deadline.moves(now):
+                deadline.expire()
+            if deadline.when <= now or deadline.when == inf:
+                self._active.remove(deadline)
         if self._active:
             self._set_timer(min(deadline.when for deadline in self._active))
 
@@ -64,11 +66,11 @@ class Deadlines:
 class Deadline:
     """One deadline; it is active from the start to the end of its `with` block."""
 
-    __slots__ = ("_cancelling", "_deadlines", "_expired", "_task", "_unless", "when")
+    __slots__ = ("_cancelling", "_deadlines", "_expired", "_later", "_task", "when")
 
-    def __init__(self, deadlines: Deadlines, when: float, unless: Callable[[], bool] | None) -> None:
+    def __init__(self, deadlines: Deadlines, when: float, later: Callable[[float], float] | None) -> None:
         self.when = when
-        self._unless = unless
+        self._later = later
         self._deadlines = deadlines
         self._expired = False
 
@@ -84,10 +86,14 @@ class Deadline:
         self._cancelling = task.cancelling()
         self._deadlines.add(self)
 
+    def moves(self, now: float) -> bool:
+        """Return whether the block may run on after `now`; then `when` is its new deadline."""
+        if self._later is not None:
+            self.when = self._later(now)
+        return self.when > now
+
     def expire(self) -> None:
         """Cancel the task, because the deadline has passed."""
-        if self._unless is not None and self._unless():
-            return
         self._expired = True
         self._task.cancel()
 

@@ -22,7 +22,9 @@ from backends.base import (
     Throttled,
     Timings,
     Unauthorized,
+    Usage,
 )
+from backends.media import CHARS_PER_TOKEN
 from sidecar.admission import (
     Admission,
     DeadlineUnreachable,
@@ -44,6 +46,8 @@ from sidecar.dispatch.retry_policy import (
     Situation,
     jitter,
 )
+from sidecar.dispatch.second_reading import second_reading
+from sidecar.dispatch.stream_bounds import StreamBounds, StreamSettings
 from sidecar.observe.metrics import Metrics, RequestOutcome
 from sidecar.observe.trace import TracingStopwatch
 
@@ -52,10 +56,7 @@ _NAMED: dict[str, Dimension] = {
     kind: kind for kind in ("request_rate", "token_rate", "growth", "concurrency", "capacity")
 }
 
-#: Seconds. A request is refused for LLM tokens although nothing else was sent for a minute: perhaps the request is too
-#: large, perhaps other programs use the account. It is sent again after the wait that the provider reported, or after
-#: LONE_WAIT_SECONDS; at most after MAX_LONE_WAIT_SECONDS, because probes may not be further apart.
-LONE_WAIT_SECONDS, MAX_LONE_WAIT_SECONDS = 1.0, 30.0
+_STREAM = StreamSettings()
 
 
 class DeadlineExceeded(Exception):
@@ -107,12 +108,13 @@ class Dispatcher:
         ticket: Ticket,
         request: Request,
         on_stream: Callable[[Reply], Awaitable[None]] | None = None,
+        stream: StreamSettings = _STREAM,
     ) -> Reply:
         """Return the answer to the ticket's request.
 
         A complete answer is returned after its permit is released. A streaming answer is passed to `on_stream`, which
-        writes it while the permit is held; then it is returned. Raises `NotAdmitted`, `BackendError` (the provider's
-        error; `Throttled` only inside a stream that has begun) or `DeadlineExceeded`.
+        writes it while the permit is held, within the bounds of `stream`; then it is returned. Raises `NotAdmitted`,
+        `BackendError` (the provider's error; `Throttled` only inside a stream that has begun) or `DeadlineExceeded`.
         """
         watch = ticket.stopwatch
         failed_attempts = 0
@@ -126,7 +128,7 @@ class Dispatcher:
                 with await self.admission.permit(ticket) as permit:
                     watch.switch("lock", self.now())
                     try:
-                        reply = await self._attempt(permit, request, on_stream)
+                        reply = await self._attempt(permit, request, on_stream, stream)
                     except BaseException:
                         watch.switch("queue", self.now())
                         raise
@@ -203,7 +205,11 @@ class Dispatcher:
         return upstream.circuit.failing and upstream.has_answered and upstream.last_good <= since
 
     async def _attempt(
-        self, permit: Permit, request: Request, on_stream: Callable[[Reply], Awaitable[None]] | None
+        self,
+        permit: Permit,
+        request: Request,
+        on_stream: Callable[[Reply], Awaitable[None]] | None,
+        stream: StreamSettings,
     ) -> Reply:
         """Make one attempt and report its outcome to admission and the metrics."""
         ticket, upstream = permit.ticket, permit.upstream
@@ -213,6 +219,8 @@ class Dispatcher:
             request = trace.start_attempt(request, name)
         timings = Timings()
         result = "cancelled"
+        reply: Reply | None = None
+        bounds: StreamBounds | None = None
         try:
             with self._deadlines.until(ticket.deadline):
                 try:
@@ -225,47 +233,46 @@ class Dispatcher:
                         reply = await self._send_within(patience, name, request, timings)
                 finally:
                     self._record_timings(ticket, timings, self.now())
-                if reply.chunks is not None:
-                    if on_stream is None:
-                        raise TypeError("a streaming reply needs on_stream")
-                    ticket.streaming = True
-                    try:
+            if reply.chunks is not None:
+                if on_stream is None:
+                    raise TypeError("a streaming reply needs on_stream")
+                ticket.streaming = True
+                began = self.now()
+                bounds = StreamBounds(stream, reply.progress, began=began, deadline=ticket.deadline)
+                try:
+                    with self._deadlines.until(bounds.next_look(began), bounds.next_look):
                         await on_stream(reply)
-                    finally:
-                        await reply.aclose()
+                finally:
+                    await reply.aclose()
             if reply.failure is not None:
                 raise reply.failure
             now = self.now()
             permit.report(Verdict("accepted", now, usage=reply.usage))
             self._policies[name].budget.answered(now)
             result = "ok"
-            self._metrics.tokens(name, request.model, reply.usage)
         except TimeoutError as timeout:
             result = "timeout"
             now = self.now()
-            silent = timings.first_byte is None and now - permit.sent_at >= upstream.patience(ticket)
-            permit.report(Verdict("timed_out" if silent else "abandoned", now, reason=f"{name} sent no answer"))
+            if reply is not None and bounds is not None and bounds.has_content:
+                permit.report(Verdict("accepted", now, usage=reply.usage))  # the provider has let the request in
+            else:
+                silent = timings.first_byte is None and now - permit.sent_at >= upstream.patience(ticket)
+                permit.report(Verdict("timed_out" if silent else "abandoned", now, reason=f"{name} sent no answer"))
             raise DeadlineExceeded(
-                f"no whole answer from {name} within the request's {ticket.deadline - ticket.stopwatch.started:.1f} s: "
-                "allow more time, in X-Request-Timeout and SIDECAR_DEADLINE"
+                (bounds is not None and bounds.reason(name))
+                or f"no whole answer from {name} within the request's "
+                f"{ticket.deadline - ticket.stopwatch.started:.1f} s: allow more time, in X-Request-Timeout and "
+                "SIDECAR_DEADLINE"
             ) from timeout
         except (BackendError, NoByteInTime) as failure:
-            told = self._as_refusal(permit, failure)
-            if told is not None:
-                result = self._report(permit, told)
+            told, teaches = second_reading(permit, failure, self.now())
+            result = self._report(permit, told, teaches=teaches)
+            if told is not failure:
                 raise told from None
-            lone_refusals = 0
-            if isinstance(failure, Throttled) and failure.kind == "token_rate" and not ticket.streaming:
-                lone_refusals = upstream.lone_token_refusals(permit)
-                if lone_refusals > 1:
-                    result = "client_error"
-                    raise self._rejected(permit, failure) from None
-                if lone_refusals:
-                    wait = min(failure.retry_after or LONE_WAIT_SECONDS, MAX_LONE_WAIT_SECONDS)
-                    ticket.not_before = self.now() + wait
-            result = self._report(permit, failure, teaches=not lone_refusals)
             raise
         finally:
+            if reply is not None:
+                self._count_tokens(ticket, name, reply)
             self._metrics.attempt(name, result)
             if trace is not None:
                 trace.end_attempt(result)
@@ -274,27 +281,18 @@ class Dispatcher:
     async def _send_within(self, patience: float, name: str, request: Request, timings: Timings) -> Reply:
         """Send the request to the backend `name`. Raises `NoByteInTime` if no byte comes within `patience` seconds."""
         try:
-            with self._deadlines.until(self.now() + patience, unless=lambda: timings.first_byte is not None):
+            with self._deadlines.until(self.now() + patience, lambda now: now if timings.first_byte is None else inf):
                 return await self.backends[name].send(request, timings)
         except TimeoutError:
             raise NoByteInTime(f"{name} sent no byte for {patience:.1f} s") from None
 
-    def _as_refusal(self, permit: Permit, failure: Exception) -> Throttled | None:
-        """Return the failure as a refusal, if it is a 5xx by which a limit refused the request without words."""
-        if type(failure) is not ServerFailed or permit.ticket.streaming or not failure.may_resend:
-            return None
-        if permit.read_failure(self.now()) != "refused":
-            return None
-        refusal = Throttled(
-            f"{failure.message}; it does so when more is sent, so this is read as a limit",
-            kind="unknown",
-            status=failure.status,
-            code=failure.code or f"status {failure.status}",
-            body=failure.body,
-            headers=failure.headers,
-        )
-        refusal.quote, refusal.upstream_request_id = failure.quote, failure.upstream_request_id
-        return refusal
+    def _count_tokens(self, ticket: Ticket, name: str, reply: Reply) -> None:
+        """Count the LLM tokens of what was generated, also of an answer that was cut: as reported, or estimated."""
+        if reply.usage is not None:
+            self._metrics.tokens(name, ticket.model, reply.usage, "provider")
+        elif reply.output_bytes is not None:
+            output = max(round(reply.output_bytes / CHARS_PER_TOKEN), 1)
+            self._metrics.tokens(name, ticket.model, Usage(round(ticket.tokens), output), "estimate")
 
     def _report(self, permit: Permit, failure: Exception, *, teaches: bool = True) -> str:
         """Report a failed attempt as a verdict. Return the result for the metrics.
@@ -333,20 +331,6 @@ class Dispatcher:
                 return "server_error"
             case _:
                 return "connect_error"
-
-    def _rejected(self, permit: Permit, failure: Throttled) -> Rejected:
-        """Report a request that was refused for LLM tokens twice while nothing else was sent. Return its error."""
-        error = Rejected(
-            f"{failure.message}; it came twice while nothing else was sent, so this request is larger than the limit",
-            status=413,
-            code=failure.code,
-            body=failure.body,
-            headers=failure.headers,
-        )
-        error.above_limit = True
-        error.quote, error.upstream_request_id = failure.quote, failure.upstream_request_id
-        self._report(permit, error)
-        return error
 
     @staticmethod
     def _outcome_of(failure: Exception) -> VerdictOutcome:

@@ -101,7 +101,9 @@ class Metrics:
         )
         self._retries = counter("sidecar_retries", "Attempts after the first, by reason.", ("backend", "reason"))
         self._tokens = counter(
-            "sidecar_tokens", "LLM tokens as the provider counted them.", ("backend", "model", "kind")
+            "sidecar_tokens",
+            "LLM tokens, as the provider counted them or as an estimate.",
+            ("backend", "model", "kind", "counted"),
         )
         self._labelled_models: set[str] = set()
         self.refusals = RefusalWords()
@@ -178,17 +180,15 @@ class Metrics:
         """Count a ticket that returns to the queue after an attempt without an answer."""
         self._retries[backend, why.kind if isinstance(why, Throttled) else type(why).__name__] += 1
 
-    def tokens(self, backend: str, model: str, usage: Usage | None) -> None:
-        """Count the LLM tokens of a call, if the provider reported them."""
-        if usage is None:
-            return
+    def tokens(self, backend: str, model: str, usage: Usage, counted: Literal["provider", "estimate"]) -> None:
+        """Count the LLM tokens of a call. `counted` says who has counted them."""
         if model not in self._labelled_models:
             if len(self._labelled_models) >= MAX_MODELS:
                 model = "other"
             else:
                 self._labelled_models.add(model)
-        self._tokens[backend, model, "input"] += usage.input_tokens
-        self._tokens[backend, model, "output"] += usage.output_tokens
+        self._tokens[backend, model, "input", counted] += usage.input_tokens
+        self._tokens[backend, model, "output", counted] += usage.output_tokens
 
     def finished(self, ticket: Ticket, api: str, backend: str, outcome: RequestOutcome) -> None:
         """Write the metrics of a ticket that has ended with any outcome. Its stopwatch must be stopped."""

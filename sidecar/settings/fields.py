@@ -92,7 +92,13 @@ class Settings(BaseModel):
     refusal_budget: Annotated[float, BeforeValidator(values.number(0, most=0.2, example="0.005"))] = Field(
         0.005, description="share of upstream calls that may be spent on probing the limit"
     )
-    deadline: values.Duration = Field(60.0, description="seconds a request may take; callers may ask for less")
+    deadline: values.Duration = Field(
+        60.0,
+        description="seconds until the first content of a stream, or until the whole answer where it is not streamed;"
+        " callers may ask for less",
+    )
+    stream_idle: values.Duration = Field(30.0, description="seconds without content that end a stream after its first")
+    stream_max: values.Duration = Field(600.0, description="seconds a stream may take")
     drain_timeout: values.DurationOrZero = Field(25.0, description="seconds to finish what was accepted after SIGTERM")
     queue_size: values.Count = Field(2000, description="most requests that wait")
     queue_bytes: values.Bytes = Field(

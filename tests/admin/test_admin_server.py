@@ -74,7 +74,7 @@ async def test_every_metric_of_the_contract_exists_and_has_the_right_value(servi
     assert metrics[f"sidecar_backend_time_to_first_byte_seconds_count{{{backend}}}"] == 9
     assert metrics[f"sidecar_backend_duration_seconds_count{{{backend}}}"] == 9
     assert metrics[f'sidecar_upstream_attempts_total{{{backend},result="ok"}}'] == 9
-    assert metrics[f'sidecar_tokens_total{{{backend},kind="output",model="qwen-vl-plus"}}'] == 9 * 40
+    assert metrics[f'sidecar_tokens_total{{{backend},counted="provider",kind="output",model="qwen-vl-plus"}}'] == 9 * 40
     causes = [value for name, value in metrics.items() if name.startswith("sidecar_queue_wait_cause_seconds_total")]
     waited = sum(value for name, value in metrics.items() if name.startswith("sidecar_queue_wait_seconds_sum"))
     assert sum(causes) == pytest.approx(waited, abs=0.02)

@@ -1,8 +1,10 @@
 """`Deadlines` ends each block at its own deadline with one timer, exactly like one `asyncio.timeout_at` per block."""
 
 import asyncio
+import contextlib
 import gc
 import weakref
+from math import inf
 
 import pytest
 import uvloop
@@ -13,6 +15,33 @@ from bench.sim import clock
 from sidecar.dispatch.deadlines import Deadlines
 
 SECONDS = st.integers(1, 20).map(lambda tenths: tenths / 10)
+
+
+@pytest.mark.parametrize(("answers", "ends"), [([3.0, 4.5, 0.0], 4.5), ([inf], None), ([2.0], 2.0), ([1.5, inf], None)])
+def test_a_deadline_can_move_each_time_that_it_comes(answers, ends):
+    async def main():
+        loop = asyncio.get_running_loop()
+        deadlines = Deadlines(loop)
+        asked = []
+        began = loop.time()
+
+        def later(now):
+            asked.append(now - began)
+            return began + answers[len(asked) - 1] if len(asked) <= len(answers) else now
+
+        try:
+            with deadlines.until(began + 1.0, later):
+                with contextlib.suppress(TimeoutError), deadlines.until(began + 3.5):  # it shares the timer
+                    await asyncio.sleep(3.6)
+                await asyncio.sleep(20.0)
+        except TimeoutError:
+            assert loop.time() - began == pytest.approx(ends)
+        else:
+            assert ends is None
+        assert asked == pytest.approx([1.0, *answers][: len(asked)])
+        assert not deadlines._active
+
+    clock.run(main())
 
 
 @given(st.lists(st.tuples(SECONDS, SECONDS, SECONDS, st.none() | SECONDS), max_size=8))

@@ -14,9 +14,9 @@ from typing import Any, TypeVar
 
 from backends.base import Rejected, Request, ServerFailed
 from backends.http1.interface import Answer
-from backends.media import base64_size, image_tokens
+from backends.media import CHARS_PER_TOKEN, base64_size, image_tokens
 from sidecar.admission import Draining, Ticket
-from sidecar.api.body import CHARS_PER_TOKEN, UNKNOWN_IMAGE_TOKENS
+from sidecar.api.body import UNKNOWN_IMAGE_TOKENS
 from sidecar.api.call import Call
 from sidecar.api.errors import InvalidRequest
 from sidecar.api.trio.chat import answer_text, chat_body

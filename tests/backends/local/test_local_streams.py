@@ -114,6 +114,26 @@ async def test_a_row_whose_deadline_passes_ends_within_two_steps(serve, tap):
     assert (failure.status, failure.code) == (504, "deadline_exceeded")
 
 
+async def test_a_stream_with_content_continues_after_its_deadline(serve, tap):
+    backend = await serve()
+    loop = asyncio.get_running_loop()
+    await tap.hold()
+    deadline = loop.time() + 0.3
+    sending = asyncio.create_task(backend.send(chat(stream=True, max_tokens=60, deadline=deadline), Timings()))
+    await until(lambda: tap.running)
+    tap.allow(20)
+    reply = await asyncio.wait_for(sending, BOUND)
+    assert reply.progress.content_at <= deadline
+    await until(lambda: loop.time() > deadline)
+    tap.allow(10**6)
+    pieces = [piece async for piece in reply.chunks]
+    assert pieces[-1].endswith(b"data: [DONE]\n\n")
+    assert reply.failure is None
+    assert reply.progress.content_at > deadline
+    assert reply.output_bytes > 0
+    await reply.aclose()
+
+
 async def test_abandoned_rows_are_never_started(serve, tap):
     backend = await serve(max_batch=1)
     await tap.hold()

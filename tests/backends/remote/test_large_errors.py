@@ -7,8 +7,13 @@ import sys
 from itertools import count
 
 import pytest
+from scripted_upstream import CHAT_ANSWER
 
-from backends.remote.error_bodies import read_error
+from backends.base import BackendError, Request, Timings
+from backends.remote import backend as remote_backend
+from backends.remote import error_bodies
+from backends.remote.backend import DashScopeBackend
+from backends.remote.error_bodies import lenient_json, read_error
 from backends.remote.refusals import classify
 
 MEGABYTE = 1024 * 1024
@@ -96,3 +101,26 @@ def test_a_wrapped_error_is_still_found():
     for wrapped in ("x - {'error': {'message': 'it is full', 'code': 1}}", 'x: {"code": 1, "message": "it is full"}'):
         facts = read_error(json.dumps({"error": {"message": wrapped}}).encode())
         assert facts.texts == [wrapped, "it is full"]
+
+
+@pytest.mark.parametrize("code", [{"code": "limit_requests", "message": "slower"}, {}], ids=["refusal", "nothing"])
+async def test_a_large_200_that_contains_an_error_is_parsed_once(upstream, monkeypatch, code):
+    parsed: list[int] = []
+
+    def counting(data: bytes) -> object:
+        parsed.append(len(data))
+        return lenient_json(data)
+
+    monkeypatch.setattr(remote_backend, "lenient_json", counting)
+    monkeypatch.setattr(error_bodies, "lenient_json", counting)
+
+    async def script(link, _):
+        await link.answer({**CHAT_ANSWER, "choices": [], "padding": ["x"] * 300_000, "error": code})
+
+    upstream.script = script
+    backend = DashScopeBackend(base_url=f"{upstream.origin}/v1")
+    await backend.start()
+    with pytest.raises(BackendError):
+        await backend.send(Request("openai", "/chat/completions", b"{}", "m"), Timings())
+    await backend.close()
+    assert len([size for size in parsed if size > 1_000_000]) == 1
