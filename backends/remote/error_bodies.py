@@ -16,7 +16,7 @@ from typing import Any, cast
 
 import orjson
 
-from backends.json_values import has_too_many_values
+from backends.json_values import may_have_too_many_values
 from backends.remote.events import begins_like_events, events_in
 from backends.remote.refusal_table import ABOUT_THE_REQUEST
 
@@ -112,7 +112,7 @@ def lenient_json(data: bytes) -> object:
     Otherwise a byte order mark, UTF-16, `NaN`, `-Infinity`, single surrogates and control characters are accepted,
     as Python's and JavaScript's clients accept some of them.
     """
-    if has_too_many_values(data):
+    if may_have_too_many_values(data):
         return None
     try:
         return cast("object", orjson.loads(data))
