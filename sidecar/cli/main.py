@@ -12,6 +12,7 @@ import shutil
 import sys
 import types
 import typing
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -252,15 +253,32 @@ def _settings_options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _serve(args: argparse.Namespace) -> int:
-    from sidecar.app import Sidecar  # noqa: PLC0415  not needed for `--help`
-    from sidecar.assembly import StartError  # noqa: PLC0415
-    from sidecar.config_file import Source  # noqa: PLC0415
+    from sidecar.assembly import StartError  # noqa: PLC0415  not needed for `--help`
     from sidecar.observe import logging as logs  # noqa: PLC0415
+    from sidecar.observe.log_writer import STDERR  # noqa: PLC0415
 
     options = _settings_options(args)
     settings, origins = load(options, file=args.config)
     refuse_unintended_simulation(settings, origins, os.environ, Path())
     logs.set_up(settings.log_format, settings.log_level)
+    try:
+        return _serve_until_drained(args.config, options, settings, origins)
+    except StartError as error:
+        STDERR.put(f"vlm-sidecar: {error}")  # `print` would block if nobody reads stderr
+        return 2
+    except Exception:
+        log.exception("a defect in the sidecar: it ends")
+        return 1
+    finally:
+        STDERR.close()
+
+
+def _serve_until_drained(
+    config: Path | None, options: Mapping[str, Any], settings: Settings, origins: Mapping[str, str]
+) -> int:
+    from sidecar.app import Sidecar  # noqa: PLC0415
+    from sidecar.config_file import Source  # noqa: PLC0415
+
     for line in (*notices(os.environ, Path()), missing_folder(settings, origins)):
         if line is not None:
             log.warning("%s", line)
@@ -274,14 +292,11 @@ def _serve(args: argparse.Namespace) -> int:
         )  # fmt: skip
 
     async def serve() -> None:
-        source = None if args.config is None else Source(args.config, lambda: load(options, file=args.config)[0])
+        source = None if config is None else Source(config, lambda: load(options, file=config)[0])
         await Sidecar(settings, source).run()
 
-    try:
-        with asyncio.Runner(loop_factory=_new_loop) as runner:
-            runner.run(serve())
-    except StartError as error:
-        raise SettingsError(str(error)) from error
+    with asyncio.Runner(loop_factory=_new_loop) as runner:
+        runner.run(serve())
     return 0
 
 

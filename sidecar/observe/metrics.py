@@ -16,6 +16,7 @@ from prometheus_client import CollectorRegistry, Gauge, Histogram, disable_creat
 from backends.base import Throttled, Usage
 from sidecar.admission import Priority, Ticket
 from sidecar.observe import instruments
+from sidecar.observe.log_writer import DroppedLines
 from sidecar.observe.trace import TracingStopwatch
 
 log = logging.getLogger("sidecar")
@@ -139,6 +140,7 @@ class Metrics:
             registry=registry,
         )
         self.config_reloaded(success=True)
+        registry.register(DroppedLines())
 
     def config_reloaded(self, *, success: bool) -> None:
         """Record a load of the settings."""
