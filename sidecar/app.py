@@ -163,7 +163,7 @@ class Sidecar:
         if self._data_listener is not None:
             await self._data_listener.close()
         if self.parts.state_file is not None:
-            self.parts.state_file.save()
+            self.parts.state_file.close()
         for backend in reversed(self.parts.all_backends):
             await backend.close()
         if self.parts.spans is not None:
