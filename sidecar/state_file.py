@@ -150,13 +150,14 @@ class StateFile:
         try:
             if not self._lock():
                 return
-            with contextlib.ExitStack() as on_error:
-                written = on_error.enter_context(temporary.open("wb", buffering=0))
-                if written.write(data) != len(data):
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-                _flock(written)
+            temporary.write_bytes(data)
+            written = _open(temporary)
+            _flock(written)
+            try:
                 temporary.replace(self._path)
-                on_error.pop_all()
+            except OSError:
+                written.close()
+                raise
             if self._locked is not None:
                 self._locked.close()
             self._locked, self._is_unsaved = written, False

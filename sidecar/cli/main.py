@@ -28,6 +28,7 @@ from sidecar.settings import (
     load,
     missing_folder,
     notices,
+    open_to_all,
     option_name,
     refuse_unintended_simulation,
     seconds_of,
@@ -114,11 +115,13 @@ def main(argv: list[str] | None = None) -> NoReturn:
 
     130: interrupted by Ctrl-C.
     """
+    _open_standard_files()
     arguments = sys.argv[1:] if argv is None else argv
     args = _parser(arguments[:1]).parse_args(arguments or ["--help"])
     try:
         status = args.run(args)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # None: the process was started with stdout closed
+            sys.stdout.flush()
     except SettingsError as error:
         print(f"vlm-sidecar: {error}", file=sys.stderr)
         status = 2
@@ -128,6 +131,19 @@ def main(argv: list[str] | None = None) -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python's own flush at exit would fail again
         status = 1
     sys.exit(status)
+
+
+def _open_standard_files() -> None:
+    """Open `/dev/null` in the place of each standard file that is closed.
+
+    Otherwise a connection could get the number of stderr, and the event loop (libuv) aborts the process when it closes
+    a file with such a number.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # it gets the lowest free number
 
 
 class _Parser(argparse.ArgumentParser):
@@ -279,7 +295,7 @@ def _serve_until_drained(
     from sidecar.app import Sidecar  # noqa: PLC0415
     from sidecar.config_file import Source  # noqa: PLC0415
 
-    for line in (*notices(os.environ, Path()), missing_folder(settings, origins)):
+    for line in (*notices(os.environ, Path()), missing_folder(settings, origins), open_to_all(settings, origins)):
         if line is not None:
             log.warning("%s", line)
     foreign = sorted(set(origins.values()) & set(FOREIGN_NAMES))
@@ -312,7 +328,7 @@ def _check(args: argparse.Namespace) -> int:
     from sidecar.cli.check import check  # noqa: PLC0415
 
     settings, origins = load(_settings_options(args), file=args.config)
-    for line in (*notices(os.environ, Path()), missing_folder(settings, origins)):
+    for line in (*notices(os.environ, Path()), missing_folder(settings, origins), open_to_all(settings, origins)):
         if line is not None:
             print(f"vlm-sidecar: {line}", file=sys.stderr)
     refuse_unintended_simulation(settings, origins, os.environ, Path())

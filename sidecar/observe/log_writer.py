@@ -91,8 +91,8 @@ class LogWriter:
                 select.select([], [self.descriptor], [])
 
 
-#: The writer of this process. Python has no `sys.__stderr__` if the process was started with stderr closed. Then another
-#: file or a connection can get the number 2, so nothing may be written to it.
+#: The writer of this process. Python has no `sys.__stderr__` if the process was started with stderr closed. Then a file
+#: or a connection can get the number 2, so nothing may be written to it.
 STDERR = LogWriter(None if sys.__stderr__ is None else sys.__stderr__.fileno())
 
 
