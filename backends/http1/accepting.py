@@ -32,6 +32,16 @@ CLOSING_SECONDS = 1.0
 #: Bytes of a request's body that are buffered while the handler does not read. Above this number the listener stops
 #: reading from the socket, so the caller must wait. It is about one frame.
 READ_BUFFER_BYTES = 256 * 1024
+#: Bytes that are read of the requests behind the one that is being answered. Above this number the listener stops
+#: reading from the socket until the answer is complete. Hardly any client sends a request before it has the answer to
+#: the previous one.
+MAX_PIPELINED_BYTES = 64 * 1024
+#: Bytes of such requests on all connections of a listener together. The connection that exceeds it is closed.
+MAX_PIPELINED_IN_ALL_BYTES = 16 * 1024 * 1024
+#: Seconds. How often a connection that is not read is examined: its caller may have left, which no event shows then.
+LOOK_FOR_END_SECONDS = 1.0
+#: The states of Linux's `tcp_info` in which the caller has reset or shut its side: TCP_CLOSE and TCP_CLOSE_WAIT.
+_ENDED_STATES = (7, 8)
 #: Maximum number of connections that the operating system queues until the process accepts them.
 BACKLOG = 1024
 #: The host that means "every address of this machine", by family. Either of them means the addresses of both families.
@@ -53,7 +63,34 @@ def error_body(message: str, kind: str, code: str) -> bytes:
     return orjson.dumps({"error": {"message": message, "type": kind, "code": code, "param": None}})
 
 
+#: The answer to a body that only another transfer coding could read, such as `gzip, chunked`. aiohttp's parser takes it
+#: for a chunked body and would hand on its compressed bytes.
+UNKNOWN_CODING = error_body(
+    "Transfer-Encoding must be chunked and nothing else: send the body without another coding",
+    "invalid_request_error",
+    "invalid_request",
+)
+
+
+def has_unknown_coding(headers: CIMultiDictProxy[str]) -> bool:
+    """Return whether a body has a transfer coding beside `chunked`."""
+    codings = headers.get("Transfer-Encoding")
+    return codings is not None and codings.strip().lower() != "chunked"
+
+
 INTERNAL_ERROR = error_body("internal error", "server_error", "internal_error")
+
+
+def has_ended(transport: asyncio.Transport) -> bool:
+    """Return whether the caller has reset the connection, or shut its sending side and the kernel has all its data.
+
+    Where the operating system cannot say it (other than Linux, unix sockets), return False.
+    """
+    sock = transport.get_extra_info("socket")
+    try:
+        return sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] in _ENDED_STATES
+    except (AttributeError, OSError):
+        return False
 
 
 class RequestHead:

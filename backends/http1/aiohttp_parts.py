@@ -183,8 +183,13 @@ class RequestProtocol(BaseProtocol):
         if self._reading_paused:
             super().resume_reading(resume_parser)
 
+    @property
+    def is_paused(self) -> bool:
+        """Whether the socket is not read at present."""
+        return self._reading_paused or self._buffer_paused
+
     def pause_while_full(self) -> None:
-        """Stop reading the socket: the maximum number of requests is waiting. `request_done` resumes reading."""
+        """Stop reading the socket: as much as allowed is waiting. `request_done` resumes reading."""
         if not self._buffer_paused:
             self._pause_reading_for_buffer()
 

@@ -134,6 +134,10 @@ class Listener:
         await self._addresses.remove_socket()
 
     async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
+        if accepting.has_unknown_coding(request.headers):
+            refusal = web.Response(status=400, body=accepting.UNKNOWN_CODING, headers=accepting.ERROR_HEADERS)
+            refusal.force_close()
+            return refusal
         http = HttpRequest(request)
         self._tasks.add(http.task)
         counted = None if request.transport is None else self._by_transport.get(request.transport)

@@ -64,7 +64,8 @@ class Connection(RequestProtocol):
     """
 
     __slots__ = (
-        "_closes_at", "_current", "_incoming", "_listener", "_stopped", "_timer", "caller_has_left", "idle_since",
+        "_behind_bytes", "_closes_at", "_current", "_end_timer", "_incoming", "_listener", "_stopped", "_timer",
+        "caller_has_left", "idle_since",
     )  # fmt: skip
 
     def __init__(self, listener: Listener, loop: asyncio.AbstractEventLoop) -> None:
@@ -73,6 +74,8 @@ class Connection(RequestProtocol):
         self._incoming: StreamReader = EMPTY_PAYLOAD  # the body of the last request that has arrived
         self._stopped = False  # if True, the data that follows is not parsed
         self._current: HttpRequest | None = None  # the request that is being answered
+        self._behind_bytes = 0  # bytes received of the requests behind `_current`
+        self._end_timer: asyncio.TimerHandle | None = None  # looks for the end of a connection that is not read
         self.caller_has_left = False
         """Whether the caller has shut its sending side. Then no work may begin whose answer takes time."""
 
@@ -92,6 +95,10 @@ class Connection(RequestProtocol):
         """Cancel the handler, because nobody can receive its answer."""
         super().connection_lost(exc)
         self._timer.cancel()
+        if self._end_timer is not None:
+            self._end_timer.cancel()
+        self._listener.pipelined_bytes -= self._behind_bytes
+        self._behind_bytes = 0
         self._listener.connections.discard(self)
         if self.task is not None:
             self.task.cancel()
@@ -100,6 +107,8 @@ class Connection(RequestProtocol):
         """Parse the data, and start the task that answers."""
         if self._stopped:
             return
+        if self.task is not None and (self._incoming.is_eof() or len(self.waiting) > (self._current is None)):
+            self._count_pipelined(len(data))
         messages: Sequence[tuple[RawRequestMessage | MalformedRequest, StreamReader]]
         try:
             messages, self._stopped, _ = self.feed(data)  # `_stopped`: the caller asks for another protocol
@@ -118,6 +127,39 @@ class Connection(RequestProtocol):
                 self.pause_while_full()
             if self.task is None:
                 self.task = self.loop.create_task(self._answer_all())
+
+    def _count_pipelined(self, more_bytes: int) -> None:
+        self._behind_bytes += more_bytes
+        self._listener.pipelined_bytes += more_bytes
+        if self._listener.pipelined_bytes > accepting.MAX_PIPELINED_IN_ALL_BYTES and self.transport is not None:
+            self.transport.abort()
+        elif self._behind_bytes > accepting.MAX_PIPELINED_BYTES:
+            self.pause_while_full()
+
+    def pause_reading(self) -> None:
+        """Stop reading the socket: a body is read too slowly."""
+        super().pause_reading()
+        self._look_for_end_later()
+
+    def pause_while_full(self) -> None:
+        """Stop reading the socket: as much as allowed is waiting."""
+        super().pause_while_full()
+        self._look_for_end_later()
+
+    def _look_for_end_later(self) -> None:
+        """While the socket is not read, look from time to time whether the caller has left: no event shows it."""
+        if self._end_timer is None:
+            self._end_timer = self.loop.call_later(accepting.LOOK_FOR_END_SECONDS, self._look_for_end)
+
+    def _look_for_end(self) -> None:
+        self._end_timer = None
+        if self.transport is None or self.task is None or not self.is_paused:
+            return
+        if accepting.has_ended(self.transport):
+            self.caller_has_left = True
+            self._close_unless_reading()
+        else:
+            self._look_for_end_later()
 
     def eof_received(self) -> bool:
         """Keep the connection for answers that can be given at once. Return False to close it.
@@ -170,7 +212,11 @@ class Connection(RequestProtocol):
         try:
             while self.waiting and keeps_alive:
                 keeps_alive = False
-                keeps_alive = await self._answer_one(*self.waiting.popleft())
+                message = self.waiting.popleft()
+                if not self.waiting and self._behind_bytes:  # what was behind is now answered
+                    self._listener.pipelined_bytes -= self._behind_bytes
+                    self._behind_bytes = 0
+                keeps_alive = await self._answer_one(*message)
         except (ConnectionError, asyncio.CancelledError):
             # The caller closed the connection. The error is dropped here: a task that ends with an exception keeps the
             # exception, and everything to which it refers, in memory.
@@ -188,6 +234,9 @@ class Connection(RequestProtocol):
         if isinstance(message, MalformedRequest):
             body = accepting.error_body(str(message), "invalid_request_error", message.code)
             self._refuse(message.status, body, accepting.ERROR_HEADERS)
+            return False
+        if accepting.has_unknown_coding(message.headers):
+            self._refuse(400, accepting.UNKNOWN_CODING, accepting.ERROR_HEADERS)
             return False
         http = HttpRequest(message, content, self)
         self._current = http
@@ -242,6 +291,8 @@ class Listener:
             max_connections, closes_busy=closes_busy, on_full=on_full
         )
         self.close_idle = self.connections.close_idle
+        self.pipelined_bytes = 0
+        """Bytes received of requests behind those that are being answered."""
         self.is_open = True
         self._addresses = accepting.Addresses(lambda: Connection(self, self.loop))
         self.open, self.open_unix = self._addresses.open, self._addresses.open_unix

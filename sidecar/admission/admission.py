@@ -13,7 +13,7 @@ from typing import Any
 from sidecar.admission.arrivals import Arrival, Arrivals
 from sidecar.admission.errors import Draining, QueueFull, Superseded
 from sidecar.admission.gates.base import Change
-from sidecar.admission.pool import KEPT_SHARE, Pool
+from sidecar.admission.pool import KEPT_SHARE, BodiesInFlight, Pool
 from sidecar.admission.ticket import Cause, Priority, Ticket
 from sidecar.admission.upstream import Permit, Upstream, UpstreamStatus
 
@@ -72,7 +72,10 @@ class Admission:
         queue_bytes: int = 256 * 1024 * 1024,
         random: Random | None = None,
     ) -> None:
-        """`upstreams`: settings of all upstreams, in order of tier. `random`: source of the jitter between probes."""
+        """`upstreams`: settings of all upstreams, in order of tier. `random`: source of the jitter between probes.
+
+        `queue_bytes` bounds the bodies that are received or wait. The bodies in flight may use as many bytes again.
+        """
         self.loop = asyncio.get_running_loop()
         self.draining = False
         self.on_change: list[Callable[[str, str, Change], None]] = []
@@ -85,6 +88,7 @@ class Admission:
         self._only_model = upstreams[0].only_model if None not in fixed else None
         self._upstreams: dict[tuple[str, str], Upstream] = {}
         self._pools: OrderedDict[str, Pool] = OrderedDict()
+        self._bodies = BodiesInFlight(queue_bytes)
         self._arrivals = Arrivals(self.loop, queue_bytes, self.waiting_bytes)
 
     def __repr__(self) -> str:
@@ -158,7 +162,7 @@ class Admission:
             while len(self._pools) >= MAX_POOLS and self._delete_idle_pool():
                 pass
             pool = self._pools[model] = Pool(
-                self.loop, [self._upstream(settings, model) for settings in self._settings]
+                self.loop, [self._upstream(settings, model) for settings in self._settings], self._bodies
             )
         return pool
 
@@ -208,6 +212,10 @@ class Admission:
     def waiting_bytes(self) -> int:
         """Return the number of bytes of the waiting request bodies in all pools."""
         return sum(pool.waiting.bytes for pool in self._pools.values())
+
+    def bytes_in_flight(self) -> int:
+        """Return the number of bytes of the request bodies whose attempts are in flight."""
+        return self._bodies.bytes
 
     def in_flight(self) -> int:
         """Return the number of attempts that hold a permit, at all upstreams."""

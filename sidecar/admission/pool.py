@@ -39,6 +39,20 @@ _WAY_OUT = (
 )
 
 
+class BodiesInFlight:
+    """The bytes of the bodies of all attempts in flight, in all pools, and their bound. One body always fits."""
+
+    __slots__ = ("bytes", "max_bytes")
+
+    def __init__(self, max_bytes: float = inf) -> None:
+        self.bytes = 0
+        self.max_bytes = max_bytes
+
+    def fits(self, ticket: Ticket) -> bool:
+        """Return whether an attempt of this ticket may start."""
+        return not self.bytes or self.bytes + ticket.size_bytes <= self.max_bytes
+
+
 class Pool:
     """The waiting tickets and the upstreams of one model. All methods are synchronous.
 
@@ -49,9 +63,12 @@ class Pool:
     them.
     """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, upstreams: Sequence[Upstream]) -> None:
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, upstreams: Sequence[Upstream], bodies: BodiesInFlight | None = None
+    ) -> None:
         now = loop.time()
         self._loop = loop
+        self._bodies = bodies or BodiesInFlight()
         self.upstreams = tuple(upstreams)
         self._only_upstream = upstreams[0] if len(upstreams) == 1 else None
         self.waiting = Waiting(now)
@@ -86,7 +103,8 @@ class Pool:
         refuse the account.
         """
         now = self.last_used = self._loop.time()
-        only, may_start = self._only_upstream, not self.waiting.tickets and ticket.not_before <= now
+        only = self._only_upstream
+        may_start = not self.waiting.tickets and ticket.not_before <= now and self._bodies.fits(ticket)
         if may_start and only is not None and only.opening(now, ticket)[1] is None:
             return self._start(only, ticket, now)  # the usual case
         if (circuit := self._refusing(now)) is not None:
@@ -208,6 +226,9 @@ class Pool:
                 self._remove(now, ticket)
                 continue
             allowed = untried if untried is self.upstreams else self._allowed(now, untried)
+            if not self._bodies.fits(ticket):  # poll: an attempt of another pool may end, which is no event here
+                self.waiting.set_cause(now, "concurrency")
+                return claimed + allowed, now + LOOK_AGAIN_SECONDS
             unclaimed = tuple(upstream for upstream in allowed if upstream not in claimed) if claimed else allowed
             upstream, opens_at, delays = self._choose(now, ticket, unclaimed)
             if upstream is None:
@@ -270,12 +291,14 @@ class Pool:
     def _start(self, upstream: Upstream, ticket: Ticket, now: float) -> Permit:
         ticket.backend = upstream.name or ticket.backend
         self.in_flight += 1
+        self._bodies.bytes += ticket.size_bytes
         return upstream.start(now, ticket, self._ended)
 
     def _ended(self, permit: Permit) -> None:
         """Give the free permit to the next ticket, in this pool or in a pool that shares the upstream."""
         now = self.last_used = self._loop.time()
         self.in_flight -= 1
+        self._bodies.bytes -= permit.ticket.size_bytes
         upstream = permit.upstream
         pools = upstream.on_end
         if len(pools) == 1:

@@ -874,3 +874,50 @@ async def test_another_upstream_takes_the_tickets_while_a_quota_is_used_up():
         permit = bench.at_once()
         assert permit.upstream.name == "b"
         bench.report(permit, "accepted")
+
+
+async def test_the_bodies_in_flight_are_bounded_in_all_pools_together():
+    bench = Bench(UpstreamSettings("a", paced=False), queue_bytes=100)
+    first = bench.at_once(size_bytes=60)
+    second = bench.at_once(size_bytes=40)
+    waits = bench.enter(size_bytes=1)
+    elsewhere = bench.enter(model="other", size_bytes=50)
+    assert not (waits.done() or elsewhere.done())
+    assert bench.admission.bytes_in_flight() == 100
+    first.report(Verdict("accepted", bench.loop.time()))
+    assert waits.done()
+    async with asyncio.timeout(1.0):
+        (await elsewhere).release(bench.loop.time())
+    second.release(bench.loop.time())
+    (await waits).release(bench.loop.time())
+    assert bench.admission.bytes_in_flight() == 0
+
+
+async def test_a_body_that_is_larger_than_the_bound_is_sent_alone():
+    bench = Bench(UpstreamSettings("a", paced=False), queue_bytes=100)
+    bench.at_once(size_bytes=500).release(bench.loop.time())
+
+
+async def test_a_large_body_waits_until_there_is_room_and_smaller_ones_do_not_pass_it():
+    bench = Bench(UpstreamSettings("a", paced=False), queue_bytes=100)
+    small = bench.at_once(size_bytes=20)
+    large = bench.enter(size_bytes=90)
+    assert not large.done()
+    behind = bench.enter(size_bytes=10, key="another camera")
+    assert not behind.done()  # else a stream of small bodies could hold a large one back for ever
+    small.report(Verdict("accepted", bench.loop.time()))
+    (await behind).release(bench.loop.time())
+    (await large).release(bench.loop.time())
+
+
+async def test_a_ticket_that_waits_for_room_for_its_body_can_leave():
+    bench = Bench(UpstreamSettings("a", paced=False), queue_bytes=100)
+    first = bench.at_once(size_bytes=100)
+    gone, behind = bench.ticket(size_bytes=90), bench.ticket(size_bytes=1)
+    waits = asyncio.ensure_future(bench.admission.permit(gone))
+    other = asyncio.ensure_future(bench.admission.permit(behind))
+    await asyncio.sleep(0)
+    waits.cancel()
+    first.report(Verdict("accepted", bench.loop.time()))
+    (await other).release(bench.loop.time())
+    assert bench.admission.bytes_in_flight() == 0

@@ -109,3 +109,31 @@ async def test_stalled_uploads_are_refused_when_others_need_the_space(serving, s
         writer.transport.abort()
     await sidecar.until(sidecar.at_rest)
     assert admission.arriving_bytes() == 0
+
+
+@pytest.mark.alone
+async def test_the_sum_of_the_bodies_at_a_provider_that_never_answers_is_bounded(scripted):
+    async def never(link, seen):
+        await link.gone()
+
+    upstream = await scripted(never)
+    options = ("--dashscope-url", f"{upstream.origin}/v1", "--queue-bytes", str(QUEUE_BYTES))
+    async with Process(*options) as process, aiohttp.ClientSession() as client:
+        limit_memory(process.process.pid, HEADROOM + QUEUE_BYTES)  # in flight, and waiting or being received
+        asks = [asyncio.ensure_future(ask(client, process.url)) for _ in range(UPLOADS)]
+        fitting = QUEUE_BYTES // len(BODY)
+        async with asyncio.timeout(BOUND):
+            while len(upstream.seen) < fitting or sum(one.done() for one in asks) < UPLOADS - 2 * fitting:  # noqa: ASYNC110
+                await asyncio.sleep(0.02)
+        assert len(upstream.seen) == fitting
+        async with client.get(f"{process.admin_url}/livez") as response:
+            assert response.status == 200
+        for one in asks:
+            one.cancel()
+        assert "MemoryError" not in process.log
+        assert "defect" not in process.log
+
+
+async def ask(client: aiohttp.ClientSession, url: str) -> int:
+    async with client.post(url + CHAT, data=BODY) as response:
+        return response.status

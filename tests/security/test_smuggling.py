@@ -23,6 +23,8 @@ CASES = {
     "an unknown encoding": b"Transfer-Encoding: xchunked\r\n\r\n0\r\n\r\n",
     "chunked that is not last": b"Transfer-Encoding: chunked, identity\r\n\r\n0\r\n\r\n",
     "two encodings": b"Transfer-Encoding: chunked\r\nTransfer-Encoding: identity\r\n\r\n0\r\n\r\n",
+    "a coding beside chunked": b"Transfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n",
+    "a coding and chunked in two lines": b"Transfer-Encoding: gzip\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
     "a space before the colon": b"Transfer-Encoding : chunked\r\n\r\n0\r\n\r\n",
     "a folded header": b"X-A: b\r\n Transfer-Encoding: chunked\r\n\r\n",
     "a bare line feed": b"X-A: b\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",

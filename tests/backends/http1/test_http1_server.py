@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 
 import pytest
+from real_parts import platform_lacks
 
 from backends.http1 import accepting
 from backends.http1.errors import MalformedRequest
@@ -127,6 +129,82 @@ async def test_the_pipelined_requests_of_a_caller_that_does_not_read_have_to_wai
     assert connection.transport.get_write_buffer_size() <= 2 * MB
     caller.reader._transport.resume_reading()
     assert len(await caller.answers(100)) == 100
+
+
+@pytest.mark.internal_http
+async def test_little_is_read_of_the_requests_behind_one_that_is_being_answered(line):
+    may_answer = asyncio.Event()
+
+    async def slow(http):
+        await may_answer.wait()
+        return await echo(http)
+
+    caller = await line(slow)
+    caller.writer.write(request("/first"))
+    (connection,) = await _connections(caller)
+    await until(lambda: connection.task)
+    for number in range(4):
+        caller.writer.write(request(f"/{number}", body=b"x" * MB))
+    await until(lambda: connection.is_paused)
+    assert caller.listener.pipelined_bytes <= accepting.MAX_PIPELINED_BYTES + MB // 2
+    may_answer.set()
+    assert [body for _, body in await caller.answers(5)] == [b"/first", b"/0", b"/1", b"/2", b"/3"]
+    assert caller.listener.pipelined_bytes == 0
+
+
+@pytest.mark.internal_http
+async def test_requests_behind_others_are_bounded_on_all_connections_together(line, monkeypatch):
+    monkeypatch.setattr(accepting, "MAX_PIPELINED_IN_ALL_BYTES", 1000)
+    cancelled = asyncio.Event()
+
+    async def never(http):
+        try:
+            await asyncio.Event().wait()
+        finally:
+            cancelled.set()
+
+    caller = await line(never)
+    caller.writer.write(request("/first"))
+    (connection,) = await _connections(caller)
+    await until(lambda: connection.task)
+    caller.writer.write(request("/second", body=b"x" * 2000))
+    with contextlib.suppress(ConnectionError):
+        assert await caller.closed() == b""
+    async with asyncio.timeout(BOUND):
+        await cancelled.wait()
+    await until(lambda: caller.listener.pipelined_bytes == 0)
+
+
+@pytest.mark.internal_http
+@pytest.mark.parametrize("way", ["close", "reset"])
+async def test_a_caller_that_leaves_while_it_is_not_read_is_noticed(line, monkeypatch, way):
+    if not hasattr(socket, "TCP_INFO"):
+        platform_lacks("TCP_INFO is an option of Linux")
+    monkeypatch.setattr(accepting, "LOOK_FOR_END_SECONDS", 0.02)
+    cancelled = asyncio.Event()
+
+    async def never(http):
+        try:
+            await asyncio.Event().wait()
+        finally:
+            cancelled.set()
+
+    caller = await line(never)
+    caller.writer.write(request("/first"))
+    (connection,) = await _connections(caller)
+    await until(lambda: connection.task)
+    # The end of a connection that is closed follows behind its data, for which the kernel must have room.
+    caller.writer.write(request("/second", body=b"x" * (MB if way == "reset" else MB // 5)))
+    await until(lambda: connection.is_paused)
+    assert not cancelled.is_set()
+    if way == "reset":
+        raw = caller.writer.get_extra_info("socket")
+        raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\x00\x00\x00\x00\x00\x00\x00")
+        caller.writer.transport.abort()
+    else:
+        caller.writer.close()
+    async with asyncio.timeout(BOUND):
+        await cancelled.wait()
 
 
 async def test_a_caller_that_does_not_read_its_answer_is_cut_off(line, monkeypatch):
