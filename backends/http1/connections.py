@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from heapq import nsmallest
+from operator import attrgetter
 from typing import Generic, Protocol, TypeVar
 
 
@@ -53,14 +55,14 @@ class Connections(Generic[_Held]):
     def add(self, opened: _Held) -> None:
         """Add a new connection. If there are too many, close one.
 
-        The connection that has been idle for the longest time is closed. If none is idle, the new one is closed or,
-        with `closes_busy`, the oldest one.
+        The connection that has been idle for the longest time is closed; with `closes_busy`, the one whose last answer
+        or beginning is the longest time ago, because busy connections of strangers must not leave fewer places for the
+        others. If no connection may be closed, the new one is.
         """
         if len(self._open) >= self._maximum:
             if self._on_full is not None:
                 self._on_full()
-            if not self.close_idle(1) and self._closes_busy:
-                self._close(next(iter(self._open)))
+            self._close_oldest(1, also_busy=self._closes_busy)
         self._open[opened] = None
         if len(self._open) > self._maximum:
             self._close(opened)
@@ -69,12 +71,14 @@ class Connections(Generic[_Held]):
         """Remove a connection that is closed."""
         self._open.pop(closed, None)
 
-    def close_idle(self, count: int) -> int:
-        """Close at most `count` connections: those that have been idle for the longest time. Return their number."""
-        idle = sorted((one for one in self._open if not one.is_busy), key=lambda one: one.idle_since)[:count]
-        for one in idle:
+    def close_idle(self, count: int) -> None:
+        """Close at most `count` connections: those that have been idle for the longest time."""
+        self._close_oldest(count, also_busy=False)
+
+    def _close_oldest(self, count: int, *, also_busy: bool) -> None:
+        candidates = [one for one in self._open if also_busy or not one.is_busy]
+        for one in nsmallest(count, candidates, key=attrgetter("idle_since")):
             self._close(one)
-        return len(idle)
 
     def _close(self, one: _Held) -> None:
         """Close a connection. It no longer counts, although the operating system closes it a little later."""

@@ -10,6 +10,7 @@ It is used if the installed aiohttp lacks an internal part. It is slower and has
 * If a caller shuts its sending side after a request, the connection is closed without an answer.
 * Connections to an upstream are not kept for another request. Otherwise aiohttp would read data that arrives on an idle
   connection as the next answer. It also does not show whether a POST on a dead connection may be sent again.
+* A request does not wait for a free file descriptor: without one, the attempt fails.
 * When a request to an upstream is cancelled, the data in its socket's buffer is still sent.
 """
 

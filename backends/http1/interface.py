@@ -158,8 +158,8 @@ class Listener(Protocol):
         """Listen on a unix socket too, and replace a stale one. Raises `OSError`."""
         ...
 
-    def close_idle(self, count: int, /) -> int:
-        """Close at most `count` connections: those that have been idle for the longest time. Return their number."""
+    def close_idle(self, count: int, /) -> None:
+        """Close at most `count` connections: those that have been idle for the longest time."""
         ...
 
     async def close(self) -> None:
@@ -181,8 +181,8 @@ class MakeListener(Protocol):
         """Return a listener for this handler.
 
         `max_connections` is the maximum number of open connections. At each connection above it, the listener calls
-        `on_full` and closes the connection that has been idle for the longest time. If none is idle, it closes the new
-        one or, with `closes_busy`, the oldest one.
+        `on_full` and closes the connection that has been idle for the longest time, or the new one if none is idle.
+        With `closes_busy` it closes the one whose last answer or beginning is the longest time ago.
         """
         ...
 

@@ -37,8 +37,8 @@ MAX_MODELS = 20
 _EXHAUSTED = {
     "data_connections": "all callers' connections are in use: an idle one is closed for each new one; if none is idle, "
     "the new one is closed. Callers should keep fewer connections, or the limit of open files (ulimit -n) be raised",
-    "admin_connections": "all connections of the admin port are in use: one that is idle, or else the oldest one, is "
-    "closed for each new one, so that probes are answered",
+    "admin_connections": "all connections of the admin port are in use: the oldest one is closed for each new one, so "
+    "that probes are answered",
     "descriptors": "the process has no file descriptor left (ulimit -n): callers' idle connections are closed",
 }
 _EXHAUSTED_LOG_SECONDS = 3600.0
