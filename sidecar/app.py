@@ -8,8 +8,10 @@ import gc
 import logging
 import signal
 import socket
+from functools import partial
 
 from backends.base import BackendError
+from backends.http1 import descriptors
 from backends.http1.implementation import choose
 from backends.http1.interface import Listener
 from sidecar import __version__
@@ -21,9 +23,8 @@ log = logging.getLogger("sidecar")
 
 #: Seconds between two measurements of the event loop's lag.
 _LAG_STEP_SECONDS = 0.25
-#: Maximum number of open connections: of the data listener, and of the admin listener, which other pods can reach.
-_MAX_DATA_CONNECTIONS = 4096
-_MAX_ADMIN_CONNECTIONS = 128
+#: Idle connections of callers that are closed each time that the process has no descriptor left.
+_CLOSED_AT_ONCE = 16
 #: Python's garbage collector runs after this number of new objects. Requests create objects that are still in use for a
 #: while (for example the times of sending), so Python's default of 700 would start many collections that find nothing.
 _GARBAGE_OBJECTS = 10_000
@@ -94,8 +95,13 @@ class Sidecar:
             self._loop.add_signal_handler(signal.SIGHUP, self._on_hangup)
         http = await choose()
         self.parts.metrics.set_http_implementation(http.name)
-        self._admin_listener = http.listener(self.parts.admin, max_connections=_MAX_ADMIN_CONNECTIONS)
-        self._data_listener = http.listener(self.parts.data, max_connections=_MAX_DATA_CONNECTIONS)
+        exhausted, limit = self.parts.metrics.exhausted, descriptors.limit()
+        self._admin_listener = http.listener(
+            self.parts.admin,
+            max_connections=descriptors.admin_connections(limit),
+            closes_busy=True,  # a probe must always get its answer
+            on_full=partial(exhausted, "admin_connections"),
+        )
         self.admin_port = await _open(self._admin_listener, settings.admin_host, settings.admin_port, "SIDECAR_ADMIN_")
         for backend in self.parts.all_backends:
             try:
@@ -104,6 +110,11 @@ class Sidecar:
                 is_detector = backend is self.parts.detector
                 at = f"DETECTOR_MODEL={settings.detector_model}" if is_detector else f"BACKEND={backend.name}"
                 raise StartError(f"SIDECAR_{at} cannot start: {error.message}") from error
+        self._data_listener = http.listener(
+            self.parts.data,
+            max_connections=_max_data_connections(limit),
+            on_full=partial(exhausted, "data_connections"),
+        )
         self.data_port = await _open(self._data_listener, settings.host, settings.port, "SIDECAR_")
         if settings.unix_socket is not None:
             try:
@@ -163,7 +174,7 @@ class Sidecar:
         if self._data_listener is not None:
             await self._data_listener.close()
         if self.parts.state_file is not None:
-            self.parts.state_file.save()
+            self.parts.state_file.close()
         await self.parts.models.close()
         for backend in reversed(self.parts.all_backends):
             await backend.close()
@@ -176,11 +187,33 @@ class Sidecar:
             self._loop.remove_signal_handler(number)
 
     async def _measure_lag(self) -> None:
+        """Measure the event loop's lag, and look for a free descriptor.
+
+        Without one, the event loop closes new connections without a message, also those of probes.
+        """
         observe = self.parts.metrics.event_loop_lag.observe
         while True:
             due = self._loop.time() + _LAG_STEP_SECONDS
             await asyncio.sleep(_LAG_STEP_SECONDS)
             observe(max(self._loop.time() - due, 0.0))
+            if descriptors.none_is_left() and self._data_listener is not None:
+                self._data_listener.close_idle(_CLOSED_AT_ONCE)
+                self.parts.metrics.exhausted("descriptors")
+
+
+def _max_data_connections(limit: int) -> int:
+    """Return the maximum number of callers' connections. Raises `StartError` if the process may open too few files."""
+    in_use = descriptors.in_use()
+    connections = descriptors.data_connections(limit, in_use)
+    if connections < 1:
+        least = descriptors.smallest_limit(in_use)
+        raise StartError(f"the process may open only {limit} files (ulimit -n): it needs at least {least}")
+    if connections < descriptors.MAX_DATA_CONNECTIONS:
+        log.info(
+            "the process may open %d files (ulimit -n): at most %d callers' connections, and %d on the admin port",
+            limit, connections, descriptors.admin_connections(limit),
+        )  # fmt: skip
+    return connections
 
 
 #: The errors of an address that this machine does not have, or of a host name without an address.

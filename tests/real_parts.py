@@ -37,6 +37,14 @@ def real_part(program: str, how_to_get_it: str = "`.ci/parts` brings it on a Deb
     return found
 
 
+def real_library(pattern: str, how_to_get_it: str = "`.ci/parts` brings it on a Debian machine") -> Path:
+    """Give the path of a shared library, by its pattern below `/usr/lib`."""
+    for folder in (PARTS.parent / "lib", Path("/usr/lib")):
+        for found in folder.glob(pattern):
+            return found
+    missing(f"the library {pattern}", how_to_get_it)
+
+
 def real_packages(*names: str, how_to_get_them: str) -> None:
     """Require these packages in the environment of the tests."""
     absent = [name for name in names if importlib.util.find_spec(name) is None]

@@ -12,7 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import aiohttp
@@ -103,8 +103,10 @@ async def running(**settings: Any) -> AsyncIterator[Running]:
 class Process:
     """`vlm-sidecar serve` as a separate process."""
 
-    def __init__(self, *options: str, environ: dict[str, str] | None = None) -> None:
+    def __init__(self, *options: str, environ: dict[str, str] | None = None, prefix: Sequence[str] = ()) -> None:
+        """`prefix` is a command that runs the process, such as `prlimit`."""
         self._options = options
+        self._prefix = prefix
         self._environ = {
             name: value for name, value in os.environ.items() if not name.startswith(("SIDECAR_", "TRIO_", "DASHSCOPE"))
         } | (environ or {})
@@ -112,8 +114,8 @@ class Process:
 
     async def __aenter__(self) -> Process:
         self.process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "sidecar", "serve", "--port", "0", "--admin-port", "0", "--log-format", "human",
-            *self._options, stderr=subprocess.PIPE, env=self._environ,
+            *self._prefix, sys.executable, "-m", "sidecar", "serve", "--port", "0", "--admin-port", "0",
+            "--log-format", "human", *self._options, stderr=subprocess.PIPE, env=self._environ,
         )  # fmt: skip
         self._reader = asyncio.create_task(self._read())
         self._ready = asyncio.Event()

@@ -234,12 +234,16 @@ async def test_the_sampling_of_trio_core_is_sent_where_the_request_gives_none(se
         assert (sent["max_tokens"], sent["temperature"], sent["top_p"]) == (max_tokens, 0.3, 0.7)
 
 
-def test_a_pipe_as_the_key_file_stops_the_start_with_one_line(tmp_path):
-    os.mkfifo(tmp_path / "key")
+@pytest.mark.parametrize(("kind", "reason"), [("pipe", "not a regular file"), ("3 MB", "longer than 65536 bytes")])
+def test_a_key_file_that_holds_no_key_stops_the_start_with_one_line(tmp_path, kind, reason):
+    if kind == "pipe":
+        os.mkfifo(tmp_path / "key")
+    else:
+        (tmp_path / "key").write_text("k" * 3_000_000)
     ended = serve(environ={"SIDECAR_DASHSCOPE_API_KEY_FILE": str(tmp_path / "key"), "SIDECAR_LOG_LEVEL": "error"})
     assert ended.returncode == 2
     assert "SIDECAR_DASHSCOPE_API_KEY_FILE" in ended.stderr
-    assert "not a regular file" in ended.stderr
+    assert reason in ended.stderr
     assert ended.stderr.count("\n") == 1
 
 

@@ -17,6 +17,7 @@ from sidecar.settings import (
     load,
     missing_folder,
     notices,
+    open_to_all,
     refuse_unintended_simulation,
 )
 
@@ -220,6 +221,19 @@ def test_a_state_file_in_a_folder_that_does_not_exist_is_named_with_the_remedy(t
     line = missing_folder(*load({}, {"SIDECAR_STATE_FILE": str(file)}))
     assert line is not None
     assert line.startswith(f"SIDECAR_STATE_FILE={file}: the folder '{file.parent}' does not exist; create it")
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "[::]", "10.0.0.7", "gate.example.com", "localhost.example.com"])
+def test_a_listener_that_other_machines_can_reach_without_a_key_causes_a_warning(host):
+    line = open_to_all(*load({}, {"SIDECAR_HOST": host}))
+    assert line is not None
+    assert line.startswith(f"SIDECAR_HOST={host}: other machines may reach the data listener, and callers need no key")
+    assert open_to_all(*load({}, {"SIDECAR_HOST": host, "SIDECAR_API_KEY": "letmein"})) is None
+
+
+@pytest.mark.parametrize("host", [None, "127.0.0.1", "127.8.0.1", "::1", "[::1]", "localhost", "Localhost."])
+def test_a_listener_on_loopback_causes_no_warning(host):
+    assert open_to_all(*load({}, {} if host is None else {"SIDECAR_HOST": host})) is None
 
 
 # -- names without effect ----------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import time
 
@@ -165,6 +166,65 @@ async def test_an_unusable_file_is_logged_once_and_the_sidecar_continues(tmp_pat
     assert [record.message.partition(": ")[0].split(" ", 1)[1] for record in caplog.records] == [
         "cannot be read",
         "cannot be written",
+    ]
+
+
+async def test_what_a_full_disk_refuses_is_kept_and_written_when_there_is_room_again(path, monkeypatch, caplog):
+    now = [1000.0]
+    monkeypatch.setattr("sidecar.state_file.time.monotonic", lambda: now[0])
+    state_file, admission = loaded(path)
+    learn(admission)
+    path.mkdir()
+    for _ in range(250):  # two hours and five minutes
+        state_file.save()
+        now[0] += 30.0
+    assert caplog.text.count("cannot be written") == 3
+    path.rmdir()
+    state_file.save()  # nothing was learned in between
+    assert recalled(path) == {"m": pytest.approx(5.0)}  # the limit is two hours old
+
+
+async def test_only_one_of_two_processes_writes_the_file_and_the_other_one_says_so_once(path, caplog):
+    first, its_admission = loaded(path)
+    learn(its_admission)
+    first.save()
+    second, admission = loaded(path)
+    assert next(admission.status()).upstreams[0].requests.limit == pytest.approx(8.0)
+    learn(admission, 3.0)
+    for _ in range(3):
+        second.save()
+    assert recalled(path) == {"m": pytest.approx(8.0)}
+    assert [record.args for record in caplog.records if "is only read" in record.message] == [(path,), (path,)]
+    learn(its_admission, 20.0)
+    first.close()
+    second.save()  # the first one has ended
+    assert recalled(path) == {"m": pytest.approx(2.4)}
+
+
+async def test_if_two_processes_begin_without_a_file_one_of_them_becomes_the_writer(path, caplog):
+    first, second = (loaded(path) for _ in range(2))
+    for limit in (10.0, 11.0):
+        for number, (state_file, admission) in enumerate((first, second)):
+            learn(admission, limit + number / 10)
+            state_file.save()
+    assert recalled(path) == {"m": pytest.approx(8.8)}
+    assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+async def test_a_file_that_is_no_regular_file_is_neither_waited_for_nor_replaced(tmp_path, kind, caplog):
+    path = tmp_path / "limits.json"
+    if kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to("/dev/null")
+    state_file, admission = loaded(path)
+    learn(admission)
+    state_file.save()
+    assert not path.is_file()
+    assert [record.message.partition(" cannot be ")[2] for record in caplog.records] == [
+        "read: it is not a regular file",
+        "written: it is not a regular file",
     ]
 
 

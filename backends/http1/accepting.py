@@ -8,11 +8,13 @@ import os
 import socket
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import orjson
 from aiohttp import HttpVersion, HttpVersion11
 from multidict import CIMultiDictProxy
+
+from backends.http1.connections import Connections
 
 #: Seconds. A connection is closed when it was idle for this time, or when the caller has read nothing of its answer for
 #: this time. It is longer than any client's own limit (httpx 5 s, aiohttp 15 s), so that the client closes an idle
@@ -215,26 +217,38 @@ def _bound(family: socket.AddressFamily, port: int) -> socket.socket:
 class Counted(asyncio.Protocol):
     """A protocol that counts its connection and passes asyncio's events to another protocol."""
 
-    def __init__(self, inner: asyncio.Protocol, connections: set[Any], max_connections: int) -> None:
-        """The object is in `connections` while the connection is open.
-
-        If more than `max_connections` are then open, the new connection is closed immediately.
-        """
-        self._inner, self._connections, self._max_connections = inner, connections, max_connections
+    def __init__(
+        self,
+        inner: asyncio.Protocol,
+        connections: Connections[Counted],
+        by_transport: dict[asyncio.BaseTransport, Counted],
+    ) -> None:
+        """The object is in `connections` and in `by_transport` while the connection is open."""
+        self._inner, self._connections, self._by_transport = inner, connections, by_transport
+        self.is_busy, self.idle_since = False, asyncio.get_running_loop().time()
         for name in ("data_received", "eof_received", "pause_writing", "resume_writing"):
             setattr(self, name, getattr(inner, name))
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Count the connection."""
-        self._connections.add(self)
+        self._transport = cast("asyncio.Transport", transport)
+        self._by_transport[transport] = self
         self._inner.connection_made(transport)
-        if len(self._connections) > self._max_connections:
-            transport.close()
+        self._connections.add(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Stop counting the connection."""
         self._connections.discard(self)
+        del self._by_transport[self._transport]
         self._inner.connection_lost(exc)
+
+    def abort(self) -> None:
+        """Close the connection at once."""
+        self._transport.abort()
+
+    def set_busy(self, *, is_busy: bool) -> None:
+        """Record that a request begins or ends."""
+        self.is_busy, self.idle_since = is_busy, asyncio.get_running_loop().time()
 
 
 async def finish(tasks: Collection[asyncio.Task[Any]]) -> None:

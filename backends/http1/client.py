@@ -24,6 +24,7 @@ from backends.http1.aiohttp_parts import (
     exchange,
     set_idle,
 )
+from backends.http1.errors import HttpError, lacks_descriptor
 from backends.http1.headers import head_of
 
 if TYPE_CHECKING:
@@ -32,15 +33,41 @@ if TYPE_CHECKING:
 #: Seconds. If a pooled connection breaks within this time after it was taken from the pool, it had died while idle, and
 #: the request is sent again. If it breaks later, the server was working on the request.
 _DIED_IDLE_SECONDS = 2.0
+#: Seconds between two attempts to get a file descriptor.
+_DESCRIPTOR_STEP_SECONDS = 0.1
 _BODILESS = frozenset({"GET", "HEAD", "OPTIONS"})
 
 
 class Connector(PartsConnector):
     """See `interface.Connector`. Each `Origin` keeps its own idle connections."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._origins: list[Origin] = []
+
     def origin(self, base: str) -> Origin:
         """Return the `Origin` of a base URL. Raises `ValueError` for a proxy of an unknown kind."""
-        return Origin(self, base)
+        made = Origin(self, base)
+        self._origins.append(made)
+        return made
+
+    async def connection_to(self, target: ConnectTarget) -> Connection:
+        """Make a connection. Raises `HttpError`.
+
+        If the process has no file descriptor left, close the idle connections and wait until one is free. The upstream
+        is not the cause, so this must not look like its failure.
+        """
+        loop = asyncio.get_running_loop()
+        give_up_at = loop.time() + connecting.CONNECT_SECONDS
+        while True:
+            try:
+                return await self.connect_new(target)
+            except HttpError as error:
+                if not lacks_descriptor(error) or loop.time() > give_up_at:
+                    raise
+            for origin in self._origins:
+                origin.close_idle()
+            await asyncio.sleep(_DESCRIPTOR_STEP_SECONDS)
 
 
 class Origin:
@@ -107,7 +134,7 @@ class Origin:
             if not (new_only or too_old) and can_be_reused(connection):
                 return connection, True
             connection.close()
-        return await self._connector.connect_new(self._target), False
+        return await self._connector.connection_to(self._target), False
 
     def keep(self, connection: Connection) -> None:
         """Store a connection for another request. The answer on it was read to its end."""
@@ -125,6 +152,10 @@ class Origin:
         """Close the idle connections."""
         if self._timer is not None:
             self._timer.cancel()
+        self.close_idle()
+
+    def close_idle(self) -> None:
+        """Close the idle connections; new ones can follow."""
         while self._idle:
             self._idle.pop()[0].close()
 

@@ -10,6 +10,7 @@ It is used if the installed aiohttp lacks an internal part. It is slower and has
 * If a caller shuts its sending side after a request, the connection is closed without an answer.
 * Connections to an upstream are not kept for another request. Otherwise aiohttp would read data that arrives on an idle
   connection as the next answer. It also does not show whether a POST on a dead connection may be sent again.
+* A request does not wait for a free file descriptor: without one, the attempt fails.
 * When a request to an upstream is cancelled, the data in its socket's buffer is still sent.
 """
 
@@ -26,6 +27,7 @@ from aiohttp import web
 from yarl import URL
 
 from backends.http1 import accepting, connecting, proxies
+from backends.http1.connections import Connections, OnFull
 from backends.http1.interface import Handler, OnPiece, Timings
 
 log = logging.getLogger("sidecar")
@@ -100,9 +102,20 @@ class Answer:
 class Listener:
     """See `interface.Listener`."""
 
-    def __init__(self, handler: Handler, *, max_connections: int) -> None:
+    def __init__(
+        self,
+        handler: Handler,
+        *,
+        max_connections: int,
+        closes_busy: bool = False,
+        on_full: OnFull | None = None,
+    ) -> None:
         self._handler = handler
-        self.connections: set[accepting.Counted] = set()
+        self.connections: Connections[accepting.Counted] = Connections(
+            max_connections, closes_busy=closes_busy, on_full=on_full
+        )
+        self.close_idle = self.connections.close_idle
+        self._by_transport: dict[asyncio.BaseTransport, accepting.Counted] = {}
         self.server = web.Server(
             self._handle, handler_cancellation=True, access_log=None, logger=_silent, auto_decompress=False,
             keepalive_timeout=accepting.KEEPALIVE_SECONDS, lingering_time=accepting.LINGER_SECONDS,
@@ -110,7 +123,7 @@ class Listener:
         )  # fmt: skip
         self._tasks: set[asyncio.Task[Any] | None] = set()
         self._addresses = accepting.Addresses(
-            lambda: accepting.Counted(self.server(), self.connections, max_connections)
+            lambda: accepting.Counted(self.server(), self.connections, self._by_transport)
         )
         self.open, self.open_unix = self._addresses.open, self._addresses.open_unix
 
@@ -128,6 +141,9 @@ class Listener:
             return refusal
         http = HttpRequest(request)
         self._tasks.add(http.task)
+        counted = None if request.transport is None else self._by_transport.get(request.transport)
+        if counted is not None:
+            counted.set_busy(is_busy=True)
         try:
             await self._handler(http)
             assert http.begun_answer is not None  # noqa: S101  the handler returned it
@@ -144,6 +160,8 @@ class Listener:
             return response
         finally:
             self._tasks.discard(http.task)
+            if counted is not None:
+                counted.set_busy(is_busy=False)
 
 
 class Connector:

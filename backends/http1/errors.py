@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 
 import aiohttp
 
-from backends.http1 import connecting
+from backends.http1 import connecting, descriptors
 
 #: The base of every error that `Origin.request` and the reading of an answer raise.
 HttpError = aiohttp.ClientError
@@ -85,6 +85,12 @@ def failure_of(error: HttpError) -> Failure:
             return Failure("malformed_answer", "")
         case _:
             return Failure("connection_broken", _reason(error))
+
+
+def lacks_descriptor(error: HttpError) -> bool:
+    """Return whether a connection failed because the process, or the machine, has no file descriptor left."""
+    cause = getattr(error, "os_error", None)
+    return isinstance(cause, OSError) and descriptors.is_exhausted(cause)
 
 
 def _reason(error: HttpError) -> str:

@@ -13,6 +13,8 @@ from typing import Any, Literal, Protocol
 
 from multidict import CIMultiDictProxy
 
+from backends.http1.connections import OnFull
+
 #: A callback that consumes one piece of a body. It returns False if it cannot consume more at present.
 OnPiece = Callable[[bytes], bool]
 
@@ -156,6 +158,10 @@ class Listener(Protocol):
         """Listen on a unix socket too, and replace a stale one. Raises `OSError`."""
         ...
 
+    def close_idle(self, count: int, /) -> None:
+        """Close at most `count` connections: those that have been idle for the longest time."""
+        ...
+
     async def close(self) -> None:
         """Stop listening and close every connection. Requests that are being answered have one second."""
         ...
@@ -164,8 +170,20 @@ class Listener(Protocol):
 class MakeListener(Protocol):
     """Creates a listener that is not open yet."""
 
-    def __call__(self, handler: Handler, *, max_connections: int) -> Listener:
-        """Return a listener for this handler. `max_connections` is the maximum number of open connections."""
+    def __call__(
+        self,
+        handler: Handler,
+        *,
+        max_connections: int,
+        closes_busy: bool = False,
+        on_full: OnFull | None = None,
+    ) -> Listener:
+        """Return a listener for this handler.
+
+        `max_connections` is the maximum number of open connections. At each connection above it, the listener calls
+        `on_full` and closes the connection that has been idle for the longest time, or the new one if none is idle.
+        With `closes_busy` it closes the one whose last answer or beginning is the longest time ago.
+        """
         ...
 
 

@@ -23,6 +23,7 @@ from backends.http1.aiohttp_parts import (
     is_head_too_large,
     tcp_keepalive,
 )
+from backends.http1.connections import Connections, OnFull
 from backends.http1.errors import MalformedRequest
 from backends.http1.headers import head_of
 from backends.http1.response import Answer
@@ -64,7 +65,7 @@ class Connection(RequestProtocol):
 
     __slots__ = (
         "_behind_bytes", "_closes_at", "_current", "_end_timer", "_incoming", "_listener", "_stopped", "_timer",
-        "caller_has_left",
+        "caller_has_left", "idle_since",
     )  # fmt: skip
 
     def __init__(self, listener: Listener, loop: asyncio.AbstractEventLoop) -> None:
@@ -81,15 +82,14 @@ class Connection(RequestProtocol):
     # -- in ------------------------------------------------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Start the timer for the first request. If there are too many connections, close this connection."""
+        """Start the timer for the first request. If there are too many connections, one of them is closed."""
         super().connection_made(transport)
         assert self.transport is not None  # noqa: S101  it has just been set
         tcp_keepalive(self.transport)
-        self._closes_at = self.loop.time() + accepting.FIRST_REQUEST_SECONDS
+        self.idle_since = self.loop.time()
+        self._closes_at = self.idle_since + accepting.FIRST_REQUEST_SECONDS
         self._timer = self.loop.call_at(self._closes_at, self._close_if_idle)
         self._listener.connections.add(self)
-        if len(self._listener.connections) > self._listener.max_connections:
-            self.transport.close()
 
     def connection_lost(self, exc: BaseException | None) -> None:
         """Cancel the handler, because nobody can receive its answer."""
@@ -185,6 +185,16 @@ class Connection(RequestProtocol):
         super().pause_writing()
         self._closes_at = self.loop.time() + accepting.KEEPALIVE_SECONDS
 
+    @property
+    def is_busy(self) -> bool:
+        """See `connections.Held`."""
+        return self.task is not None
+
+    def abort(self) -> None:
+        """See `connections.Held`."""
+        if self.transport is not None:
+            self.transport.abort()
+
     def _close_if_idle(self) -> None:
         now = self.loop.time()
         if self.task is not None and not self.writing_paused:
@@ -213,7 +223,8 @@ class Connection(RequestProtocol):
             pass
         finally:
             self.task = self._current = None
-            self._closes_at = self.loop.time() + accepting.KEEPALIVE_SECONDS
+            self.idle_since = self.loop.time()
+            self._closes_at = self.idle_since + accepting.KEEPALIVE_SECONDS
             keeps_alive = keeps_alive and self._listener.is_open and not self.caller_has_left
             if not keeps_alive and self.transport is not None:
                 self.transport.close()
@@ -266,11 +277,20 @@ class Connection(RequestProtocol):
 class Listener:
     """See `interface.Listener`. Must be created in the event loop."""
 
-    def __init__(self, handler: Handler, *, max_connections: int) -> None:
+    def __init__(
+        self,
+        handler: Handler,
+        *,
+        max_connections: int,
+        closes_busy: bool = False,
+        on_full: OnFull | None = None,
+    ) -> None:
         self.handler = handler
-        self.max_connections = max_connections
         self.loop = asyncio.get_running_loop()
-        self.connections: set[Connection] = set()
+        self.connections: Connections[Connection] = Connections(
+            max_connections, closes_busy=closes_busy, on_full=on_full
+        )
+        self.close_idle = self.connections.close_idle
         self.pipelined_bytes = 0
         """Bytes received of requests behind those that are being answered."""
         self.is_open = True

@@ -12,6 +12,7 @@ import shutil
 import sys
 import types
 import typing
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -27,6 +28,7 @@ from sidecar.settings import (
     load,
     missing_folder,
     notices,
+    open_to_all,
     option_name,
     refuse_unintended_simulation,
     seconds_of,
@@ -113,11 +115,13 @@ def main(argv: list[str] | None = None) -> NoReturn:
 
     130: interrupted by Ctrl-C.
     """
+    _open_standard_files()
     arguments = sys.argv[1:] if argv is None else argv
     args = _parser(arguments[:1]).parse_args(arguments or ["--help"])
     try:
         status = args.run(args)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # None: the process was started with stdout closed
+            sys.stdout.flush()
     except SettingsError as error:
         print(f"vlm-sidecar: {error}", file=sys.stderr)
         status = 2
@@ -127,6 +131,19 @@ def main(argv: list[str] | None = None) -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python's own flush at exit would fail again
         status = 1
     sys.exit(status)
+
+
+def _open_standard_files() -> None:
+    """Open `/dev/null` in the place of each standard file that is closed.
+
+    Otherwise a connection could get the number of stderr, and the event loop (libuv) aborts the process when it closes
+    a file with such a number.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # it gets the lowest free number
 
 
 class _Parser(argparse.ArgumentParser):
@@ -252,16 +269,33 @@ def _settings_options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _serve(args: argparse.Namespace) -> int:
-    from sidecar.app import Sidecar  # noqa: PLC0415  not needed for `--help`
-    from sidecar.assembly import StartError  # noqa: PLC0415
-    from sidecar.config_file import Source  # noqa: PLC0415
+    from sidecar.assembly import StartError  # noqa: PLC0415  not needed for `--help`
     from sidecar.observe import logging as logs  # noqa: PLC0415
+    from sidecar.observe.log_writer import STDERR  # noqa: PLC0415
 
     options = _settings_options(args)
     settings, origins = load(options, file=args.config)
     refuse_unintended_simulation(settings, origins, os.environ, Path())
     logs.set_up(settings.log_format, settings.log_level)
-    for line in (*notices(os.environ, Path()), missing_folder(settings, origins)):
+    try:
+        return _serve_until_drained(args.config, options, settings, origins)
+    except StartError as error:
+        STDERR.put(f"vlm-sidecar: {error}")  # `print` would block if nobody reads stderr
+        return 2
+    except Exception:
+        log.exception("a defect in the sidecar: it ends")
+        return 1
+    finally:
+        STDERR.close()
+
+
+def _serve_until_drained(
+    config: Path | None, options: Mapping[str, Any], settings: Settings, origins: Mapping[str, str]
+) -> int:
+    from sidecar.app import Sidecar  # noqa: PLC0415
+    from sidecar.config_file import Source  # noqa: PLC0415
+
+    for line in (*notices(os.environ, Path()), missing_folder(settings, origins), open_to_all(settings, origins)):
         if line is not None:
             log.warning("%s", line)
     foreign = sorted(set(origins.values()) & set(FOREIGN_NAMES))
@@ -274,14 +308,11 @@ def _serve(args: argparse.Namespace) -> int:
         )  # fmt: skip
 
     async def serve() -> None:
-        source = None if args.config is None else Source(args.config, lambda: load(options, file=args.config)[0])
+        source = None if config is None else Source(config, lambda: load(options, file=config)[0])
         await Sidecar(settings, source).run()
 
-    try:
-        with asyncio.Runner(loop_factory=_new_loop) as runner:
-            runner.run(serve())
-    except StartError as error:
-        raise SettingsError(str(error)) from error
+    with asyncio.Runner(loop_factory=_new_loop) as runner:
+        runner.run(serve())
     return 0
 
 
@@ -297,7 +328,7 @@ def _check(args: argparse.Namespace) -> int:
     from sidecar.cli.check import check  # noqa: PLC0415
 
     settings, origins = load(_settings_options(args), file=args.config)
-    for line in (*notices(os.environ, Path()), missing_folder(settings, origins)):
+    for line in (*notices(os.environ, Path()), missing_folder(settings, origins), open_to_all(settings, origins)):
         if line is not None:
             print(f"vlm-sidecar: {line}", file=sys.stderr)
     refuse_unintended_simulation(settings, origins, os.environ, Path())

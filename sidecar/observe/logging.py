@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
-import sys
+import os
 import time
 from typing import Literal
 
 import orjson
 
 from sidecar.observe.format import visible
+from sidecar.observe.log_writer import STDERR, LineHandler
 
 #: Attributes that every log record has. All other attributes were passed with `extra` and are part of the line.
 _STANDARD_ATTRIBUTES = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
@@ -50,8 +51,8 @@ class HumanFormatter(logging.Formatter):
 
 def set_up(kind: Literal["json", "human"] | None, level: str) -> None:
     """Send this process's log to stderr. If `kind` is None: human-readable on a terminal, otherwise JSON."""
-    handler = logging.StreamHandler(sys.stderr)
-    human = kind == "human" or (kind is None and sys.stderr.isatty())
+    handler = LineHandler()
+    human = kind == "human" or (kind is None and STDERR.descriptor is not None and os.isatty(STDERR.descriptor))
     handler.setFormatter(HumanFormatter() if human else JsonFormatter())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     logging.getLogger("asyncio").setLevel("WARNING")

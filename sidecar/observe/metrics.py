@@ -7,8 +7,10 @@ object, so one process can run two sidecars.
 from __future__ import annotations
 
 import logging
+import time
 from collections import defaultdict
 from collections.abc import Callable
+from math import inf
 from typing import Literal
 
 from prometheus_client import CollectorRegistry, Gauge, Histogram, disable_created_metrics
@@ -16,6 +18,7 @@ from prometheus_client import CollectorRegistry, Gauge, Histogram, disable_creat
 from backends.base import Throttled, Usage
 from sidecar.admission import Priority, Ticket
 from sidecar.observe import instruments
+from sidecar.observe.log_writer import DroppedLines
 from sidecar.observe.refusal_words import RefusalWords
 from sidecar.observe.trace import TracingStopwatch
 
@@ -30,6 +33,16 @@ BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 1.5, 2.5,
 #: Maximum number of model names with their own label value. Later names get the value `other`, so that callers cannot
 #: create an unlimited number of time series.
 MAX_MODELS = 20
+
+#: The log line for each resource that can run out, and the seconds between two such lines.
+_EXHAUSTED = {
+    "data_connections": "all callers' connections are in use: an idle one is closed for each new one; if none is idle, "
+    "the new one is closed. Callers should keep fewer connections, or the limit of open files (ulimit -n) be raised",
+    "admin_connections": "all connections of the admin port are in use: the oldest one is closed for each new one, so "
+    "that probes are answered",
+    "descriptors": "the process has no file descriptor left (ulimit -n): callers' idle connections are closed",
+}
+_EXHAUSTED_LOG_SECONDS = 3600.0
 
 #: The label value of each priority.
 _PRIORITIES = {priority: priority.name.lower() for priority in Priority}
@@ -141,13 +154,26 @@ class Metrics:
             "Unix time at which settings were last loaded with success; the start counts.",
             registry=registry,
         )
+        self._exhausted = counter(
+            "sidecar_resource_exhausted", "Times that a resource of the process had run out.", ("resource",)
+        )
+        self._exhausted_logged_at: dict[str, float] = {}  # resource: monotonic time of its last log line
         self.config_reloaded(success=True)
+        registry.register(DroppedLines())
 
     def config_reloaded(self, *, success: bool) -> None:
         """Record a load of the settings."""
         self._config_reload_success.set(success)
         if success:
             self._config_reload_success_time.set_to_current_time()
+
+    def exhausted(self, resource: Literal["data_connections", "admin_connections", "descriptors"]) -> None:
+        """Count that a resource of the process had run out. Log this once an hour."""
+        self._exhausted[resource,] += 1
+        now = time.monotonic()
+        if now - self._exhausted_logged_at.get(resource, -inf) >= _EXHAUSTED_LOG_SECONDS:
+            self._exhausted_logged_at[resource] = now
+            log.warning("%s", _EXHAUSTED[resource])
 
     def set_http_implementation(self, name: str) -> None:
         """Set which implementation of HTTP the start has chosen: `internal` or `documented`."""

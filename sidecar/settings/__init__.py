@@ -4,7 +4,7 @@
 """
 
 from sidecar.settings.fields import FOREIGN_NAMES, NOT_YET, PREFIX, SECRETS, Settings
-from sidecar.settings.notices import missing_folder, notices, refuse_unintended_simulation
+from sidecar.settings.notices import missing_folder, notices, open_to_all, refuse_unintended_simulation
 from sidecar.settings.sources import PASSWORD, SettingsError, load, option_name, with_unusable_ports_removed
 from sidecar.settings.values import METAVARS, seconds_of
 
@@ -20,6 +20,7 @@ __all__ = [
     "load",
     "missing_folder",
     "notices",
+    "open_to_all",
     "option_name",
     "refuse_unintended_simulation",
     "seconds_of",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import re
 import stat
@@ -33,6 +34,25 @@ def missing_folder(settings: Settings, origins: Mapping[str, str]) -> str | None
         return None
     name = named("state_file", origins["state_file"])
     return f"{name}={file}: the folder {str(file.parent)!r} does not exist; create it, or learned limits are not kept"
+
+
+def open_to_all(settings: Settings, origins: Mapping[str, str]) -> str | None:
+    """Return one line if other machines can reach the data listener and callers need no key."""
+    if settings.api_key is not None or _is_local(settings.host):
+        return None
+    name = named("host", origins["host"])
+    return (
+        f"{name}={settings.host}: other machines may reach the data listener, and callers need no key: everybody who "
+        "reaches it can spend the provider's account; set SIDECAR_API_KEY, or SIDECAR_HOST=127.0.0.1"
+    )
+
+
+def _is_local(host: str) -> bool:
+    """Return whether a listener at this host takes connections only from this machine."""
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host.rstrip(".").lower() == "localhost" or host.lower().endswith(".localhost")
 
 
 def notices(environ: Mapping[str, str], folder: Path) -> Iterator[str]:

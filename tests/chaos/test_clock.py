@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import time
 from email.utils import formatdate
 
+import aiohttp
 import orjson
 import pytest
+from real_parts import real_library
+from running import CHAT, Process, chat, samples
 from scripted_upstream import CHAT_ANSWER
 
 DAY = 86_400.0
@@ -54,6 +58,49 @@ async def test_a_jump_of_the_wall_clock_does_not_change_how_waiting_requests_are
     again = await serving(dashscope_url=url, state_file=path)
     async with again.post() as response:
         assert response.status == 200
+
+
+async def test_the_clock_of_a_process_jumps_and_no_wait_limit_or_promise_changes(tmp_path, provider):
+    """The real clock of a real process, through libfaketime: ahead by a day, then back by two, while requests wait."""
+    clock, path = tmp_path / "clock", tmp_path / "limits.json"
+    clock.write_text("+0")
+    environ = {
+        "LD_PRELOAD": str(real_library("*/faketime/libfaketimeMT.so.1")),
+        "FAKETIME_TIMESTAMP_FILE": str(clock),
+        "FAKETIME_NO_CACHE": "1",
+        "FAKETIME_DONT_FAKE_MONOTONIC": "1",  # the wall clock jumps; the monotonic clock never does
+    }
+    url, _ = await provider(requests_per_second=20, burst_requests=5, latency_seconds=0.02)
+    options = ("--dashscope-url", url, "--state-file", str(path))
+    async with Process(*options, environ=environ) as process, aiohttp.ClientSession() as client:
+
+        async def ask():
+            began = time.monotonic()
+            async with client.post(process.url + CHAT, json=chat()) as response:
+                assert response.status == 200, await response.text()
+                reported = float(response.headers["Server-Timing"].rpartition("dur=")[2]) / 1e3
+            took = time.monotonic() - began
+            assert 0 <= took - reported < 2.0, (took, reported)
+            return took
+
+        async def limit():
+            async with client.get(f"{process.admin_url}/metrics") as response:
+                return samples(await response.text())['sidecar_limit_requests_per_second{backend="dashscope"}']
+
+        for jump in ("+1d", "-1d"):
+            tasks = [asyncio.ensure_future(ask()) for _ in range(20)]
+            await asyncio.sleep(0.3)
+            clock.write_text(jump)
+            assert 0.3 < max(await asyncio.gather(*tasks)) < 8.0
+        before = await limit()
+        clock.write_text("+1d")
+        await asyncio.sleep(0.3)
+        assert await limit() == pytest.approx(before, rel=0.01)
+        clock.write_text("-1d")
+        process.signal(signal.SIGTERM)
+        assert await process.ended() == 0
+    for entry in orjson.loads(path.read_bytes())["limits"]:
+        assert entry["learned_at"] == pytest.approx(time.time() - DAY, abs=60.0)
 
 
 @pytest.mark.parametrize("wrong", [-DAY, DAY], ids=["back", "ahead"])

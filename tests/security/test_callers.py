@@ -138,27 +138,69 @@ async def test_connections_that_send_no_complete_request_are_closed(serving, mon
     assert connections == 1
 
 
-@pytest.mark.parametrize(
-    ("listener", "bound", "path"),
-    [("data", "_MAX_DATA_CONNECTIONS", "/health"), ("admin", "_MAX_ADMIN_CONNECTIONS", "/livez")],
-)
-async def test_a_listener_bounds_its_connections_and_still_serves(serving, monkeypatch, listener, bound, path):
-    monkeypatch.setattr(f"sidecar.app.{bound}", 5)
+def held_back(names, monkeypatch, maximum=5):
+    """Bound the number of connections of both listeners."""
+    for name in names:
+        monkeypatch.setattr(f"backends.http1.descriptors.{name}", lambda *_: maximum)
+
+
+@pytest.mark.parametrize(("listener", "path"), [("data", "/health"), ("admin", "/livez")])
+async def test_above_its_bound_a_listener_closes_the_connection_that_is_idle_for_the_longest_time(
+    serving, monkeypatch, listener, path
+):
+    held_back(("data_connections", "admin_connections"), monkeypatch)
     sidecar = await serving()
     port = getattr(sidecar.sidecar, f"{listener}_port")
-    held = [await asyncio.open_connection("127.0.0.1", port) for _ in range(5)]
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    async with asyncio.timeout(5):
-        assert await reader.read() == b""
-    writer.close()
-    for _, other in held:
-        other.transport.abort()
-    server = getattr(sidecar.sidecar, f"_{listener}_listener")
-    async with asyncio.timeout(5):
-        while server.connections:  # noqa: ASYNC110
-            await asyncio.sleep(0.01)
-    async with sidecar.client.get(f"http://127.0.0.1:{port}{path}") as response:
+    get = f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode()
+    held = []
+    for _ in range(5):
+        held.append(await asyncio.open_connection("127.0.0.1", port))
+        await asyncio.sleep(0.01)
+    held[0][1].write(get)  # the first one is now the one that was used last
+    await held[0][0].readuntil(b"\r\n\r\n")
+    for closed in (1, 2):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(get)
+        async with asyncio.timeout(5):
+            assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 200")
+            assert await held[closed][0].read() == b""
+        held.append((reader, writer))
+    assert len(getattr(sidecar.sidecar, f"_{listener}_listener").connections) == 5
+    for _, writer in held:
+        writer.transport.abort()
+    await sidecar.until(lambda: not getattr(sidecar.sidecar, f"_{listener}_listener").connections)
+    counted = await sidecar.metrics()
+    assert counted[f'sidecar_resource_exhausted_total{{resource="{listener}_connections"}}'] == 2
+
+
+async def test_if_every_connection_is_busy_the_admin_listener_closes_the_oldest_and_the_data_listener_the_new_one(
+    serving, scripted, monkeypatch
+):
+    async def hang(link, _):
+        await asyncio.sleep(30)
+
+    held_back(("data_connections", "admin_connections"), monkeypatch, 2)
+    upstream = await scripted(hang)
+    sidecar = await serving(dashscope_url=f"{upstream.origin}/v1")
+    viewers, callers = [], []
+    for _ in range(2):
+        viewers.append(await asyncio.open_connection("127.0.0.1", sidecar.sidecar.admin_port))
+        viewers[-1][1].write(b"GET /events HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        await viewers[-1][0].readuntil(b"event: start")
+        callers.append(await asyncio.open_connection("127.0.0.1", sidecar.sidecar.data_port))
+        callers[-1][1].write(request(b"X-Camera-Id: gate"))
+    await sidecar.until(lambda: sidecar.sidecar.data.in_progress == 2)
+    async with sidecar.client.get(f"{sidecar.admin_url}/livez") as response:
         assert response.status == 200
+    async with asyncio.timeout(5):
+        while await viewers[0][0].read(65536):
+            pass
+        reader, writer = await asyncio.open_connection("127.0.0.1", sidecar.sidecar.data_port)
+        assert await reader.read() == b""
+    assert sidecar.sidecar.data.in_progress == 2
+    for _, other in (*viewers, *callers, (reader, writer)):
+        other.transport.abort()
+    await sidecar.until(sidecar.at_rest)
 
 
 async def test_a_body_that_is_incomplete_at_the_deadline_is_refused(serving):
