@@ -143,6 +143,6 @@ def begins_like_events(body: bytes) -> bool | None:
         start = body.removeprefix(_BOM).lstrip()[:64]
     if _BEGINNING.match(start) is not None:
         return True
-    if any(field.startswith(start) for field in _FIELDS):  # also for no bytes at all
+    if any(field.startswith(start) for field in _FIELDS) or _BOM.startswith(body):  # also for no bytes at all
         return None
     return False

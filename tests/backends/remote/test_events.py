@@ -62,8 +62,14 @@ def test_an_event_above_the_limit_is_skipped_and_the_next_is_read():
         (b'{"choices": []}', False), (b"<html>", False), (b"[]", False), (b"identity is no field", False),
         (b"", None), (b"\n\n", None), (b"dat", None), (b"{", False),
         (b"\n" * 90, None), (b"\r\n" * 90 + b"event: x\n", True), (b" " * 64 + b"[1]", False),
+        (b"\xef", None), (b"\xef\xbb", None), (b"\xef\xbb\xbf", None), (b"\xef\xbb\xbe", False),
         (b"\n" * 61 + b"data: x", True), (b"\n" * 61 + b"dates", False), (b"\n" * 500 + b"ret", None),
     ],
 )  # fmt: skip
 def test_the_content_shows_whether_an_answer_is_a_stream(body, is_stream):
     assert begins_like_events(body) is is_stream
+
+
+@given(stream=st.sampled_from([raw for raw, _ in STREAMS]), length=st.integers(0, 100))
+def test_the_first_bytes_of_a_stream_never_look_like_something_else(stream, length):
+    assert begins_like_events(stream[:length]) is not False
