@@ -105,11 +105,22 @@ def _message(message: object, field: str) -> dict[str, Any]:
 
 
 def _part(part: object, field: str) -> dict[str, Any]:
-    if isinstance(part, dict) and isinstance(part.get("text"), str):
-        return {"type": "text", "text": part["text"]}
-    if isinstance(part, dict) and isinstance(part.get("image"), str):
-        return {"type": "image_url", "image_url": {"url": part["image"]}}
-    raise _invalid(f"{field}: must hold text or image")
+    """Translate one part of a message. Its other fields (`min_pixels`, `fps`, `cache_control`) stay beside it.
+
+    The format of a video is that of Model Studio's OpenAI-compatible API: a list of frames, or one URL.
+    """
+    given = part if isinstance(part, dict) else {}
+    text, image, video = (given.get(name) for name in ("text", "image", "video"))
+    more = {name: value for name, value in given.items() if name not in ("text", "image", "video")}
+    if isinstance(text, str):
+        return {**more, "type": "text", "text": text}
+    if isinstance(image, str):
+        return {**more, "type": "image_url", "image_url": {"url": image}}
+    if isinstance(video, str):
+        return {**more, "type": "video_url", "video_url": {"url": video}}
+    if isinstance(video, list):
+        return {**more, "type": "video", "video": video}
+    raise _invalid(f"{field}: must hold text, image or video")
 
 
 def _native_field(message: str) -> str:
@@ -120,7 +131,7 @@ def _native_field(message: str) -> str:
     if not message.startswith("messages"):
         return message
     field, colon, rest = message.partition(": ")
-    return "input." + field.replace(".image_url.url", ".image") + colon + rest
+    return "input." + field.replace(".image_url.url", ".image").replace(".video_url.url", ".video") + colon + rest
 
 
 def _json(data: bytes) -> dict[str, Any]:
@@ -268,9 +279,9 @@ async def _frames(
             yield frame(last=False)
     streaming.usage, streaming.failure = reply.usage, reply.failure
     if reply.failure is not None:
-        number += 1
-        body = _error(reply.failure, request_id)
-        yield b"id:%d\nevent:error\n:HTTP_STATUS/%d\ndata:%b\n\n" % (number, reply.failure.status, body)
+        body, status = _error(reply.failure, request_id), reply.failure.status
+        # The official SDK reads the status from the field `status`; it takes an error without this field for a 400.
+        yield b"id:%d\nevent:error\nstatus:%d\n:HTTP_STATUS/%d\ndata:%b\n\n" % (number + 1, status, status, body)
     elif ended or (messages and all(message.reason for message in messages.values())):
         yield frame(last=True)
     else:
