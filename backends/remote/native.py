@@ -200,13 +200,12 @@ class _Message:
         for name, value in delta.items():
             if name == "role" or not value:
                 continue
+            if name == "tool_calls" and isinstance(value, list):
+                self._add_tool_calls(value)
+                continue
             for message in (self._whole, self._new):
                 before = message.get(name)
-                if name == "tool_calls" and isinstance(value, list):
-                    if not isinstance(before, list):
-                        before = message[name] = []
-                    _add_tool_calls(before, value)
-                elif isinstance(value, str) and isinstance(before, str):
+                if isinstance(value, str) and isinstance(before, str):
                     message[name] = before + value
                 else:
                     message[name] = value
@@ -221,22 +220,49 @@ class _Message:
         """Whether something has arrived since the last frame."""
         return bool(self._new)
 
+    def _add_tool_calls(self, pieces: list[Any]) -> None:
+        for message in (self._whole, self._new):
+            if not isinstance(message.get("tool_calls"), list):
+                message["tool_calls"] = []
+        for piece in pieces:
+            if isinstance(piece, dict):
+                index = _index_of_call(self._whole["tool_calls"], piece)
+                for message in (self._whole, self._new):
+                    _add_to_call(message["tool_calls"], index, piece)
 
-def _add_tool_calls(calls: list[dict[str, Any]], pieces: list[Any]) -> None:
-    """Join the pieces of tool calls by their index, as OpenAI's clients do: the arguments arrive in parts."""
-    for piece in pieces:
-        if not isinstance(piece, dict):
-            continue
-        at = piece.get("index", len(calls))
-        call = next((call for call in calls if call.get("index") == at), None)
-        if call is None:
-            call = {"index": at, "type": "function", "function": {"name": "", "arguments": ""}}
-            calls.append(call)
-        call |= {name: value for name, value in piece.items() if name not in ("index", "function") and value}
-        function = piece.get("function")
-        for name, value in function.items() if isinstance(function, dict) else ():
-            if isinstance(value, str):
-                call["function"][name] = call["function"].get(name, "") + value
+
+def _index_of_call(calls: list[dict[str, Any]], piece: dict[str, Any]) -> int:
+    """Return the index of the tool call that a piece belongs to.
+
+    Some servers leave the index out, send null, or give the second call the index of the first. Then the id decides; a
+    piece without index, id and name continues the last call. Sources: AstrBot PR#6692, GPT_API_free #254, agno PR#8880.
+    """
+    index, identity = piece.get("index"), piece.get("id")
+    known = [call["index"] for call in calls if identity and call.get("id") == identity]
+    if known:
+        return int(known[0])
+    if isinstance(index, int):
+        has_other_id = any(call["index"] == index and "id" in call for call in calls) and identity
+        if not has_other_id:
+            return index
+    function = piece.get("function")
+    begins = identity or (isinstance(function, dict) and function.get("name"))
+    if calls and not begins:
+        return int(calls[-1]["index"])
+    return max((call["index"] for call in calls), default=-1) + 1
+
+
+def _add_to_call(calls: list[dict[str, Any]], index: int, piece: dict[str, Any]) -> None:
+    """Add a piece to the call of this index, as OpenAI's clients do: the arguments arrive in parts."""
+    call = next((call for call in calls if call["index"] == index), None)
+    if call is None:
+        call = {"index": index, "type": "function", "function": {"name": "", "arguments": ""}}
+        calls.append(call)
+    call |= {name: value for name, value in piece.items() if name not in ("index", "function") and value}
+    function = piece.get("function")
+    for name, value in function.items() if isinstance(function, dict) else ():
+        if isinstance(value, str):
+            call["function"][name] = call["function"].get(name, "") + value
 
 
 async def _frames(
@@ -300,9 +326,9 @@ async def _events(chunks: AsyncIterator[bytes]) -> AsyncIterator[dict[str, Any] 
 
 def _values(block: bytes) -> Iterator[dict[str, Any] | None]:
     for event in events_in(block) if block else ():
-        if event.data == b"[DONE]":
+        if event.is_done:
             yield None
-        elif event.data:
+        elif event.data and not event.is_keepalive:
             value = lenient_json(event.data)
             if value is None:
                 raise _no_completion(ValueError())
