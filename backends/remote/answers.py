@@ -30,8 +30,13 @@ _CONTENT = (
 
 
 def usage_of(payload: object) -> Usage | None:
-    """Return the `usage` of an answer in either dialect; None if it is missing or not plausible."""
+    """Return the `usage` of an answer in either dialect; None if it is missing or not plausible.
+
+    An event of the Responses API holds the answer under `response`.
+    """
     usage = payload.get("usage") if isinstance(payload, dict) else None
+    if isinstance(payload, dict) and isinstance(answer := payload.get("response"), dict):
+        usage = answer.get("usage", usage)
     if not isinstance(usage, dict):
         return None
     input_tokens = usage.get("prompt_tokens", usage.get("input_tokens"))
@@ -71,7 +76,8 @@ def judge(payload: object, *, is_chat: bool) -> Judgement:
     if content:
         return "answer"
     if not is_chat:
-        return "error" if _marks_error(payload) and not _is_resource(payload) else "answer"
+        failed = _response_failed(payload) or (_marks_error(payload) and not _is_resource(payload))
+        return "error" if failed else "answer"
     if _marks_error(payload):
         return "error"
     return "answer" if finished or any(isinstance(choice.get("message"), dict) for choice in choices) else "nothing"
@@ -99,6 +105,18 @@ def has_content(choice: Mapping[str, Any]) -> bool:
                 if value and not (isinstance(value, list) and all(part in ({}, {"text": ""}) for part in value)):
                     return True
     return False
+
+
+#: Events with which a stream of the Responses API begins, before the model has answered anything.
+_BEFORE_CONTENT = ("response.created", "response.queued", "response.in_progress")
+_ENDS = ("response.completed", "response.incomplete", "response.failed")
+
+
+def _response_failed(payload: Mapping[str, Any]) -> bool:
+    """Return whether an object or an event of the Responses API says that this request has failed."""
+    return payload.get("type") == "response.failed" or (
+        payload.get("object") == "response" and payload.get("status") == "failed"
+    )
 
 
 def finish_reason_of(payload: object) -> bool:
@@ -180,6 +198,8 @@ class StreamWatch:
         """
         self.has_data = False
         """Whether an event with data has come, also without content."""
+        self.is_response = False
+        """Whether this is a stream of the Responses API, which says at its end that it has ended."""
         self.failure: BackendError | None = None
         """The first error event, classified. Later events are ignored, because an error ends the stream."""
         self._is_chat = is_chat
@@ -200,7 +220,7 @@ class StreamWatch:
             self._last_was_skipped = False
         if not block:
             return
-        if not self._ended and _may_end(block):
+        if not self._ended and (not self._is_chat or _may_end(block)):
             self._ended = any(map(_is_end, events_in(block)))
         if self.has_content and max(map(block.find, _MARKERS)) < 0:
             return
@@ -237,9 +257,7 @@ class StreamWatch:
 
     def _see(self, event: Event) -> None:
         data = event.data
-        if self.failure is not None:
-            return
-        if data == b"[DONE]":
+        if self.failure is not None or event.is_done or event.is_keepalive:
             return
         self.has_data = self.has_data or bool(data)
         said = event.name == b"error" or event.status >= 400
@@ -253,8 +271,11 @@ class StreamWatch:
             self.failure = classify(event.status, self._headers, data, request_body=self._request_body)
             return
         if not self.has_content:
-            if not self._is_chat or not isinstance(payload, dict):
+            if not isinstance(payload, dict):
                 self.has_content = True
+            elif not self._is_chat:
+                self.is_response = self.is_response or payload.get("type") in _BEFORE_CONTENT
+                self.has_content = payload.get("type") not in _BEFORE_CONTENT
             else:
                 self.has_content = finish_reason_of(payload) or any(map(has_content, choices_of(payload)))
         self._see_usage(data)
@@ -285,4 +306,12 @@ def error_in_events(body: bytes, *, request_body: bytes) -> BackendError | None:
 
 def _is_end(event: Event) -> bool:
     data = event.data
-    return data == b"[DONE]" or (b"finish_reason" in data and finish_reason_of(lenient_json(data)))
+    if event.is_done:
+        return True
+    if b"finish_reason" in data:
+        return finish_reason_of(lenient_json(data))
+    return data.find(b'"response.') >= 0 and _type_of(lenient_json(data)) in _ENDS
+
+
+def _type_of(payload: object) -> object:
+    return payload.get("type") if isinstance(payload, dict) else None

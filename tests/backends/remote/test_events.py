@@ -20,6 +20,8 @@ STREAMS = [
     (b"id: 7\nevent: x\ndata: a\nretry: 3\nunknown: y\n\n", [b"a"]),
     (b"data:  two spaces\n\ndata\n\ndata:\n\n", [b" two spaces"]),
     (b"data: a\ndata: b\ndata:c\n\n", [b"a\nb\nc"]),
+    (b'data: {"a": 1}\ndata: {"a": 2}\ndata: [DONE]\n\n', [b'{"a": 1}', b'{"a": 2}', b"[DONE]"]),
+    (b'data: {"a":\ndata: {"b": 1}\ndata: }\n\n', [b'{"a":\n{"b": 1}\n}']),
     (b"\n\n\ndata: a\n\n\n\ndata: b\n\n", [b"a", b"b"]),
     (b"data: the last one has no empty line", [b"the last one has no empty line"]),
     (b"data: a: b\n\n", [b"a: b"]),
