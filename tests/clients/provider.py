@@ -61,7 +61,10 @@ def _odd(stream: bytes) -> bytes:
     They have a BOM, CRLF, names, numbers and comments, and no space after a colon; the last has no blank line.
     """
     odd = stream.replace(b"data: ", b"event: message\nid: 7\n: a comment\ndata:").replace(b"\n", b"\r\n")
-    return b"\xef\xbb\xbf: keep-alive\r\n\r\n" + odd.rstrip()
+    # After an event with an id no empty line may follow a comment: openai 3.57 for Python (like LiteLLM and LangChain,
+    # which use it) takes the two for an event without data, and fails.
+    first, end, others = odd.partition(b"\r\n\r\n")
+    return b"\xef\xbb\xbf: keep-alive\r\n\r\n" + first + end + b": ping\r\n" + others.rstrip()
 
 
 def _responses(body: dict) -> dict[str, Any]:
