@@ -10,7 +10,8 @@ import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from backends.base import BackendError, Usage
+from backends.base import BackendError, ServerFailed, Usage
+from backends.remote import responses_api
 from backends.remote.error_bodies import lenient_json
 from backends.remote.events import Event, EventReader, events_in
 from backends.remote.refusals import classify
@@ -76,7 +77,7 @@ def judge(payload: object, *, is_chat: bool) -> Judgement:
     if content:
         return "answer"
     if not is_chat:
-        failed = _response_failed(payload) or (_marks_error(payload) and not _is_resource(payload))
+        failed = responses_api.has_failed(payload) or (_marks_error(payload) and not _is_resource(payload))
         return "error" if failed else "answer"
     if _marks_error(payload):
         return "error"
@@ -105,18 +106,6 @@ def has_content(choice: Mapping[str, Any]) -> bool:
                 if value and not (isinstance(value, list) and all(part in ({}, {"text": ""}) for part in value)):
                     return True
     return False
-
-
-#: Events with which a stream of the Responses API begins, before the model has answered anything.
-_BEFORE_CONTENT = ("response.created", "response.queued", "response.in_progress")
-_ENDS = ("response.completed", "response.incomplete", "response.failed")
-
-
-def _response_failed(payload: Mapping[str, Any]) -> bool:
-    """Return whether an object or an event of the Responses API says that this request has failed."""
-    return payload.get("type") == "response.failed" or (
-        payload.get("object") == "response" and payload.get("status") == "failed"
-    )
 
 
 def finish_reason_of(payload: object) -> bool:
@@ -198,8 +187,6 @@ class StreamWatch:
         """
         self.has_data = False
         """Whether an event with data has come, also without content."""
-        self.is_response = False
-        """Whether this is a stream of the Responses API, which says at its end that it has ended."""
         self.failure: BackendError | None = None
         """The first error event, classified. Later events are ignored, because an error ends the stream."""
         self._is_chat = is_chat
@@ -208,6 +195,7 @@ class StreamWatch:
         self._reader = EventReader(_EVENT_LIMIT)
         self._last_usage = b""
         self._ended = False
+        self._is_response = False
         # Whether the last event was too long to be parsed. It may have been the one that named the end.
         self._last_was_skipped = False
 
@@ -228,13 +216,18 @@ class StreamWatch:
             self._see(event)
 
     def end(self) -> None:
-        """Process a last event without an empty line after it. Must be called at the end of the stream."""
+        """Process a last event without an empty line after it. Must be called at the end of the stream.
+
+        Raises `ServerFailed` if a stream of the Responses API has not said that it has ended.
+        """
         if self._reader.open_bytes:
             self._last_was_skipped = False  # it was cut, or another event followed
         if block := self._reader.end():
             self._ended = self._ended or any(map(_is_end, events_in(block)))
             for event in events_in(block):
                 self._see(event)
+        if self._is_response and self.failure is None and not self.is_complete:
+            raise ServerFailed("the provider's stream ended in the middle: no response.completed came")
 
     @property
     def open_bytes(self) -> int:
@@ -274,8 +267,8 @@ class StreamWatch:
             if not isinstance(payload, dict):
                 self.has_content = True
             elif not self._is_chat:
-                self.is_response = self.is_response or payload.get("type") in _BEFORE_CONTENT
-                self.has_content = payload.get("type") not in _BEFORE_CONTENT
+                self.has_content = not responses_api.is_before_content(payload)
+                self._is_response = self._is_response or not self.has_content
             else:
                 self.has_content = finish_reason_of(payload) or any(map(has_content, choices_of(payload)))
         self._see_usage(data)
@@ -310,8 +303,4 @@ def _is_end(event: Event) -> bool:
         return True
     if b"finish_reason" in data:
         return finish_reason_of(lenient_json(data))
-    return data.find(b'"response.') >= 0 and _type_of(lenient_json(data)) in _ENDS
-
-
-def _type_of(payload: object) -> object:
-    return payload.get("type") if isinstance(payload, dict) else None
+    return data.find(b'"response.') >= 0 and responses_api.is_end(lenient_json(data))

@@ -402,11 +402,8 @@ class _Chunks:
         if watch is not None:
             watch.end()
         self._settle()
-        if watch is None or watch.failure is not None or watch.is_complete:
-            return
-        if self._must_end or watch.is_response:
-            end = "response.completed" if watch.is_response else "finish_reason and no [DONE]"
-            raise ServerFailed(f"the provider's stream ended in the middle: no {end} came")
+        if watch is not None and self._must_end and watch.failure is None and not watch.is_complete:
+            raise ServerFailed("the provider's stream ended in the middle: no finish_reason and no [DONE] came")
 
     def _settle(self) -> None:
         if self._watch is not None:
