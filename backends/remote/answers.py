@@ -10,11 +10,11 @@ import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from backends.base import BackendError, ServerFailed, Usage
-from backends.remote import responses_api
+from backends.base import BackendError, Usage
 from backends.remote.error_bodies import lenient_json
 from backends.remote.events import Event, EventReader, events_in
 from backends.remote.refusals import classify
+from backends.remote.responses_api import has_failed, is_before_content, is_end_of_response, unfinished
 
 #: LLM tokens. No model has a longer context. A larger count is an error of the provider, and it would distort the
 #: learned token rate.
@@ -77,7 +77,7 @@ def judge(payload: object, *, is_chat: bool) -> Judgement:
     if content:
         return "answer"
     if not is_chat:
-        failed = responses_api.has_failed(payload) or (_marks_error(payload) and not _is_resource(payload))
+        failed = has_failed(payload) or (_marks_error(payload) and not _is_resource(payload))
         return "error" if failed else "answer"
     if _marks_error(payload):
         return "error"
@@ -227,7 +227,7 @@ class StreamWatch:
             for event in events_in(block):
                 self._see(event)
         if self._is_response and self.failure is None and not self.is_complete:
-            raise ServerFailed("the provider's stream ended in the middle: no response.completed came")
+            raise unfinished()
 
     @property
     def open_bytes(self) -> int:
@@ -267,7 +267,7 @@ class StreamWatch:
             if not isinstance(payload, dict):
                 self.has_content = True
             elif not self._is_chat:
-                self.has_content = not responses_api.is_before_content(payload)
+                self.has_content = not is_before_content(payload)
                 self._is_response = self._is_response or not self.has_content
             else:
                 self.has_content = finish_reason_of(payload) or any(map(has_content, choices_of(payload)))
@@ -303,4 +303,4 @@ def _is_end(event: Event) -> bool:
         return True
     if b"finish_reason" in data:
         return finish_reason_of(lenient_json(data))
-    return data.find(b'"response.') >= 0 and responses_api.is_end(lenient_json(data))
+    return data.find(b'"response.') >= 0 and is_end_of_response(lenient_json(data))

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from backends.base import ServerFailed
+
 _BEFORE_CONTENT = ("response.created", "response.queued", "response.in_progress")
 _ENDS = ("response.completed", "response.incomplete", "response.failed")
 
@@ -17,7 +19,7 @@ def is_before_content(payload: Mapping[str, object]) -> bool:
     return payload.get("type") in _BEFORE_CONTENT
 
 
-def is_end(payload: object) -> bool:
+def is_end_of_response(payload: object) -> bool:
     """Return whether an event is the last one of a stream."""
     return isinstance(payload, dict) and payload.get("type") in _ENDS
 
@@ -27,3 +29,8 @@ def has_failed(payload: Mapping[str, object]) -> bool:
     return payload.get("type") == "response.failed" or (
         payload.get("object") == "response" and payload.get("status") == "failed"
     )
+
+
+def unfinished() -> ServerFailed:
+    """Return the error of a stream that has begun as one of this API and not said that it has ended."""
+    return ServerFailed("the provider's stream ended in the middle: no response.completed came")
