@@ -105,6 +105,12 @@ def _():
     assert calls("bad-request") == 1
 
 
+@example("a wrong key is a 401", simulated=True)
+def _():
+    answer = ask(api_key="of-a-stranger")
+    assert (answer.status_code, answer.code) == (401, "unauthorized")
+
+
 @example("400 instead of a stream")
 def _():
     answers = list(ask("bad-request", stream=True))

@@ -120,6 +120,11 @@ def _():
     assert calls("bad-request") == 1
 
 
+@example("a wrong key is AuthenticationError")
+def _():
+    raised(litellm.AuthenticationError, litellm.completion, **{**options("qwen-vl-plus"), "api_key": "of-a-stranger"})
+
+
 @example("404 is NotFoundError, asked for once")
 def _():
     raised(litellm.NotFoundError, ask, "no-such-model")

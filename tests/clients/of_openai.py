@@ -220,6 +220,21 @@ def _():
     assert calls("bad-request") == 1
 
 
+@example("a wrong key is AuthenticationError, and no call", simulated=True)
+def _():
+    stranger = client.with_options(api_key="of-a-stranger")
+    error = raised(openai.AuthenticationError, stranger.chat.completions.create, model="unseen", messages=HELLO)
+    assert error.code == "unauthorized"
+    assert SIMULATED or calls("unseen") == 0
+
+
+@example("the provider's 401, about the sidecar's key, is no reason to ask again and again")
+def _():
+    error = raised(openai.APIStatusError, ask, model="wrong-key", messages=HELLO)
+    assert error.status_code in (401, 502)
+    assert calls("wrong-key") <= 2
+
+
 @example("404 is NotFoundError, asked for once")
 def _():
     assert raised(openai.NotFoundError, ask, model="no-such-model", messages=HELLO).code == "model_not_found"

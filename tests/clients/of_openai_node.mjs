@@ -184,6 +184,15 @@ const EXAMPLES = [
     },
   ],
   [
+    "a wrong key is AuthenticationError, and no call",
+    async () => {
+      const stranger = client.withOptions({ apiKey: "of-a-stranger" });
+      const asked = stranger.chat.completions.create({ model: "unseen", messages: HELLO });
+      assert.equal((await raised(OpenAI.AuthenticationError, asked)).code, "unauthorized");
+    },
+    true,
+  ],
+  [
     "404 is NotFoundError, asked for once",
     async () => {
       await raised(OpenAI.NotFoundError, ask({ model: "no-such-model" }));

@@ -41,7 +41,8 @@ async def examples(client: str, provider: str, url: str, origin: str) -> bool:
     """Run the examples of one client in front of one provider. Return whether all passed."""
     program, file = CLIENTS[client]
     began, count, failed = time.monotonic(), 0, False
-    async with Process("--dashscope-url", url, "--passthrough") as sidecar:
+    key = {"SIDECAR_API_KEY": "of-the-caller"}
+    async with Process("--dashscope-url", url, "--passthrough", environ=key) as sidecar:
         process = await asyncio.create_subprocess_exec(
             program, FOLDER / file, stdout=subprocess.PIPE,
             env={
