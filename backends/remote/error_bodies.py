@@ -2,7 +2,8 @@
 
 Known envelopes: `{"error": {…}}` and `{"error": "text"}` (OpenAI and its imitators), a list of one element (Google),
 `errors: [{…}]` (Cloudflare), `errors: {…}` (ModelScope), `detail: {…}` (FastAPI), `base_resp: {…}` (MiniMax),
-`Response: {Error: {…}}` (Tencent), `choices: [{error: {…}}]` (OpenRouter), plain text, and an event stream.
+`Response: {Error: {…}}` (Tencent), `response: {error: {…}}` (OpenAI's Responses API), `choices: [{error: {…}}]`
+(OpenRouter), plain text, and an event stream.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ _ENVELOPES = (
     "details",
     "base_resp",
     "Response",
+    "response",
     "innererror",
     "metadata",
     "cause",

@@ -2,9 +2,9 @@
 
 It follows the standard (WHATWG HTML, "Server-sent events", section "Interpreting an event stream"): a line ends with
 CR, LF or CRLF; an empty line ends an event; a byte order mark at the start, comments and unknown fields are ignored;
-one space after the colon is not a part of the value; several `data` lines are joined by LF. There are two differences:
-DashScope's comment `:HTTP_STATUS/429` (or the field `status`) carries the status of an event, and an event without an
-empty line at the end of the stream is read too.
+one space after the colon is not a part of the value; several `data` lines are joined by LF. Three things differ:
+DashScope's comment `:HTTP_STATUS/429` (or the field `status`) carries the status of an event, an event without an empty
+line at the end of the stream is read too, and JSON objects on lines of their own are events of their own.
 """
 
 from __future__ import annotations
@@ -28,6 +28,16 @@ class Event(NamedTuple):
     data: bytes
     status: int
     """The HTTP status that the event names; 0 if it names none."""
+
+    @property
+    def is_done(self) -> bool:
+        """Whether this is the event after which OpenAI's API sends nothing."""
+        return self.data.strip() == b"[DONE]"
+
+    @property
+    def is_keepalive(self) -> bool:
+        """Whether a gateway has packed a comment into the data (`data: : keepalive`): no JSON begins with a colon."""
+        return self.data.startswith(b":")
 
 
 class EventReader:
@@ -128,8 +138,25 @@ def events_in(block: bytes) -> Iterator[Event]:
                 name = value.strip()
             elif field in (b"", b"status") and (match := _STATUS.fullmatch(line)) is not None:
                 status = int(match[1])
-        if data or name or status:
-            yield Event(name, b"\n".join(data), status)
+        if len(data) > 1:
+            for part in _divided(data):
+                yield Event(name, part, status)
+        elif data or name or status:
+            yield Event(name, b"".join(data), status)
+
+
+def _divided(lines: list[bytes]) -> Iterator[bytes]:
+    """Join the lines of data that belong together.
+
+    Some servers put one end of a line between two events instead of two (opencode #27365). No JSON text has a line that
+    ends with `}` before a line that begins with `{`, so there the next event begins.
+    """
+    begun = 0
+    for at in range(1, len(lines)):
+        if lines[at - 1].rstrip().endswith(b"}") and lines[at].lstrip().startswith((b"{", b"[DONE]")):
+            yield b"\n".join(lines[begun:at])
+            begun = at
+    yield b"\n".join(lines[begun:])
 
 
 def begins_like_events(body: bytes) -> bool | None:
@@ -143,6 +170,6 @@ def begins_like_events(body: bytes) -> bool | None:
         start = body.removeprefix(_BOM).lstrip()[:64]
     if _BEGINNING.match(start) is not None:
         return True
-    if any(field.startswith(start) for field in _FIELDS):  # also for no bytes at all
+    if any(field.startswith(start) for field in _FIELDS) or _BOM.startswith(body):  # also for no bytes at all
         return None
     return False

@@ -121,11 +121,22 @@ def _message(message: object, field: str) -> dict[str, Any]:
 
 
 def _part(part: object, field: str) -> dict[str, Any]:
-    if isinstance(part, dict) and isinstance(part.get("text"), str):
-        return {"type": "text", "text": part["text"]}
-    if isinstance(part, dict) and isinstance(part.get("image"), str):
-        return {"type": "image_url", "image_url": {"url": part["image"]}}
-    raise _invalid(f"{field}: must hold text or image")
+    """Translate one part of a message. Its other fields (`min_pixels`, `fps`, `cache_control`) stay beside it.
+
+    The format of a video is that of Model Studio's OpenAI-compatible API: a list of frames, or one URL.
+    """
+    given = part if isinstance(part, dict) else {}
+    text, image, video = (given.get(name) for name in ("text", "image", "video"))
+    more = {name: value for name, value in given.items() if name not in ("text", "image", "video")}
+    if isinstance(text, str):
+        return {**more, "type": "text", "text": text}
+    if isinstance(image, str):
+        return {**more, "type": "image_url", "image_url": {"url": image}}
+    if isinstance(video, str):
+        return {**more, "type": "video_url", "video_url": {"url": video}}
+    if isinstance(video, list):
+        return {**more, "type": "video", "video": video}
+    raise _invalid(f"{field}: must hold text, image or video")
 
 
 def _native_field(message: str) -> str:
@@ -136,7 +147,7 @@ def _native_field(message: str) -> str:
     if not message.startswith("messages"):
         return message
     field, colon, rest = message.partition(": ")
-    return "input." + field.replace(".image_url.url", ".image") + colon + rest
+    return "input." + field.replace(".image_url.url", ".image").replace(".video_url.url", ".video") + colon + rest
 
 
 def _json(data: bytes) -> dict[str, Any]:
@@ -205,13 +216,12 @@ class _Message:
         for name, value in delta.items():
             if name == "role" or not value:
                 continue
+            if name == "tool_calls" and isinstance(value, list):
+                self._add_tool_calls(value)
+                continue
             for message in (self._whole, self._new):
                 before = message.get(name)
-                if name == "tool_calls" and isinstance(value, list):
-                    if not isinstance(before, list):
-                        before = message[name] = []
-                    _add_tool_calls(before, value)
-                elif isinstance(value, str) and isinstance(before, str):
+                if isinstance(value, str) and isinstance(before, str):
                     message[name] = before + value
                 else:
                     message[name] = value
@@ -226,22 +236,49 @@ class _Message:
         """Whether something has arrived since the last frame."""
         return bool(self._new)
 
+    def _add_tool_calls(self, pieces: list[Any]) -> None:
+        for message in (self._whole, self._new):
+            if not isinstance(message.get("tool_calls"), list):
+                message["tool_calls"] = []
+        for piece in pieces:
+            if isinstance(piece, dict):
+                index = _index_of_call(self._whole["tool_calls"], piece)
+                for message in (self._whole, self._new):
+                    _add_to_call(message["tool_calls"], index, piece)
 
-def _add_tool_calls(calls: list[dict[str, Any]], pieces: list[Any]) -> None:
-    """Join the pieces of tool calls by their index, as OpenAI's clients do: the arguments arrive in parts."""
-    for piece in pieces:
-        if not isinstance(piece, dict):
-            continue
-        at = piece.get("index", len(calls))
-        call = next((call for call in calls if call.get("index") == at), None)
-        if call is None:
-            call = {"index": at, "type": "function", "function": {"name": "", "arguments": ""}}
-            calls.append(call)
-        call |= {name: value for name, value in piece.items() if name not in ("index", "function") and value}
-        function = piece.get("function")
-        for name, value in function.items() if isinstance(function, dict) else ():
-            if isinstance(value, str):
-                call["function"][name] = call["function"].get(name, "") + value
+
+def _index_of_call(calls: list[dict[str, Any]], piece: dict[str, Any]) -> int:
+    """Return the index of the tool call that a piece belongs to.
+
+    Some servers leave the index out, send null, or give the second call the index of the first. Then the id decides; a
+    piece without index, id and name continues the last call. Sources: AstrBot PR#6692, GPT_API_free #254, agno PR#8880.
+    """
+    index, identity = piece.get("index"), piece.get("id")
+    known = [call["index"] for call in calls if identity and call.get("id") == identity]
+    if known:
+        return int(known[0])
+    if isinstance(index, int):
+        has_other_id = any(call["index"] == index and "id" in call for call in calls) and identity
+        if not has_other_id:
+            return index
+    function = piece.get("function")
+    begins = identity or (isinstance(function, dict) and function.get("name"))
+    if calls and not begins:
+        return int(calls[-1]["index"])
+    return max((call["index"] for call in calls), default=-1) + 1
+
+
+def _add_to_call(calls: list[dict[str, Any]], index: int, piece: dict[str, Any]) -> None:
+    """Add a piece to the call of this index, as OpenAI's clients do: the arguments arrive in parts."""
+    call = next((call for call in calls if call["index"] == index), None)
+    if call is None:
+        call = {"index": index, "type": "function", "function": {"name": "", "arguments": ""}}
+        calls.append(call)
+    call |= {name: value for name, value in piece.items() if name not in ("index", "function") and value}
+    function = piece.get("function")
+    for name, value in function.items() if isinstance(function, dict) else ():
+        if isinstance(value, str):
+            call["function"][name] = call["function"].get(name, "") + value
 
 
 async def _frames(
@@ -288,9 +325,9 @@ async def _frames(
             yield COMMENT
     streaming.usage, streaming.output_bytes, streaming.failure = reply.usage, reply.output_bytes, reply.failure
     if reply.failure is not None:
-        number += 1
-        body = _error(reply.failure, request_id)
-        yield b"id:%d\nevent:error\n:HTTP_STATUS/%d\ndata:%b\n\n" % (number, reply.failure.status, body)
+        body, status = _error(reply.failure, request_id), reply.failure.status
+        # The official SDK reads the status from the field `status`; it takes an error without this field for a 400.
+        yield b"id:%d\nevent:error\nstatus:%d\n:HTTP_STATUS/%d\ndata:%b\n\n" % (number + 1, status, status, body)
     elif ended or (messages and all(message.reason for message in messages.values())):
         yield frame(last=True)
     else:
@@ -315,9 +352,9 @@ async def _events(chunks: AsyncIterator[bytes], request_id: str) -> AsyncIterato
 
 def _values(block: bytes) -> Iterator[dict[str, Any] | None]:
     for event in events_in(block) if block else ():
-        if event.data == b"[DONE]":
+        if event.is_done:
             yield None
-        elif event.data:
+        elif event.data and not event.is_keepalive:
             value = lenient_json(event.data)
             if value is None:
                 raise _no_completion(ValueError())

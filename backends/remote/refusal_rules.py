@@ -318,12 +318,12 @@ class Rules:
         yield plain(self.headers.get("x-amzn-errortype", "").partition(":")[0])
 
     def _throttles(self) -> bool:
-        """Return whether status or code say that some limit refused the request."""
+        """Return whether status or code say that some limit refused the request; at 403 and inside a 200 also words."""
         if self.status == 429:
             return True
         if self.status >= 500:
             return False
-        if self.status == 403 and self._proven(table.THROTTLED_403):
+        if (self.status == 403 or self.status < 400) and self._proven(table.THROTTLED):
             return True
         pattern = table.SURE_THROTTLING_CODE if self.status in ABOUT_THE_REQUEST else table.THROTTLING_CODE
         return any(pattern.search(code) for code in self.code_words)
@@ -361,15 +361,16 @@ class Rules:
 
         OpenAI sends `insufficient_quota` with the text "You exceeded your current quota, please check your plan and
         billing details" for an empty account. DashScope sends the same code and the same text for tokens per minute.
-        DashScope's error differs in two ways: it has a `request_id` beside the error, and its text contains a link to
-        DashScope's help.
+        DashScope's error differs in three ways: it has a `request_id` beside the error, its text contains a link to
+        DashScope's help, and its code begins with `Throttling`. A gateway may keep only one of them (oh-my-pi #8496).
         """
         if table.FREE_QUOTA.search(self.text):
             return True
         if self.status >= 500 or not (self._first(table.MONEY) or self._proven(table.WEAK_MONEY)):
             return False
-        is_dashscope = self.facts.has_request_id or re.search("model-studio|aliyun|alibabacloud", self.text) is not None
-        return not is_dashscope
+        if self.facts.has_request_id or any(code.startswith("throttling") for code in self.codes):
+            return False
+        return re.search("model-studio|aliyun|alibabacloud", self.text) is None
 
     def _first(self, words: tuple[table.Words, ...]) -> tuple[Meaning, str] | None:
         for line in words:

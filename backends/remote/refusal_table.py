@@ -92,6 +92,7 @@ _CODES: tuple[tuple[str, Meaning], ...] = (
     ("dynamic_request_limited", "growth"),  # Together
     ("capacity_exceeded", "capacity"),  # Groq
     ("budget_exceeded", "billing"),  # LiteLLM
+    ("terminal_quota_exhausted", "billing"),  # LiteLLM, by hermes-agent PR#106427
     ("insufficient_user_quota", "billing"),  # new-api
     ("EXCEED_TOKEN_QUOTA_LIMIT", "billing"),  # Tencent CloudBase
     ("openrouter_in_flight_budget", "concurrency"),
@@ -190,6 +191,7 @@ BEFORE_MONEY = re.compile(r"\bin-?flight\b.{0,30}(budget|spend|limit)")
 MONEY = _words(
     ("billing", r"(insufficient|not enough|no) (account |remaining |available )?(balance|funds?|credits?)\b"),
     ("billing", r"balance (is )?(insufficient|too low|not enough|exhausted|depleted)|credit balance"),
+    ("billing", r"(account|your|available|remaining|current) balance (is |of )?[$€¥]?\s?0(\.0+)?(?![\d.,]*\d)"),
     ("billing", r"(out of|used (up )?all (of )?(your |the )?(available )?|exceeded .{0,20}(included )?) ?credits?\b"),
     ("billing", r"credits? (are |is |have been |has been |were )?(depleted|exhausted|expired|used up)|(add|purchase|buy) (more )?credits?"),
     ("billing", r"(spend(ing)?|credit|billing|budget|payment)( hard)? (limit|cap|budget)s?( has been| is| was)? (exceeded|reached|hit)"),
@@ -212,8 +214,8 @@ FREE_QUOTA = re.compile(
     r"|free (trial|tier)\b.{0,40}(exhausted|expired|used up)|免费额度.{0,6}(用尽|用完|耗尽|不足)"
     r"|(额度|配额)(不足|(已|已经)?(用尽|用完|耗尽))"
 )
-#: A limit as 403, by words.
-THROTTLED_403 = re.compile(r"\bthrottled\b|flow control|rate limit|too many requests|限流|流控")
+#: A limit as 403 or inside a 200, by words.
+THROTTLED = re.compile(r"\bthrottled\b|flow control|rate limit|too many requests|限流|流控")
 #: A quota as 403: waiting for seconds does not help, as it does after a rate limit.
 QUOTA_403 = re.compile(
     r"(?<!rate )(quota|allowance|usage limit|allotment)s?\b.{0,40}(exceeded|exhausted|used up|reached|depleted)"

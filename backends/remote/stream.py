@@ -19,7 +19,9 @@ from backends.remote.refusals import classify
 HOLD_SECONDS = 2.0
 #: Seconds without a byte of the provider, before the first content, after which the caller gets a comment.
 COMMENT_SECONDS = 10.0
-COMMENT = b": the upstream is working\n\n"
+#: One line end: with an empty line behind it, openai-python (3.57) would read it as an event if an earlier event of the
+#: stream had an id.
+COMMENT = b": the upstream is working\n"
 #: Bytes that are held at most before the first content.
 _PREFACE_LIMIT = 1024 * 1024
 

@@ -325,7 +325,8 @@ class Call:
 
     def _error_frame(self, problem: Problem, body: bytes) -> bytes:
         if self.api == "native":
-            return b"event:error\n:HTTP_STATUS/%d\ndata:%b\n\n" % (problem.status, body)
+            # The official SDK reads the status only from the field `status`: it takes an error without it for a 400.
+            return b"event:error\nstatus:%d\n:HTTP_STATUS/%d\ndata:%b\n\n" % (problem.status, problem.status, body)
         return b"data: %b\n\n" % body
 
     async def _stream(self, reply: Reply) -> None:

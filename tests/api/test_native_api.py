@@ -136,3 +136,18 @@ async def test_a_missing_model_is_added_to_a_body_with_a_big_frame(serving, scri
     response, _ = await ask(sidecar, given)
     assert response.status == 200
     assert json.loads(upstream.seen[0].body) == {"model": "qwen-vl-max", **given}
+
+
+async def test_an_error_in_a_stream_has_its_status_where_the_official_sdk_reads_it(serving, scripted):
+    """The SDK reads the field `status`; it takes an error without it for a 400, the caller's own fault."""
+
+    async def script(link, _):
+        await link.start_stream()
+        await link.chunk(b'data: {"choices":[{"delta":{"content":"A ga"}}]}\n\n')
+        await link.chunk(b"")
+
+    upstream = await scripted(script)
+    sidecar = await serving(dashscope_url=f"{upstream.origin}/v1")
+    _, text = await ask(sidecar, headers=SSE)
+    last = text.rstrip().rpartition("\n\n")[2].split("\n")
+    assert last[:3] == ["event:error", "status:502", ":HTTP_STATUS/502"]

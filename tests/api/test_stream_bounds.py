@@ -139,7 +139,7 @@ async def test_a_native_caller_of_an_openai_upstream_gets_the_bound_as_a_native_
     text, _ = await read(sidecar, path, body, **{"X-DashScope-SSE": "enable"})
     first, last = [part for part in text.split(b"\n\n") if part]
     assert b"A gate." in first
-    assert last.startswith(b"event:error\n:HTTP_STATUS/504\ndata:")
+    assert last.startswith(b"event:error\nstatus:504\n:HTTP_STATUS/504\ndata:")
     assert json.loads(last.partition(b"data:")[2])["code"] == "deadline_exceeded"
 
 

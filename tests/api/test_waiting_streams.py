@@ -206,7 +206,7 @@ async def test_a_native_caller_of_an_openai_upstream_is_kept_alive_too(serving, 
     frames = without_comments(text).split(b"\n\n")[:-1]
     if refused:
         [frame] = frames
-        assert frame.startswith(b"event:error\n:HTTP_STATUS/502\ndata:")
+        assert frame.startswith(b"event:error\nstatus:502\n:HTTP_STATUS/502\ndata:")
         assert json.loads(frame.partition(b"data:")[2])["code"] == "upstream_error"
         assert b"sk-provider" not in text
     else:

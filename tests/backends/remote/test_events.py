@@ -20,6 +20,8 @@ STREAMS = [
     (b"id: 7\nevent: x\ndata: a\nretry: 3\nunknown: y\n\n", [b"a"]),
     (b"data:  two spaces\n\ndata\n\ndata:\n\n", [b" two spaces"]),
     (b"data: a\ndata: b\ndata:c\n\n", [b"a\nb\nc"]),
+    (b'data: {"a": 1}\ndata: {"a": 2}\ndata: [DONE]\n\n', [b'{"a": 1}', b'{"a": 2}', b"[DONE]"]),
+    (b'data: {"a":\ndata: {"b": 1}\ndata: }\n\n', [b'{"a":\n{"b": 1}\n}']),
     (b"\n\n\ndata: a\n\n\n\ndata: b\n\n", [b"a", b"b"]),
     (b"data: the last one has no empty line", [b"the last one has no empty line"]),
     (b"data: a: b\n\n", [b"a: b"]),
@@ -62,8 +64,14 @@ def test_an_event_above_the_limit_is_skipped_and_the_next_is_read():
         (b'{"choices": []}', False), (b"<html>", False), (b"[]", False), (b"identity is no field", False),
         (b"", None), (b"\n\n", None), (b"dat", None), (b"{", False),
         (b"\n" * 90, None), (b"\r\n" * 90 + b"event: x\n", True), (b" " * 64 + b"[1]", False),
+        (b"\xef", None), (b"\xef\xbb", None), (b"\xef\xbb\xbf", None), (b"\xef\xbb\xbe", False),
         (b"\n" * 61 + b"data: x", True), (b"\n" * 61 + b"dates", False), (b"\n" * 500 + b"ret", None),
     ],
 )  # fmt: skip
 def test_the_content_shows_whether_an_answer_is_a_stream(body, is_stream):
     assert begins_like_events(body) is is_stream
+
+
+@given(stream=st.sampled_from([raw for raw, _ in STREAMS]), length=st.integers(0, 100))
+def test_the_first_bytes_of_a_stream_never_look_like_something_else(stream, length):
+    assert begins_like_events(stream[:length]) is not False

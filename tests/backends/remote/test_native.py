@@ -38,8 +38,9 @@ def frames(raw: bytes) -> list[tuple[int, str, int, dict]]:
     read = []
     for frame in raw.decode().split("\n\n"):
         if frame:
-            number, event, status_line, data = frame.split("\n")
+            number, event, *fields, status_line, data = frame.split("\n")
             status = int(status_line.removeprefix(":HTTP_STATUS/"))
+            assert fields == ([] if status == 200 else [f"status:{status}"])  # the official SDK reads only this field
             read.append((int(number[3:]), event[6:], status, json.loads(data.removeprefix("data:"))))
     return read
 
@@ -70,6 +71,33 @@ async def test_the_request_is_translated_to_openais_format():
         "stream": True,
         "stream_options": {"include_usage": True},
     }
+
+
+@pytest.mark.parametrize(
+    ("part", "translated"),
+    [
+        ({"image": IMAGE, "max_pixels": 9}, {"type": "image_url", "image_url": {"url": IMAGE}, "max_pixels": 9}),
+        ({"video": [IMAGE, IMAGE], "fps": 2}, {"type": "video", "video": [IMAGE, IMAGE], "fps": 2}),
+        (
+            {"video": "http://a/b.mp4", "fps": 2},
+            {"type": "video_url", "video_url": {"url": "http://a/b.mp4"}, "fps": 2},
+        ),
+        (
+            {"type": "x", "text": "a", "cache_control": {"type": "ephemeral"}},
+            {"type": "text", "text": "a", "cache_control": {"type": "ephemeral"}},
+        ),
+    ],
+)
+async def test_a_part_is_translated_with_its_options(part, translated):
+    sent: list[Request] = []
+
+    async def send(request: Request, timings: Timings) -> Reply:
+        sent.append(request)
+        raise ServerFailed("the test needs no answer")
+
+    with pytest.raises(ServerFailed):
+        await send_native(send, native(messages=[{"role": "user", "content": [part]}]), Timings())
+    assert json.loads(sent[0].body)["messages"][0]["content"] == [translated]
 
 
 async def test_a_whole_answer_is_translated_to_the_native_format(simulated):
@@ -146,7 +174,7 @@ async def test_an_error_has_the_native_format_and_names_the_native_field():
     [
         ("hello", "input.messages: must be a list"),
         (["hello"], r"input.messages\[0\]: must be an object"),
-        ([{"role": "user", "content": [{"video": "x"}]}], r"input.messages\[0\].content\[0\]: must hold text or image"),
+        ([{"role": "user", "content": [{"audio": "x"}]}], r"input.messages\[0\].content\[0\]: must hold text, image"),
     ],
 )
 async def test_a_request_that_cannot_be_translated_is_refused_with_the_name_of_the_field(simulated, messages, expected):
