@@ -13,6 +13,7 @@ from scripted_upstream import Upstream
 
 from backends.base import Request, Timings
 from backends.remote.backend import DashScopeBackend
+from backends.remote.stream import COMMENT
 
 pytestmark = pytest.mark.http
 
@@ -81,6 +82,7 @@ async def start(serving, scripted, slow, **settings):
 
 
 def without_comments(text):
+    text = text.replace(COMMENT, b"")
     return b"".join(part + b"\n\n" for part in text.split(b"\n\n") if part and not part.startswith(b":"))
 
 
@@ -131,7 +133,7 @@ async def test_a_refusal_after_the_head_is_one_error_event_and_is_still_learned(
         for _ in slow.after:
             slow.more.release()
         text += await response.read()
-    role, error = [part for part in text.split(b"\n\n") if part and not part.startswith(b":")]
+    role, error = without_comments(text).split(b"\n\n")[:-1]
     assert role + b"\n\n" == ROLE
     assert json.loads(error.removeprefix(b"data: "))["error"]["code"] == "upstream_error"
     assert b"sk-provider" not in text
@@ -185,7 +187,7 @@ async def test_without_content_a_stream_that_is_kept_alive_ends_at_its_deadline(
     sidecar, _ = await start(serving, scripted, slow, deadline=5 * HOLD)
     async with sidecar.post(chat(stream=True)) as response:
         text = await response.read()
-    *_, last = [part for part in text.split(b"\n\n") if part]
+    *_, last = without_comments(text).split(b"\n\n")[:-1]
     assert json.loads(last.removeprefix(b"data: "))["error"]["code"] == "deadline_exceeded"
     assert text.count(b": the upstream is working") >= 2
     await asyncio.wait_for(slow.left.wait(), 5)
