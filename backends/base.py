@@ -67,6 +67,25 @@ class Usage(NamedTuple):
     output_tokens: int
 
 
+class ReportedLimit(NamedTuple):
+    """A limit that the provider reported in the headers of an answer. It can be wrong."""
+
+    name: str
+    """The header's name in lower case: it names the limit."""
+    dimension: Literal["request_rate", "token_rate"]
+    limit: float
+    """Requests or LLM tokens per window: above 0, at most 1e9."""
+    window: float | None
+    """Seconds of the window; None if the headers do not show it."""
+    remaining: float | None = None
+    """What remains of the limit, from 0 to `limit`."""
+    reset: float | None = None
+    """Seconds until the window ends or, if the limit `refills`, until it is whole again. It may be left out while much
+    remains."""
+    refills: bool = False
+    """Whether the limit refills continuously, so that a request may be possible long before `reset`."""
+
+
 @dataclass(slots=True)
 class Reply:
     """An accepted answer. Either `body` contains the whole answer, or `chunks` yields it piece by piece.
@@ -94,6 +113,10 @@ class Reply:
     """
     usage: Usage | None = None
     failure: BackendError | None = None
+    limits: tuple[ReportedLimit, ...] = ()
+    """The limits that the provider reported with this answer."""
+    counted_at: float | None = None
+    """Loop time at which the provider says that it counted the request; None if it does not say so."""
     closer: Callable[[], Awaitable[None]] | None = None
     """Releases the resources of a streaming reply. It works even if the iteration over `chunks` never started."""
 
@@ -169,6 +192,10 @@ class BackendError(Exception):
     """The provider's own message on one line; empty if it sent none."""
     upstream_request_id = ""
     """The provider's own id of this request; empty if it named none. Its support asks for this id."""
+    limits: tuple[ReportedLimit, ...] = ()
+    """The limits that the provider reported with this error."""
+    counted_at: float | None = None
+    """See `Reply.counted_at`."""
     may_resend = True
     """False if the provider has completed the request: sending it again would be charged again."""
 

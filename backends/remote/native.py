@@ -52,8 +52,8 @@ async def send_native(
             body = _whole(lenient_json(reply.body), request_id)
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise _no_completion(error) from error
-        return Reply(reply.status, reply.headers, body, usage=reply.usage, failure=reply.failure)
-    streaming = Reply(reply.status, reply.headers, closer=reply.aclose)
+        return replace(reply, body=body)
+    streaming = replace(reply, chunks=None, deliver=None, closer=reply.aclose)
     streaming.chunks = _frames(reply, reply.chunks, streaming, request_id, incremental=incremental)
     return streaming
 

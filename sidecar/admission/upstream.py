@@ -19,6 +19,7 @@ from sidecar.admission.gates.rise import RiseGate
 from sidecar.admission.gates.token_cost import TokenCost
 from sidecar.admission.learning.learner import Learner, Recovery, Remembered
 from sidecar.admission.learning.policer_learner import PolicerLearner
+from sidecar.admission.learning.reported import ReportedLimit
 from sidecar.admission.ticket import Cause, Ticket
 
 #: After an outage the pace begins at this share of the learned limit.
@@ -270,6 +271,8 @@ class Upstream:
         now, ticket = verdict.at, permit.ticket
         if verdict.outcome == "timed_out" and not self._is_silent(permit, now):
             verdict = verdict._replace(outcome="abandoned")
+        if verdict.limits and self._paced:
+            self._note_limits(now, reservations, verdict.limits)
         if not self.rise.dormant:
             self.rise.settle(now, ticket, verdict, blamed=None)
         if verdict.outcome == "accepted":
@@ -294,6 +297,13 @@ class Upstream:
             nothing_accepted = blamed in ("growth", "concurrency") and self._nothing_accepted(permit)
         if nothing_accepted:
             self.circuit.open(now, CircuitState.BLACKOUT, verdict.reason, verdict.retry_after)
+
+    def _note_limits(self, now: float, reservations: tuple[Any, ...], limits: tuple[ReportedLimit, ...]) -> None:
+        """Pass the limits that an answer's headers report to the gates of the rates."""
+        for limit in limits:
+            for gate, reservation in zip(self._gates, reservations, strict=True):
+                if isinstance(gate, RateGate) and gate.name == limit.dimension:
+                    gate.note_limit(now, reservation, limit)
 
     def _is_silent(self, permit: Permit, now: float) -> bool:
         """Return True if an attempt without a byte means an outage, and not only that its caller allowed little time.

@@ -211,7 +211,9 @@ class Dispatcher:
             if reply.failure is not None:
                 raise reply.failure
             now = self.now()
-            permit.report(Verdict("accepted", now, usage=reply.usage))
+            permit.report(
+                Verdict("accepted", now, usage=reply.usage, limits=reply.limits, counted_at=reply.counted_at)
+            )
             self._policies[name].budget.answered(now)
             result = "ok"
             self._metrics.tokens(name, request.model, reply.usage)
@@ -249,6 +251,8 @@ class Dispatcher:
             verdict = verdict._replace(named=_NAMED.get(failure.kind), retry_after=failure.retry_after)
         elif isinstance(failure, QuotaUsedUp):
             verdict = verdict._replace(named="quota_period", retry_after=failure.ends_in)
+        if isinstance(failure, BackendError) and (failure.limits or failure.counted_at is not None):
+            verdict = verdict._replace(limits=failure.limits, counted_at=failure.counted_at)
         permit.report(verdict)
         match failure:
             case Throttled():

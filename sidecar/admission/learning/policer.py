@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from math import inf
+from typing import Any
 
 from sidecar.admission.learning.tuning import POLICER_MAX_REMEMBERED
 
@@ -22,7 +23,7 @@ from sidecar.admission.learning.tuning import POLICER_MAX_REMEMBERED
 class Sent:
     """One attempt: when it was sent, its amount, and whether it was refused."""
 
-    __slots__ = ("amount", "at", "bound", "in_bins", "refused")
+    __slots__ = ("against", "amount", "at", "bound", "counted_at", "in_bins", "refused", "spent")
 
     def __init__(self, at: float, amount: float, bound: bool) -> None:
         self.at = at
@@ -32,6 +33,12 @@ class Sent:
         self.refused = False
         self.in_bins = False
         """True: `History` has counted the amount in one of its bins."""
+        self.counted_at = at
+        """When the provider counted it, if it says so; else `at`."""
+        self.spent = 0.0
+        """Total amount sent up to and including this attempt; 0 before the provider reported limits."""
+        self.against: tuple[Any, ...] = ()
+        """The reported limits of which nothing remained when it was sent."""
 
 
 class Interval:
