@@ -1,14 +1,14 @@
 """Reads the limits that a provider reports in the headers of its answers: limit, window, remaining and reset.
 
-Every answer pays for this, so a header that is not in the table costs one look-up, and a reset is read only if its value
-is needed. The values can be wrong (cached, those of another key, -1): the reader only drops what cannot be a limit.
+Every answer pays for this, so a header that is not in the table costs one look-up, and a reset is read only if its
+value is needed. The values can be wrong (cached, those of another key): the reader only drops what cannot be a limit.
 """
 
 from __future__ import annotations
 
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from math import inf
 from typing import Literal, NamedTuple
@@ -48,11 +48,12 @@ class _Row(NamedTuple):
 
 #: Every spelling, the most common first. Input and output tokens alone (Anthropic) are no dimension of ours.
 _TABLE = (
-    # OpenAI, Azure, Groq, xAI, and LiteLLM, which repeats the provider's own behind `llm_provider-`. The reset gives the
-    # window. Azure and xAI send no reset: their limits are per minute.
-    # developers.openai.com "Rate limits", console.groq.com/docs/rate-limits, docs.litellm.ai/docs/proxy/response_headers
+    # OpenAI, Azure, Groq, xAI, and LiteLLM, which repeats the provider's own behind `llm_provider-`. The reset gives
+    # the window. Azure and xAI send no reset: their limits are per minute. developers.openai.com "Rate limits",
+    # console.groq.com/docs/rate-limits, docs.litellm.ai/docs/proxy/response_headers
     _Row(re.compile(rf"(?:llm_provider-)?x-ratelimit-{_ROLE}-{_KIND}"), window=_MINUTE),
-    # Cerebras (`-requests-day`), Mistral (`-req-minute`, `-tokens-5-minute`); inference-docs.cerebras.ai/support/rate-limits
+    # Cerebras (`-requests-day`), Mistral (`-req-minute`, `-tokens-5-minute`).
+    # inference-docs.cerebras.ai/support/rate-limits, github.com/mistralai/client-ts/issues/169
     _Row(re.compile(rf"(?:llm_provider-)?x-ratelimit-{_ROLE}-{_KIND}-{_WINDOW}")),
     # Anthropic: a bucket that is refilled continuously, per minute. docs.anthropic.com/en/api/rate-limits
     _Row(re.compile(rf"(?:llm_provider-)?anthropic-ratelimit-{_KIND}-{_ROLE}"), window=_MINUTE, refills=True),
@@ -98,7 +99,9 @@ _ROLES = {"limit": _LIMIT, "remaining": _REMAINING, "reset": _RESET}
 class _Known:
     """What is known of one limit while its number stays the same."""
 
-    __slots__ = ("dimension", "limit", "refills", "row", "series", "shown", "used", "window")
+    __slots__ = (
+        "dimension", "enough", "limit", "maximum", "refills", "row", "series", "shown", "used", "window",
+    )  # fmt: skip
 
     def __init__(self, name: _Name, limit: float | None, window: float | None) -> None:
         self.series, self.row = name.series, name.row
@@ -111,6 +114,13 @@ class _Known:
         self.used = 0.0
         """The used share of the limit when the reset was last read. It is read again when this share has doubled."""
         self.refills = name.row.refills or False
+        self.maximum = self.limit or 0.0
+        self.enough = inf
+        """While more than this remains, the reset is not needed."""
+
+
+#: Makes the tuple without the generated `__new__`, which takes twice as long.
+_new: Callable[[type[ReportedLimit], tuple[object, ...]], ReportedLimit] = tuple.__new__
 
 
 class LimitReader:
@@ -141,6 +151,15 @@ class LimitReader:
             known = self._known.get(key)
             if known is None:
                 known = self._learn(key, values, headers)
+            elif known.enough < inf:
+                try:
+                    remaining = float(values[_REMAINING])
+                except ValueError:
+                    continue
+                if known.enough < remaining <= known.maximum:
+                    same = known.series, known.dimension, known.maximum, known.window, remaining, None, known.refills
+                    limits.append(_new(ReportedLimit, same))
+                    continue
             if known.limit is not None and (limit := _reported(known, values, headers)) is not None:
                 limits.append(limit)
         return tuple(limits)
@@ -151,8 +170,9 @@ class LimitReader:
         name = _name_of(values[5])
         if name is None:
             raise RuntimeError("a header without a limit was found")
-        limit = _number(values[_LIMIT])
-        policies = values[_POLICIES] or (values[_LIMIT] if ";" in values[_LIMIT] else headers.get("ratelimit-policy", ""))
+        text = values[_LIMIT]
+        limit = _number(text)
+        policies = values[_POLICIES] or (text if ";" in text else headers.get("ratelimit-policy", ""))
         known = self._known[key] = _Known(name, limit, name.window or _policy_window(policies, limit))
         return known
 
@@ -179,25 +199,30 @@ def _reported(known: _Known, values: list[str], headers: Mapping[str, str]) -> R
             if known.refills and remaining is not None and 1.0 - remaining / limit > 2.0 * known.used:
                 reset, known.used = _reset(text, headers), 1.0 - remaining / limit
                 if reset is not None and reset >= _MIN_RESET:
-                    window = known.window = min(window or inf, _usual(reset / known.used))
+                    window = known.window = _usual(reset / known.used)
             window = window or row.window
         else:
             window = row.window
     if text and reset is None and remaining is not None and not known.refills and remaining <= _LITTLE * limit:
         reset = _reset(text, headers)
+    if remaining is not None and window is not None and (known.shown or known.row.window is not None):
+        known.window = window
+        known.enough = 0.0 if known.refills else _LITTLE * limit
+        if known.refills and known.row.refills is None:
+            known.enough = max(limit * (1.0 - 2.0 * known.used), 0.0)
     return ReportedLimit(known.series, known.dimension, limit, window, remaining, reset, known.refills)
 
 
 def arrived_at(headers: Mapping[str, str]) -> float | None:
     """Return the Unix time in seconds at which the provider counted the request (DashScope); None: not reported."""
     text = headers.get("req-arrive-time")
-    return float(text) / 1000 if text is not None and text.isdecimal() and len(text) == 13 else None  # noqa: PLR2004
+    return float(text) / 1000 if text is not None and text.isdecimal() and len(text) == 13 else None
 
 
 @lru_cache(512)
 def _name_of(given: str) -> _Name | None:
     lower = given.lower()
-    if "limit" not in lower or len(lower) > 100:  # noqa: PLR2004  no spelling is as long
+    if "limit" not in lower or len(lower) > 100:
         return None
     for row in _TABLE:
         match = row.names.fullmatch(lower)

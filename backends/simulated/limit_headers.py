@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from email.utils import formatdate
+from math import ceil
 
 from backends.simulated.quota import Quota
 
@@ -42,12 +43,15 @@ def limit_headers(variant: str, quota: Quota, now: float, calls: int) -> dict[st
                 remaining, reset = limit - calls % limit, -1.0
             case "-1":
                 limit = remaining = -1.0
+        if not report.refills and reset >= 0:  # Envoy
+            headers["x-ratelimit-limit"] = f"{_whole(limit)}, {_whole(limit)};w={_whole(report.window)}"
+            headers["x-ratelimit-remaining"] = _whole(remaining)
+            headers["x-ratelimit-reset"] = str(ceil(reset))
+            continue
         headers[f"x-ratelimit-limit-{kind}"] = _whole(limit)
         headers[f"x-ratelimit-remaining-{kind}"] = _whole(remaining)
-        if report.refills and reset >= 0:
+        if reset >= 0:
             headers[f"x-ratelimit-reset-{kind}"] = f"{reset:.3f}s"
-        elif reset >= 0:
-            headers[f"x-ratelimit-limit-{kind}-minute"] = _whole(limit / report.window * 60)
     return headers
 
 

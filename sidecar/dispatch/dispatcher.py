@@ -211,9 +211,7 @@ class Dispatcher:
             if reply.failure is not None:
                 raise reply.failure
             now = self.now()
-            permit.report(
-                Verdict("accepted", now, usage=reply.usage, limits=reply.limits, counted_at=reply.counted_at)
-            )
+            permit.report(Verdict("accepted", now, usage=reply.usage, limits=reply.limits, counted_at=reply.counted_at))
             self._policies[name].budget.answered(now)
             result = "ok"
             self._metrics.tokens(name, request.model, reply.usage)

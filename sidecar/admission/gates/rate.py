@@ -74,13 +74,10 @@ class RateGate:
 
     def opens_at(self, now: float, cost: float) -> float:
         """See `Gate`."""
-        bucket, reported = self._bucket, self.reported
-        amount = cost if self._in_tokens else 1.0
-        if bucket.rate == inf or (wait := bucket.wait(now, amount)) <= 0:
-            at = now
-        else:
-            at = min(now + wait, max(now, self._sent_at + self._probe_seconds))
-        return max(at, reported.opens_at(now, amount)) if reported is not None and reported.trusted else at
+        bucket = self._bucket
+        if bucket.rate == inf or (wait := bucket.wait(now, cost if self._in_tokens else 1.0)) <= 0:
+            return now
+        return min(now + wait, max(now, self._sent_at + self._probe_seconds))
 
     def reserve(self, now: float, ticket: Ticket, cost: float, *, held: bool) -> Sent:
         """See `Gate`."""
@@ -104,9 +101,8 @@ class RateGate:
         if not self.dormant and now != self._filled_at:
             self.advance(now)
         pace = bucket.rate
-        # The learner must not raise its pace because of an attempt that a report delayed, and not the pace.
-        by_report = pace >= reported.ceiling or (reported.trusted and bucket.level(now) >= 2.0 * amount)
-        sent = learner.sent(now, amount, held=held and not by_report, pace=pace)
+        # The learner must not raise its pace because of an attempt that the ceiling delayed.
+        sent = learner.sent(now, amount, held=held and pace < reported.ceiling, pace=pace)
         sent.bound = held
         reported.sent(now, sent, held=held, pace=pace)
         if not self.dormant:
@@ -126,9 +122,7 @@ class RateGate:
 
     def _set_dormant(self) -> None:
         reported = self.reported
-        self.dormant = self.learner.unpaced and (
-            reported is None or (reported.ceiling == inf and not reported.trusted)
-        )
+        self.dormant = self.learner.unpaced and (reported is None or reported.ceiling == inf)
 
     def settle(self, now: float, reservation: Sent, verdict: Verdict, *, blamed: Cause | None) -> None:
         """See `Gate`.

@@ -9,17 +9,15 @@ a wrong limit was instead used like a limit remembered from before a restart, on
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import inf, log
+from math import inf
 from typing import Protocol
 
 from sidecar.admission.learning.policer import Sent
 
 #: Seconds. A reported limit with a longer window (a day) gives no ceiling: its quota may be used up in minutes.
 _MAX_WINDOW = 3600.0
-#: Growth of the ceiling per second while it holds requests back: it doubles in 5 s.
-_GROWTH = log(2.0) / 5.0
-#: The ceiling grows at most by the growth of this many seconds from one attempt to the next.
-_MAX_STEP_SECONDS = 5.0
+#: Seconds in which the ceiling doubles while it holds requests back. From one attempt to the next it doubles at most.
+_DOUBLING_SECONDS = 5.0
 #: Refusals at which about nothing remained, until `remaining` is trusted; contradictions until it no longer is.
 _HITS, _CONTRADICTIONS = 2, 2
 #: Share of the limit that still counts as about nothing, and share above which something remains for certain.
@@ -27,10 +25,12 @@ _NOTHING, _SOMETHING = 0.01, 0.05
 #: Windows of a limit that are accepted at most within one window, if the limit is true: the rest of a fixed window and
 #: all of the next one, or a full bucket and what refills it.
 _MAX_WINDOWS = 2.0
-#: Seconds. A gate that was closed by a report sends a probe after this time at the latest.
+#: Seconds. After a refusal that reports a time, a probe is sent after this time at the latest.
 _MAX_CLOSED_SECONDS = 30.0
 #: A limit that a trusted header raises by less than this share is no new limit.
 _RISEN = 0.05
+#: A quota from which a share above this is missing of what we sent is not ours, or not counted as we count.
+_MISSED = 0.25
 #: Maximum number of reported limits of one rate.
 _MAX_NAMES = 8
 
@@ -83,19 +83,25 @@ class ReportedStatus:
     window_seconds: float
     remaining: float | None
     trusted: bool
-    """True: `remaining` has proved right, and closes the gate."""
+    """True: `remaining` has proved right, so probes wait for the end of a used-up window."""
     refuted: bool
     """True: more was accepted than the limit allows."""
-    others: float | None
+    others_per_second: float | None
     """Requests or LLM tokens per second that others use, as far as a trusted header shows it."""
+
+    @property
+    def per_second(self) -> float:
+        """The limit per second."""
+        return self.limit / self.window_seconds
 
 
 class _Limit:
     """One reported limit and what speaks for and against it."""
 
     __slots__ = (
-        "_at", "_contradictions", "_hits", "_level", "_level_at", "_others", "_others_at", "_refused_until", "_spent",
-        "ends_at", "limit", "name", "others", "refills", "refuted", "remaining", "trusted", "window",
+        "_at", "_contradictions", "_hits", "_level", "_level_at", "_others_at", "_ours", "_refused_until", "_spent",
+        "_used", "_was_open", "ends_at", "limit", "name", "others", "refills", "refuted", "remaining", "trusted",
+        "window",
     )  # fmt: skip
 
     def __init__(self, now: float, report: ReportedLimit) -> None:
@@ -107,28 +113,32 @@ class _Limit:
         self.others: float | None = None
         self._at, self._spent = -inf, 0.0  # send time of the newest report, and what had been sent by then
         self._hits = self._contradictions = 0
+        self._was_open = True  # something remained since the last refusal at which nothing did
         self._refused_until = -inf  # refused attempts that were sent until then belong to the last event
         self._level, self._level_at = 0.0, now
-        self._others, self._others_at = 0.0, -inf
+        self._ours = self._used = 0.0  # what we sent, and what left the quota, since `_others_at`
+        self._others_at = -inf
 
     @property
     def rate(self) -> float:
         """The limit per second; infinite if it gives no ceiling."""
         window = self.window
-        return inf if self.refuted or window is None or window > _MAX_WINDOW else self.limit / window
+        return inf if window is None or window > _MAX_WINDOW else self.limit / window
 
     def report(self, now: float, sent: Sent, report: ReportedLimit) -> float:
         """Note a report of the answer to `sent`. Return the factor by which the limit has changed."""
         factor = report.limit / self.limit
         if factor != 1.0:
             self.limit, self.refuted, self._level = report.limit, False, 0.0
+            self.remaining, self.ends_at = None, -inf
         self.window, self.refills = report.window, report.refills
         remaining = report.remaining
         if remaining is None:
             return factor
+        self._was_open |= remaining > _SOMETHING * self.limit
         at = sent.counted_at
         if not self.refills and at < self.ends_at and self.remaining is not None:
-            self._count_others(at, self.remaining - remaining - (sent.spent - self._spent))
+            self._count_others(at, sent.spent - self._spent, self.remaining - remaining)
             remaining = min(self.remaining, remaining)  # answers arrive in any order: the lowest of a window counts
         elif at < self._at:
             return factor
@@ -136,10 +146,10 @@ class _Limit:
             self.ends_at = -inf
         elif self.remaining is not None and remaining < self.limit:
             refilled = min(self.remaining + (at - self._at) * self.rate, self.limit) - remaining
-            self._count_others(at, refilled - (sent.spent - self._spent))
+            self._count_others(at, sent.spent - self._spent, refilled)
         if report.reset is not None and not self.refills:
             # Whole seconds may have been rounded up, and a window that is over must not stay closed.
-            rounded = 1.0 if report.reset >= 2.0 and report.reset == int(report.reset) else 0.0  # noqa: PLR2004
+            rounded = 1.0 if report.reset >= 2.0 and report.reset == int(report.reset) else 0.0
             self.ends_at = at + report.reset - rounded
         self.remaining = remaining
         if at >= self._at:
@@ -153,12 +163,16 @@ class _Limit:
         refilled = (now - self._at) * self.rate if self.refills else 0.0
         return min(self.remaining + refilled, self.limit) - (spent - self._spent)
 
-    def ends(self, now: float, spent: float, amount: float) -> float:
-        """Return the loop time at which a window ends that has less than `amount` left; `now` if it has enough.
+    def is_overdrawn(self, now: float, spent: float) -> bool:
+        """Return True if more was sent than remained of a window."""
+        return not self.refills and self.available(now, spent) < 0.0
+
+    def closed_until(self, now: float, spent: float) -> float:
+        """Return the loop time at which a used-up window ends; `now` if something remains.
 
         A limit that refills continuously needs no closed gate: the learned pace follows it.
         """
-        if self.refills or self.available(now, spent) >= amount:
+        if self.refills or self.available(now, spent) > max(_NOTHING * self.limit, 1.0):
             return now
         return min(self.ends_at, self._at + min(self.window or inf, _MAX_CLOSED_SECONDS))
 
@@ -179,8 +193,9 @@ class _Limit:
         self._refused_until = now
         remaining = self.available(sent.counted_at, sent.spent)
         if remaining <= max(sent.amount, _NOTHING * self.limit):
-            self._hits, self._contradictions = self._hits + 1, 0
-            self.trusted = self._hits >= _HITS
+            if self._was_open:  # refusals with nothing accepted in between are one
+                self._hits, self._contradictions, self._was_open = self._hits + 1, 0, False
+                self.trusted = self._hits >= _HITS
         elif _SOMETHING * self.limit < remaining < inf:
             self.contradicted()
 
@@ -190,25 +205,29 @@ class _Limit:
         if self._contradictions >= _CONTRADICTIONS:
             self.trusted, self._hits, self._contradictions = False, 0, 0
 
-    def _count_others(self, at: float, amount: float) -> None:
-        """Count what left the quota although we did not send it."""
-        self._others += amount
+    def _count_others(self, at: float, ours: float, used: float) -> None:
+        """Count what left the quota although we did not send it. If less left than we sent, it is not our quota."""
+        self._ours += ours
+        self._used += used
         seconds = at - self._others_at
-        if seconds >= (self.window or inf):
-            self.others = max(self._others / seconds, 0.0) if seconds < inf else None
-            self._others, self._others_at = 0.0, at
+        if seconds < min(self.window or inf, _MAX_WINDOW):
+            return
+        if seconds < inf:
+            self.others = max(self._used - self._ours, 0.0) / seconds
+            if self._used < (1.0 - _MISSED) * self._ours:
+                self.contradicted()
+        self._ours = self._used = 0.0
+        self._others_at = at
 
 
 class Reported:
     """Every limit that the headers report about one rate."""
 
-    __slots__ = ("_factor", "_grown_at", "_limits", "_refused", "_spent", "ceiling", "trusted")
+    __slots__ = ("_factor", "_grown_at", "_limits", "_refused", "_spent", "ceiling")
 
     def __init__(self, now: float) -> None:
         self.ceiling = inf
         """The most that may be sent per second; infinite after the first refusal."""
-        self.trusted = False
-        """True: at least one header may close the gate."""
         self._limits: dict[str, _Limit] = {}
         self._factor = 1.0
         self._grown_at = now
@@ -231,10 +250,10 @@ class Reported:
         self._spent += sent.amount
         sent.spent = self._spent
         if held and pace >= self.ceiling:
-            self._factor *= 2.0 ** (min(now - self._grown_at, _MAX_STEP_SECONDS) * _GROWTH / log(2.0))
+            self._factor *= 2.0 ** (min(now - self._grown_at, _DOUBLING_SECONDS) / _DOUBLING_SECONDS)
             self._update()
         self._grown_at = now
-        sent.against = tuple(one for one in self._limits.values() if one.ends(now, self._spent, 0.0) > now)
+        sent.against = tuple(one for one in self._limits.values() if one.is_overdrawn(now, self._spent))
 
     def accepted(self, now: float, sent: Sent) -> None:
         """Note an accepted attempt: it may refute a limit, or contradict a header that had closed the gate."""
@@ -251,9 +270,9 @@ class Reported:
             one.refused(now, sent)
         self._update()
 
-    def opens_at(self, now: float, amount: float) -> float:
-        """Return the loop time at which trusted headers allow `amount` more."""
-        return max(one.ends(now, self._spent, amount) if one.trusted else now for one in self._limits.values())
+    def closed_until(self, now: float) -> float:
+        """Return the loop time until which trusted headers allow nothing more; `now` if they allow something."""
+        return max((one.closed_until(now, self._spent) for one in self._limits.values() if one.trusted), default=now)
 
     def status(self) -> ReportedStatus | None:
         """Return the limit with the shortest window; None if no window is known."""
@@ -267,7 +286,6 @@ class Reported:
         )  # fmt: skip
 
     def _update(self) -> None:
-        self.trusted = any(one.trusted for one in self._limits.values())
         shortest = min(self._limits.values(), key=_shortest)
         self.ceiling = inf if self._refused else self._factor * shortest.rate
 
