@@ -4,8 +4,8 @@
     python -m bench.headers --seconds 60 --seeds 3
 
 Prints the refusals and the answers of each variant. Marks a variant (MISS) if its mean of refusals is above that
-without headers, if one seed has over 3 refusals more, or if more than 1 % of the answers are lost (8 % if the headers are ten
-times too low).
+without headers, if one seed has over 3 refusals more, or if more than 1 % of the answers are lost (8 % if the headers
+are ten times too low).
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Outcome:
 def outcome(profile: Profile, variant: str, seeds: Sequence[int], seconds: float) -> Outcome:
     """Run one provider with one variant of headers; empty: without headers."""
     if variant == "vanishing":
-        profile = replace(profile, limit_headers="true", limit_headers_seconds=_VANISH_SECONDS)
+        profile = replace(profile, limit_headers="true", headers_vanish_seconds=_VANISH_SECONDS)
     else:
         profile = replace(profile, limit_headers=variant)
     scenario = Scenario("headers", variant, profile, saturated(), usual(0.9, 12), seconds=seconds)

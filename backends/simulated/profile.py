@@ -59,7 +59,7 @@ class Profile:
     retry_after: str = _option("", "Retry-After of a refusal: nothing, `honest`, or any text to be sent as it is")
 
     limit_headers: str = _option("", "limits in the headers of answers: nothing, or one of " + ", ".join(LIMIT_HEADERS))
-    limit_headers_seconds: float = _option(inf, "time after which answers no longer have them")
+    headers_vanish_seconds: float = _option(inf, "time after which answers no longer have them")
 
     latency_seconds: float = _option(0.0, "median time to a whole answer")
     latency_sigma: float = _option(0.0, "its spread: sigma of the logarithm")
@@ -86,7 +86,7 @@ class Profile:
                 raise ValueError(f"{name} must be above 0, not {value}")
             if name != "first_token_seconds" and not value >= 0:
                 raise ValueError(f"{name} must be at least 0, not {value}")
-            if name.endswith("_seconds") and not isfinite(value) and name != "limit_headers_seconds":
+            if name.endswith("_seconds") and not isfinite(value) and name != "headers_vanish_seconds":
                 raise ValueError(f"{name} must be a number of seconds, not {value}")
         if self.limit_headers and self.limit_headers not in LIMIT_HEADERS:
             raise ValueError(f"limit_headers must be one of {', '.join(LIMIT_HEADERS)}, not {self.limit_headers}")

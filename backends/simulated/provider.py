@@ -110,7 +110,7 @@ class Provider:
     def limit_headers(self, quota: Quota) -> dict[str, str]:
         """Return the headers that report the limits of a quota now, as its profile says."""
         profile, now = quota.profile, asyncio.get_running_loop().time()
-        if not profile.limit_headers or now - self.begin() >= profile.limit_headers_seconds:
+        if not profile.limit_headers or now - self.begin() >= profile.headers_vanish_seconds:
             return {}
         if profile.limit_headers == "frozen" and self._frozen is not None:
             return self._frozen

@@ -307,8 +307,8 @@ class Upstream:
     def _note_counted(self, permit: Permit, reservations: tuple[Any, ...], seconds: float) -> None:
         """Note that the provider counted an attempt `seconds` after it was sent.
 
-        Only the difference from the usual time counts: so calls in flight can be compared with it, and a wrong clock does
-        no harm.
+        Only the difference from the usual time counts, so that calls in flight can be compared with it, and a wrong
+        clock does no harm.
         """
         if self._counted_after is None:
             self._counted_after = seconds

@@ -235,7 +235,7 @@ class Reported:
         self._spent = 0.0  # sent since the first report
 
     def report(self, now: float, sent: Sent, report: ReportedLimit) -> float:
-        """Note a report of the answer to `sent`. Return the factor by which a trusted header's limit has risen; or 1."""
+        """Note a report of the answer to `sent`. Return the factor by which a trusted limit has risen, or 1."""
         one = self._limits.get(report.name)
         if one is None:
             if len(self._limits) >= _MAX_NAMES:
