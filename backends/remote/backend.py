@@ -227,8 +227,8 @@ class DashScopeBackend:
         if arrived is not None and timings.work_started is not None:
             now = asyncio.get_running_loop().time()
             at = now - (time.time() - arrived)
-            if timings.work_started <= at <= now:  # else the provider's clock or ours is wrong
-                answer.counted_at = at
+            if timings.work_started - 0.001 <= at <= now:  # else a clock is wrong; the header has whole milliseconds
+                answer.counted_at = max(at, timings.work_started)
 
     async def _whole_or_stream(self, response: Response, request: Request) -> Reply:
         """Read the answer to a request for a stream.
