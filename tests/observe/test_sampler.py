@@ -214,7 +214,7 @@ async def test_a_refused_key_is_logged_once_until_the_provider_accepts_it(servin
     assert logged == [1, 1, 1, 2]
 
 
-async def test_a_learned_limit_that_differs_from_the_reported_one_is_logged_once(caplog):
+async def test_a_learned_limit_that_differs_from_the_reported_one_is_logged_once(caplog, monkeypatch):
     admission = Admission([UpstreamSettings("here")])
     sampler = Sampler(Metrics(CollectorRegistry()), [admission])
     upstream = admission.pool("m").upstreams[0]
@@ -231,7 +231,7 @@ async def test_a_learned_limit_that_differs_from_the_reported_one_is_logged_once
     upstream.recall(upstream.clock(), {"requests": {"limit": 10.0, "burst": 10.0, "uncertainty": 0.01}}, 1.0)
     say(600.0)
     assert "reports" not in caplog.text  # remembered limits are not known well
-    upstream.requests.learner.estimate.unsure = 0.01
+    monkeypatch.setattr("sidecar.observe.sampler._KNOWN_ERROR", 0.1)
     say(660.0)
     assert "reports" not in caplog.text  # a tenth apart
     say(1200.0)
