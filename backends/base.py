@@ -74,6 +74,25 @@ class Usage(NamedTuple):
     output_tokens: int
 
 
+class ReportedLimit(NamedTuple):
+    """A limit that the provider reported in the headers of an answer. It can be wrong."""
+
+    name: str
+    """The header's name in lower case: it names the limit."""
+    dimension: Literal["request_rate", "token_rate"]
+    limit: float
+    """Requests or LLM tokens per window: above 0, at most 1e9."""
+    window: float | None
+    """Seconds of the window; None if the headers do not show it."""
+    remaining: float | None = None
+    """What remains of the limit, from 0 to `limit`."""
+    reset: float | None = None
+    """Seconds until the window ends or, if the limit `refills`, until it is whole again. It may be left out while much
+    remains."""
+    refills: bool = False
+    """Whether the limit refills continuously, so that a request may be possible long before `reset`."""
+
+
 @dataclass(slots=True)
 class Progress:
     """How far a stream has come. The backend updates it while the stream is read."""
@@ -122,6 +141,10 @@ class Reply:
     failure: BackendError | None = None
     ended_within_event: bool = False
     """Whether the last bytes of a stream belong to an event that is not complete. Set when the reply is closed."""
+    limits: tuple[ReportedLimit, ...] = ()
+    """The limits that the provider reported with this answer."""
+    counted_at: float | None = None
+    """Loop time at which the provider says that it counted the request; None if it does not say so."""
     closer: Callable[[], Awaitable[None]] | None = None
     """Releases the resources of a streaming reply. It works even if the iteration over `chunks` never started."""
 
@@ -206,6 +229,10 @@ class BackendError(Exception):
     """The provider's own id of this request; empty if it named none. Its support asks for this id."""
     words_known = True
     """False if no rule knew the provider's code or words, so that the error was read by its status alone."""
+    limits: tuple[ReportedLimit, ...] = ()
+    """The limits that the provider reported with this error."""
+    counted_at: float | None = None
+    """See `Reply.counted_at`."""
     may_resend = True
     """False if the provider has completed the request: sending it again would be charged again."""
 

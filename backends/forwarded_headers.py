@@ -21,7 +21,9 @@ _CREDENTIALS = frozenset(
 )
 _TO_PROVIDER_PREFIXES = ("x-dashscope-",)
 _TO_CALLER = frozenset({"content-type", "content-language", "request-id", "traceparent", "retry-after"})
-_TO_CALLER_PREFIXES = ("x-dashscope-", "openai-", "x-ratelimit-")
+#: Not `x-ratelimit-` and the like: they describe the whole account, which the sidecar shares among all cameras. A
+#: camera's client would throttle itself by them.
+_TO_CALLER_PREFIXES = ("x-dashscope-", "openai-")
 #: Headers in which providers send their own id of a request, the preferred one first.
 _REQUEST_IDS = (
     "x-request-id", "x-dashscope-request-id", "apim-request-id", "x-amzn-requestid", "x-siliconcloud-trace-id",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+import time
 import zlib
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
@@ -36,6 +37,7 @@ from backends.remote.answers import (
 )
 from backends.remote.error_bodies import lenient_json
 from backends.remote.events import begins_like_events
+from backends.remote.limit_headers import LimitReader, arrived_at
 from backends.remote.native import GENERATION_PATH, send_native
 from backends.remote.refusals import classify, error_of, read
 from backends.remote.stream import HOLD_SECONDS, Stream
@@ -81,6 +83,7 @@ class DashScopeBackend:
         self._host = URL(self._base).host or ""
         self._connector: Connector | None = None
         self._origins: dict[str, Origin] = {}
+        self._limits = LimitReader()
 
     model_id = None
     slots = None
@@ -142,7 +145,7 @@ class DashScopeBackend:
             headers,
             request.body,
             timings=timings,
-            read=lambda response: self._reply(response, request),
+            read=lambda response: self._reply(response, request, timings),
         )
 
     async def models(self) -> bytes:
@@ -190,6 +193,7 @@ class DashScopeBackend:
                 raise self._explained(error) from error
             if isinstance(error, BackendError):
                 self._mask(error)
+                self._add_limits(error, response, timings)
             raise
 
     def _mask(self, error: BackendError) -> None:
@@ -224,10 +228,25 @@ class DashScopeBackend:
         headers = {name: value for name, value in response.headers.items() if value != request_id}
         return classify(response.status, headers, body, request_body=request_body)
 
-    def _reply(self, response: Response, request: Request) -> Awaitable[Reply]:
+    async def _reply(self, response: Response, request: Request, timings: Timings) -> Reply:
         if _encoding(response):
-            return self._encoded(response, request)
-        return self._whole_or_stream(response, request) if request.stream else self._whole(response, request)
+            reply = await self._encoded(response, request)
+        elif request.stream:
+            reply = await self._whole_or_stream(response, request)
+        else:
+            reply = await self._whole(response, request)
+        self._add_limits(reply, response, timings)
+        return reply
+
+    def _add_limits(self, answer: Reply | BackendError, response: Response, timings: Timings) -> None:
+        """Set the limits that the answer's headers report, and when the provider counted the request."""
+        answer.limits = self._limits.read(response.headers)
+        arrived = arrived_at(response.headers)
+        if arrived is not None and timings.work_started is not None:
+            now = asyncio.get_running_loop().time()
+            at = now - (time.time() - arrived)
+            if timings.work_started - 0.001 <= at <= now:  # else a clock is wrong; the header has whole milliseconds
+                answer.counted_at = max(at, timings.work_started)
 
     async def _whole_or_stream(self, response: Response, request: Request) -> Reply:
         """Read the answer to a request for a stream, until its first content.

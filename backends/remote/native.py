@@ -56,7 +56,7 @@ async def send_native(
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise _no_completion(error) from error
         return replace(reply, body=body)
-    streaming = Reply(reply.status, reply.headers, progress=reply.progress)
+    streaming = replace(reply, chunks=None, deliver=None)
 
     async def close() -> None:
         await reply.aclose()

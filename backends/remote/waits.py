@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from functools import lru_cache
 
 #: Seconds of each unit in a text such as "1h2m3.4s" or "in 12 minutes".
 _UNITS = {
@@ -86,7 +87,7 @@ def retry_after(headers: Mapping[str, str], now_wall: float, text: str = "", del
             seconds = _number(value)
             if seconds is not None and name.endswith("-ms"):
                 return seconds / 1000
-            seconds = _seconds(value, now)
+            seconds = seconds_until(value, now)
             if seconds is not None:
                 return seconds
     for found in (
@@ -106,7 +107,7 @@ def _in_text(text: str, now: float) -> float | None:
         time = match["time"] or match["time2"] or match["time3"]
         return _duration(time)
     if match := _TEXT_DATE.search(text):
-        return _seconds(f"{match[1]}T{match[2]}Z", now)
+        return seconds_until(f"{match[1]}T{match[2]}Z", now)
     return None
 
 
@@ -121,7 +122,7 @@ def _resets(headers: Mapping[str, str], now: float) -> float | None:
         remaining = _number(headers.get(name.replace("reset", "remaining"), "0"))
         if remaining is None or remaining >= 1:
             continue
-        seconds = _seconds(value, now)
+        seconds = seconds_until(value, now)
         limit = _number(headers.get(name.replace("reset", "limit"), ""))
         if seconds is not None and limit and _UNTIL_FULL.fullmatch(name) and _HAS_UNIT.search(value.lower()):
             seconds /= limit
@@ -131,8 +132,11 @@ def _resets(headers: Mapping[str, str], now: float) -> float | None:
     return max(found, default=None)
 
 
-def _seconds(value: str, now: float) -> float | None:
-    """Return the seconds that a header's value means: a number, a duration, or a time compared with `now`."""
+def seconds_until(value: str, now: float) -> float | None:
+    """Return the seconds that a header's value means: a number, a duration, or a time compared with `now` (Unix time).
+
+    None: it means none of them.
+    """
     number = _number(value)
     if number is None:
         duration = _duration(value.lower())
@@ -167,6 +171,12 @@ def _duration(text: str) -> float | None:
     for number, unit in _PART.findall(text):
         total += float(number) * _UNITS[unit]
     return total
+
+
+@lru_cache(4)  # it changes once a second
+def date_header(text: str) -> float | None:
+    """Return the Unix time of an answer's `Date`; None if it has none."""
+    return _date(text) if text else None
 
 
 def _date(text: str) -> float | None:

@@ -9,6 +9,7 @@ import orjson
 
 from backends.base import Reply, Request, Timings, Unreachable, Usage
 from backends.remote.answers import output_bytes_of
+from backends.remote.limit_headers import LimitReader
 from backends.remote.output_meter import OutputMeter
 from backends.remote.refusals import classify
 from backends.simulated.profile import Profile
@@ -25,6 +26,7 @@ class SimulatedBackend:
 
     def __init__(self, provider: Profile | Provider | None = None) -> None:
         self.provider = provider if isinstance(provider, Provider) else Provider(provider or Profile())
+        self._limits = LimitReader()
 
     def account(self) -> str:
         """Return the backend's name, see `Backend.account`."""
@@ -45,13 +47,16 @@ class SimulatedBackend:
         try:
             response = await call.respond()
             timings.first_byte = loop.time()
+            limits = self._limits.read(response.limit_headers) if response.limit_headers else ()
             if response.status != 200:
-                raise classify(response.status, response.headers, response.body)  # noqa: TRY301
+                error = classify(response.status, response.headers, response.body)
+                error.limits = limits
+                raise error  # noqa: TRY301
             if response.breaks:
                 raise ConnectionResetError("the simulated provider reset the connection in the middle of its answer")  # noqa: TRY301
             if not response.stream:
                 call.leave()
-                return Reply(200, response.headers, response.body, usage=response.usage)
+                return Reply(200, response.headers, response.body, usage=response.usage, limits=limits)
             first = await call.frame()
             if first is not None and first.error is not None:
                 raise classify(first.error[0], {}, first.error[1])  # noqa: TRY301
@@ -63,7 +68,7 @@ class SimulatedBackend:
             raise
         meter = OutputMeter(loop.time, output_bytes_of)
         meter.skip()  # the first frame has arrived
-        reply = Reply(200, response.headers, progress=meter.progress)
+        reply = Reply(200, response.headers, progress=meter.progress, limits=limits)
         chunks = reply.chunks = _chunks(reply, call, first, response.usage, meter)
 
         async def close() -> None:

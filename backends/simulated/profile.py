@@ -10,6 +10,12 @@ from typing import Any, TypeVar, cast
 
 T = TypeVar("T")
 
+#: How a simulated provider reports its limits in headers. `true`, and what real headers get wrong: another number, a
+#: day's limit read as a minute's, `-1`, values that never change, those of a gateway's own key.
+LIMIT_HEADERS = (
+    "true", "x5", "x0.5", "x0.1", "day-as-minute", "per-second", "-1", "frozen", "gateway", "epoch-s", "epoch-ms",
+)  # fmt: skip
+
 
 def _option(default: T, help: str, *, flag: str = "") -> T:
     return field(default=default, metadata={"help": help, "flag": flag})
@@ -53,6 +59,9 @@ class Profile:
     wordless_refusals: bool = _option(False, "a refusal is a 503 with a page that names no limit, as nginx's")
     retry_after: str = _option("", "Retry-After of a refusal: nothing, `honest`, or any text to be sent as it is")
 
+    limit_headers: str = _option("", "limits in the headers of answers: nothing, or one of " + ", ".join(LIMIT_HEADERS))
+    headers_vanish_seconds: float = _option(inf, "time after which answers no longer have them")
+
     latency_seconds: float = _option(0.0, "median time to a whole answer")
     latency_sigma: float = _option(0.0, "its spread: sigma of the logarithm")
     refusal_latency_seconds: float = _option(0.0, "time to a refusal")
@@ -78,8 +87,10 @@ class Profile:
                 raise ValueError(f"{name} must be above 0, not {value}")
             if name != "first_token_seconds" and not value >= 0:
                 raise ValueError(f"{name} must be at least 0, not {value}")
-            if name.endswith("_seconds") and not isfinite(value):
+            if name.endswith("_seconds") and not isfinite(value) and name != "headers_vanish_seconds":
                 raise ValueError(f"{name} must be a number of seconds, not {value}")
+        if self.limit_headers and self.limit_headers not in LIMIT_HEADERS:
+            raise ValueError(f"limit_headers must be one of {', '.join(LIMIT_HEADERS)}, not {self.limit_headers}")
         if self.outage_status and not 400 <= self.outage_status <= 599:
             raise ValueError(f"outage_status must be 0 or within 400 and 599, not {self.outage_status}")
         for start, end in self.outages:

@@ -15,6 +15,7 @@ from random import Random
 from typing import Literal
 
 from backends.base import Request, Usage
+from backends.simulated.limit_headers import limit_headers
 from backends.simulated.profile import Profile
 from backends.simulated.quota import Quota, Refusal
 from backends.simulated.wire import FAULTS, Answer, Fault, Prompt, error_frame, make_answer, read_prompt
@@ -62,6 +63,8 @@ class Response:
     stream: bool = False
     breaks: bool = False
     """Whether the connection breaks before the end of the body."""
+    limit_headers: Mapping[str, str] = field(default_factory=dict)
+    """More headers, which report the account's limits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +89,7 @@ class Provider:
         self._profile = profile
         self._began: float | None = None
         self._quotas: dict[str, Quota] = {}
+        self._frozen: dict[str, str] | None = None
 
     @property
     def profile(self) -> Profile:
@@ -105,6 +109,16 @@ class Provider:
             random = Random(f"{self._profile.seed} {model}")  # noqa: S311
             quota = self._quotas[model] = Quota(self._profile, self.begin(), random)
         return quota
+
+    def limit_headers(self, quota: Quota) -> dict[str, str]:
+        """Return the headers that report the limits of a quota now, as its profile says."""
+        profile, now = quota.profile, asyncio.get_running_loop().time()
+        if not profile.limit_headers or now - self.begin() >= profile.headers_vanish_seconds:
+            return {}
+        if profile.limit_headers == "frozen" and self._frozen is not None:
+            return self._frozen
+        headers = self._frozen = limit_headers(profile.limit_headers, quota, now, self.counts.calls)
+        return headers
 
     def change(self, profile: Profile) -> None:
         """Set another profile. Its times start now. The used part of each quota stays used."""
@@ -133,6 +147,7 @@ class Call:
         self._frames: Iterator[tuple[int, Frame | None]] = iter(())
         self._first_token_at = 0.0
         self._profile = provider.profile
+        self._limit_headers: Mapping[str, str] = {}
         provider.counts.calls += 1
 
     async def respond(self) -> Response:
@@ -150,6 +165,8 @@ class Call:
         output_tokens = prompt.output_tokens(quota.profile.answer_tokens)
         refusal = await self._decide(quota, prompt.input_tokens + output_tokens)
         profile = self._profile = quota.profile
+        # Real providers report the state when they count a request, not the state when they answer it.
+        self._limit_headers = self._provider.limit_headers(quota) if profile.limit_headers else {}
         streams = request.stream or prompt.stream
         if refusal is not None:
             return await self._refuse(refusal, quota, prompt.input_tokens + output_tokens, streams)
@@ -186,7 +203,8 @@ class Call:
         if outcome == "error":
             return self._error(FAULTS["error"])
         headers = {"Content-Type": "application/json", "X-Request-Id": self._request_id}
-        return Response(200, headers, answer.body(), answer.usage, breaks=outcome == "reset")
+        breaks, limits = outcome == "reset", self._limit_headers
+        return Response(200, headers, answer.body(), answer.usage, breaks=breaks, limit_headers=limits)
 
     async def frame(self) -> Frame | None:
         """Wait until the stream's next frame is due and return it; None after the last frame.
@@ -289,12 +307,13 @@ class Call:
 
     def _begin_stream(self, usage: Usage | None) -> Response:
         kind = "text/event-stream;charset=UTF-8" if self._request.dialect == "native" else "text/event-stream"
-        return Response(200, {"Content-Type": kind, "X-Request-Id": self._request_id}, usage=usage, stream=True)
+        headers = {"Content-Type": kind, "X-Request-Id": self._request_id}
+        return Response(200, headers, usage=usage, stream=True, limit_headers=self._limit_headers)
 
     def _error(self, fault: Fault, headers: Mapping[str, str] | None = None) -> Response:
         common = {"Content-Type": "application/json", "X-Request-Id": self._request_id}
         body = fault.body(self._request.dialect, self._request_id)
-        return Response(fault.status, common | dict(headers or {}), body)
+        return Response(fault.status, common | dict(headers or {}), body, limit_headers=self._limit_headers)
 
     def _error_frame(self, fault: Fault) -> Frame:
         dialect = self._request.dialect

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Iterator
 from math import inf
 from random import Random
-from typing import Literal, Protocol, Self
+from typing import Literal, NamedTuple, Protocol, Self
 
 from backends.base import ThrottleKind
 from backends.simulated.profile import Profile, changed
@@ -21,6 +21,19 @@ Refusal = ThrottleKind | Literal["outage", "billing"]
 
 #: The assumed cost of another tenant's request in LLM tokens: a 1080p frame and its description.
 OTHER_TENANT_TOKENS = 1500
+
+
+class Report(NamedTuple):
+    """One limit as headers report it."""
+
+    limit: float
+    window: float
+    """Seconds in which `limit` may be sent."""
+    remaining: float
+    reset: float
+    """Seconds until the window ends, or until the bucket is full."""
+    refills: bool
+    """Whether the limit is a bucket, which refills continuously."""
 
 
 class Gate(Protocol):
@@ -50,6 +63,10 @@ class Gate(Protocol):
 
     def carry_over(self, old: Self, now: float) -> None:
         """Copy the used part of the quota from the gate `old`, which had other limits."""
+        ...
+
+    def report(self, now: float) -> Report | None:
+        """Return the limit as headers report it; None if no provider reports such a limit."""
         ...
 
 
@@ -88,6 +105,12 @@ class Bucket:
         missing = min(max(0.0, old._full_at - now) * old._per_second, self._burst)
         self._full_at = now + missing / self._per_second
 
+    def report(self, now: float) -> Report:
+        """Report a window in which the bucket is filled once."""
+        reset = max(self._full_at - now, 0.0)
+        remaining = max(self._burst - reset * self._per_second, 0.0)
+        return Report(self._burst, self._burst / self._per_second, remaining, reset, refills=True)
+
 
 class FixedWindow:
     """At most `limit` requests in each window `[start + k * length, start + (k + 1) * length)`."""
@@ -124,6 +147,12 @@ class FixedWindow:
         if (self._start, self._length) == (old._start, old._length):
             self._end, self._count = old._end, old._count
 
+    def report(self, now: float) -> Report:
+        """Report the present window."""
+        used = self._count if now < self._end else 0.0
+        reset = self._length - (now - self._start) % self._length
+        return Report(self._limit, self._length, max(self._limit - used, 0.0), reset, refills=False)
+
 
 class SlidingWindow:
     """At most `limit` requests in any `(t - length, t]`. The log contains the times of the last `limit` requests."""
@@ -151,6 +180,13 @@ class SlidingWindow:
     def carry_over(self, old: Self, now: float) -> None:
         """Copy the log of the other gate."""
         self._log.extend(old._log)
+
+    def report(self, now: float) -> Report:
+        """Report the requests of the last window. The window ends when its oldest request leaves it."""
+        limit = float(self._log.maxlen or 0)
+        used = len(self._log) - bisect_right(self._log, now - self._length)
+        reset = self._log[-used] + self._length - now if used else 0.0
+        return Report(limit, self._length, limit - used, reset, refills=False)
 
 
 class Growth:
@@ -199,6 +235,9 @@ class Growth:
     def carry_over(self, old: Self, now: float) -> None:
         """Use the log of the other gate."""
         self._log = old._log
+
+    def report(self, now: float) -> None:
+        """Return None: no provider reports such a rule."""
 
 
 class OtherTenants:
@@ -330,6 +369,13 @@ class Quota:
             if gate.ready_at(now, tokens if gate.counts_tokens else 1) > now:
                 return gate.kind
         return None
+
+    def reports(self, now: float) -> Iterator[tuple[bool, Report]]:
+        """Yield each limit as headers report it, and whether it counts LLM tokens."""
+        self.advance(now)
+        for gate in self._gates:
+            if (report := gate.report(now)) is not None:
+                yield gate.counts_tokens, report
 
     def would_accept(self, now: float, tokens: float) -> bool:
         """Return whether a request would be accepted now. The answer is exact."""

@@ -79,7 +79,9 @@ async def _answer(request: web.Request, dialect: Dialect, *, stream: bool) -> we
             return await _stream(request, response, call)
         if response.breaks:
             return await _break(request, response)
-        return web.Response(status=response.status, headers=response.headers, body=response.body)
+        return web.Response(
+            status=response.status, headers={**response.headers, **response.limit_headers}, body=response.body
+        )
     except ConnectionRefusedError:
         _abort(request)
         return web.Response()
@@ -91,7 +93,7 @@ async def _answer(request: web.Request, dialect: Dialect, *, stream: bool) -> we
 
 
 async def _stream(request: web.Request, response: Response, call: Call) -> web.StreamResponse:
-    reply = web.StreamResponse(headers=response.headers)
+    reply = web.StreamResponse(headers={**response.headers, **response.limit_headers})
     await reply.prepare(request)
     while True:
         try:
@@ -106,7 +108,7 @@ async def _stream(request: web.Request, response: Response, call: Call) -> web.S
 
 async def _break(request: web.Request, response: Response) -> web.StreamResponse:
     """Send the head with the length of the whole body, then half of the body, and reset the connection."""
-    reply = web.StreamResponse(headers=response.headers)
+    reply = web.StreamResponse(headers={**response.headers, **response.limit_headers})
     reply.content_length = len(response.body)
     await reply.prepare(request)
     await reply.write(response.body[: len(response.body) // 2])

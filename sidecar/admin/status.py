@@ -23,6 +23,20 @@ _MAX_KEYS = 20
 
 
 @dataclass(frozen=True, slots=True)
+class Reported:
+    """The limit that the provider reports in the headers of its answers. It can be wrong."""
+
+    header: str
+    per_second: float
+    limit: float
+    window_seconds: float
+    remaining: float | None
+    trusted: bool
+    refuted: bool
+    others_per_second: float | None
+
+
+@dataclass(frozen=True, slots=True)
 class Rate:
     """A learned rate. Rates are per second; None while unknown or unlimited."""
 
@@ -33,6 +47,7 @@ class Rate:
     uncertainty: float | None
     changed_seconds_ago: float
     changed_why: str
+    reported: Reported | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,6 +285,18 @@ def _rate(gate: GateStatus, now: float) -> Rate:
         rounded(gate.error, 3),
         round(now - gate.since, 1),
         gate.why,
+        None
+        if (reported := gate.reported) is None
+        else Reported(
+            reported.header,
+            round(reported.per_second, 3),
+            reported.limit,
+            reported.window_seconds,
+            reported.remaining,
+            reported.trusted,
+            reported.refuted,
+            rounded(reported.others_per_second, 3),
+        ),
     )
 
 

@@ -18,7 +18,9 @@ from sidecar.admission.gates.rate import RateGate
 from sidecar.admission.gates.rise import RiseGate
 from sidecar.admission.gates.token_cost import TokenCost
 from sidecar.admission.learning.learner import UNKNOWN, Learner, Recovery, Remembered
+from sidecar.admission.learning.policer import Sent
 from sidecar.admission.learning.policer_learner import PolicerLearner
+from sidecar.admission.learning.reported import ReportedLimit
 from sidecar.admission.learning.tuning import ESTIMATE_UNSUREST
 from sidecar.admission.learning.wordless import Load, Reading, WordlessLimit
 from sidecar.admission.own_fault import OwnFault
@@ -201,6 +203,7 @@ class Upstream:
         """Send time of the newest accepted attempt, as loop time; -inf: none yet."""
         self._p90 = self._p99 = 0.0  # percentiles of `_latencies`; the 99th percentile is their maximum
         self._cost = TokenCost()
+        self._counted_after: float | None = None  # smoothed seconds until the provider counts an attempt, if it says so
         self._delayed_by: Cause | None = None  # the gate that delays the next attempt; each start resets it to None
         self.started = 0
         """Number of attempts so far."""
@@ -316,6 +319,10 @@ class Upstream:
         now, ticket = verdict.at, permit.ticket
         if verdict.outcome == "timed_out" and not self._is_silent(permit, now):
             verdict = verdict._replace(outcome="abandoned")
+        if verdict.counted_at is not None and self._paced:
+            self._note_counted(permit, reservations, verdict.counted_at - permit.sent_at)
+        if verdict.limits and self._paced:
+            self._note_limits(now, reservations, verdict.limits)
         if not self.rise.dormant:
             self.rise.settle(now, ticket, verdict, blamed=None)
         if verdict.outcome == "accepted":
@@ -345,6 +352,35 @@ class Upstream:
             nothing_accepted = blamed in ("growth", "concurrency") and self._nothing_accepted(permit)
         if nothing_accepted:
             self.circuit.open(now, CircuitState.BLACKOUT, verdict.reason, verdict.retry_after)
+        if verdict.limits and self.circuit.state is CircuitState.BLACKOUT:
+            self._delay_probe(now)
+
+    def _note_counted(self, permit: Permit, reservations: tuple[Any, ...], seconds: float) -> None:
+        """Note that the provider counted an attempt `seconds` after it was sent.
+
+        Only the difference from the usual time counts, so that calls in flight can be compared with it, and a wrong
+        clock does no harm.
+        """
+        if self._counted_after is None:
+            self._counted_after = seconds
+        later = seconds - self._counted_after
+        self._counted_after += 0.1 * later
+        for one in reservations:
+            if isinstance(one, Sent):
+                one.counted_at = permit.sent_at + later
+
+    def _note_limits(self, now: float, reservations: tuple[Any, ...], limits: tuple[ReportedLimit, ...]) -> None:
+        """Pass the limits that an answer's headers report to the gates of the rates."""
+        for limit in limits:
+            for gate, reservation in zip(self._gates, reservations, strict=True):
+                if isinstance(gate, RateGate) and gate.name == limit.dimension:
+                    gate.note_limit(now, reservation, limit)
+
+    def _delay_probe(self, now: float) -> None:
+        """Let the next probe wait for the end of a window that is used up, as trusted headers report it."""
+        for gate in (self.requests, self.tokens):
+            if gate.reported is not None:
+                self.circuit.next_probe = max(self.circuit.next_probe, gate.reported.closed_until(now))
 
     def lone_token_refusals(self, permit: Permit) -> int:
         """Return how many times in a row this ticket was refused for LLM tokens while nothing else was sent.

@@ -247,7 +247,7 @@ class Dispatcher:
             if reply.failure is not None:
                 raise reply.failure
             now = self.now()
-            permit.report(Verdict("accepted", now, usage=reply.usage))
+            permit.report(Verdict("accepted", now, usage=reply.usage, limits=reply.limits, counted_at=reply.counted_at))
             self._policies[name].budget.answered(now)
             result = "ok"
         except TimeoutError as timeout:
@@ -307,6 +307,8 @@ class Dispatcher:
             verdict = verdict._replace(named="quota_period", retry_after=failure.ends_in)
         elif isinstance(failure, Unauthorized):
             verdict = verdict._replace(named="unauthorized")
+        if isinstance(failure, BackendError) and (failure.limits or failure.counted_at is not None):
+            verdict = verdict._replace(limits=failure.limits, counted_at=failure.counted_at)
         permit.report(verdict)
         self._metrics.refusals.count(verdict.at, name, failure)
         match failure:

@@ -53,4 +53,5 @@ def _with_answer_of(failure: BackendError, error: BackendError) -> BackendError:
     """Return `error` with the provider's answer that `failure` holds."""
     error.body, error.headers = failure.body, failure.headers
     error.quote, error.upstream_request_id = failure.quote, failure.upstream_request_id
+    error.limits, error.counted_at = failure.limits, failure.counted_at
     return error

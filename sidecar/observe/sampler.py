@@ -13,7 +13,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from math import inf
 from typing import Any
 
-from sidecar.admission import CAUSES, NO_MODEL, Admission, Change, PoolStatus
+from sidecar.admission import CAUSES, NO_MODEL, Admission, Change, GateStatus, PoolStatus
+from sidecar.admission.learning.reported import ReportedStatus
 from sidecar.observe.gauges import upstreams_named
 from sidecar.observe.metrics import Metrics
 from sidecar.observe.time_series import FIELDS, Point, TimeSeries
@@ -35,6 +36,11 @@ _ROUTINE_STATES = frozenset({"steady", "probe"})
 _MAX_LOGGED_LIMITS = 512
 
 
+#: A reported limit is compared with a learned limit whose relative error is at most this, and logged if they differ by
+#: more than this share.
+_KNOWN_ERROR, _REPORTED_APART = 0.05, 0.25
+
+
 class Sampler:
     """Takes the samples of one sidecar. Create it in the event loop that runs it."""
 
@@ -51,6 +57,7 @@ class Sampler:
         self.throttles: deque[dict[str, Any]] = deque(maxlen=MAX_THROTTLES)
         """Refusals by sample, backend and kind, newest last. `t`: seconds since the start; `count`: refusals."""
         self._logged_limits: dict[tuple[str, str, str], tuple[str, float]] = {}  # state and limit, as last logged
+        self._logged_reported: set[tuple[str, str, str, float]] = set()  # upstream, model, header and its limit
         self._unlogged: dict[tuple[str, str, str], list[Change]] = {}  # since the last sample
         self.changes: deque[tuple[str, str, Change]] = deque(maxlen=MAX_CHANGES)
         """The upstream, the model and what changed; newest last."""
@@ -125,6 +132,8 @@ class Sampler:
                 for unit, gate in (("requests", upstream.requests), ("tokens", upstream.tokens)):
                     if gate.limit is not None:
                         learned[unit].append(gate.limit)
+                    if gate.reported is not None:
+                        self._log_reported(name, upstream.model, unit, gate, gate.reported)
         values: dict[str, float | None] = {
             "t": now - self._started_at,
             "span": span,
@@ -180,6 +189,20 @@ class Sampler:
                 unit = "tokens" if dimension == "token_rate" else "requests"
                 limit = "unknown" if latest.new == inf else f"{latest.new:.3g} {unit}/s"
                 log.info("%s: the limit of %s is %s (%s): %s", backend, model, limit, latest.state, latest.reason)
+
+    def _log_reported(self, backend: str, model: str, unit: str, gate: GateStatus, reported: ReportedStatus) -> None:
+        """Write one log line if the learned limit is known well and differs from the reported one by over a quarter."""
+        if gate.limit is None or (gate.error or 0.0) > _KNOWN_ERROR:
+            return
+        key = backend, model, reported.header, reported.limit
+        if abs(gate.limit / reported.per_second - 1.0) > _REPORTED_APART and key not in self._logged_reported:
+            if len(self._logged_reported) >= _MAX_LOGGED_LIMITS:
+                self._logged_reported.clear()
+            self._logged_reported.add(key)
+            log.info(
+                "%s: the limit of %s is %.3g %s/s, but the header %s reports %.3g/s: the learned limit counts",
+                backend, model, gate.limit, unit, reported.header, reported.per_second,
+            )  # fmt: skip
 
     def _log_summary(self, now: float) -> None:
         """Log one line per backend for all refusals since the last such line."""

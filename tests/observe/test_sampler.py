@@ -10,9 +10,14 @@ import aiohttp
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from prometheus_client import CollectorRegistry
 from running import BOUND, CHAT, Process, chat
 from scripted_upstream import CHAT_ANSWER
 
+from backends.base import ReportedLimit
+from sidecar.admission import Admission, Ticket, UpstreamSettings, Verdict
+from sidecar.observe.metrics import Metrics
+from sidecar.observe.sampler import Sampler
 from sidecar.observe.time_series import FIELDS, POINTS, TimeSeries
 
 
@@ -207,3 +212,27 @@ async def test_a_refused_key_is_logged_once_until_the_provider_accepts_it(servin
             assert response.status == expected
         logged.append(caplog.text.count("SIDECAR_DASHSCOPE_API_KEY"))
     assert logged == [1, 1, 2]
+
+
+async def test_a_learned_limit_that_differs_from_the_reported_one_is_logged_once(caplog, monkeypatch):
+    admission = Admission([UpstreamSettings("here")])
+    sampler = Sampler(Metrics(CollectorRegistry()), [admission])
+    upstream = admission.pool("m").upstreams[0]
+    caplog.set_level("INFO", "sidecar")
+
+    def say(limit):
+        header = ReportedLimit("x-ratelimit-limit-requests", "request_rate", limit, 60.0)
+        ticket = Ticket(now=0.0, deadline=9.0, key="gate", model="m")
+        permit = upstream.start(upstream.clock(), ticket, lambda _: None)
+        permit.report(Verdict("accepted", upstream.clock(), limits=(header,)))
+        sampler.sample()
+        sampler.sample()
+
+    upstream.recall(upstream.clock(), {"requests": {"limit": 10.0, "burst": 10.0, "uncertainty": 0.01}}, 1.0)
+    say(600.0)
+    assert "reports" not in caplog.text  # remembered limits are not known well
+    monkeypatch.setattr("sidecar.observe.sampler._KNOWN_ERROR", 0.1)
+    say(660.0)
+    assert "reports" not in caplog.text  # a tenth apart
+    say(1200.0)
+    assert caplog.text.count("but the header x-ratelimit-limit-requests reports 20/s") == 1

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol
 
+from sidecar.admission.learning.reported import ReportedLimit, ReportedStatus
 from sidecar.admission.ticket import Cause, Ticket
 
 VerdictOutcome = Literal["accepted", "refused", "failed", "timed_out", "account", "abandoned"]
@@ -37,6 +38,10 @@ class Verdict(NamedTuple):
     retry_after: float | None = None
     """The provider's Retry-After in seconds."""
     reason: str = ""
+    limits: tuple[ReportedLimit, ...] = ()
+    """The limits that the answer's headers report."""
+    counted_at: float | None = None
+    """Loop time at which the provider says that it counted the request; None if it does not say so."""
 
 
 class Ahead(NamedTuple):
@@ -72,6 +77,8 @@ class GateStatus:
     """Concurrency gate only: attempts that hold a permit."""
     next_at: float | None = None
     """Circuit only: loop time at which the next probe may be sent."""
+    reported: ReportedStatus | None = None
+    """Rates only: the limit that the provider's headers report."""
 
 
 @dataclass(frozen=True, slots=True)

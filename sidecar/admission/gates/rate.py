@@ -9,6 +9,7 @@ from sidecar.admission.gates.base import Ahead, Change, GateStatus, Verdict
 from sidecar.admission.gates.bucket import TokenBucket
 from sidecar.admission.learning.learner import UNKNOWN, Effect, Learner, Recovery, Remembered, Unknown
 from sidecar.admission.learning.policer import Sent
+from sidecar.admission.learning.reported import Reported, ReportedLimit
 from sidecar.admission.ticket import Cause, Ticket
 
 #: While no refusal comes and the limit grows, each growth by this share is reported to `on_change`.
@@ -37,6 +38,7 @@ class RateGate:
         "limit_forgotten",
         "name",
         "refuses_everything",
+        "reported",
     )  # fmt: skip
 
     def __init__(
@@ -48,6 +50,8 @@ class RateGate:
         self.dormant = learner.unpaced
         self.refuses_everything = False
         """True: the last refusal showed that the provider refuses all calls, at any pace."""
+        self.reported: Reported | None = None
+        """What the provider's headers report; None before the first report."""
         self._in_tokens = name == "token_rate"
         self._bucket = TokenBucket(now, inf, learner.capacity)
         self.limit_forgotten = False
@@ -63,6 +67,8 @@ class RateGate:
         learner, bucket = self.learner, self._bucket
         self._filled_at = now
         pace = learner.pace(now)
+        if self.reported is not None and self.reported.ceiling < pace:
+            pace = self.reported.ceiling
         if pace != inf or bucket.rate != inf:
             bucket.set(now, pace, learner.capacity)
 
@@ -77,6 +83,8 @@ class RateGate:
         """See `Gate`."""
         amount = cost if self._in_tokens else 1.0
         learner, self._sent_at = self.learner, now
+        if self.reported is not None:
+            return self._reserve_reported(now, amount, self.reported, held=held)
         if self.dormant:
             return learner.sent(now, amount, held=held, pace=self._bucket.rate)
         if now != self._filled_at:  # `Upstream.opening` has already advanced the gate, except if this is a probe
@@ -87,6 +95,35 @@ class RateGate:
             self._report(now)
         return sent
 
+    def _reserve_reported(self, now: float, amount: float, reported: Reported, *, held: bool) -> Sent:
+        """Do the rest of `reserve` for a provider that reports its limits."""
+        learner, bucket = self.learner, self._bucket
+        if not self.dormant and now != self._filled_at:
+            self.advance(now)
+        pace = bucket.rate
+        # The learner must not raise its pace because of an attempt that the ceiling delayed.
+        sent = learner.sent(now, amount, held=held and pace < reported.ceiling, pace=pace)
+        sent.bound = held
+        reported.sent(now, sent, held=held, pace=pace)
+        if not self.dormant:
+            bucket.take(now, amount)
+            if held and abs(learner.limit - self._limit) > REPORTED_SHARE * self._limit:
+                self._report(now)
+        return sent
+
+    def note_limit(self, now: float, reservation: Sent, limit: ReportedLimit) -> None:
+        """Note a limit that the headers of an answer report. Call it before `settle`."""
+        if self.reported is None:
+            self.reported = Reported(now)
+        risen = self.reported.report(now, reservation, limit)
+        if risen > 1.0 and self.learner.limit < inf:
+            self.resume(now, risen)
+        self._set_dormant()
+
+    def _set_dormant(self) -> None:
+        reported = self.reported
+        self.dormant = self.learner.unpaced and (reported is None or reported.ceiling == inf)
+
     def settle(self, now: float, reservation: Sent, verdict: Verdict, *, blamed: Cause | None) -> None:
         """See `Gate`.
 
@@ -96,6 +133,8 @@ class RateGate:
         learner = self.learner
         if verdict.outcome == "accepted":
             learner.accepted(now, reservation)
+            if self.reported is not None:
+                self.reported.accepted(now, reservation)
             if not self.dormant:
                 seconds, self._accepted_at = reservation.at - self._accepted_at, max(reservation.at, self._accepted_at)
                 if seconds >= self._probe_seconds:
@@ -108,6 +147,8 @@ class RateGate:
         elif verdict.outcome != "refused" or verdict.named == "capacity":
             learner.void(now, reservation)
         elif blamed == self.name:
+            if self.reported is not None:
+                self.reported.refused(now, reservation)
             self.refuses_everything = self._apply(now, learner.refused(now, reservation))
         elif blamed == "hold":
             learner.refused_too(now, reservation)
@@ -116,14 +157,14 @@ class RateGate:
 
     def seconds_for(self, now: float, ahead: Ahead, *, guess: bool) -> float:
         """See `Gate`: at the current pace."""
-        learner = self.learner
-        if not (guess or learner.certain):  # only the operator's ceiling is no guess
-            return ahead.requests * learner.ceiling_seconds
+        learner, reported = self.learner, self.reported
+        if not guess and (not learner.certain or (reported is not None and reported.ceiling < inf)):
+            return ahead.requests * learner.ceiling_seconds  # only the operator's ceiling is no guess
         self.advance(now)
         if self._bucket.rate == inf:
             return 0.0
         amount = ahead.tokens if self._in_tokens else ahead.requests
-        return max(amount - self._bucket.level(now), 0.0) / learner.pace(now)
+        return max(amount - self._bucket.level(now), 0.0) / self._bucket.rate
 
     def probe_opens_at(self, now: float) -> float:
         """Return the loop time at which a probe may be sent: the operator's ceiling holds for it too."""
@@ -138,6 +179,8 @@ class RateGate:
         """See `Gate`."""
         known = self.learner.snapshot()
         pace = self.learner.pace(now)
+        if self.reported is not None:
+            pace = min(pace, self.reported.ceiling)
         learned = known.limit < inf
         return GateStatus(
             self.name,
@@ -148,6 +191,7 @@ class RateGate:
             since=known.since,
             burst=known.burst if learned else None,
             error=known.error if learned else None,
+            reported=None if self.reported is None else self.reported.status(),
         )
 
     def _forget_limit_if_disproved(self, now: float, accepted: Sent, seconds: float) -> None:
@@ -162,7 +206,7 @@ class RateGate:
             self._apply(now, self.learner.resumed(now, UNKNOWN))
 
     def _apply(self, now: float, effect: Effect) -> bool:
-        self.dormant = self.learner.unpaced
+        self._set_dormant()
         # Set the bucket to this level. A negative level is a debt: it must be refilled before the next call.
         if effect.level is not None:
             self.advance(now)

@@ -15,6 +15,8 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from math import inf
+from operator import attrgetter
+from typing import Any
 
 from sidecar.admission.learning.tuning import POLICER_MAX_REMEMBERED
 
@@ -22,7 +24,7 @@ from sidecar.admission.learning.tuning import POLICER_MAX_REMEMBERED
 class Sent:
     """One attempt: when it was sent, its amount, and whether it was refused."""
 
-    __slots__ = ("amount", "at", "bound", "in_bins", "refused")
+    __slots__ = ("against", "amount", "at", "bound", "counted_at", "in_bins", "refused", "spent")
 
     def __init__(self, at: float, amount: float, bound: bool) -> None:
         self.at = at
@@ -32,6 +34,12 @@ class Sent:
         self.refused = False
         self.in_bins = False
         """True: `History` has counted the amount in one of its bins."""
+        self.counted_at = at
+        """`at`, plus how much later than usual the provider counted it, if it says when."""
+        self.spent = 0.0
+        """Total amount sent up to and including this attempt; 0 before the provider reported limits."""
+        self.against: tuple[Any, ...] = ()
+        """The reported limits of which nothing remained when it was sent."""
 
 
 class Interval:
@@ -47,7 +55,7 @@ class Interval:
 
     def rate(self, burst: float) -> tuple[float, float]:
         """Return the lowest and the highest rate that explain the interval; see `rate_between`."""
-        return rate_between(self.start, self.taken, self.refused.at, self.refused.amount, burst)
+        return rate_between(self.start, self.taken, self.refused.counted_at, self.refused.amount, burst)
 
     @property
     def mostly_bound(self) -> bool:
@@ -76,13 +84,18 @@ class Trace:
 
     def until(self, refused: Sent) -> Interval:
         """Return the interval from `start` to this refusal."""
-        return Interval(self.start, [one for one in self.sent if not one.refused and one.at <= refused.at], refused)
+        at = refused.counted_at
+        taken = [one for one in self.sent if not one.refused and one.counted_at <= at]
+        taken.sort(key=_counted_at)  # large requests arrive later than small ones that were sent after them
+        return Interval(self.start, taken, refused)
 
     def emptied(self, at: float) -> None:
         """Record that the bucket was empty at `at`, so that earlier attempts show nothing more."""
         self.start = at
-        while self.sent and self.sent[0].at <= at:
-            self.sent.popleft()
+        self.sent = deque(one for one in self.sent if one.counted_at > at)
+
+
+_counted_at = attrgetter("counted_at")
 
 
 def level_after(start: float, level: float, sent: Sequence[Sent], *, at: float, rate: float, burst: float) -> float:
@@ -92,8 +105,8 @@ def level_after(start: float, level: float, sent: Sequence[Sent], *, at: float, 
     level(t) = min(burst, level(t0) + rate * (t - t0)) - amount; negative if the bucket could not have given so much.
     """
     for one in sent:
-        level = min(burst, level + rate * (one.at - start)) - one.amount
-        start = one.at
+        level = min(burst, level + rate * (one.counted_at - start)) - one.amount
+        start = one.counted_at
     return min(burst, level + rate * (at - start))
 
 
@@ -117,8 +130,8 @@ def rate_between(start: float, taken: Sequence[Sent], at: float, amount: float, 
 
 def _takes(start: float, level: float, sent: Sequence[Sent], rate: float, burst: float) -> bool:
     for one in sent:
-        level = min(burst, level + rate * (one.at - start)) - one.amount
-        start = one.at
+        level = min(burst, level + rate * (one.counted_at - start)) - one.amount
+        start = one.counted_at
         if level < -1e-9 * one.amount:
             return False
     return True

@@ -223,7 +223,7 @@ class PolicerLearner:
         if self._first is not None and blackouts.barren:
             self._first.none_for(sent.at - self._trace.start, self.estimate)
         elif blackouts.barren < 2:
-            self._trace.emptied(sent.at)
+            self._trace.emptied(sent.counted_at)
         self._begin()
         if blackouts.windowed:
             rest = max(blackouts.next_at - now, 0.0)

@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import socket
+import time
 import tracemalloc
 
 import pytest
@@ -390,3 +391,26 @@ async def test_a_new_key_is_sent_with_the_next_request(upstream):
     await backend.send(chat(), Timings())
     await backend.close()
     assert [request.headers["authorization"] for request in upstream.seen] == ["Bearer sk-1", "Bearer sk-2"]
+
+
+@pytest.mark.parametrize("status", [200, 429])
+@pytest.mark.parametrize(("offset_ms", "plausible"), [(0, True), (-60_000, False), (60_000, False)])
+async def test_reported_limits_and_the_time_of_counting_are_read(backend, upstream, status, offset_ms, plausible):
+    async def script(link: Link, _: Seen) -> None:
+        arrived = round(time.time() * 1000) + offset_ms
+        await asyncio.sleep(0.05)
+        headers = f"x-ratelimit-limit-requests: 60\r\nreq-arrive-time: {arrived}\r\n"
+        body = CHAT_ANSWER if status == 200 else {"error": {"code": "limit_requests", "message": "Too fast."}}
+        await link.answer(body, status=status, headers=headers)
+
+    upstream.script = script
+    timings = Timings()
+    try:
+        answer = await backend.send(chat(), timings)
+    except Throttled as refusal:
+        answer = refusal
+    assert [(one.limit, one.window) for one in answer.limits] == [(60.0, 60.0)]
+    if plausible:
+        assert timings.work_started <= answer.counted_at <= asyncio.get_running_loop().time() - 0.04
+    else:
+        assert answer.counted_at is None
