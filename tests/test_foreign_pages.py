@@ -23,7 +23,7 @@ def refused(*, navigable=False, own_page=False, any_host=False, **headers):
     "host",
     [
         "", "127.0.0.1:8100", "10.4.0.9", "[::1]:9464", "[fd00::7]", "localhost", "localhost:8100", "a.localhost",
-        "vlm-sidecar:8100", "sidecar.cameras.svc:8100", "sidecar.cameras.svc.cluster.local", "nas.local", "NAS.Local.",
+        "sidecar-0:8100", "sidecar.cameras.svc:8100", "sidecar.cameras.svc.cluster.local", "nas.local", "NAS.Local.",
         "host.docker.internal:8100", "cams.example.com", "CAMS.example.com:8100", socket.gethostname(),
     ],
 )  # fmt: skip

@@ -266,10 +266,13 @@ class Dispatcher:
             ) from timeout
         except (BackendError, NoByteInTime) as failure:
             told, teaches = second_reading(permit, failure, self.now())
-            result = self._report(permit, told, teaches=teaches)
-            if told is not failure:
-                raise told from None
-            raise
+            try:
+                result = self._report(permit, told, teaches=teaches)
+                if told is not failure:
+                    raise told from None
+                raise
+            finally:
+                del told  # it and this frame would refer to each other, and the request body would stay in memory
         finally:
             if reply is not None:
                 self._count_tokens(ticket, name, reply)

@@ -86,7 +86,7 @@ CASES = {
         hold("billing", "0x10 1x170"), [hold("billing", "0x180"), hold("outage", "1x180")]
     ),
     "VlmSidecarKeyRefused": Case(
-        hold("unauthorized", "0x10 1x170"), [hold("unauthorized", "0x18 1x1 0x160"), hold("billing", "1x180")]
+        hold("unauthorized", "0x10 1x170"), [hold("unauthorized", "0x19 1x0 0x160"), hold("billing", "1x180")]
     ),
     "VlmSidecarQuotaUsedUp": Case(
         hold("quota_period", "0x10 1x170"), [hold("quota_period", "0x180"), hold("billing", "1x180")]
