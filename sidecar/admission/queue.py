@@ -32,9 +32,10 @@ CAUGHT_UP_DIVISOR = 8
 MAX_PROMISED = 8
 #: After one large ticket, a key is passed over for at most this many turns of another key with the same weight.
 MAX_ROUNDS = 256
-#: Weight of a key by the highest priority that it asks for, while at most half of the waiting keys ask for HIGH.
-#: Otherwise every key has the weight of NORMAL. Keys get throughput in proportion to their weights.
+#: Weight of a key by the highest priority that it asks for. Keys get throughput in proportion to their weights.
 WEIGHTS: dict[Priority, int] = {Priority.HIGH: 8, Priority.NORMAL: 3, Priority.LOW: 1}
+#: The weights while more than half of the waiting keys ask for HIGH.
+EQUAL: dict[Priority, int] = dict.fromkeys(Priority, 3)
 
 
 class _KeyQueue:
@@ -45,6 +46,7 @@ class _KeyQueue:
         "_caught_up_below",
         "_waiting",
         "cost",
+        "due",
         "key",
         "priority",
         "promised",
@@ -56,6 +58,7 @@ class _KeyQueue:
         self.key = key
         self.priority = priority
         self.turn = 0.0
+        self.due = 0.0  # when its turn is expected to come, on the scale of `FairQueue._progress`
         self.cost = 0.0  # sum over all waiting tickets
         self.requeued: deque[Ticket] = deque()
         self.promised: OrderedDict[int, Ticket] = OrderedDict()  # a part of `_waiting`; newer tickets do not pass them
@@ -156,12 +159,13 @@ class _Sums:
 class FairQueue:
     """Choose the next of the waiting tickets. Calls are amortised O(log n) in keys and in the tickets of one key."""
 
-    __slots__ = ("_keys", "_next_number", "_now", "_sums", "_turns", "_typical_cost", "tickets")
+    __slots__ = ("_keys", "_next_number", "_now", "_progress", "_sums", "_turns", "_typical_cost", "tickets")
 
     def __init__(self) -> None:
         self._keys: dict[str, _Key] = {}
         self._turns: list[tuple[float, int, _KeyQueue]] = []  # a heap with one entry for each queue of each key
         self._now = 0.0  # the last turn that has passed
+        self._progress = 0.0  # grows with each ticket by cost / weight of all keys: what a key got per unit of weight
         self._sums = {priority: _Sums() for priority in Priority}
         self.tickets: dict[Ticket, int] = {}
         """The waiting tickets with their numbers. Its truth value is a faster test for emptiness than `len(queue)`."""
@@ -189,7 +193,8 @@ class FairQueue:
         queue = key.queues.get(ticket.priority)
         if queue is None:
             queue = key.queues[ticket.priority] = _KeyQueue(key, ticket.priority)
-            queue.turn = self._first_turn(key, ticket.priority)
+            first = self._typical_cost / self._weight(key, ticket.priority)
+            queue.turn, queue.due = self._now + first, self._progress + first
             heappush(self._turns, (queue.turn, self._next_number, queue))
         queue.add(self._next_number, ticket)
         self._count(key, 1, _cost(ticket))
@@ -207,7 +212,7 @@ class FairQueue:
         if not self.tickets:
             self._keys.clear()
             self._turns.clear()
-            self._now = 0.0
+            self._now = self._progress = 0.0
 
     def head(self) -> Ticket | None:
         """Return the next ticket, or None if none waits. Without a change in between, it returns the same ticket."""
@@ -226,7 +231,11 @@ class FairQueue:
         self._typical_cost += 0.05 * (min(_cost(ticket), 21 * self._typical_cost) - self._typical_cost)
         cost = min(_cost(ticket), MAX_ROUNDS * self._typical_cost)
         self._now, number, queue = self._turns[0]
-        queue.turn += cost / self._weight(queue.key, queue.priority)
+        stride = cost / self._weight(queue.key, queue.priority)
+        weights = self._weights
+        self._progress += cost / sum([sums.keys * weights[priority] for priority, sums in self._sums.items()])
+        queue.due = self._progress + stride
+        queue.turn += stride
         heapreplace(self._turns, (queue.turn, number, queue))
         self.remove(ticket)
 
@@ -252,44 +261,41 @@ class FairQueue:
         key = self._keys.get(ticket.key) or _Key(ticket.key)
         queue = key.queues.get(ticket.priority)
         if queue is None:
-            requests, ahead, turn = 0.0, 0.0, self._first_turn(key, ticket.priority)
+            requests, ahead = 0.0, 0.0
+            grows_by = self._typical_cost / self._weight(key, ticket.priority)
         else:
             requests, ahead = queue.ahead_of(ticket.deadline, promised=ticket.promised)
-            turn = queue.turn + ahead / self._weight(key, ticket.priority)
+            grows_by = max(queue.due + ahead / self._weight(key, ticket.priority) - self._progress, 0.0)
         # What else is served until this turn: tickets of the key's other queues, and of the other keys.
         others = [
             (self._weight(key, other.priority), len(other), other.cost)
             for other in key.queues.values()
             if other is not queue
         ]
-        all_equal = self._all_equal
+        weights = self._weights
         for priority, sums in self._sums.items():
-            weight = WEIGHTS[Priority.NORMAL if all_equal else priority]
             if priority is key.highest:
-                others.append((weight * (sums.keys - 1), sums.tickets - key.tickets, sums.cost - key.cost))
+                others.append((weights[priority] * (sums.keys - 1), sums.tickets - key.tickets, sums.cost - key.cost))
             else:
-                others.append((weight * sums.keys, sums.tickets, sums.cost))
-        for weights, tickets, cost in others:
+                others.append((weights[priority] * sums.keys, sums.tickets, sums.cost))
+        for weight, tickets, cost in others:
             if tickets:
-                part = min(weights * (turn - self._now) / max(cost, tickets), 1.0)
+                part = min(weight * grows_by / max(cost, tickets), 1.0)
                 requests += part * tickets
                 ahead += part * cost
         return requests, ahead
 
     @property
-    def _all_equal(self) -> bool:
-        """True if more than half of the waiting keys ask for HIGH."""
-        return 2 * self._sums[Priority.HIGH].keys > sum([sums.keys for sums in self._sums.values()])
+    def _weights(self) -> dict[Priority, int]:
+        """The weights of keys by highest priority: equal while more than half of the waiting keys ask for HIGH."""
+        waiting = sum([sums.keys for sums in self._sums.values()])
+        return EQUAL if 2 * self._sums[Priority.HIGH].keys > waiting else WEIGHTS
 
     def _weight(self, key: _Key, priority: Priority) -> float:
         """Return the weight of a key's queue. Empty queues that still pay count too: they used their part before."""
         used = {priority, *key.queues}
-        weight = WEIGHTS[Priority.NORMAL if self._all_equal else min(used)]
+        weight = self._weights[min(used)]
         return weight if len(used) == 1 else weight * WEIGHTS[priority] / sum([WEIGHTS[other] for other in used])
-
-    def _first_turn(self, key: _Key, priority: Priority) -> float:
-        """Return the turn of a new queue of a key."""
-        return self._now + self._typical_cost / self._weight(key, priority)
 
     def _count(self, key: _Key, tickets: int, cost: float) -> None:
         """Add tickets to the sums of the key and of its highest priority."""

@@ -11,7 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from steps import count_lines
 
 from sidecar.admission import Priority, Ticket
-from sidecar.admission.queue import CAUGHT_UP_DIVISOR, MAX_ROUNDS, WEIGHTS, FairQueue
+from sidecar.admission.queue import CAUGHT_UP_DIVISOR, EQUAL, MAX_ROUNDS, WEIGHTS, FairQueue
 
 KEYS = ("a", "b", "c")
 keys, priorities = st.sampled_from(KEYS), st.sampled_from(Priority)
@@ -58,7 +58,7 @@ class Model(RuleBasedStateMachine):
         used = [priority, *(other for other, name in self.turns if name == key and other != priority)]
         highest = max(WEIGHTS[other] for other in used)
         if 2 * sum(Priority.HIGH in of_key for of_key in asked.values()) > len(asked):
-            highest = WEIGHTS[Priority.NORMAL]
+            highest = EQUAL[priority]
         return highest * WEIGHTS[priority] / sum(WEIGHTS[other] for other in used)
 
     def next_turn(self):
