@@ -226,15 +226,15 @@ class FairQueue:
         return queue.head()
 
     def take(self, ticket: Ticket) -> None:
-        """Remove the ticket that `head` returned and charge its key for it."""
+        """Remove the ticket that `head` returned and charge its key for it. A `requeued` ticket has paid before."""
         # One ticket can at most double the typical cost: a huge ticket says little about the next ones.
         self._typical_cost += 0.05 * (min(_cost(ticket), 21 * self._typical_cost) - self._typical_cost)
-        cost = min(_cost(ticket), MAX_ROUNDS * self._typical_cost)
+        cost = 0.0 if ticket.requeued else min(_cost(ticket), MAX_ROUNDS * self._typical_cost)
         self._now, number, queue = self._turns[0]
         stride = cost / self._weight(queue.key, queue.priority)
         weights = self._weights
-        self._progress += cost / sum([sums.keys * weights[priority] for priority, sums in self._sums.items()])
         queue.due = self._progress + stride
+        self._progress += cost / sum([sums.keys * weights[priority] for priority, sums in self._sums.items()])
         queue.turn += stride
         heapreplace(self._turns, (queue.turn, number, queue))
         self.remove(ticket)
@@ -260,27 +260,29 @@ class FairQueue:
         """
         key = self._keys.get(ticket.key) or _Key(ticket.key)
         queue = key.queues.get(ticket.priority)
+        own_weight = self._weight(key, ticket.priority)
         if queue is None:
-            requests, ahead = 0.0, 0.0
-            grows_by = self._typical_cost / self._weight(key, ticket.priority)
+            requests, ahead, until_turn = 0.0, 0.0, self._typical_cost / own_weight
         else:
             requests, ahead = queue.ahead_of(ticket.deadline, promised=ticket.promised)
-            grows_by = max(queue.due + ahead / self._weight(key, ticket.priority) - self._progress, 0.0)
-        # What else is served until this turn: tickets of the key's other queues, and of the other keys.
+            until_turn = max(queue.due - self._progress, 0.0)
+        until_served = until_turn + ahead / own_weight
+        # What else is served until then: at most this cost; number and cost of the tickets that wait. First the other
+        # queues of this key, then the other keys. Until the turn, the progress counts this key's last ticket too.
         others = [
-            (self._weight(key, other.priority), len(other), other.cost)
+            (self._weight(key, other.priority) * until_served, len(other), other.cost)
             for other in key.queues.values()
             if other is not queue
         ]
         weights = self._weights
         for priority, sums in self._sums.items():
+            keys, tickets, cost, more = sums.keys, sums.tickets, sums.cost, 0.0
             if priority is key.highest:
-                others.append((weights[priority] * (sums.keys - 1), sums.tickets - key.tickets, sums.cost - key.cost))
-            else:
-                others.append((weights[priority] * sums.keys, sums.tickets, sums.cost))
-        for weight, tickets, cost in others:
+                keys, tickets, cost, more = keys - 1, tickets - key.tickets, cost - key.cost, until_turn
+            others.append((weights[priority] * (keys * until_served + more), tickets, cost))
+        for most, tickets, cost in others:
             if tickets:
-                part = min(weight * grows_by / max(cost, tickets), 1.0)
+                part = min(most / max(cost, tickets), 1.0)
                 requests += part * tickets
                 ahead += part * cost
         return requests, ahead

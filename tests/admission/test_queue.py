@@ -110,7 +110,7 @@ class Model(RuleBasedStateMachine):
         assert head is self.expected(*place)
         weight = self.weight(*place)
         self.queue.take(head)
-        cost = min(max(head.tokens, 1.0), MAX_ROUNDS * self.queue._typical_cost)
+        cost = 0.0 if head.requeued else min(max(head.tokens, 1.0), MAX_ROUNDS * self.queue._typical_cost)
         self.now, number = self.turns[place]
         self.turns[place] = (self.now + cost / weight, number)
         self.removed(head)
@@ -308,6 +308,19 @@ def test_a_single_request_with_high_waits_less_than_a_round():
     assert wait(Priority.HIGH) <= 30 * 3 / 8 + 1
     assert 29 <= wait(Priority.NORMAL) <= 31
     assert wait(Priority.LOW) <= 30 * 3 + 1
+
+
+def test_a_key_pays_once_for_a_request_that_is_sent_again():
+    queue = FairQueue()
+    for key in "ab":
+        for _ in range(2):
+            queue.add(make_ticket(key))
+    refused = take_next(queue)
+    refused.requeued = True
+    queue.add(refused)
+    rest = [take_next(queue) for _ in range(4)]
+    assert [ticket.key for ticket in rest] == ["b", "a", "a", "b"]
+    assert rest[1] is refused
 
 
 def test_an_idle_key_accumulates_nothing():
