@@ -1,22 +1,27 @@
 """
 The fair queue: it decides which waiting ticket is next. It does not use limits, time or futures. `Pool` uses it.
 
-It has three levels. Their cost hardly grows with the number of keys and tickets (at most logarithmically):
+It has two levels. Their cost hardly grows with the number of keys and tickets (at most logarithmically):
 
-1. Priority classes share the throughput by weight.
-2. The keys within a class share it by deficit round robin (Shreedhar & Varghese, 1995) over cost.
-3. Within a key, the earliest deadline is served first while the backlog can be served in time. Otherwise the newest
+1. Keys share the throughput, counted by cost, in the ratio of their weights. They take turns by stride scheduling
+   (Waldspurger, 1995): the key with the smallest turn is served, and its turn then grows by cost / weight. A key's
+   weight is that of the highest priority it asks for. But while more than half of the waiting keys ask for `high`, all
+   keys have the same weight.
+2. Within a key, the earliest deadline is served first while the backlog can be served in time. Otherwise the newest
    ticket is served first, but after the tickets of callers that returned at the time of their Retry-After.
 
-The round robin is the *surplus* variant: a key is served while its deficit is positive, and the last ticket may make
-the deficit negative. So the quantum need not be as large as the largest ticket, and one camera's huge frame does not
-make the turns of all other cameras longer. A key's deficit stays within (-largest cost, quantum].
+A key that asks for several priorities has one queue for each of them, with a turn of its own. These queues divide the
+weight of the key in the ratio of WEIGHTS. So none of them starves, and the key does not get more than with its highest
+priority alone.
+
+A key pays after it is served. So a camera's huge frame makes its own next turn late, and not the turns of the others.
+The first turn of a new key is as late as if the key had just been served.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from heapq import heapify, heappop, heappush
+from heapq import heapify, heappop, heappush, heapreplace
 
 from sidecar.admission.ticket import Priority, Ticket
 
@@ -25,32 +30,36 @@ CAUGHT_UP_DIVISOR = 8
 #: Callers that return at the time of their Retry-After come spaced in time. If more than this many such tickets of one
 #: key wait, most are new requests that are mistaken for returning callers: only key and time identify a caller.
 MAX_PROMISED = 8
-#: Maximum number of rounds for which a key is passed over after one large ticket. It bounds the loop in `head`.
+#: After one large ticket, a key is passed over for at most this many turns of another key with the same weight.
 MAX_ROUNDS = 256
-#: Weight of each priority class. The classes share in this ratio while all of them have waiting tickets.
+#: Weight of a key by the highest priority that it asks for. Keys get throughput in proportion to their weights.
 WEIGHTS: dict[Priority, int] = {Priority.HIGH: 8, Priority.NORMAL: 3, Priority.LOW: 1}
+#: The weights while more than half of the waiting keys ask for HIGH.
+EQUAL: dict[Priority, int] = dict.fromkeys(Priority, 3)
 
 
 class _KeyQueue:
-    """One key's tickets within one class."""
+    """One key's tickets of one priority."""
 
     __slots__ = (
         "_by_deadline",
         "_caught_up_below",
         "_waiting",
         "cost",
-        "deficit",
+        "due",
         "key",
-        "position",
+        "priority",
         "promised",
         "requeued",
+        "turn",
     )
 
-    def __init__(self, key: str) -> None:
+    def __init__(self, key: _Key, priority: Priority) -> None:
         self.key = key
-        self.deficit = 0.0
+        self.priority = priority
+        self.turn = 0.0
+        self.due = 0.0  # when its turn is expected to come, on the scale of `FairQueue._progress`
         self.cost = 0.0  # sum over all waiting tickets
-        self.position = 0  # position in the ring: consecutive numbers from its head to its tail
         self.requeued: deque[Ticket] = deque()
         self.promised: OrderedDict[int, Ticket] = OrderedDict()  # a part of `_waiting`; newer tickets do not pass them
         self._waiting: OrderedDict[int, Ticket] = OrderedDict()  # in order of arrival
@@ -113,56 +122,55 @@ class _KeyQueue:
 
 
 def _cost(ticket: Ticket) -> float:
-    """Return the cost that the round robin shares, in LLM tokens, at least 1."""
+    """Return the cost that the keys share, in LLM tokens, at least 1."""
     return max(ticket.tokens, 1.0)
 
 
-class _Class:
-    """One priority class: a ring of the keys that have waiting tickets.
+class _Key:
+    """One key: its queues, and sums over its waiting tickets."""
 
-    If a key becomes empty while it is not at the ring's head, it stays in the ring until its turn. Its removal from the
-    middle would cost a walk over all keys.
-    """
+    __slots__ = ("cost", "highest", "name", "queues", "tickets")
 
-    __slots__ = ("active", "cost", "credit", "keys", "length", "ring")
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.queues: dict[Priority, _KeyQueue] = {}  # an empty queue stays until its next turn
+        self.highest: Priority | None = None  # the highest priority of a waiting ticket
+        self.tickets = 0
+        self.cost = 0.0
+
+
+class _Sums:
+    """Sums over the waiting keys that have the same highest priority, and over their tickets of all priorities."""
+
+    __slots__ = ("cost", "keys", "tickets")
 
     def __init__(self) -> None:
-        self.keys: dict[str, _KeyQueue] = {}
-        self.ring: deque[_KeyQueue] = deque()
-        self.length = 0  # tickets
-        self.cost = 0.0  # sum over all tickets
-        self.active = 0  # keys that are not empty
-        self.credit = 0.0
+        self.keys = 0
+        self.tickets = 0
+        self.cost = 0.0
 
-    @property
-    def requests_per_cost(self) -> float:
-        return self.length / self.cost if self.length else 0.0
-
-    def append(self, queue: _KeyQueue) -> None:
-        queue.position = self.ring[-1].position + 1 if self.ring else 0
-        self.ring.append(queue)
-
-    def rotate(self) -> None:
-        self.append(self.ring.popleft())
-
-    def turns_before(self, queue: _KeyQueue | None) -> float:
-        """Return how many other keys have a turn before the next turn of this key, or of a new key (None)."""
-        if queue is None or not self.ring:
-            return self.active
-        return (queue.position - self.ring[0].position) * self.active / len(self.ring)  # empty keys have no turn
+    def add(self, keys: int, tickets: int, cost: float) -> None:
+        """Add to the sums; negative numbers subtract."""
+        self.keys += keys
+        self.tickets += tickets
+        self.cost = self.cost + cost if self.keys else 0.0  # 0.0: without rounding errors
 
 
 class FairQueue:
-    """Choose the next of the waiting tickets. Calls are amortised O(1) in keys, O(log n) in the tickets of one key."""
+    """Choose the next of the waiting tickets. Calls are amortised O(log n) in keys and in the tickets of one key."""
 
-    __slots__ = ("_classes", "_next_number", "_quantum", "tickets")
+    __slots__ = ("_keys", "_next_number", "_now", "_progress", "_sums", "_turns", "_typical_cost", "tickets")
 
     def __init__(self) -> None:
-        self._classes = {priority: _Class() for priority in Priority}
+        self._keys: dict[str, _Key] = {}
+        self._turns: list[tuple[float, int, _KeyQueue]] = []  # a heap with one entry for each queue of each key
+        self._now = 0.0  # the last turn that has passed
+        self._progress = 0.0  # grows with each ticket by cost / weight of all keys: what a key got per unit of weight
+        self._sums = {priority: _Sums() for priority in Priority}
         self.tickets: dict[Ticket, int] = {}
         """The waiting tickets with their numbers. Its truth value is a faster test for emptiness than `len(queue)`."""
         self._next_number = 0
-        self._quantum = 1.0
+        self._typical_cost = 1.0
 
     def __repr__(self) -> str:
         return f"<FairQueue {id(self):#x} tickets={len(self.tickets)}>"
@@ -173,77 +181,62 @@ class FairQueue:
     @property
     def cost(self) -> float:
         """The cost of all tickets."""
-        return sum(group.cost for group in self._classes.values())
+        return sum(sums.cost for sums in self._sums.values())
 
     def add(self, ticket: Ticket) -> None:
         """Queue a ticket. A `requeued` ticket goes to the head of its key."""
-        group = self._classes[ticket.priority]
-        queue = group.keys.get(ticket.key)
-        if queue is None:
-            queue = group.keys[ticket.key] = _KeyQueue(ticket.key)
-            group.append(queue)
-        if not queue:
-            group.active += 1
         self._next_number += 1
         self.tickets[ticket] = self._next_number
+        key = self._keys.get(ticket.key)
+        if key is None:
+            key = self._keys[ticket.key] = _Key(ticket.key)
+        queue = key.queues.get(ticket.priority)
+        if queue is None:
+            queue = key.queues[ticket.priority] = _KeyQueue(key, ticket.priority)
+            first = self._typical_cost / self._weight(key, ticket.priority)
+            queue.turn, queue.due = self._now + first, self._progress + first
+            heappush(self._turns, (queue.turn, self._next_number, queue))
         queue.add(self._next_number, ticket)
-        group.length += 1
-        group.cost += _cost(ticket)
+        self._count(key, 1, _cost(ticket))
+        if len(queue) == 1:
+            self._sort(key)
 
     def remove(self, ticket: Ticket) -> None:
-        """Remove a ticket from any position. Does not charge its key or class for it."""
-        group = self._classes[ticket.priority]
-        queue = group.keys[ticket.key]
+        """Remove a ticket from any position. Does not charge its key for it."""
+        key = self._keys[ticket.key]
+        queue = key.queues[ticket.priority]
         queue.remove(self.tickets.pop(ticket), ticket)
-        group.length -= 1
-        group.cost -= _cost(ticket)
+        self._count(key, -1, -_cost(ticket))
         if not queue:
-            group.active -= 1
-        if not group.length:
-            group.ring.clear()
-            group.keys.clear()
-            group.credit = group.cost = 0.0
+            self._sort(key)
+        if not self.tickets:
+            self._keys.clear()
+            self._turns.clear()
+            self._now = self._progress = 0.0
 
     def head(self) -> Ticket | None:
         """Return the next ticket, or None if none waits. Without a change in between, it returns the same ticket."""
         if not self.tickets:
             return None
-        group = self._choose()
-        ring = group.ring
-        turns = 0
-        while True:
-            queue = ring[0]
-            if not queue:
-                del group.keys[queue.key]
-                ring.popleft()
-            elif queue.deficit > 0:
-                queue.deficit = min(queue.deficit, self._quantum)  # the quantum may have shrunk since the last top-up
-                return queue.head()
-            else:
-                queue.deficit += self._quantum
-                if queue.deficit <= 0:  # the key still pays for a large ticket
-                    group.rotate()
-                    turns += 1
-                    if turns >= len(ring):  # all have debts: grant in one step the rounds that the smallest debt needs
-                        turns = 0
-                        debts = [-other.deficit for other in ring if other]
-                        rounds = min(debts) // self._quantum
-                        for other in ring:
-                            other.deficit += rounds * self._quantum
+        while not (queue := self._turns[0][2]):  # it was kept until it has paid for its last ticket
+            self._now = heappop(self._turns)[0]
+            del queue.key.queues[queue.priority]
+            if not queue.key.queues:
+                del self._keys[queue.key.name]
+        return queue.head()
 
     def take(self, ticket: Ticket) -> None:
-        """Remove the ticket that `head` returned and charge its key and class for it."""
-        # The quantum is the smoothed cost of a ticket. Each round adds one quantum to a key's deficit. One ticket can
-        # at most double the quantum. Otherwise, after one huge ticket, each key would get thousands of tickets served
-        # in one turn, and the key with the longest backlog would gain most.
-        self._quantum += 0.05 * (min(_cost(ticket), 21 * self._quantum) - self._quantum)
-        cost = min(_cost(ticket), MAX_ROUNDS * self._quantum)
-        group = self._classes[ticket.priority]
-        queue = group.ring[0]
-        queue.deficit -= cost
-        group.credit -= cost
-        if queue.deficit <= 0:
-            group.rotate()
+        """Remove the ticket that `head` returned and charge its key for it. A `requeued` ticket has paid before."""
+        # One ticket can at most double the typical cost: a huge ticket says little about the next ones.
+        self._typical_cost += 0.05 * (min(_cost(ticket), 21 * self._typical_cost) - self._typical_cost)
+        cost = 0.0 if ticket.requeued else min(_cost(ticket), MAX_ROUNDS * self._typical_cost)
+        self._now, number, queue = self._turns[0]
+        stride = cost / self._weight(queue.key, queue.priority)
+        weights = self._weights
+        queue.due = self._progress + stride
+        self._progress += cost / sum([sums.keys * weights[priority] for priority, sums in self._sums.items()])
+        queue.turn += stride
+        heapreplace(self._turns, (queue.turn, number, queue))
         self.remove(ticket)
 
     def serve_newest_first(self, priority: Priority, key: str) -> bool:
@@ -253,8 +246,8 @@ class FairQueue:
         Returns True if the order changes. With earliest deadline first, an overloaded key would serve each ticket just
         after its deadline. With newest first, new tickets are in time and old ones are refused at their deadline.
         """
-        queue = self._classes[priority].keys.get(key)
-        if not queue:  # no ticket of the key waits; the empty key may still be in the ring
+        queue = self._keys[key].queues.get(priority) if key in self._keys else None
+        if not queue:  # no ticket waits; the empty queue may still have a turn
             return False
         return queue.serve_newest_first()
 
@@ -262,39 +255,61 @@ class FairQueue:
         """
         Return what will be served before this new ticket: the number of requests, and their cost.
 
-        A wait is predicted from these numbers. Each round gives one quantum to the ticket's key. The ticket is served
-        in the round in which these quanta have paid for the tickets ahead of it in its key. In each round until then,
-        every other key gets one quantum too; the keys that are before the ticket's key in the ring get one more. Other
-        classes meanwhile get their share by weight.
+        A wait is predicted from these numbers. The ticket's turn comes when its queue has paid for the tickets ahead of
+        it there. Until then, the other keys are served in proportion to their weights, or until nothing of them waits.
         """
-        group = self._classes[ticket.priority]
-        queue = group.keys.get(ticket.key)
-        requests, own, deficit, rest = 0.0, 0.0, 0.0, group.cost
-        if queue is not None:
-            requests, own = queue.ahead_of(ticket.deadline, promised=ticket.promised)
-            deficit, rest = queue.deficit, group.cost - queue.cost
-        rounds = max((own - deficit) // self._quantum, 0.0)
-        turns = group.turns_before(queue) + rounds * (group.active - bool(queue))
-        between = min(rest, turns * self._quantum)
-        ahead = own + between
-        requests += between * group.requests_per_cost
-        until = ahead + _cost(ticket)
-        for priority, other in self._classes.items():
-            if other is not group:
-                between = min(other.cost, until * WEIGHTS[priority] / WEIGHTS[ticket.priority])
-                ahead += between
-                requests += between * other.requests_per_cost
+        key = self._keys.get(ticket.key) or _Key(ticket.key)
+        queue = key.queues.get(ticket.priority)
+        own_weight = self._weight(key, ticket.priority)
+        if queue is None:
+            requests, ahead, until_turn = 0.0, 0.0, self._typical_cost / own_weight
+        else:
+            requests, ahead = queue.ahead_of(ticket.deadline, promised=ticket.promised)
+            until_turn = max(queue.due - self._progress, 0.0)
+        until_served = until_turn + ahead / own_weight
+        # What else is served until then: at most this cost; number and cost of the tickets that wait. First the other
+        # queues of this key, then the other keys. Until the turn, the progress counts this key's last ticket too.
+        others = [
+            (self._weight(key, other.priority) * until_served, len(other), other.cost)
+            for other in key.queues.values()
+            if other is not queue
+        ]
+        weights = self._weights
+        for priority, sums in self._sums.items():
+            keys, tickets, cost, more = sums.keys, sums.tickets, sums.cost, 0.0
+            if priority is key.highest:
+                keys, tickets, cost, more = keys - 1, tickets - key.tickets, cost - key.cost, until_turn
+            others.append((weights[priority] * (keys * until_served + more), tickets, cost))
+        for most, tickets, cost in others:
+            if tickets:
+                part = min(most / max(cost, tickets), 1.0)
+                requests += part * tickets
+                ahead += part * cost
         return requests, ahead
 
-    def _choose(self) -> _Class:
-        """Return the next class: the first with credit left. If none has credit, all classes with tickets get more."""
-        while True:
-            for group in self._classes.values():
-                if group.length and group.credit > 0:
-                    return group
-            waiting = [(WEIGHTS[priority], group) for priority, group in self._classes.items() if group.length]
-            # Find the class that needs the fewest rounds, and grant that number of rounds (at least 1) in one step.
-            # This class may need thousands of rounds.
-            rounds = max(min(-group.credit / (weight * self._quantum) for weight, group in waiting) // 1.0, 1.0)
-            for weight, group in waiting:
-                group.credit += rounds * weight * self._quantum
+    @property
+    def _weights(self) -> dict[Priority, int]:
+        """The weights of keys by highest priority: equal while more than half of the waiting keys ask for HIGH."""
+        waiting = sum([sums.keys for sums in self._sums.values()])
+        return EQUAL if 2 * self._sums[Priority.HIGH].keys > waiting else WEIGHTS
+
+    def _weight(self, key: _Key, priority: Priority) -> float:
+        """Return the weight of a key's queue. Empty queues that still pay count too: they used their part before."""
+        used = {priority, *key.queues}
+        weight = self._weights[min(used)]
+        return weight if len(used) == 1 else weight * WEIGHTS[priority] / sum([WEIGHTS[other] for other in used])
+
+    def _count(self, key: _Key, tickets: int, cost: float) -> None:
+        """Add tickets to the sums of the key and of its highest priority."""
+        key.tickets += tickets
+        key.cost += cost
+        if key.highest is not None:
+            self._sums[key.highest].add(0, tickets, cost)
+
+    def _sort(self, key: _Key) -> None:
+        """Count the key and its tickets under its highest priority, after one of its queues became empty or not."""
+        if key.highest is not None:
+            self._sums[key.highest].add(-1, -key.tickets, -key.cost)
+        key.highest = min([priority for priority, queue in key.queues.items() if queue], default=None)
+        if key.highest is not None:
+            self._sums[key.highest].add(1, key.tickets, key.cost)

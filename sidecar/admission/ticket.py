@@ -15,9 +15,10 @@ Part = Literal["queue", "lock", "first_byte", "body", "write"]
 
 
 class Priority(IntEnum):
-    """Priority classes. Each class has its own keys.
+    """What a request asks for in `X-Request-Priority`.
 
-    The classes share the throughput in the ratio 8 : 3 : 1, so that no class starves.
+    Keys share the throughput in the ratio 8 : 3 : 1, each by the highest priority that it asks for, so that none
+    starves. While more than half of the waiting keys ask for HIGH, all keys get equal shares.
     """
 
     HIGH = 0

@@ -187,7 +187,8 @@ async def test_a_queue_of_a_key_and_a_lane_of_a_model_are_removed_only_when_empt
         waiting.remove(head)
     assert waiting == []
     assert not len(queue)
-    assert not any(group.keys or group.ring for group in queue._classes.values())
+    assert not queue._keys
+    assert not queue._turns
 
     admission = Admission([UpstreamSettings(concurrency=1)])
     now = admission.loop.time()
