@@ -226,10 +226,10 @@ class FairQueue:
         return queue.head()
 
     def take(self, ticket: Ticket) -> None:
-        """Remove the ticket that `head` returned and charge its key for it. A `requeued` ticket has paid before."""
+        """Remove the ticket that `head` returned and charge its key for it, unless it has paid."""
         # One ticket can at most double the typical cost: a huge ticket says little about the next ones.
         self._typical_cost += 0.05 * (min(_cost(ticket), 21 * self._typical_cost) - self._typical_cost)
-        cost = 0.0 if ticket.requeued else min(_cost(ticket), MAX_ROUNDS * self._typical_cost)
+        cost = 0.0 if ticket.has_paid else min(_cost(ticket), MAX_ROUNDS * self._typical_cost)
         self._now, number, queue = self._turns[0]
         stride = cost / self._weight(queue.key, queue.priority)
         weights = self._weights

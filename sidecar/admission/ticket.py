@@ -69,6 +69,7 @@ class Ticket:
         "deadline",
         "doubted",
         "expiry",
+        "has_paid",
         "key",
         "latest",
         "model",
@@ -122,6 +123,8 @@ class Ticket:
         """The name of the backend of the last attempt."""
         self.requeued = False
         """True: an attempt brought no answer and the ticket is queued again, at the head of its key's queue."""
+        self.has_paid = False
+        """True: its key was charged for an attempt that a limit refused, so the next attempt is free."""
         self.doubted = False
         """True: an attempt was refused because of the account or the key, and is made once more before all others."""
         self.not_before = 0.0

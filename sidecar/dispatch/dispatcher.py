@@ -174,7 +174,7 @@ class Dispatcher:
         action = self._policies[upstream.name].decide(now, situation)
         if action == "fail":
             return action
-        ticket.requeued = True
+        ticket.requeued, ticket.has_paid = True, outcome == "refused"  # a failed attempt took somebody's turn
         ticket.not_before, ticket.only_while_failing = max(now, ticket.not_before), None
         if upstream.unavailable and not situation.elsewhere:
             ticket.tried = ()  # it was a probe, and no other upstream is left: it waits among all other tickets again

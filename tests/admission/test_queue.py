@@ -89,11 +89,16 @@ class Model(RuleBasedStateMachine):
             self.now = 0.0
 
     @rule(
-        key=keys, priority=priorities, deadline=st.integers(1, 9), tokens=st.floats(0.0, 50.0), requeued=st.booleans()
+        key=keys,
+        priority=priorities,
+        deadline=st.integers(1, 9),
+        tokens=st.floats(0.0, 50.0),
+        requeued=st.booleans(),
+        has_paid=st.booleans(),
     )
-    def add(self, key, priority, deadline, tokens, requeued):
+    def add(self, key, priority, deadline, tokens, requeued, has_paid):
         ticket = make_ticket(key, float(deadline), tokens, priority=priority, size_bytes=int(tokens))
-        ticket.requeued = requeued
+        ticket.requeued, ticket.has_paid = requeued, requeued and has_paid
         self.number += 1
         if (priority, key) not in self.turns:
             turn = self.now + self.queue._typical_cost / self.weight(priority, key)
@@ -110,7 +115,7 @@ class Model(RuleBasedStateMachine):
         assert head is self.expected(*place)
         weight = self.weight(*place)
         self.queue.take(head)
-        cost = 0.0 if head.requeued else min(max(head.tokens, 1.0), MAX_ROUNDS * self.queue._typical_cost)
+        cost = 0.0 if head.has_paid else min(max(head.tokens, 1.0), MAX_ROUNDS * self.queue._typical_cost)
         self.now, number = self.turns[place]
         self.turns[place] = (self.now + cost / weight, number)
         self.removed(head)
@@ -310,16 +315,17 @@ def test_a_single_request_with_high_waits_less_than_a_round():
     assert wait(Priority.LOW) <= 30 * 3 + 1
 
 
-def test_a_key_pays_once_for_a_request_that_is_sent_again():
+@pytest.mark.parametrize(("has_paid", "order"), [(True, "baab"), (False, "baba")])
+def test_a_key_pays_again_for_a_request_unless_a_limit_refused_it(has_paid, order):
     queue = FairQueue()
     for key in "ab":
         for _ in range(2):
             queue.add(make_ticket(key))
     refused = take_next(queue)
-    refused.requeued = True
+    refused.requeued, refused.has_paid = True, has_paid
     queue.add(refused)
     rest = [take_next(queue) for _ in range(4)]
-    assert [ticket.key for ticket in rest] == ["b", "a", "a", "b"]
+    assert "".join(ticket.key for ticket in rest) == order
     assert rest[1] is refused
 
 
