@@ -96,7 +96,7 @@ class Model(RuleBasedStateMachine):
         requeued=st.booleans(),
         has_paid=st.booleans(),
     )
-    def add(self, key, priority, deadline, tokens, requeued, has_paid):
+    def add(self, key, priority, *, deadline, tokens, requeued, has_paid):
         ticket = make_ticket(key, float(deadline), tokens, priority=priority, size_bytes=int(tokens))
         ticket.requeued, ticket.has_paid = requeued, requeued and has_paid
         self.number += 1
