@@ -119,6 +119,12 @@ class RequestHead:
         transport = self.transport()
         return transport is None or transport.is_closing()
 
+    def cut_off(self) -> None:
+        """Close the connection at once. What the caller has not read yet is lost."""
+        transport = self.transport()
+        if transport is not None:
+            transport.abort()
+
     def send_continue(self) -> None:
         """Send `100 Continue`, if the caller's version of HTTP supports it.
 

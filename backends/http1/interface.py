@@ -127,6 +127,10 @@ class HttpRequest(Protocol):
         """The caller's address; empty for a unix socket."""
         ...
 
+    def cut_off(self) -> None:
+        """Close the connection at once. What the caller has not read yet is lost."""
+        ...
+
     def send_continue(self) -> None:
         """Send `100 Continue`, if the caller's version of HTTP supports it.
 

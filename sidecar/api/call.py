@@ -24,6 +24,11 @@ from sidecar.dispatch.stream_bounds import StreamSettings
 from sidecar.observe.metrics import RequestOutcome
 from sidecar.observe.trace import TracingStopwatch
 
+#: Seconds for which one stream may wait, in all, for a caller that reads more slowly than the provider answers. A local
+#: caller reads a whole answer in milliseconds, and the sockets hold some megabytes for it.
+SLOW_READER_SECONDS = 10.0
+#: A wait that is not longer than this many seconds shows no slow reader.
+USUAL_DRAIN_SECONDS = 0.05
 _PRIORITIES = {"high": Priority.HIGH, "normal": Priority.NORMAL, "low": Priority.LOW}
 #: The `traceparent` header of W3C Trace Context: version, trace id, parent id, flags. The last bit of the flags means
 #: that the caller records the trace.
@@ -330,15 +335,28 @@ class Call:
         return b"data: %b\n\n" % body
 
     async def _stream(self, reply: Reply) -> None:
-        """Write a streaming answer chunk by chunk. A slow reader slows the provider, so no data accumulates here."""
+        """Write a streaming answer chunk by chunk. A slow reader slows the provider, so no data accumulates here.
+
+        Meanwhile the stream holds a permit. So a caller that makes it wait for more than SLOW_READER_SECONDS in all
+        is cut off: otherwise callers that do not read could take every permit from the others.
+        """
         assert self.ticket is not None and reply.chunks is not None  # noqa: S101  `ask` has both
         switch, clock = self.ticket.stopwatch.switch, self._now
         self._reply = reply
         self.response = answer = self._answer(reply.status, reply.headers, length=None)
         deliver = reply.deliver or partial(_deliver, reply.chunks)
+        seconds_left = SLOW_READER_SECONDS
         while not await deliver(answer.write):
-            switch("write", clock())
-            await answer.drain()
+            began = clock()
+            switch("write", began)
+            try:
+                async with asyncio.timeout(seconds_left):
+                    await answer.drain()
+            except TimeoutError:
+                self.http.cut_off()
+                raise ConnectionResetError("the caller reads its answer too slowly") from None
+            waited = clock() - began
+            seconds_left -= waited if waited > USUAL_DRAIN_SECONDS else 0.0
             switch("body", clock())
         self._error_sent = reply.failure is not None  # the provider's own error is already in the stream
 

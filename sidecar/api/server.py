@@ -159,7 +159,7 @@ class DataServer:
         return next((endpoint for base, endpoint in _PASSTHROUGH.items() if path.startswith(base)), None)
 
     async def _answer(self, call: Call, error: Exception) -> Answer:
-        if isinstance(error, ConnectionError) and call.http.caller_has_left:
+        if isinstance(error, ConnectionError) and (call.http.caller_has_left or call.http.is_gone):
             raise error  # nobody waits for an answer
         problem = problem_of(error, call.api)
         call.outcome, call.upstream_request_id = problem.outcome, problem.upstream_request_id

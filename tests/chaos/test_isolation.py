@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from collections import Counter
 
+import aiohttp
 import pytest
 from running import CHAT, chat
+from scripted_upstream import CHAT_ANSWER
 
 from sidecar.admission import Ticket
 from sidecar.admission.queue import FairQueue
+from sidecar.api import call
 
 SECONDS = 5.0
 
@@ -58,6 +62,44 @@ async def test_callers_that_never_read_their_answers_do_not_hold_permits(serving
     for writer in writers:
         writer.transport.abort()
     await sidecar.until(sidecar.at_rest)
+
+
+@pytest.mark.http
+@pytest.mark.parametrize("way", ["does not read", "reads a little"])
+async def test_a_stream_whose_caller_is_slow_loses_its_permit_and_its_connection(serving, scripted, monkeypatch, way):
+    monkeypatch.setattr(call, "SLOW_READER_SECONDS", 0.5)
+    frame = b'data: {"choices":[{"index":0,"delta":{"content":"%b"}}]}\n\n' % (b"x" * 65_000)
+
+    async def script(link, seen):
+        if not json.loads(seen.body).get("stream"):
+            await link.answer(CHAT_ANSWER)
+            return
+        await link.start_stream()
+        while True:  # until the sidecar closes the connection
+            await link.chunk(frame)
+
+    upstream = await scripted(script)
+    sidecar = await serving(dashscope_url=f"{upstream.origin}/v1", max_concurrency=2)
+    streams = [await sidecar.post(chat(stream=True)).__aenter__() for _ in range(2)]
+    stop = asyncio.Event()
+
+    async def read_a_little(stream):
+        with contextlib.suppress(aiohttp.ClientError):
+            while not stop.is_set():
+                await stream.content.read(10)
+                await asyncio.sleep(0.05)
+
+    readers = [asyncio.create_task(read_a_little(stream)) for stream in streams if way == "reads a little"]
+    async with sidecar.post() as response:  # it waits for a permit
+        assert response.status == 200
+    await sidecar.until(sidecar.at_rest)
+    stop.set()
+    await asyncio.gather(*readers)
+    for stream in streams:
+        with pytest.raises(aiohttp.ClientError):
+            await stream.read()
+    metrics = await sidecar.metrics()
+    assert metrics['sidecar_requests_total{api="openai",backend="dashscope",outcome="cancelled"}'] == 2
 
 
 async def test_a_full_queue_fails_no_probe_and_answers_503_with_retry_after(serving, provider):
