@@ -156,7 +156,8 @@ class Dispatcher:
                     failed_attempts = 0  # it counts attempts in a row at one upstream that answers other requests
                 self._metrics.retry(upstream.name, failure)
                 is_fault = outcome != "refused" and not undecided
-                last_failure = failure.with_traceback(None) if is_fault else None
+                failure.__traceback__ = None
+                last_failure = failure if is_fault else None
 
     def _decide(
         self, ticket: Ticket, upstream: Upstream, outcome: VerdictOutcome, failed_attempts: int, *, is_out: bool
@@ -266,10 +267,13 @@ class Dispatcher:
             ) from timeout
         except (BackendError, NoByteInTime) as failure:
             told, teaches = second_reading(permit, failure, self.now())
-            result = self._report(permit, told, teaches=teaches)
-            if told is not failure:
-                raise told from None
-            raise
+            try:
+                result = self._report(permit, told, teaches=teaches)
+                if told is not failure:
+                    raise told from failure.with_traceback(None)
+                raise
+            finally:
+                del told  # the error refers to this frame: the cycle would keep the request body in memory
         finally:
             if reply is not None:
                 self._count_tokens(ticket, name, reply)
