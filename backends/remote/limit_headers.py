@@ -270,12 +270,11 @@ def _number(text: str) -> float | None:
 
 
 def _reset(text: str, headers: Mapping[str, str]) -> float | None:
-    """Return the seconds until a reset; None if it is no valid value."""
+    """Return the seconds until a reset: finite and not negative; None if it is no valid value."""
     try:  # the usual forms first, because they are read for each answer
-        if text[-2:] == "ms":
-            return float(text[:-2]) / 1000
         if text[-1:] == "s":
-            return float(text[:-1])
+            seconds = float(text[:-2]) / 1000 if text[-2:] == "ms" else float(text[:-1])
+            return seconds if 0.0 <= seconds < inf else None  # `float` also reads "-5", "inf" and "nan"
     except ValueError:
         pass
     now = date_header(headers.get("Date", ""))

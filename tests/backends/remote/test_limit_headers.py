@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import inf
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -73,6 +75,17 @@ def test_a_limit_is_ignored_if_what_remains_of_it_is_impossible(value):
     assert LimitReader().read({"x-ratelimit-limit-requests": "60", "x-ratelimit-remaining-requests": value}) == ()
 
 
+@pytest.mark.parametrize("value", ["-5s", "infs", "nans", "infms", "-1ms", "1e999s"])
+@pytest.mark.parametrize("suffix", ["", "-requests", "-minute"])
+def test_a_reset_that_is_no_time_is_ignored(suffix, value):
+    headers = {
+        f"x-ratelimit-{role}{suffix}": text for role, text in (("limit", "9"), ("remaining", "0"), ("reset", value))
+    }
+    [one] = LimitReader().read(headers)
+    assert one.reset is None
+    assert one.window in (None, 60)
+
+
 def test_other_headers_report_no_limit():
     headers = {"x-limit": "3", "content-length": "3", "x-ratelimit-limit-input-tokens": "9", "x-concurrency-limit": "4"}
     assert LimitReader().read(headers) == ()
@@ -98,6 +111,7 @@ def test_no_value_raises_or_gives_an_impossible_limit(headers):
         assert 0 < one.limit <= 1e9
         assert one.remaining is None or 0 <= one.remaining <= one.limit
         assert one.window is None or one.window > 0
+        assert one.reset is None or 0 <= one.reset < inf
 
 
 def test_the_time_of_counting_is_read_in_unix_milliseconds():
