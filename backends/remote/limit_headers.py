@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple
 from backends.base import ReportedLimit
 from backends.remote.waits import date_header, seconds_until
 
-#: A limit above this number is no limit.
+#: A limit above this number, or below 1, is no limit.
 _MAX_LIMIT = 1e9
 #: Seconds of each unit of time in a header's name.
 _WINDOWS = {"second": 1.0, "minute": 60.0, "hour": 3600.0, "day": 86400.0, "month": 30 * 86400.0, "year": 365 * 86400.0}
@@ -106,7 +106,7 @@ class _Known:
     def __init__(self, name: _Name, limit: float | None, window: float | None) -> None:
         self.series, self.row = name.series, name.row
         self.dimension: Literal["request_rate", "token_rate"] = "token_rate" if name.tokens else "request_rate"
-        self.limit = limit if limit is not None and 0 < limit <= _MAX_LIMIT else None
+        self.limit = limit if limit is not None and 1 <= limit <= _MAX_LIMIT else None
         """None: no valid limit."""
         self.window = window
         self.shown = window is not None
