@@ -14,7 +14,7 @@ from math import inf, isfinite
 from backends.base import MAX_ANSWER_BYTES, Dialect, OnPiece, Reply, Request
 from backends.forwarded_headers import query_to_provider, to_provider
 from backends.http1.interface import Answer, HttpRequest
-from sidecar.admission import Arrival, Priority, Ticket
+from sidecar.admission import NO_MODEL, Arrival, Priority, Ticket
 from sidecar.api.body import ParsedBody, is_quick
 from sidecar.api.errors import Api, InvalidRequest, Problem, body_of, headers_of
 from sidecar.api.key import fair_queue_key
@@ -170,6 +170,8 @@ class Call:
 
     def make_ticket(self, *, model: str, tokens: float, size_bytes: int) -> Ticket:
         """Create the ticket from the headers. Raises `InvalidRequest` that names the header."""
+        if model == NO_MODEL and model is not NO_MODEL:  # a caller's: it would not count for the operator's rates
+            raise InvalidRequest("no model has this name: name another one", field="model")
         headers = self.http.headers
         now = self._now()
         key = fair_queue_key(headers, self.settings.key_header)
