@@ -266,7 +266,8 @@ class Dispatcher:
                 "SIDECAR_DEADLINE"
             ) from timeout
         except (BackendError, NoByteInTime) as failure:
-            told, teaches = second_reading(permit, failure, self.now())
+            elsewhere = self.admission.pool(ticket.model).has_another(ticket, upstream)
+            told, teaches = second_reading(permit, failure, self.now(), elsewhere=elsewhere)
             try:
                 result = self._report(permit, told, teaches=teaches)
                 if told is not failure:
