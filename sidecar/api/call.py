@@ -139,7 +139,12 @@ class Call:
         """Return what `parse` finds in the body. A large body is parsed in a thread. Raises `InvalidRequest`."""
         if is_quick(body):
             return parse(body)
-        return await asyncio.get_running_loop().run_in_executor(self.parser, parse, body)
+        admission = self._dispatcher.admission
+        admission.parsing_bytes += len(body)
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self.parser, parse, body)
+        finally:
+            admission.parsing_bytes -= len(body)
 
     async def _receive(self, arrival: Arrival, max_bytes: int) -> bytes:
         """Read a body that has not arrived completely."""
