@@ -147,9 +147,9 @@ class Dispatcher:
                 outcome, upstream = self._outcome_of(failure), permit.upstream
                 failed_attempts += outcome == "failed"
                 undecided = permit.reading == "undecided"
-                is_out = undecided or self._is_out(upstream, permit.sent_at if failed_at is None else failed_at)
+                is_out = self._is_out(upstream, permit.sent_at if failed_at is None else failed_at)
                 failed_at = self.now()
-                action = self._decide(ticket, upstream, outcome, failed_attempts, is_out=is_out)
+                action = self._decide(ticket, upstream, outcome, failed_attempts, is_out=is_out or undecided)
                 if action == "fail":
                     raise
                 if action == "elsewhere" or is_out:
