@@ -166,7 +166,8 @@ async def test_a_caller_that_always_has_a_request_behind_is_not_charged_for_answ
     (connection,) = await _connections(caller)
     for number in range(50):
         caller.writer.write(request(f"/{number + 1}", body=b"x" * 10_000))
-        await until(lambda: len(connection.waiting) == 1 + (number > 0) and connection.waiting[-1][1].is_eof())
+        behind = 2 if number else 1
+        await until(lambda count=behind: len(connection.waiting) == count and connection.waiting[-1][1].is_eof())
         if number:
             turns.release()
             assert [body for _, body in await caller.answers(1)] == [f"/{number - 1}".encode()]
