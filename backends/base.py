@@ -81,7 +81,7 @@ class ReportedLimit(NamedTuple):
     """The header's name in lower case: it names the limit."""
     dimension: Literal["request_rate", "token_rate"]
     limit: float
-    """Requests or LLM tokens per window: above 0, at most 1e9."""
+    """Requests or LLM tokens per window: from 1 to 1e9."""
     window: float | None
     """Seconds of the window; None if the headers do not show it."""
     remaining: float | None = None

@@ -89,7 +89,7 @@ def has_ended(transport: asyncio.Transport) -> bool:
     sock = transport.get_extra_info("socket")
     try:
         return sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] in _ENDED_STATES
-    except (AttributeError, OSError):
+    except (AttributeError, OSError, ValueError):  # uvloop: ValueError once it is closed
         return False
 
 

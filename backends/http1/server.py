@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from http import HTTPStatus
 
@@ -64,8 +65,8 @@ class Connection(RequestProtocol):
     """
 
     __slots__ = (
-        "_behind_bytes", "_closes_at", "_current", "_end_timer", "_incoming", "_listener", "_stopped", "_timer",
-        "caller_has_left", "idle_since",
+        "_behind_bytes", "_closes_at", "_counted_before", "_counted_bytes", "_current", "_end_timer", "_incoming",
+        "_listener", "_stopped", "_timer", "caller_has_left", "idle_since",
     )  # fmt: skip
 
     def __init__(self, listener: Listener, loop: asyncio.AbstractEventLoop) -> None:
@@ -75,6 +76,8 @@ class Connection(RequestProtocol):
         self._stopped = False  # if True, the data that follows is not parsed
         self._current: HttpRequest | None = None  # the request that is being answered
         self._behind_bytes = 0  # bytes received of the requests behind `_current`
+        self._counted_bytes = 0  # the bytes that `_behind_bytes` has ever counted
+        self._counted_before: deque[int] = deque()  # for each element of `waiting`: the same, before its head arrived
         self._end_timer: asyncio.TimerHandle | None = None  # looks for the end of a connection that is not read
         self.caller_has_left = False
         """Whether the caller has shut its sending side. Then no work may begin whose answer takes time."""
@@ -97,8 +100,7 @@ class Connection(RequestProtocol):
         self._timer.cancel()
         if self._end_timer is not None:
             self._end_timer.cancel()
-        self._listener.pipelined_bytes -= self._behind_bytes
-        self._behind_bytes = 0
+        self._set_behind(0)
         self._listener.connections.discard(self)
         if self.task is not None:
             self.task.cancel()
@@ -107,8 +109,7 @@ class Connection(RequestProtocol):
         """Parse the data, and start the task that answers."""
         if self._stopped:
             return
-        if self.task is not None and (self._incoming.is_eof() or len(self.waiting) > (self._current is None)):
-            self._count_pipelined(len(data))
+        is_behind = self.task is not None and (self._incoming.is_eof() or len(self.waiting) > (self._current is None))
         messages: Sequence[tuple[RawRequestMessage | MalformedRequest, StreamReader]]
         try:
             messages, self._stopped, _ = self.feed(data)  # `_stopped`: the caller asks for another protocol
@@ -123,18 +124,25 @@ class Connection(RequestProtocol):
         if messages:
             self._incoming = messages[-1][1]
             self.waiting.extend(messages)
+            self._counted_before.extend([self._counted_bytes] * len(messages))
             if len(self.waiting) >= self._max_pipelined:
                 self.pause_while_full()
             if self.task is None:
                 self.task = self.loop.create_task(self._answer_all())
+        if is_behind or len(self.waiting) > (self._current is None):
+            self._count_pipelined(len(data))
 
     def _count_pipelined(self, more_bytes: int) -> None:
-        self._behind_bytes += more_bytes
-        self._listener.pipelined_bytes += more_bytes
+        self._counted_bytes += more_bytes
+        self._set_behind(self._behind_bytes + more_bytes)
         if self._listener.pipelined_bytes > accepting.MAX_PIPELINED_IN_ALL_BYTES and self.transport is not None:
             self.transport.abort()
         elif self._behind_bytes > accepting.MAX_PIPELINED_BYTES:
             self.pause_while_full()
+
+    def _set_behind(self, behind_bytes: int) -> None:
+        self._listener.pipelined_bytes += behind_bytes - self._behind_bytes
+        self._behind_bytes = behind_bytes
 
     def pause_reading(self) -> None:
         """Stop reading the socket: a body is read too slowly."""
@@ -212,10 +220,9 @@ class Connection(RequestProtocol):
         try:
             while self.waiting and keeps_alive:
                 keeps_alive = False
-                message = self.waiting.popleft()
-                if not self.waiting and self._behind_bytes:  # what was behind is now answered
-                    self._listener.pipelined_bytes -= self._behind_bytes
-                    self._behind_bytes = 0
+                message, counted_before = self.waiting.popleft(), self._counted_before.popleft()
+                if self._behind_bytes:  # what arrived before this request is answered
+                    self._set_behind(self._counted_bytes - counted_before if self.waiting else 0)
                 keeps_alive = await self._answer_one(*message)
         except (ConnectionError, asyncio.CancelledError):
             # The caller closed the connection. The error is dropped here: a task that ends with an exception keeps the

@@ -386,7 +386,7 @@ async def _read(response: Response, limit: int, first: bytes = b"") -> bytes:
     while piece := await response.content.readany():
         size += len(piece)
         if size > limit:
-            raise ServerFailed(f"the provider's answer is longer than {limit} bytes")
+            raise _too_long(limit)
         pieces.append(piece)
     return b"".join(pieces)
 
@@ -411,6 +411,12 @@ def _decompressed(body: bytes, encoding: str) -> bytes:
         return zlib.decompressobj(zlib.MAX_WBITS | 32).decompress(body, _ERROR_BODY_LIMIT)
     except zlib.error:
         return b""
+
+
+def _too_long(limit: int) -> ServerFailed:
+    error = ServerFailed(f"the provider's answer is longer than {limit} bytes")
+    error.may_resend = False  # the next answer would be as long, and is charged too
+    return error
 
 
 def _not_json(response: Response) -> ServerFailed:

@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple
 from backends.base import ReportedLimit
 from backends.remote.waits import date_header, seconds_until
 
-#: A limit above this number is no limit.
+#: A limit above this number, or below 1, is no limit.
 _MAX_LIMIT = 1e9
 #: Seconds of each unit of time in a header's name.
 _WINDOWS = {"second": 1.0, "minute": 60.0, "hour": 3600.0, "day": 86400.0, "month": 30 * 86400.0, "year": 365 * 86400.0}
@@ -106,7 +106,7 @@ class _Known:
     def __init__(self, name: _Name, limit: float | None, window: float | None) -> None:
         self.series, self.row = name.series, name.row
         self.dimension: Literal["request_rate", "token_rate"] = "token_rate" if name.tokens else "request_rate"
-        self.limit = limit if limit is not None and 0 < limit <= _MAX_LIMIT else None
+        self.limit = limit if limit is not None and 1 <= limit <= _MAX_LIMIT else None
         """None: no valid limit."""
         self.window = window
         self.shown = window is not None
@@ -270,12 +270,11 @@ def _number(text: str) -> float | None:
 
 
 def _reset(text: str, headers: Mapping[str, str]) -> float | None:
-    """Return the seconds until a reset; None if it is no valid value."""
+    """Return the seconds until a reset: finite and not negative; None if it is no valid value."""
     try:  # the usual forms first, because they are read for each answer
-        if text[-2:] == "ms":
-            return float(text[:-2]) / 1000
         if text[-1:] == "s":
-            return float(text[:-1])
+            seconds = float(text[:-2]) / 1000 if text[-2:] == "ms" else float(text[:-1])
+            return seconds if 0.0 <= seconds < inf else None  # `float` also reads "-5", "inf" and "nan"
     except ValueError:
         pass
     now = date_header(headers.get("Date", ""))

@@ -94,7 +94,9 @@ class Admission:
         self._upstreams: dict[tuple[str, str], Upstream] = {}
         self._pools: OrderedDict[str, Pool] = OrderedDict()
         self._bodies = BodiesInFlight(queue_bytes)
-        self._arrivals = Arrivals(self.loop, queue_bytes, self.waiting_bytes)
+        self.parsing_bytes = 0
+        """Bytes of the complete bodies that are being parsed: they have no ticket yet, and count as waiting."""
+        self._arrivals = Arrivals(self.loop, queue_bytes, lambda: self.waiting_bytes() + self.parsing_bytes)
 
     def __repr__(self) -> str:
         counts = f"pools={len(self._pools)} waiting={self.waiting()} in_flight={self.in_flight()}"

@@ -14,7 +14,7 @@ from math import inf, isfinite
 from backends.base import MAX_ANSWER_BYTES, Dialect, OnPiece, Reply, Request
 from backends.forwarded_headers import query_to_provider, to_provider
 from backends.http1.interface import Answer, HttpRequest
-from sidecar.admission import Arrival, Priority, Ticket
+from sidecar.admission import NO_MODEL, Arrival, Priority, Ticket
 from sidecar.api.body import ParsedBody, is_quick
 from sidecar.api.errors import Api, InvalidRequest, Problem, body_of, headers_of
 from sidecar.api.key import fair_queue_key
@@ -144,7 +144,12 @@ class Call:
         """Return what `parse` finds in the body. A large body is parsed in a thread. Raises `InvalidRequest`."""
         if is_quick(body):
             return parse(body)
-        return await asyncio.get_running_loop().run_in_executor(self.parser, parse, body)
+        admission = self._dispatcher.admission
+        admission.parsing_bytes += len(body)
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self.parser, parse, body)
+        finally:
+            admission.parsing_bytes -= len(body)
 
     async def _receive(self, arrival: Arrival, max_bytes: int) -> bytes:
         """Read a body that has not arrived completely."""
@@ -175,6 +180,8 @@ class Call:
 
     def make_ticket(self, *, model: str, tokens: float, size_bytes: int) -> Ticket:
         """Create the ticket from the headers. Raises `InvalidRequest` that names the header."""
+        if model == NO_MODEL and model is not NO_MODEL:  # a caller's: it would not count for the operator's rates
+            raise InvalidRequest("no model has this name: name another one", field="model")
         headers = self.http.headers
         now = self._now()
         key = fair_queue_key(headers, self.settings.key_header)

@@ -142,6 +142,8 @@ class DataServer:
             except ConnectionError:
                 call.outcome = "cancelled"
                 raise
+            finally:
+                error.__traceback__ = None  # its frames refer to the error and to the request body
         finally:
             self._tasks.discard(task)
             if self._idle is not None and not self._tasks:

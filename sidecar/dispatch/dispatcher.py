@@ -147,16 +147,17 @@ class Dispatcher:
                 outcome, upstream = self._outcome_of(failure), permit.upstream
                 failed_attempts += outcome == "failed"
                 undecided = permit.reading == "undecided"
-                is_out = undecided or self._is_out(upstream, permit.sent_at if failed_at is None else failed_at)
+                is_out = self._is_out(upstream, permit.sent_at if failed_at is None else failed_at)
                 failed_at = self.now()
-                action = self._decide(ticket, upstream, outcome, failed_attempts, is_out=is_out)
+                action = self._decide(ticket, upstream, outcome, failed_attempts, is_out=is_out or undecided)
                 if action == "fail":
                     raise
                 if action == "elsewhere" or is_out:
                     failed_attempts = 0  # it counts attempts in a row at one upstream that answers other requests
                 self._metrics.retry(upstream.name, failure)
                 is_fault = outcome != "refused" and not undecided
-                last_failure = failure.with_traceback(None) if is_fault else None
+                failure.__traceback__ = None
+                last_failure = failure if is_fault else None
 
     def _decide(
         self, ticket: Ticket, upstream: Upstream, outcome: VerdictOutcome, failed_attempts: int, *, is_out: bool
@@ -265,14 +266,15 @@ class Dispatcher:
                 "SIDECAR_DEADLINE"
             ) from timeout
         except (BackendError, NoByteInTime) as failure:
-            told, teaches = second_reading(permit, failure, self.now())
+            elsewhere = self.admission.pool(ticket.model).has_another(ticket, upstream)
+            told, teaches = second_reading(permit, failure, self.now(), elsewhere=elsewhere)
             try:
                 result = self._report(permit, told, teaches=teaches)
                 if told is not failure:
-                    raise told from None
+                    raise told from failure.with_traceback(None)
                 raise
             finally:
-                del told  # it and this frame would refer to each other, and the request body would stay in memory
+                del told  # the error refers to this frame: the cycle would keep the request body in memory
         finally:
             if reply is not None:
                 self._count_tokens(ticket, name, reply)

@@ -11,12 +11,15 @@ from sidecar.admission import Permit
 LONE_WAIT_SECONDS, MAX_LONE_WAIT_SECONDS = 1.0, 30.0
 
 
-def second_reading(permit: Permit, failure: Exception, now: float) -> tuple[Exception, bool]:
+def second_reading(permit: Permit, failure: Exception, now: float, *, elsewhere: bool) -> tuple[Exception, bool]:
     """Return the failure as the caller and the gates must see it, and whether a limit is learned from it.
+
+    `elsewhere`: another upstream could take the ticket.
 
     * A 5xx without words that comes when more is sent is a refusal by a limit.
     * A request that is refused for LLM tokens although nothing else was sent for longer than any usual window is larger
-      than the limit. The first such refusal teaches nothing, and the second one is the request's own fault.
+      than the limit. The first such refusal teaches nothing, and the second one is the request's own fault. If another
+      upstream could take the ticket, it goes there instead.
 
     A failure in a stream that has begun stays as it is.
     """
@@ -35,6 +38,9 @@ def second_reading(permit: Permit, failure: Exception, now: float) -> tuple[Exce
         return _with_answer_of(failure, refusal), True
     if isinstance(failure, Throttled) and failure.kind == "token_rate":
         refusals = permit.upstream.lone_token_refusals(permit)
+        if refusals and elsewhere:  # the limit there may be higher
+            ticket.tried = (*ticket.tried, permit.upstream)
+            return failure, False
         if refusals > 1:
             rejected = Rejected(
                 f"{failure.message}; it came twice while nothing else was sent: this request is larger than the limit",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import threading
 import tracemalloc
 
 import pytest
@@ -56,3 +57,28 @@ async def test_a_frame_of_10_mb_is_held_once_while_it_waits_and_is_answered(serv
         go.set()
     assert (first.result(), second.result()) == (200, 200)
     assert len(upstream.seen[1].body) > 10 * MB
+
+
+async def test_a_body_that_is_being_parsed_counts_as_waiting(serving, scripted):
+    """Large bodies take turns in one thread. Until then nothing else knows of them."""
+    upstream = await scripted()
+    sidecar = await serving(dashscope_url=f"{upstream.origin}/v1", queue_bytes=3 * MB, deadline=15)
+    body = json.dumps({"model": "m", "messages": [{"role": "user", "content": "x" * 2 * MB}]}).encode()
+    may_parse = threading.Event()
+    sidecar.sidecar.data._parser.submit(may_parse.wait)
+
+    async def ask() -> int:
+        async with sidecar.client.post(sidecar.url + CHAT, data=body) as response:
+            await response.read()
+            return response.status
+
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            first = tasks.create_task(ask())
+            await sidecar.until(lambda: sidecar.sidecar.admission.parsing_bytes == len(body))
+            assert await ask() == 503
+            may_parse.set()
+    finally:
+        may_parse.set()
+    assert first.result() == 200
+    assert sidecar.sidecar.admission.parsing_bytes == 0

@@ -6,8 +6,9 @@ import asyncio
 import json
 
 import pytest
-from running import BOUND, chat
+from running import BOUND, CHAT, IMAGE_URL, chat
 
+from sidecar.admission import NO_MODEL
 from sidecar.dispatch import model_list
 
 LIST = {"object": "list", "data": [{"id": "yard-vl", "object": "model"}]}
@@ -178,3 +179,14 @@ async def test_the_list_has_an_entry_of_its_own_behind_the_models_of_status(side
     async with sidecar.client.get(f"{sidecar.admin_url}/status") as response:
         [backend] = (await response.json())["backends"]
     assert [model["model"] for model in backend["models"]] == ["qwen-vl-plus", "(no model)"]
+
+
+@pytest.mark.parametrize("path", [CHAT, "/v1/embeddings", "/api/inference/describe"])
+async def test_no_caller_gets_into_the_pool_of_requests_without_a_model(serving, scripted, path):
+    """It has no rates, so the operator's ceiling would not hold there."""
+    upstream = await scripted()
+    sidecar = await serving(dashscope_url=f"{upstream.origin}/v1", passthrough=True)
+    body = {**chat(model=NO_MODEL), "input": "x", "prompt": "x", "image_b64": IMAGE_URL.partition(",")[2]}
+    async with sidecar.client.post(sidecar.url + path, json=body) as response:
+        assert response.status in (400, 422)
+    assert upstream.seen == []

@@ -169,6 +169,7 @@ async def test_a_policy_of_a_megabyte_is_an_error(serving, scripted):
     response, body = await get(sidecar)
     assert (response.status, body["code"]) == (502, "upstream_error")
     assert "longer than 65536 bytes" in body["message"]
+    assert len(upstream.seen) == 1
 
 
 async def test_the_providers_error_passes_unchanged(serving, scripted):

@@ -41,19 +41,58 @@ async def breaks(link, _):
     link.writer.transport.abort()
 
 
+async def errs_before_content(link, _):
+    await link.start_stream()
+    await link.chunk(b'data: {"error":{"message":"Invalid image","code":"invalid_parameter_error"}}\n\n')
+    await link.chunk(b"")
+
+
+async def errs_after_content(link, _):
+    await link.start_stream()
+    await link.chunk(FIRST)
+    await link.chunk(b'data: {"error":{"message":"Invalid image","code":"invalid_parameter_error"}}\n\n')
+    await link.chunk(b"")
+
+
+async def stalls_and_errs(link, _):
+    await link.start_stream()
+    await asyncio.sleep(2.2)
+    await link.chunk(b'data: {"error":{"message":"Invalid image","code":"invalid_parameter_error"}}\n\n')
+    await link.chunk(b"")
+
+
+async def ends_early(link, _):
+    await link.start_stream()
+    await link.chunk(FIRST)
+    await link.chunk(b"")
+
+
+async def holds_an_error(link, _):
+    await link.answer({"choices": None, "error": {"message": "Invalid image", "code": "invalid_parameter_error"}})
+
+
+async def holds_nothing(link, _):
+    await link.answer({"choices": []})
+
+
 async def hangs(link, _):
     await asyncio.Event().wait()
 
 
+#: Scripts whose request asks for a stream.
+STREAMS = (breaks, errs_before_content, errs_after_content, stalls_and_errs, ends_early)
+WHOLE = (refuses, fails, throttles, resets, holds_an_error, holds_nothing, hangs)
+
+
 @pytest.mark.parametrize(
     ("script", "timeout_seconds"),
-    [(refuses, 10), (fails, 10), (throttles, 10), (resets, 10), (breaks, 10), (hangs, 10), (hangs, 0.3)],
-    ids=["refused", "failed", "throttled", "reset", "broken", "deadline", "caller gone"],
+    [*((script, 10) for script in (*WHOLE, *STREAMS)), (hangs, 0.3)],
+    ids=[*(script.__name__ for script in (*WHOLE, *STREAMS)), "caller gone"],
 )
 async def test_no_body_waits_for_the_garbage_collector(serving, scripted, script, timeout_seconds):
     upstream = await scripted(script)
-    sidecar = await serving(dashscope_url=f"{upstream.origin}/v1", deadline=1)
-    fields = {"messages": [{"role": "user", "content": CONTENT}], "stream": script is breaks}
+    sidecar = await serving(dashscope_url=f"{upstream.origin}/v1", deadline=4 if script is stalls_and_errs else 1)
+    fields = {"messages": [{"role": "user", "content": CONTENT}], "stream": script in STREAMS}
     body = json.dumps(chat(**fields)).encode()
     bound = aiohttp.ClientTimeout(timeout_seconds)
 

@@ -96,7 +96,46 @@ def test_failures_by_chance_leave_the_pace_alone(seed):
         world = World(lambda now, in_flight: chance.random() < 0.05)
         await world.arrive(20.0, 120.0)
         assert world.upstream.requests.learner.limit == inf
-        assert world.ends.keys() == {"answered"}
+        assert world.ends.keys() <= {"answered", "ServerFailed"}
+        assert world.ends["ServerFailed"] <= 2  # by chance, one of 8,000 requests fails three times in a row
+
+    clock.run(main())
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_cameras_whose_requests_always_fail_take_no_answer_from_the_others(seed):
+    """Three requests in 100 fail each time. Several such requests wait at any moment, so each sees others fail too."""
+
+    async def main():
+        chance, world = Random(seed), World(lambda *_: False)
+        backend, attempts = world.dispatcher.backends["first"], Counter()
+        send = backend.send
+
+        async def answer_or_fail(request, timings):
+            attempts[request.path] += 1
+            if request.path == "/x":
+                return await send(request, timings)
+            await asyncio.sleep(FAST)
+            raise ServerFailed("the provider answered 500: it failed", status=500)
+
+        async def ask_in_vain():
+            now = world.loop.time()
+            key = f"broken {chance.randrange(5)}"
+            ticket = Ticket(now=now, deadline=now + 20.0, key=key, model="model", tokens=300.0)
+            with pytest.raises((ServerFailed, NotAdmitted)):
+                await world.dispatcher.run(ticket, Request("openai", "/broken", b"{}", "model"))
+
+        backend.send = answer_or_fail
+        tasks, broken = [], 0
+        for number in range(1200):
+            is_broken = chance.random() < 0.03
+            broken += is_broken
+            tasks.append(asyncio.create_task(ask_in_vain() if is_broken else world.ask(f"camera-{number % 5}")))
+            await asyncio.sleep(chance.expovariate(10.0))
+        await asyncio.gather(*tasks)
+        assert world.ends["answered"] >= 0.98 * (1200 - broken)
+        assert attempts["/broken"] <= 5 * broken
+        assert world.upstream.requests.learner.limit == inf
 
     clock.run(main())
 

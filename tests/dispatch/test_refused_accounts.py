@@ -376,3 +376,23 @@ def test_a_request_that_is_refused_for_tokens_right_after_the_start_may_fit_late
         assert (await world.ask("large"))[0] is None
 
     clock.run(main())
+
+
+@pytest.mark.parametrize("tiers", [(1, 1), (1, 2)], ids=["same tier", "higher tier"])
+def test_a_request_that_is_too_large_for_one_upstream_goes_to_another_at_once(tiers):
+    async def main():
+        first = Scripted(
+            "first",
+            lambda _, at: Throttled("too many tokens", kind="token_rate", retry_after=30.0) if at > 50.0 else None,
+        )
+        second = Scripted("second", lambda *_: None)
+        world = World(first, second, tiers=tiers)
+        await world.ask()
+        await asyncio.sleep(100.0)
+        error, seconds = await world.ask()
+        return error, seconds, len(first.calls), len(second.calls)
+
+    error, seconds, first, second = clock.run(main())
+    assert error is None
+    assert seconds < 1.0
+    assert (first, second) == (2, 1)

@@ -26,6 +26,7 @@ class FirstBurst:
     __slots__ = ("_since", "_until", "is_burst", "open", "searching", "taken")
 
     def __init__(self, refused_at: float, began: float, sent: Iterable[Sent]) -> None:
+        began = min(began, refused_at)  # the refused call may have been sent before the learner began again
         self.is_burst = refused_at - began <= FIRST_SECONDS
         """True: the refusal came so soon that mostly a saved burst was accepted. The limit is then a guess, which may
         be far off."""

@@ -206,5 +206,5 @@ WORDLESS_SURE, WORDLESS_MAX_DROP = 8.0, 3.0
 WORDLESS_OTHERS = 4
 #: Seconds without a fast failure after which attempts are no longer recorded.
 WORDLESS_SLEEP_SECONDS = 60.0
-#: A request that fails this often, before enough is known, is read as failed.
+#: A request that fails more often than this is read as failed, unless half of WORDLESS_SURE speaks for a limit.
 WORDLESS_UNKNOWN = 3

@@ -108,10 +108,13 @@ class WordlessLimit:
             return "undecided" if self.times_failed(ticket) <= WORDLESS_UNKNOWN else "failed"
         if load[0] < min(other[0] for other in self._loads):
             return "failed"  # for longer than ever, nothing was accepted: an outage, which shows nothing of a limit
-        self._weigh(number, load)
+        if self.times_failed(ticket) == 1:  # repetitions come close together, whatever the cause of the failures
+            self._weigh(number, load)
         if self.sure:
             return "refused"
-        return "undecided" if max(self._evidence) > 0.0 else "failed"
+        # A request that fails often needs more evidence that it is not the cause.
+        least = 0.0 if self.times_failed(ticket) <= WORDLESS_UNKNOWN else WORDLESS_SURE / 2
+        return "undecided" if max(self._evidence) > least else "failed"
 
     def _weigh(self, number: int, load: Load) -> None:
         """Add the evidence of one failure that began at this load."""

@@ -1,11 +1,14 @@
 """Today's learner: which event leads from which state to which, and how well it learns a provider's limit."""
 
+from math import inf
 from random import Random
 
 import pytest
 import worlds
 from worlds import Bucket, accept, make_gate, refuse, remember, send, wait
 
+from sidecar.admission.learning.learner import UNKNOWN
+from sidecar.admission.learning.policer_learner import PolicerLearner
 from sidecar.admission.learning.states import State
 
 
@@ -250,3 +253,15 @@ def test_refusals_come_at_any_pace_only_if_they_go_on():
     assert world.control._share.climb is None
     world.run(60.0)
     assert world.control._share.climb is not None
+
+
+@pytest.mark.parametrize("answers", [0, 5])
+def test_a_late_refusal_after_a_new_beginning_does_not_stop_everything(answers):
+    """A call from before the beginning is refused after it: the guess is an ordinary first one."""
+    learner = PolicerLearner(0.0, ceiling=inf, budget=0.005, dormant=False)
+    late = learner.sent(1.0, 1.0, held=False, pace=inf)
+    learner.resumed(5.0, UNKNOWN)
+    for number in range(answers):
+        learner.accepted(5.5, learner.sent(5.1 + number / 100, 1.0, held=False, pace=inf))
+    learner.refused(6.0, late)
+    assert learner.pace(6.0) > 1.0

@@ -153,6 +153,48 @@ async def test_little_is_read_of_the_requests_behind_one_that_is_being_answered(
 
 
 @pytest.mark.internal_http
+async def test_a_caller_that_always_has_a_request_behind_is_not_charged_for_answered_ones(line, monkeypatch):
+    monkeypatch.setattr(accepting, "MAX_PIPELINED_IN_ALL_BYTES", 100_000)
+    turns = asyncio.Semaphore(0)
+
+    async def slow(http):
+        await turns.acquire()
+        return await echo(http)
+
+    caller = await line(slow)
+    caller.writer.write(request("/0"))
+    (connection,) = await _connections(caller)
+    for number in range(50):
+        caller.writer.write(request(f"/{number + 1}", body=b"x" * 10_000))
+        behind = 2 if number else 1
+        await until(lambda count=behind: len(connection.waiting) == count and connection.waiting[-1][1].is_eof())
+        if number:
+            turns.release()
+            assert [body for _, body in await caller.answers(1)] == [f"/{number - 1}".encode()]
+            assert connection.waiting
+    turns.release()
+    turns.release()
+    await caller.answers(2)
+    await until(lambda: caller.listener.pipelined_bytes == 0)
+
+
+@pytest.mark.internal_http
+async def test_a_request_behind_the_first_one_is_counted_if_both_arrive_together(line):
+    may_answer = asyncio.Event()
+
+    async def slow(http):
+        await may_answer.wait()
+        return await echo(http)
+
+    caller = await line(slow)
+    caller.writer.write(request("/first") + request("/second", body=b"x" * 40_000))
+    await until(lambda: caller.listener.pipelined_bytes >= 40_000)
+    may_answer.set()
+    assert [body for _, body in await caller.answers(2)] == [b"/first", b"/second"]
+    assert caller.listener.pipelined_bytes == 0
+
+
+@pytest.mark.internal_http
 async def test_requests_behind_others_are_bounded_on_all_connections_together(line, monkeypatch):
     monkeypatch.setattr(accepting, "MAX_PIPELINED_IN_ALL_BYTES", 1000)
     cancelled = asyncio.Event()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import inf
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -63,7 +65,7 @@ def test_every_spelling_is_read(headers, dimension, limit, window, remaining):
     assert one.window == pytest.approx(window, rel=0.01)
 
 
-@pytest.mark.parametrize("value", ["-1", "0", "2e9", "nan", "inf", "", "many"])
+@pytest.mark.parametrize("value", ["-1", "0", "1e-320", "2e9", "nan", "inf", "", "many"])
 def test_a_value_that_is_no_limit_is_ignored(value):
     assert LimitReader().read({"x-ratelimit-limit-requests": value, "x-ratelimit-remaining-requests": "0"}) == ()
 
@@ -71,6 +73,17 @@ def test_a_value_that_is_no_limit_is_ignored(value):
 @pytest.mark.parametrize("value", ["-1", "61", "nan", "some"])
 def test_a_limit_is_ignored_if_what_remains_of_it_is_impossible(value):
     assert LimitReader().read({"x-ratelimit-limit-requests": "60", "x-ratelimit-remaining-requests": value}) == ()
+
+
+@pytest.mark.parametrize("value", ["-5s", "infs", "nans", "infms", "-1ms", "1e999s"])
+@pytest.mark.parametrize("suffix", ["", "-requests", "-minute"])
+def test_a_reset_that_is_no_time_is_ignored(suffix, value):
+    headers = {
+        f"x-ratelimit-{role}{suffix}": text for role, text in (("limit", "9"), ("remaining", "0"), ("reset", value))
+    }
+    [one] = LimitReader().read(headers)
+    assert one.reset is None
+    assert one.window in (None, 60)
 
 
 def test_other_headers_report_no_limit():
@@ -95,9 +108,10 @@ def test_a_reader_remembers_a_bounded_number_of_limits():
 def test_no_value_raises_or_gives_an_impossible_limit(headers):
     for one in LimitReader().read(headers):
         assert isinstance(one, ReportedLimit)
-        assert 0 < one.limit <= 1e9
+        assert 1 <= one.limit <= 1e9
         assert one.remaining is None or 0 <= one.remaining <= one.limit
         assert one.window is None or one.window > 0
+        assert one.reset is None or 0 <= one.reset < inf
 
 
 def test_the_time_of_counting_is_read_in_unix_milliseconds():
