@@ -16,9 +16,9 @@ from sidecar.admission.learning.policer import Sent
 
 #: Seconds. A reported limit with a longer window (a day) gives no ceiling: its quota may be used up in minutes.
 _MAX_WINDOW = 3600.0
-#: Seconds in which the ceiling doubles while it holds requests back. From one attempt to the next it doubles at most.
-_DOUBLING_SECONDS = 5.0
-_REFUTED_DOUBLING_SECONDS = 1.0
+#: Seconds in which the ceiling doubles while it holds requests back: usually, and if the limit is refuted. From one
+#: attempt to the next it doubles at most.
+_DOUBLING_SECONDS, _REFUTED_DOUBLING_SECONDS = 5.0, 1.0
 #: Refusals at which about nothing remained, until `remaining` is trusted; contradictions until it no longer is.
 _HITS, _CONTRADICTIONS = 2, 2
 #: Share of the limit that still counts as about nothing, and share above which something remains for certain.
@@ -28,8 +28,8 @@ _NOTHING, _SOMETHING = 0.01, 0.05
 _MAX_WINDOWS = 2.0
 #: Seconds. After a refusal that reports a time, a probe is sent after this time at the latest.
 _MAX_CLOSED_SECONDS = 30.0
-#: Seconds before the reported end of a window at which the closed gate lets a probe through. Whole seconds may have been
-#: rounded up. If the probe is refused, the learner knows the end of the window to within this time.
+#: Seconds before the reported end of a window at which the closed gate lets a probe through. Whole seconds may have
+#: been rounded up. If the probe is refused, the learner knows the end of the window to within this time.
 _EARLY_SECONDS = 1.0
 #: A limit that a trusted header raises by less than this share is no new limit.
 _RISEN = 0.05
@@ -245,7 +245,7 @@ class Reported:
         """The most that may be sent per second; infinite after the first refusal."""
         self._limits: dict[str, _Limit] = {}
         self._factor = 1.0
-        self._grown_at = now
+        self._grown_at = now  # send time of the last attempt
         self._refused = self._refuted = False
         self._spent = 0.0  # sent since the first report
 
@@ -295,7 +295,9 @@ class Reported:
 
         This needs less trust than `closed_until`: a refusal at which nothing remained, and no two wrong ends since.
         """
-        return max((one.ends_at for one in self._limits.values() if one.is_used_up), default=now)
+        ends = max((one.ends_at for one in self._limits.values() if one.is_used_up), default=-inf)
+        # If it ended while the last attempt was under way, no attempt has shown this yet: probe at once.
+        return max(ends, now + 1e-3) if ends > self._grown_at else now
 
     def status(self) -> ReportedStatus | None:
         """Return the limit with the shortest window; None if no window is known."""
