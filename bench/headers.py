@@ -23,11 +23,20 @@ from bench.sim.table import SYSTEMS, Scenario, play, saturated, usual
 _VANISH_SECONDS = 30.0
 VARIANTS = (*LIMIT_HEADERS, "vanishing")
 _USUAL = {"latency_seconds": 0.5, "latency_sigma": 0.3, "refusal_latency_seconds": 0.05}
-#: Two accounts, each with a bucket that holds more than the callers send at once: so the headers come before the first
-#: refusal.
+#: Accounts that allow more at once than the callers send, so the headers come before the first refusal.
 PROVIDERS = {
-    "10/s, burst 60": Profile(requests_per_second=10, burst_requests=60, **_USUAL),  # type: ignore[arg-type]
-    "1/s, burst 60": Profile(requests_per_second=1, burst_requests=60, **_USUAL),  # type: ignore[arg-type]
+    name: Profile(**_USUAL, **limits)  # type: ignore[arg-type]
+    for name, limits in {
+        "10/s, burst 60": {"requests_per_second": 10, "burst_requests": 60},
+        "10/s, burst 600": {"requests_per_second": 10, "burst_requests": 600},
+        "1/s, burst 60": {"requests_per_second": 1, "burst_requests": 60},
+        "600 per 60 s": {"window_requests": 600, "window_seconds": 60},
+        "600 sliding": {"sliding_requests": 600, "sliding_seconds": 60},
+        "100 per 10 s": {"window_requests": 100, "window_seconds": 10},
+        "100 sliding": {"sliding_requests": 100, "sliding_seconds": 10},
+        "45 per 15 s": {"window_requests": 45, "window_seconds": 15},
+        "45 sliding": {"sliding_requests": 45, "sliding_seconds": 15},
+    }.items()
 }
 #: The most refusals that one seed may have more with headers than without.
 _MORE_REFUSALS = 3

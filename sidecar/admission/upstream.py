@@ -183,7 +183,7 @@ class Upstream:
         self.growth = GrowthGate(on_change)
         self.circuit = Circuit(
             on_close=self._on_circuit_closed,
-            window_ends=self.requests.learner.window_ends,
+            window_ends=self._window_ends,
             refusal_seconds=lambda: self.requests.learner.refusal_seconds,
             random=(random or Random()).random,  # noqa: S311  jitter, not a secret
             on_change=on_change,
@@ -375,6 +375,13 @@ class Upstream:
             for gate, reservation in zip(self._gates, reservations, strict=True):
                 if isinstance(gate, RateGate) and gate.name == limit.dimension:
                     gate.note_limit(now, reservation, limit)
+
+    def _window_ends(self, now: float) -> float:
+        """Return the best loop time for the next probe of a used-up window; `now` if no window is used up."""
+        for gate in (self.requests, self.tokens):
+            if gate.reported is not None and (ends_at := gate.reported.ends_at(now)) > now:
+                return ends_at
+        return self.requests.learner.window_ends(now)
 
     def _delay_probe(self, now: float) -> None:
         """Let the next probe wait for the end of a window that is used up, as trusted headers report it."""

@@ -71,7 +71,7 @@ async def test_a_reported_limit_is_a_ceiling_at_a_cold_start(serving, scripted):
     early, late = await cold_start(serving, scripted, open_)
     assert nothing["reported"] is None
     assert early["reported"]["header"] == "x-ratelimit-limit-requests"
-    assert early["reported"]["per_second"] == pytest.approx(RATE, rel=0.05)
+    assert early["reported"]["per_second"] == pytest.approx(RATE, rel=0.1)  # `remaining` is a whole number
     assert early["state"] == "start"
     assert early["pace"] <= 1.3 * RATE
     assert late["reported"]["limit"] == BURST

@@ -16,8 +16,9 @@ from sidecar.admission.learning.policer import Sent
 
 #: Seconds. A reported limit with a longer window (a day) gives no ceiling: its quota may be used up in minutes.
 _MAX_WINDOW = 3600.0
-#: Seconds in which the ceiling doubles while it holds requests back. From one attempt to the next it doubles at most.
-_DOUBLING_SECONDS = 5.0
+#: Seconds in which the ceiling doubles while it holds requests back: usually, and if the limit is refuted. From one
+#: attempt to the next it doubles at most.
+_DOUBLING_SECONDS, _REFUTED_DOUBLING_SECONDS = 5.0, 1.0
 #: Refusals at which about nothing remained, until `remaining` is trusted; contradictions until it no longer is.
 _HITS, _CONTRADICTIONS = 2, 2
 #: Share of the limit that still counts as about nothing, and share above which something remains for certain.
@@ -27,6 +28,9 @@ _NOTHING, _SOMETHING = 0.01, 0.05
 _MAX_WINDOWS = 2.0
 #: Seconds. After a refusal that reports a time, a probe is sent after this time at the latest.
 _MAX_CLOSED_SECONDS = 30.0
+#: Seconds before the reported end of a window at which the closed gate lets a probe through. Whole seconds may have
+#: been rounded up. If the probe is refused, the learner knows the end of the window to within this time.
+_EARLY_SECONDS = 1.0
 #: A limit that a trusted header raises by less than this share is no new limit.
 _RISEN = 0.05
 #: A quota from which a share above this is missing of what we sent is not ours, or not counted as we count.
@@ -120,6 +124,15 @@ class _Limit:
         self._others_at = -inf
 
     @property
+    def _nothing(self) -> float:
+        return max(_NOTHING * self.limit, 1.0)
+
+    @property
+    def is_used_up(self) -> bool:
+        """True: a refusal has confirmed that nothing remains of the window that the latest answers reported."""
+        return self._hits > 0 and self.remaining is not None and self.remaining <= self._nothing < inf
+
+    @property
     def rate(self) -> float:
         """The limit per second; infinite if it gives no ceiling."""
         window = self.window
@@ -143,14 +156,16 @@ class _Limit:
         elif at < self._at:
             return factor
         elif not self.refills:
+            if remaining <= self._nothing and self.is_used_up:
+                self.contradicted()  # the window has not ended when the header said
             self.ends_at = -inf
         elif self.remaining is not None and remaining < self.limit:
             refilled = min(self.remaining + (at - self._at) * self.rate, self.limit) - remaining
             self._count_others(at, sent.spent - self._spent, refilled)
         if report.reset is not None and not self.refills:
-            # Whole seconds may have been rounded up, and a window that is over must not stay closed.
-            rounded = 1.0 if report.reset >= 2.0 and report.reset == int(report.reset) else 0.0
-            self.ends_at = at + report.reset - rounded
+            # Whole seconds are rounded up, so the earliest end that a window's answers report is the best.
+            end = at + report.reset
+            self.ends_at = min(self.ends_at, end) if at < self.ends_at else end
         self.remaining = remaining
         if at >= self._at:
             self._at, self._spent = at, sent.spent
@@ -172,9 +187,9 @@ class _Limit:
 
         A limit that refills continuously needs no closed gate: the learned pace follows it.
         """
-        if self.refills or self.available(now, spent) > max(_NOTHING * self.limit, 1.0):
+        if self.refills or self.available(now, spent) > self._nothing:
             return now
-        return min(self.ends_at, self._at + min(self.window or inf, _MAX_CLOSED_SECONDS))
+        return min(self.ends_at - _EARLY_SECONDS, self._at + min(self.window or inf, _MAX_CLOSED_SECONDS))
 
     def accepted(self, now: float, amount: float) -> None:
         """Refute the limit if more was accepted than it allows."""
@@ -223,15 +238,15 @@ class _Limit:
 class Reported:
     """Every limit that the headers report about one rate."""
 
-    __slots__ = ("_factor", "_grown_at", "_limits", "_refused", "_spent", "ceiling")
+    __slots__ = ("_factor", "_grown_at", "_limits", "_refused", "_refuted", "_spent", "ceiling")
 
     def __init__(self, now: float) -> None:
         self.ceiling = inf
         """The most that may be sent per second; infinite after the first refusal."""
         self._limits: dict[str, _Limit] = {}
         self._factor = 1.0
-        self._grown_at = now
-        self._refused = False
+        self._grown_at = now  # send time of the last attempt
+        self._refused = self._refuted = False
         self._spent = 0.0  # sent since the first report
 
     def report(self, now: float, sent: Sent, report: ReportedLimit) -> float:
@@ -250,7 +265,8 @@ class Reported:
         self._spent += sent.amount
         sent.spent = self._spent
         if held and pace >= self.ceiling:
-            self._factor *= 2.0 ** (min(now - self._grown_at, _DOUBLING_SECONDS) / _DOUBLING_SECONDS)
+            doubling = _REFUTED_DOUBLING_SECONDS if self._refuted else _DOUBLING_SECONDS
+            self._factor *= 2.0 ** (min(now - self._grown_at, doubling) / doubling)
             self._update()
         self._grown_at = now
         sent.against = tuple(one for one in self._limits.values() if one.is_overdrawn(now, self._spent))
@@ -274,6 +290,15 @@ class Reported:
         """Return the loop time until which trusted headers allow nothing more; `now` if they allow something."""
         return max((one.closed_until(now, self._spent) for one in self._limits.values() if one.trusted), default=now)
 
+    def ends_at(self, now: float) -> float:
+        """Return the loop time at which a used-up window ends, as the headers say; `now` if they name none.
+
+        This needs less trust than `closed_until`: a refusal at which nothing remained, and no two wrong ends since.
+        """
+        ends = max((one.ends_at for one in self._limits.values() if one.is_used_up), default=-inf)
+        # If it ended while the last attempt was under way, no attempt has shown this yet: probe at once.
+        return max(ends, now + 1e-3) if ends > self._grown_at else now
+
     def status(self) -> ReportedStatus | None:
         """Return the limit with the shortest window; None if no window is known."""
         known = [one for one in self._limits.values() if one.window is not None]
@@ -287,6 +312,7 @@ class Reported:
 
     def _update(self) -> None:
         shortest = min(self._limits.values(), key=_shortest)
+        self._refuted = shortest.refuted
         self.ceiling = inf if self._refused else self._factor * shortest.rate
 
 
