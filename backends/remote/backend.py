@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+import re
 import time
 import zlib
 from collections.abc import Awaitable, Callable
@@ -52,6 +53,7 @@ _ERROR_BODY_SECONDS = 5.0
 _ERROR_BODY_LIMIT = 1024 * 1024
 #: Paths whose answers are chat completions, in OpenAI's or the native format.
 _CHAT_PATHS = frozenset({"/chat/completions", GENERATION_PATH, "/services/aigc/text-generation/generation"})
+_MEDIA_TYPE = re.compile(r"[a-z]{1,20}/[a-z0-9.+-]{1,60}")
 _COMPATIBLE_PATH, _NATIVE_PATH = "/compatible-mode/v1", "/api/v1"
 #: DashScope's bounds for the header `X-DashScope-Wait-Timeout`, in seconds.
 _MIN_WAIT_SECONDS, _MAX_WAIT_SECONDS = 3, 120
@@ -201,6 +203,8 @@ class DashScopeBackend:
         if key := self._key():
             error.message = error.message.replace(key, "***")
             error.quote = error.quote.replace(key, "***")
+            error.code = error.code.replace(key, "***")
+            error.upstream_request_id = error.upstream_request_id.replace(key, "***")
             error.body = error.body.replace(key.encode(), b"***")
             error.headers = {name: value.replace(key, "***") for name, value in error.headers.items()}
             error.args = (error.message,)
@@ -414,6 +418,8 @@ def _decompressed(body: bytes, encoding: str) -> bytes:
 
 
 def _not_json(response: Response) -> ServerFailed:
-    error = ServerFailed(f"the provider answered {response.status} with {response.content_type}, which is not JSON")
+    # Everybody may see the message, so no other text of the provider may be in it.
+    kind = response.content_type if _MEDIA_TYPE.fullmatch(response.content_type) else "an unreadable Content-Type"
+    error = ServerFailed(f"the provider answered {response.status} with {kind}, which is not JSON")
     error.may_resend = False  # a complete 200 was charged
     return error

@@ -49,7 +49,8 @@ async def send_native(
         raise
     if encoding := reply.headers.get("Content-Encoding"):
         await reply.aclose()
-        raise _final(f"the upstream's answer has the encoding {encoding[:40]}, so that it cannot be translated")
+        named = f" {encoding}" if encoding.isalpha() and len(encoding) < 10 else ""
+        raise _final(f"the upstream's answer has the content encoding{named}, so that it cannot be translated")
     if reply.chunks is None:
         try:
             body = _whole(lenient_json(reply.body), request_id)

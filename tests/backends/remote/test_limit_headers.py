@@ -63,7 +63,7 @@ def test_every_spelling_is_read(headers, dimension, limit, window, remaining):
     assert one.window == pytest.approx(window, rel=0.01)
 
 
-@pytest.mark.parametrize("value", ["-1", "0", "2e9", "nan", "inf", "", "many"])
+@pytest.mark.parametrize("value", ["-1", "0", "1e-300", "2e9", "nan", "inf", "", "many"])
 def test_a_value_that_is_no_limit_is_ignored(value):
     assert LimitReader().read({"x-ratelimit-limit-requests": value, "x-ratelimit-remaining-requests": "0"}) == ()
 
@@ -98,6 +98,16 @@ def test_no_value_raises_or_gives_an_impossible_limit(headers):
         assert 0 < one.limit <= 1e9
         assert one.remaining is None or 0 <= one.remaining <= one.limit
         assert one.window is None or one.window > 0
+
+
+@pytest.mark.parametrize("reset", ["-5s", "-1ms", "-1", "1e999s", "infs", "nans", "nanms", "1e12s", "9" * 300])
+@pytest.mark.parametrize("names", [SPELLINGS[0][1], SPELLINGS[11][1], SPELLINGS[15][1], SPELLINGS[18][1]])
+def test_a_reset_that_is_no_time_is_ignored(names, reset):
+    headers = {name: reset if "reset" in name.lower() else "0" if "remaining" in name.lower() else value
+               for name, value in names.items()}  # fmt: skip
+    for one in LimitReader().read(headers):
+        assert one.window is None or 0 < one.window <= 366 * 86400
+        assert one.reset is None or 0 <= one.reset <= 366 * 86400
 
 
 def test_the_time_of_counting_is_read_in_unix_milliseconds():
