@@ -51,6 +51,8 @@ _log = logging.getLogger(__name__)
 _ERROR_BODY_SECONDS = 5.0
 #: Bytes of the longest error body that is read.
 _ERROR_BODY_LIMIT = 1024 * 1024
+#: Bytes of the longest list of models: each caller gets a copy. A list of 500 models has about 1 MB.
+_LIST_LIMIT = 4 * 1024 * 1024
 #: Paths whose answers are chat completions, in OpenAI's or the native format.
 _CHAT_PATHS = frozenset({"/chat/completions", GENERATION_PATH, "/services/aigc/text-generation/generation"})
 _MEDIA_TYPE = re.compile(r"[a-z]{1,20}/[a-z0-9.+-]{1,60}")
@@ -373,7 +375,7 @@ def _checked(url: str) -> str:
 
 
 async def _json_body(response: Response) -> bytes:
-    body = await _read(response, MAX_ANSWER_BYTES)
+    body = await _read(response, _LIST_LIMIT)
     if _encoding(response):
         body = await asyncio.to_thread(_decompressed, body, _encoding(response))
     if not isinstance(lenient_json(body), dict):

@@ -34,8 +34,9 @@ _KEPT_IMAGE_CHARS = (512, 8192)
 #: block the event loop for longer than a few milliseconds. The rest costs nothing.
 _MAX_VALUES = 20_000
 #: Bytes of a body, without its images, that are parsed in the event loop. Parsing more could block it for longer than
-#: 10 ms, so it is done in a thread.
-_LOOP_BYTES = 256 * 1024
+#: 10 ms, so it is done in a thread. The same for a body with its images: an image can prove to be none, and then the
+#: whole body is parsed.
+_LOOP_BYTES, _LOOP_BYTES_WITH_IMAGES = 256 * 1024, 4 * 1024 * 1024
 #: Characters of the longest name of a model.
 _MAX_MODEL_CHARS = 256
 #: The number of media of one body whose headers are read. Each further one costs `UNKNOWN_MEDIUM_TOKENS`.
@@ -119,7 +120,9 @@ def parse_body(body: bytes, read: Callable[[dict[str, Any]], ParsedBody]) -> Par
 
 def is_quick(body: bytes) -> bool:
     """Return whether a body can be parsed in the event loop."""
-    return len(body) <= _LOOP_BYTES or len(_shorten_images(body, _KEPT_IMAGE_CHARS[0])) <= _LOOP_BYTES
+    if len(body) <= _LOOP_BYTES:
+        return True
+    return len(body) <= _LOOP_BYTES_WITH_IMAGES and len(_shorten_images(body, _KEPT_IMAGE_CHARS[0])) <= _LOOP_BYTES
 
 
 def _shorten_images(body: bytes, chars: int) -> bytes:
@@ -245,10 +248,8 @@ def image_size(url: Any, where: str) -> tuple[int, int] | None:
     return size
 
 
-def with_model(body: bytes, parsed: ParsedBody, default: str) -> tuple[bytes, str]:
-    """Return the body and its model. If the body names no model, put the default first in the JSON object."""
-    if parsed.model is not None:
-        return body, parsed.model
+def with_model(body: bytes, default: str) -> tuple[bytes, str]:
+    """Return a body that names no model with the default first in the JSON object, and the default."""
     data = orjson.loads(body)
     if "model" in data:
         return orjson.dumps({**data, "model": default}), default

@@ -19,7 +19,7 @@ from email.message import Message
 from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, BaseModel, Field, ValidationError
-from pydantic_core import ErrorDetails
+from pydantic_core import ErrorDetails, PydanticCustomError
 
 from sidecar.admission import NO_MODEL
 from sidecar.api.body import refuse_too_many_values
@@ -32,7 +32,7 @@ JsonObject = dict[str, Any]
 def _not_reserved(model: str) -> str:
     """Refuse the one name that callers cannot use."""
     if model == NO_MODEL:
-        raise ValueError("this name is reserved")
+        raise PydanticCustomError("reserved", "this name is reserved")
     return model
 
 
