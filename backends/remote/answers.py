@@ -180,9 +180,9 @@ _NO_USAGE = re.compile(rb'"usage"\s*:\s*null')
 #: Bytes. A longer event is not parsed. The longest useful event is a native frame with the whole text of an answer of
 #: 32 k tokens; it has about half of this length.
 _EVENT_LIMIT = 256 * 1024
-#: The number of events of one piece that are looked at, the newest ones: more would block the event loop. One piece of
-#: 256 kB has about 1,000 usual events.
-_MOST_AT_ONCE = 2000
+#: The number of events of one piece that are looked at, the newest ones: more would block the event loop, and thirty
+#: streams at once for a second. A usual piece has one event to a few dozen.
+_MOST_AT_ONCE = 500
 #: The number of events that are searched for an error in a stream that nobody asked for.
 _MOST_EVENTS = 100
 

@@ -14,7 +14,6 @@ from typing import TypeVar
 from yarl import URL
 
 from backends.base import (
-    MAX_ANSWER_BYTES,
     BackendError,
     Rejected,
     Reply,

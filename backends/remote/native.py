@@ -358,7 +358,7 @@ async def _events(chunks: AsyncIterator[bytes], request_id: str) -> AsyncIterato
         async for chunk in chunks:
             left -= len(chunk)
             if left < 0:
-                raise _final(f"the upstream's stream is longer than {_STREAM_LIMIT} bytes")  # noqa: TRY301  the handler below is for it too
+                raise _final(f"the upstream's stream is longer than {_STREAM_LIMIT} bytes")
             yield _values(reader.feed(chunk))
     except BackendError as error:
         _make_native(error, request_id)

@@ -99,7 +99,8 @@ class Pool:
     @property
     def worth(self) -> tuple[bool, bool]:
         """What would be lost with this pool: whether a limit is known of an upstream that only this pool uses, and
-        whether such an upstream refuses or fails every request at present."""
+        whether such an upstream refuses or fails every request at present.
+        """
         own = [upstream for upstream in self.upstreams if len(upstream.on_end) == 1]
         return any(upstream.learned() for upstream in own), any(upstream.circuit.state for upstream in own)
 

@@ -58,7 +58,10 @@ async def test_a_forwarded_request_waits_and_retries_like_every_other_request(se
         assert response.headers["X-Sidecar-Attempts"] == "2"
 
 
-@pytest.mark.parametrize("path", ["/v1/../admin", "/v1/%2e%2e/admin", "/v1/a/..%2f..%2fadmin", "/v1/..;a=b/admin", "/v1/x%5c..%3b%2fadmin"])
+@pytest.mark.parametrize(
+    "path",
+    ["/v1/../admin", "/v1/%2e%2e/admin", "/v1/a/..%2f..%2fadmin", "/v1/..;a=b/admin", "/v1/x%5c..%3b%2fadmin"],
+)
 async def test_no_path_leaves_the_upstreams_base(serving, scripted, path):
     upstream = await scripted()
     sidecar = await serving(dashscope_url=f"{upstream.origin}/v1", passthrough=True)

@@ -148,8 +148,10 @@ async def test_the_access_log_names_the_upstreams_request_id(serving, scripted, 
 
 async def test_headers_that_are_no_limits_cost_no_permit_and_no_answer(serving, scripted):
     async def odd(link, seen):
-        await link.answer(CHAT_ANSWER, headers="X-RateLimit-Limit: 70\r\nX-RateLimit-Remaining: 0\r\nX-RateLimit-Reset: "
-                          + ("-5s", "1e999s", "nans")[len(upstream.seen) % 3] + "\r\n")  # fmt: skip
+        reset = ("-5s", "1e999s", "nans")[len(upstream.seen) % 3]
+        values = {"Limit": "70", "Remaining": "0", "Reset": reset}
+        headers = "".join(f"X-RateLimit-{name}: {value}\r\n" for name, value in values.items())
+        await link.answer(CHAT_ANSWER, headers=headers)
 
     upstream = await scripted(odd)
     sidecar = await serving(dashscope_url=f"{upstream.origin}/v1")

@@ -35,7 +35,9 @@ def filled(piece: bytes, size: int, start: bytes = b"", end: bytes = b"") -> byt
     return start + piece * (size // len(piece)) + end
 
 
-@pytest.mark.parametrize("event", [b"data:error\n\n", b'data:finish_reason":"x\n\n', b"data:{}\n\n", b'data:"base_resp"\n\n'])
+@pytest.mark.parametrize(
+    "event", [b"data:error\n\n", b'data:finish_reason":"x\n\n', b"data:{}\n\n", b'data:"base_resp"\n\n']
+)
 @pytest.mark.parametrize("is_chat", [True, False])
 @pytest.mark.parametrize("begun", [True, False])
 def test_a_piece_of_tiny_events(event, is_chat, begun):

@@ -18,6 +18,9 @@ from sidecar.admission.learning.policer import Sent
 _MAX_WINDOW = 3600.0
 #: Seconds in which the ceiling doubles while it holds requests back. From one attempt to the next it doubles at most.
 _DOUBLING_SECONDS = 5.0
+#: Seconds. One attempt in this time is sent whatever is reported. A ceiling below that would only begin to double late:
+#: with "1 per hour", after a minute.
+_PROBE_SECONDS = 5.0
 #: Refusals at which about nothing remained, until `remaining` is trusted; contradictions until it no longer is.
 _HITS, _CONTRADICTIONS = 2, 2
 #: Share of the limit that still counts as about nothing, and share above which something remains for certain.
@@ -223,13 +226,14 @@ class _Limit:
 class Reported:
     """Every limit that the headers report about one rate."""
 
-    __slots__ = ("_factor", "_grown_at", "_limits", "_refused", "_spent", "ceiling")
+    __slots__ = ("_factor", "_grown_at", "_least", "_limits", "_refused", "_spent", "ceiling")
 
     def __init__(self, now: float) -> None:
         self.ceiling = inf
         """The most that may be sent per second; infinite after the first refusal."""
         self._limits: dict[str, _Limit] = {}
         self._factor = 1.0
+        self._least = 0.0  # what the latest attempt each `_PROBE_SECONDS` is per second
         self._grown_at = now
         self._refused = False
         self._spent = 0.0  # sent since the first report
@@ -249,6 +253,7 @@ class Reported:
         """Note an attempt. `held`: the gate delayed it at this pace."""
         self._spent += sent.amount
         sent.spent = self._spent
+        self._least = sent.amount / _PROBE_SECONDS
         if held and pace >= self.ceiling:
             self._factor *= 2.0 ** (min(now - self._grown_at, _DOUBLING_SECONDS) / _DOUBLING_SECONDS)
             self._update()
@@ -287,7 +292,7 @@ class Reported:
 
     def _update(self) -> None:
         shortest = min(self._limits.values(), key=_shortest)
-        self.ceiling = inf if self._refused else self._factor * shortest.rate
+        self.ceiling = inf if self._refused else self._factor * max(shortest.rate, self._least)
 
 
 def _shortest(one: _Limit) -> tuple[bool, float, float]:

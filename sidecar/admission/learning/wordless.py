@@ -43,7 +43,19 @@ Reading = Literal["refused", "undecided", "failed"]
 class WordlessLimit:
     """Decides whether the fast failures of one upstream are refusals by a limit."""
 
-    __slots__ = ("_counted", "_evidence", "_failed_at", "_failures", "_last_failed", "_loads", "_passed", "_requests", "_sent", "awake", "sure")
+    __slots__ = (
+        "_counted",
+        "_evidence",
+        "_failed_at",
+        "_failures",
+        "_last_failed",
+        "_loads",
+        "_passed",
+        "_requests",
+        "_sent",
+        "awake",
+        "sure",
+    )
 
     def __init__(self) -> None:
         self.awake = False
