@@ -244,6 +244,10 @@ class ParsedRequest:
 # -- the client's side -------------------------------------------------------------------------------------------------
 
 
+#: Interim answers (1xx) before an answer, at most. Without a bound, an upstream could keep the event loop busy.
+_MAX_INTERIM = 32
+
+
 class ResponseProtocol(ResponseHandler):
     """A connection to an upstream."""
 
@@ -357,13 +361,15 @@ async def exchange(
     else:
         protocol.transport.write(head)
         sending = asyncio.ensure_future(_send_slices(protocol, body))
-    interim = False  # an interim answer arrived: the server is alive
+    interim = 0  # interim answers that arrived: the server is alive
     try:
         while True:
             message, content = await protocol.read()
             if not 100 <= message.code < 200 or message.code == 101:
                 return message, content, sending
-            interim = True
+            interim += 1
+            if interim > _MAX_INTERIM:
+                raise MalformedAnswer  # noqa: TRY301  the handler below closes for it too
     except BaseException as error:
         if sending is not None:
             sending.cancel()

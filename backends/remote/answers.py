@@ -180,6 +180,9 @@ _NO_USAGE = re.compile(rb'"usage"\s*:\s*null')
 #: Bytes. A longer event is not parsed. The longest useful event is a native frame with the whole text of an answer of
 #: 32 k tokens; it has about half of this length.
 _EVENT_LIMIT = 256 * 1024
+#: The number of events of one piece that are looked at, the newest ones: more would block the event loop, and thirty
+#: streams at once for a second. A usual piece has one event to a few dozen.
+_MOST_AT_ONCE = 500
 #: The number of events that are searched for an error in a stream that nobody asked for.
 _MOST_EVENTS = 100
 
@@ -233,6 +236,8 @@ class StreamWatch:
             self._last_was_skipped = False
         if not block:
             return
+        if len(block) > _MOST_AT_ONCE:
+            block = self._newest(block)
         if not self._ended and (not self._is_chat or _may_end(block)):
             self._ended = any(map(_is_end, events_in(block)))
         if self.has_content:
@@ -275,6 +280,15 @@ class StreamWatch:
     def output_bytes(self) -> float | None:
         """The estimated length of the generated text in bytes; None if the stream has contained none."""
         return self._meter.output_bytes if self.has_content else None
+
+    def _newest(self, block: bytes) -> bytes:
+        """Return at most `_MOST_AT_ONCE` events of a block. What is left out counts as content."""
+        parts = block.rsplit(b"\n\n", _MOST_AT_ONCE + 1)
+        if len(parts) <= _MOST_AT_ONCE + 1:
+            return block
+        if b"data" in parts[0]:
+            self.has_data = self.has_content = True
+        return b"\n\n".join(parts[1:])
 
     def _see_skipped(self) -> None:
         self._reader.skipped_data = False

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+import re
 import time
 import zlib
 from collections.abc import Awaitable, Callable
@@ -13,7 +14,6 @@ from typing import TypeVar
 from yarl import URL
 
 from backends.base import (
-    MAX_ANSWER_BYTES,
     BackendError,
     Rejected,
     Reply,
@@ -50,8 +50,11 @@ _log = logging.getLogger(__name__)
 _ERROR_BODY_SECONDS = 5.0
 #: Bytes of the longest error body that is read.
 _ERROR_BODY_LIMIT = 1024 * 1024
+#: Bytes of the longest list of models: each caller gets a copy. A list of 500 models has about 1 MB.
+_LIST_LIMIT = 4 * 1024 * 1024
 #: Paths whose answers are chat completions, in OpenAI's or the native format.
 _CHAT_PATHS = frozenset({"/chat/completions", GENERATION_PATH, "/services/aigc/text-generation/generation"})
+_MEDIA_TYPE = re.compile(r"[a-z]{1,20}/[a-z0-9.+-]{1,60}")
 _COMPATIBLE_PATH, _NATIVE_PATH = "/compatible-mode/v1", "/api/v1"
 #: DashScope's bounds for the header `X-DashScope-Wait-Timeout`, in seconds.
 _MIN_WAIT_SECONDS, _MAX_WAIT_SECONDS = 3, 120
@@ -201,6 +204,8 @@ class DashScopeBackend:
         if key := self._key():
             error.message = error.message.replace(key, "***")
             error.quote = error.quote.replace(key, "***")
+            error.code = error.code.replace(key, "***")
+            error.upstream_request_id = error.upstream_request_id.replace(key, "***")
             error.body = error.body.replace(key.encode(), b"***")
             error.headers = {name: value.replace(key, "***") for name, value in error.headers.items()}
             error.args = (error.message,)
@@ -369,7 +374,7 @@ def _checked(url: str) -> str:
 
 
 async def _json_body(response: Response) -> bytes:
-    body = await _read(response, MAX_ANSWER_BYTES)
+    body = await _read(response, _LIST_LIMIT)
     if _encoding(response):
         body = await asyncio.to_thread(_decompressed, body, _encoding(response))
     if not isinstance(lenient_json(body), dict):
@@ -420,6 +425,8 @@ def _too_long(limit: int) -> ServerFailed:
 
 
 def _not_json(response: Response) -> ServerFailed:
-    error = ServerFailed(f"the provider answered {response.status} with {response.content_type}, which is not JSON")
+    # Everybody may see the message, so no other text of the provider may be in it.
+    kind = response.content_type if _MEDIA_TYPE.fullmatch(response.content_type) else "an unreadable Content-Type"
+    error = ServerFailed(f"the provider answered {response.status} with {kind}, which is not JSON")
     error.may_resend = False  # a complete 200 was charged
     return error

@@ -21,14 +21,16 @@ from backends.json_values import may_have_too_many_values
 from backends.remote.events import begins_like_events, events_in
 from backends.remote.refusal_table import ABOUT_THE_REQUEST
 
-#: Bytes. A longer body that is not strict JSON is not read: the lenient parser would block the event loop.
-_LENIENT_LIMIT = 1024 * 1024
+#: Bytes. A longer body is not read, because parsing it would block the event loop: strict JSON takes 2 ms for 1 MB, and
+#: the lenient parser much longer.
+_STRICT_LIMIT, _LENIENT_LIMIT = 8 * 1024 * 1024, 1024 * 1024
 #: Characters of the texts of one error that are read, and of one code.
 _TEXT_LIMIT, _CODE_LIMIT = 2000, 120
 _DEPTH, _ITEMS = 6, 16
 #: How much of one error is collected. Nobody's error has more, and each text and code costs time on the event loop.
 _TEXTS, _CODES, _NUMBERS, _NAMES, _HEADERS, _VISITS = 32, 32, 64, 32, 32, 200
-#: Texts of one error that are parsed because they may contain JSON, and their characters.
+#: Texts of one error that are parsed because they may contain JSON, and their characters; also the bytes of an event
+#: stream in which its error is looked for.
 _PARSED_TEXTS, _PARSED_LIMIT = 8, 65_536
 #: Characters of a header inside a body.
 _HEADER_LIMIT = 300
@@ -110,11 +112,11 @@ class ErrorFacts:
 def lenient_json(data: bytes) -> object:
     """Return the JSON value in `data`; None if it is none. (A valid answer is never JSON's `null`.)
 
-    Text with too many values is not parsed, because it would take very much memory. Strict JSON is parsed at once.
+    Text that is too long or has too many values is not parsed. Strict JSON is parsed at once.
     Otherwise a byte order mark, UTF-16, `NaN`, `-Infinity`, single surrogates and control characters are accepted,
     as Python's and JavaScript's clients accept some of them.
     """
-    if may_have_too_many_values(data):
+    if len(data) > _STRICT_LIMIT or may_have_too_many_values(data):
         return None
     try:
         return cast("object", orjson.loads(data))
@@ -138,6 +140,7 @@ def read_error(body: bytes, status: int = 0, *, payload: object = None) -> Error
     facts = ErrorFacts()
     if payload is None:
         if begins_like_events(body):
+            body = body[:_PARSED_LIMIT]
             body = next((event.data for event in events_in(body.replace(b"\r\n", b"\n")) if event.data), b"")
         payload = lenient_json(body)
     if payload is None:

@@ -16,8 +16,8 @@ from typing import Literal, NamedTuple
 from backends.base import ReportedLimit
 from backends.remote.waits import date_header, seconds_until
 
-#: A limit above this number, or below 1, is no limit.
-_MAX_LIMIT = 1e9
+#: A limit outside of these numbers is no limit.
+_MIN_LIMIT, _MAX_LIMIT = 1.0, 1e9
 #: Seconds of each unit of time in a header's name.
 _WINDOWS = {"second": 1.0, "minute": 60.0, "hour": 3600.0, "day": 86400.0, "month": 30 * 86400.0, "year": 365 * 86400.0}
 _MINUTE = 60.0
@@ -25,6 +25,8 @@ _MINUTE = 60.0
 _ROUNDING = 0.2
 #: Seconds. A shorter reset is rounded too much to show the window: resets have whole milliseconds.
 _MIN_RESET = 0.002
+#: Seconds. A longer reset, a negative one, `nan` and `inf` are no values. (A year is the longest window.)
+_MAX_RESET = 366 * 86400.0
 #: Share of a limit. While more remains, the reset is not needed.
 _LITTLE = 0.02
 #: Maximum number of limits that a reader remembers. More come only from a provider that varies the names.
@@ -106,7 +108,7 @@ class _Known:
     def __init__(self, name: _Name, limit: float | None, window: float | None) -> None:
         self.series, self.row = name.series, name.row
         self.dimension: Literal["request_rate", "token_rate"] = "token_rate" if name.tokens else "request_rate"
-        self.limit = limit if limit is not None and 1 <= limit <= _MAX_LIMIT else None
+        self.limit = limit if limit is not None and _MIN_LIMIT <= limit <= _MAX_LIMIT else None
         """None: no valid limit."""
         self.window = window
         self.shown = window is not None
@@ -270,15 +272,16 @@ def _number(text: str) -> float | None:
 
 
 def _reset(text: str, headers: Mapping[str, str]) -> float | None:
-    """Return the seconds until a reset: finite and not negative; None if it is no valid value."""
+    """Return the seconds until a reset: from 0 to `_MAX_RESET`; None if it is no valid value."""
+    seconds: float | None
     try:  # the usual forms first, because they are read for each answer
-        if text[-1:] == "s":
-            seconds = float(text[:-2]) / 1000 if text[-2:] == "ms" else float(text[:-1])
-            return seconds if 0.0 <= seconds < inf else None  # `float` also reads "-5", "inf" and "nan"
+        seconds = float(text[:-2]) / 1000 if text[-2:] == "ms" else float(text[:-1]) if text[-1:] == "s" else None
     except ValueError:
-        pass
-    now = date_header(headers.get("Date", ""))
-    return seconds_until(text.strip(), time.time() if now is None else now)
+        seconds = None
+    if seconds is None:
+        now = date_header(headers.get("Date", ""))
+        seconds = seconds_until(text.strip(), time.time() if now is None else now)
+    return seconds if seconds is not None and 0.0 <= seconds <= _MAX_RESET else None
 
 
 def _usual(window: float) -> float:

@@ -7,6 +7,7 @@ the package registry). The SDK must not notice a difference.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -15,7 +16,7 @@ from typing import Any
 
 import orjson
 
-from backends.base import BackendError, Rejected, Reply, Request, ServerFailed, Timings
+from backends.base import MAX_ANSWER_BYTES, BackendError, Rejected, Reply, Request, ServerFailed, Timings
 from backends.remote.answers import choices_of, usage_of
 from backends.remote.error_bodies import lenient_json
 from backends.remote.events import EventReader, events_in
@@ -26,8 +27,15 @@ GENERATION_PATH = "/services/aigc/multimodal-generation/generation"
 #: Fields of `parameters` that control the format of a native answer. All other fields have the same meaning in both
 #: dialects.
 _NATIVE_ONLY = frozenset({"incremental_output", "result_format", "stream"})
+#: Bytes of a request that is translated in the event loop: a longer one, of many parts, would block it.
+_LOOP_BYTES = 256 * 1024
 #: Bytes of the longest event that is translated.
 _EVENT_LIMIT = 16 * 1024 * 1024
+#: Events that are translated before the event loop may do other work.
+_EVENTS_AT_ONCE = 1000
+#: Bytes of the events of the longest stream that is translated: all its text is kept, because a native frame that is
+#: not incremental repeats it.
+_STREAM_LIMIT = MAX_ANSWER_BYTES
 
 
 async def send_native(
@@ -42,14 +50,18 @@ async def send_native(
     try:
         if request.path != GENERATION_PATH:
             raise Rejected(f"this upstream does not answer {request.path[:200]}", status=404)
-        translated, incremental = _to_openai(request)
+        if len(request.body) <= _LOOP_BYTES:
+            translated, incremental = _to_openai(request)
+        else:
+            translated, incremental = await asyncio.to_thread(_to_openai, request)
         reply = await send(translated, timings)
     except BackendError as error:
         _make_native(error, request_id)
         raise
     if encoding := reply.headers.get("Content-Encoding"):
         await reply.aclose()
-        raise _final(f"the upstream's answer has the encoding {encoding[:40]}, so that it cannot be translated")
+        named = f" {encoding}" if encoding.isalpha() and len(encoding) < 10 else ""
+        raise _final(f"the upstream's answer has the content encoding{named}, so that it cannot be translated")
     if reply.chunks is None:
         try:
             body = _whole(lenient_json(reply.body), request_id)
@@ -307,7 +319,9 @@ async def _frames(
         return b"id:%d\nevent:result\n:HTTP_STATUS/200\ndata:%b\n\n" % (number, _dumps(answer))
 
     async for events in _events(chunks, request_id):
-        for event in events:
+        for at, event in enumerate(events, 1):
+            if at % _EVENTS_AT_ONCE == 0:
+                await asyncio.sleep(0)  # one piece can hold tens of thousands of events
             if event is None:
                 ended = True
                 continue
@@ -339,9 +353,12 @@ async def _events(chunks: AsyncIterator[bytes], request_id: str) -> AsyncIterato
 
     The chunks may split an event anywhere. An error of the stream gets a native body.
     """
-    reader = EventReader(_EVENT_LIMIT)
+    reader, left = EventReader(_EVENT_LIMIT), _STREAM_LIMIT
     try:
         async for chunk in chunks:
+            left -= len(chunk)
+            if left < 0:
+                raise _final(f"the upstream's stream is longer than {_STREAM_LIMIT} bytes")
             yield _values(reader.feed(chunk))
     except BackendError as error:
         _make_native(error, request_id)

@@ -64,6 +64,11 @@ _SEARCHES = 16
 _ESCAPE = re.compile(rb"\\u([0-9A-Fa-f]{4})")
 #: Escapes in a request that are replaced. With more, each word counts as a word of the request.
 _ESCAPES = 20_000
+#: An image, or another medium, inside a request. It holds no words.
+_MEDIUM = re.compile(rb";base64,[A-Za-z0-9+/=_-]{256,}")
+#: Bytes of a request, without its media, that are searched. Of a longer one, each word counts as a word of the request:
+#: 13 MB of spaces would block the event loop for half a second.
+_SEARCHED_BYTES = 512 * 1024
 #: The only other letter that becomes an ASCII letter in lower case.
 _KELVIN = "\u212a".encode()
 #: What stands between two words in a request: nothing (`isOverdue`), `_`, or white space, which JSON may escape.
@@ -427,7 +432,7 @@ class Rules:
         self._searches += 1
         if self._searches > _SEARCHES:
             return True
-        if self._lower_request is None:
+        if self._searches == 1:
             self._lower_request = _lower(self._request)
         request = self._lower_request
         # Where a quote was taken out of the message, more than one space is left: the request has the quote there.
@@ -437,7 +442,11 @@ class Rules:
 
 
 def _lower(request: bytes) -> bytes | None:
-    """Return a request in lower case without escapes such as `\\u0062`; None if it has too many to replace them."""
+    """Return a request in lower case, without media and escapes such as `\\u0062`; None if it is too long to search."""
+    if len(request) > _SEARCHED_BYTES:
+        request = _MEDIUM.sub(b";base64,", request)
+        if len(request) > _SEARCHED_BYTES:
+            return None
     if b"\\u" in request:
         if request.count(b"\\u") > _ESCAPES:
             return None

@@ -49,7 +49,7 @@ _RETRY_AFTER = (
     "x-retry-after",
     "x-retry-in",
 )
-_RATELIMIT_T = re.compile(r"\bt\s*=\s*(\d+)")
+_RATELIMIT_T = re.compile(r"\bt\s*=\s*(\d{1,12})(?!\d)")
 #: The reset headers: spelling before the dimension, dimension, spelling behind it. The matching `limit` and `remaining`
 #: headers are found by replacing `reset`.
 _RESET = re.compile(
@@ -63,7 +63,7 @@ _HAS_UNIT = re.compile(r"[a-z]")
 
 
 def retry_after(headers: Mapping[str, str], now_wall: float, text: str = "", delay: object = None) -> float | None:
-    """Return the wait in seconds that the provider asks for: finite and not negative; None if it names none.
+    """Return the wait in seconds that the provider asks for, from 0 to `_MAX_SECONDS`; None if it names none.
 
     `text` is the provider's message in lower case. `delay` is Google's `RetryInfo.retryDelay`. The first of these that
     has a valid value counts:
@@ -84,18 +84,16 @@ def retry_after(headers: Mapping[str, str], now_wall: float, text: str = "", del
         now = now_wall
     for name in _RETRY_AFTER:
         if value := lower.get(name):
-            seconds = _number(value)
-            if seconds is not None and name.endswith("-ms"):
-                return seconds / 1000
-            seconds = seconds_until(value, now)
-            if seconds is not None:
+            milliseconds = _number(value) if name.endswith("-ms") else None
+            seconds = seconds_until(value, now) if milliseconds is None else milliseconds / 1000
+            if seconds is not None and seconds <= _MAX_SECONDS:
                 return seconds
     for found in (
         _duration(delay.lower()) if isinstance(delay, str) else None,
         _in_text(text, now),
         _resets(lower, now),
     ):
-        if found is not None:
+        if found is not None and found <= _MAX_SECONDS:
             return found
     return None
 

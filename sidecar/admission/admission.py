@@ -260,12 +260,12 @@ class Admission:
     def _delete_idle_pool(self) -> bool:
         """Delete the least recently used pool that has no waiting ticket and no attempt in flight. False: none is idle.
 
-        Pools that have learned no limit go first.
+        Pools that have learned nothing go first.
         """
         idle = [(model, pool) for model, pool in self._pools.items() if not (pool.waiting.tickets or pool.in_flight)]
         if not idle:
             return False
-        oldest, pool = min(idle, key=lambda one: (one[1].has_learned, one[1].last_used))
+        oldest, pool = min(idle, key=lambda one: (one[1].worth, one[1].last_used))
         del self._pools[oldest]
         pool.close()
         for upstream in pool.upstreams:

@@ -97,9 +97,12 @@ class Pool:
         return f"<Pool {id(self):#x} {names} waiting={len(self.waiting)} cause={self.waiting.cause}>"
 
     @property
-    def has_learned(self) -> bool:
-        """True if a limit is known of an upstream that only this pool uses."""
-        return any(len(upstream.on_end) == 1 and upstream.learned() for upstream in self.upstreams)
+    def worth(self) -> tuple[bool, bool]:
+        """What would be lost with this pool: whether a limit is known of an upstream that only this pool uses, and
+        whether such an upstream refuses or fails every request at present.
+        """
+        own = [upstream for upstream in self.upstreams if len(upstream.on_end) == 1]
+        return any(upstream.learned() for upstream in own), any(upstream.circuit.state for upstream in own)
 
     # -- a ticket enters and leaves ------------------------------------------------------------------------------------
 

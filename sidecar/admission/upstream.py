@@ -440,6 +440,8 @@ class Upstream:
 
     def _answered(self, now: float, permit: Permit, verdict: Verdict) -> None:
         self._accepted_at = now
+        if self.wordless.awake:
+            self.wordless.accepted(permit.ticket)
         self.last_good = max(self.last_good, permit.sent_at)
         if permit.number > self._started_before:
             self._refused_in_row = 0

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import orjson
 
 from backends.json_values import MAX_VALUES, has_too_many_values
 from backends.media import CHARS_PER_TOKEN, data_url_size, image_tokens
 from backends.sound_and_film import Film, film_tokens, sound_tokens
+from sidecar.admission import NO_MODEL
 from sidecar.api.errors import InvalidRequest
 
 #: LLM tokens of an image whose size cannot be read from its header (for example, an image given by a URL).
@@ -33,8 +34,11 @@ _KEPT_IMAGE_CHARS = (512, 8192)
 #: block the event loop for longer than a few milliseconds. The rest costs nothing.
 _MAX_VALUES = 20_000
 #: Bytes of a body, without its images, that are parsed in the event loop. Parsing more could block it for longer than
-#: 10 ms, so it is done in a thread.
-_LOOP_BYTES = 256 * 1024
+#: 10 ms, so it is done in a thread. The same for a body with its images: an image can prove to be none, and then the
+#: whole body is parsed.
+_LOOP_BYTES, _LOOP_BYTES_WITH_IMAGES = 256 * 1024, 4 * 1024 * 1024
+#: Characters of the longest name of a model.
+_MAX_MODEL_CHARS = 256
 #: The number of media of one body whose headers are read. Each further one costs `UNKNOWN_MEDIUM_TOKENS`.
 _MAX_MEDIA = 1000
 
@@ -116,7 +120,9 @@ def parse_body(body: bytes, read: Callable[[dict[str, Any]], ParsedBody]) -> Par
 
 def is_quick(body: bytes) -> bool:
     """Return whether a body can be parsed in the event loop."""
-    return len(body) <= _LOOP_BYTES or len(_shorten_images(body, _KEPT_IMAGE_CHARS[0])) <= _LOOP_BYTES
+    if len(body) <= _LOOP_BYTES:
+        return True
+    return len(body) <= _LOOP_BYTES_WITH_IMAGES and len(_shorten_images(body, _KEPT_IMAGE_CHARS[0])) <= _LOOP_BYTES
 
 
 def _shorten_images(body: bytes, chars: int) -> bytes:
@@ -171,11 +177,16 @@ def json_object(body: bytes) -> dict[str, Any]:
 
 def model_of(data: dict[str, Any]) -> str | None:
     """Return the model that a body names, or None. Raises `InvalidRequest`."""
-    model = data.get("model")
-    if model is None or (isinstance(model, str) and 0 < len(model) <= 256):
-        return model
+    model: Any = data.get("model")
+    if model is None or is_model_name(model):
+        return cast("str | None", model)
     actual = f"one of {len(model)}" if isinstance(model, str) else json_type(model)
-    raise InvalidRequest(f"model must be a string of 1 to 256 characters, not {actual}", field="model")
+    raise InvalidRequest(f"model must be a string of 1 to {_MAX_MODEL_CHARS} characters, not {actual}", field="model")
+
+
+def is_model_name(value: Any) -> bool:
+    """Return whether a value can be the name of a model. Everything that is learned is kept under this name."""
+    return isinstance(value, str) and 0 < len(value) <= _MAX_MODEL_CHARS and value != NO_MODEL
 
 
 def parse_messages(
@@ -237,10 +248,8 @@ def image_size(url: Any, where: str) -> tuple[int, int] | None:
     return size
 
 
-def with_model(body: bytes, parsed: ParsedBody, default: str) -> tuple[bytes, str]:
-    """Return the body and its model. If the body names no model, put the default first in the JSON object."""
-    if parsed.model is not None:
-        return body, parsed.model
+def with_model(body: bytes, default: str) -> tuple[bytes, str]:
+    """Return a body that names no model with the default first in the JSON object, and the default."""
     data = orjson.loads(body)
     if "model" in data:
         return orjson.dumps({**data, "model": default}), default

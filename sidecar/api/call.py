@@ -10,12 +10,13 @@ from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
 from functools import partial
 from math import inf, isfinite
+from typing import TypeVar
 
 from backends.base import MAX_ANSWER_BYTES, Dialect, OnPiece, Reply, Request
 from backends.forwarded_headers import query_to_provider, to_provider
 from backends.http1.interface import Answer, HttpRequest
-from sidecar.admission import NO_MODEL, Arrival, Priority, Ticket
-from sidecar.api.body import ParsedBody, is_quick
+from sidecar.admission import Arrival, Priority, Ticket
+from sidecar.api.body import ParsedBody, is_quick, with_model
 from sidecar.api.errors import Api, InvalidRequest, Problem, body_of, headers_of
 from sidecar.api.key import fair_queue_key
 from sidecar.dispatch.dispatcher import Dispatcher
@@ -29,6 +30,7 @@ from sidecar.observe.trace import TracingStopwatch
 SLOW_READER_SECONDS = 10.0
 #: A wait that is not longer than this many seconds shows no slow reader.
 USUAL_DRAIN_SECONDS = 0.05
+_T = TypeVar("_T")
 _PRIORITIES = {"high": Priority.HIGH, "normal": Priority.NORMAL, "low": Priority.LOW}
 #: The `traceparent` header of W3C Trace Context: version, trace id, parent id, flags. The last bit of the flags means
 #: that the caller records the trace.
@@ -140,7 +142,7 @@ class Call:
                     code="request_timeout",
                 ) from None
 
-    async def parse(self, body: bytes, parse: Callable[[bytes], ParsedBody]) -> ParsedBody:
+    async def parse(self, body: bytes, parse: Callable[[bytes], _T]) -> _T:
         """Return what `parse` finds in the body. A large body is parsed in a thread. Raises `InvalidRequest`."""
         if is_quick(body):
             return parse(body)
@@ -150,6 +152,12 @@ class Call:
             return await asyncio.get_running_loop().run_in_executor(self.parser, parse, body)
         finally:
             admission.parsing_bytes -= len(body)
+
+    async def with_model(self, body: bytes, parsed: ParsedBody) -> tuple[bytes, str]:
+        """Return the body and its model. A body that names none gets the default."""
+        if parsed.model is not None:
+            return body, parsed.model
+        return await self.parse(body, partial(with_model, default=self.settings.default_model))
 
     async def _receive(self, arrival: Arrival, max_bytes: int) -> bytes:
         """Read a body that has not arrived completely."""
@@ -180,8 +188,6 @@ class Call:
 
     def make_ticket(self, *, model: str, tokens: float, size_bytes: int) -> Ticket:
         """Create the ticket from the headers. Raises `InvalidRequest` that names the header."""
-        if model == NO_MODEL and model is not NO_MODEL:  # a caller's: it would not count for the operator's rates
-            raise InvalidRequest("no model has this name: name another one", field="model")
         headers = self.http.headers
         now = self._now()
         key = fair_queue_key(headers, self.settings.key_header)

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from backends.base import BackendError, BillingRefused, QuotaUsedUp, Rejected, Throttled
 from backends.forwarded_headers import UPSTREAM_REQUEST_ID
 from backends.http1.errors import MalformedRequest
+from backends.json_values import may_have_too_many_values
 from sidecar.admission import (
     AccountClosed,
     DeadlineUnreachable,
@@ -175,6 +176,8 @@ def _with_quote(error: BackendError) -> str:
 
 
 def _is_json(body: bytes) -> bool:
+    if may_have_too_many_values(body):
+        return False
     try:
         json.loads(body)
     except (ValueError, RecursionError):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from backends.http1.interface import Answer
-from sidecar.api.body import ParsedBody, image_size, json_type, model_of, parse_body, parse_messages, with_model
+from sidecar.api.body import ParsedBody, image_size, json_type, model_of, parse_body, parse_messages
 from sidecar.api.call import Call
 from sidecar.api.errors import InvalidRequest
 from sidecar.api.media import count_part
@@ -18,7 +18,7 @@ async def generation(call: Call) -> Answer:
     """Answer `POST …/multimodal-generation/generation`; with `X-DashScope-SSE: enable`, as a stream of events."""
     body = await call.read()
     parsed = await call.parse(body, _parse)
-    body, model = with_model(body, parsed, call.settings.default_model)
+    body, model = await call.with_model(body, parsed)
     return await call.forward(
         "native", PATH, body, model=model, tokens=parsed.tokens(model), stream=call.asks_for_native_stream
     )

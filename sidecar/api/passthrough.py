@@ -10,7 +10,7 @@ from typing import Any
 from urllib.parse import unquote
 
 from backends.http1.interface import Answer
-from sidecar.api.body import ParsedBody, parse_body
+from sidecar.api.body import ParsedBody, is_model_name, parse_body
 from sidecar.api.call import Call
 from sidecar.api.errors import InvalidRequest
 from sidecar.api.media import count_anything
@@ -38,7 +38,8 @@ async def passthrough(call: Call) -> Answer:
         require_native_api(call)
     base = next(base for base in (*BASES, NATIVE_BASE) if http.raw_path.startswith(f"{base}/"))
     path = http.raw_path[len(base) :].partition("?")[0]
-    if ".." in unquote(path).replace("\\", "/").split("/"):
+    segments = unquote(path).replace("\\", "/").split("/")
+    if any(segment.partition(";")[0] == ".." for segment in segments):  # `..;a` is the same for servers in Java
         raise InvalidRequest("a path that leads out of the upstream's base does not pass through", status=404)
     body = await call.read()
     content_type = http.headers.get("Content-Type", "")
@@ -68,6 +69,6 @@ def _parsed(body: bytes) -> ParsedBody:
 def _read(data: dict[str, Any]) -> ParsedBody:
     """Count everything, because each of these APIs has other names for its texts and media."""
     model = data.get("model")
-    parsed = ParsedBody(model if isinstance(model, str) else None, stream=data.get("stream") is True)
+    parsed = ParsedBody(model if is_model_name(model) else None, stream=data.get("stream") is True)
     count_anything({name: value for name, value in data.items() if name != "model"}, parsed)
     return parsed

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 
 import pytest
+from running import IMAGE_URL, chat
 
+from sidecar.admission import NO_MODEL
 from sidecar.api.call import Call
 
 
@@ -56,7 +58,10 @@ async def test_a_forwarded_request_waits_and_retries_like_every_other_request(se
         assert response.headers["X-Sidecar-Attempts"] == "2"
 
 
-@pytest.mark.parametrize("path", ["/v1/../admin", "/v1/%2e%2e/admin", "/v1/a/..%2f..%2fadmin"])
+@pytest.mark.parametrize(
+    "path",
+    ["/v1/../admin", "/v1/%2e%2e/admin", "/v1/a/..%2f..%2fadmin", "/v1/..;a=b/admin", "/v1/x%5c..%3b%2fadmin"],
+)
 async def test_no_path_leaves_the_upstreams_base(serving, scripted, path):
     upstream = await scripted()
     sidecar = await serving(dashscope_url=f"{upstream.origin}/v1", passthrough=True)
@@ -101,3 +106,22 @@ async def test_a_failed_batch_passes_through_and_does_not_stop_other_requests(se
     async with sidecar.post({"model": "e", "input": "x"}, path="/v1/embeddings") as response:
         assert response.status == 200
     assert len(upstream.seen) == 2
+
+
+@pytest.mark.parametrize("name", ["m" * 257, "", NO_MODEL])
+async def test_what_cannot_be_a_models_name_is_not_kept(serving, scripted, name):
+    upstream = await scripted()
+    sidecar = await serving(dashscope_url=f"{upstream.origin}/v1", passthrough=True)
+    async with sidecar.post({"model": name, "input": "hi"}, "/v1/embeddings") as response:
+        assert response.status == 200
+    assert [pool.model for pool in sidecar.sidecar.admission.status()] == [""]
+
+
+@pytest.mark.parametrize(("path", "status"), [("/v1/chat/completions", 400), ("/api/inference/describe", 422)])
+async def test_a_generation_cannot_use_the_queue_of_lists_and_upload_policies(serving, scripted, path, status):
+    upstream = await scripted()
+    sidecar = await serving(dashscope_url=f"{upstream.origin}/v1")
+    body = {**chat(), "image_b64": IMAGE_URL.partition(",")[2], "model": NO_MODEL}
+    async with sidecar.post(body, path) as response:
+        assert response.status == status
+    assert upstream.seen == []

@@ -144,3 +144,40 @@ async def test_the_access_log_names_the_upstreams_request_id(serving, scripted, 
     sidecar = await serving(dashscope_url=f"{upstream.origin}/v1", access_log=True)
     await ask(sidecar)
     await sidecar.until(lambda: [r for r in caplog.records if getattr(r, "upstream_request_id", "") == "up-9"])
+
+
+async def test_headers_that_are_no_limits_cost_no_permit_and_no_answer(serving, scripted):
+    async def odd(link, seen):
+        reset = ("-5s", "1e999s", "nans")[len(upstream.seen) % 3]
+        values = {"Limit": "70", "Remaining": "0", "Reset": reset}
+        headers = "".join(f"X-RateLimit-{name}: {value}\r\n" for name, value in values.items())
+        await link.answer(CHAT_ANSWER, headers=headers)
+
+    upstream = await scripted(odd)
+    sidecar = await serving(dashscope_url=f"{upstream.origin}/v1")
+    for _ in range(6):
+        async with sidecar.post() as response:
+            assert response.status == 200
+    await sidecar.until(sidecar.at_rest)
+    async with sidecar.client.get(f"{sidecar.admin_url}/status") as response:
+        assert response.status == 200
+
+
+async def test_a_provider_that_repeats_the_key_or_a_prompt_in_odd_places_tells_nobody_else(serving, scripted, caplog):
+    async def telling(link, seen):
+        if len(upstream.seen) % 2:
+            body = {"error": {"message": "x", "code": "sk-of-the-account"}}
+            await link.answer(body, status=429, headers="X-Request-Id: sk-of-the-account\r\n")
+        else:
+            await link.answer(b"tea", content_type="the prompt was: who hides in the pantry")
+
+    upstream = await scripted(telling)
+    sidecar = await serving(dashscope_url=f"{upstream.origin}/v1", dashscope_api_key="sk-of-the-account")
+    for _ in range(4):
+        async with sidecar.post(headers={"X-Request-Timeout": "1"}) as response:
+            shown = f"{response.headers} {await response.text()} {caplog.text}"
+        for path in ("/status", "/readyz"):
+            async with sidecar.client.get(sidecar.admin_url + path) as response:
+                shown += await response.text()
+        assert "sk-of-the-account" not in shown
+        assert "pantry" not in shown

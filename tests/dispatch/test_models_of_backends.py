@@ -9,7 +9,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from backends.base import Unreachable
-from sidecar.admission import NO_MODEL, Admission, Ticket, UpstreamSettings
+from sidecar.admission import NO_MODEL, Admission, QuotaClosed, Ticket, UpstreamSettings, Verdict
 from sidecar.admission.admission import MAX_POOLS
 from sidecar.dispatch import model_list
 from sidecar.dispatch.model_list import ModelList
@@ -87,3 +87,15 @@ async def test_requests_without_a_model_use_no_place_of_a_backend_in_this_proces
             pass
     assert len(list(admission.status())) == MAX_POOLS
     assert len(admission._upstreams) <= 2 * MAX_POOLS
+
+
+async def test_a_flood_of_names_does_not_make_the_sidecar_forget_an_account_without_quota():
+    admission, _ = listing(backend("dashscope", down))
+    now = admission.loop.time()
+    permit = await admission.permit(Ticket(now=now, deadline=now + 1.0, model="in use"))
+    permit.report(Verdict("account", now, "quota_period", reason="the day's quota is used up"))
+    for number in range(3 * MAX_POOLS):
+        with await admission.permit(Ticket(now=now, deadline=now + 1.0, model=f"m-{number}")):
+            pass
+    with pytest.raises(QuotaClosed):
+        await admission.permit(Ticket(now=now, deadline=now + 1.0, model="in use"))

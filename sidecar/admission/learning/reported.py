@@ -19,6 +19,9 @@ _MAX_WINDOW = 3600.0
 #: Seconds in which the ceiling doubles while it holds requests back: usually, and if the limit is refuted. From one
 #: attempt to the next it doubles at most.
 _DOUBLING_SECONDS, _REFUTED_DOUBLING_SECONDS = 5.0, 1.0
+#: Seconds. One attempt in this time is sent whatever is reported. A ceiling below that would only begin to double late:
+#: with "1 per hour", after a minute.
+_PROBE_SECONDS = 5.0
 #: Refusals at which about nothing remained, until `remaining` is trusted; contradictions until it no longer is.
 _HITS, _CONTRADICTIONS = 2, 2
 #: Share of the limit that still counts as about nothing, and share above which something remains for certain.
@@ -238,15 +241,16 @@ class _Limit:
 class Reported:
     """Every limit that the headers report about one rate."""
 
-    __slots__ = ("_factor", "_grown_at", "_limits", "_refused", "_refuted", "_spent", "ceiling")
+    __slots__ = ("_factor", "_grown_at", "_least", "_limits", "_refused", "_refuted", "_spent", "ceiling")
 
     def __init__(self, now: float) -> None:
         self.ceiling = inf
         """The most that may be sent per second; infinite after the first refusal."""
         self._limits: dict[str, _Limit] = {}
         self._factor = 1.0
-        self._grown_at = now  # send time of the last attempt
         self._refused = self._refuted = False
+        self._least = 0.0  # what the latest attempt each `_PROBE_SECONDS` is per second
+        self._grown_at = now  # send time of the last attempt
         self._spent = 0.0  # sent since the first report
 
     def report(self, now: float, sent: Sent, report: ReportedLimit) -> float:
@@ -264,6 +268,7 @@ class Reported:
         """Note an attempt. `held`: the gate delayed it at this pace."""
         self._spent += sent.amount
         sent.spent = self._spent
+        self._least = sent.amount / _PROBE_SECONDS
         if held and pace >= self.ceiling:
             doubling = _REFUTED_DOUBLING_SECONDS if self._refuted else _DOUBLING_SECONDS
             self._factor *= 2.0 ** (min(now - self._grown_at, doubling) / doubling)
@@ -313,7 +318,7 @@ class Reported:
     def _update(self) -> None:
         shortest = min(self._limits.values(), key=_shortest)
         self._refuted = shortest.refuted
-        self.ceiling = inf if self._refused else self._factor * shortest.rate
+        self.ceiling = inf if self._refused else self._factor * max(shortest.rate, self._least)
 
 
 def _shortest(one: _Limit) -> tuple[bool, float, float]:

@@ -204,6 +204,8 @@ WORDLESS_SHAPE = 3.0
 WORDLESS_SURE, WORDLESS_MAX_DROP = 8.0, 3.0
 #: A request that fails again while this many others were answered and none failed is itself the cause.
 WORDLESS_OTHERS = 4
+#: Share of the requests that failed which must have been accepted later: a limit accepts all of them in the end.
+WORDLESS_PASSED = 0.25
 #: Seconds without a fast failure after which attempts are no longer recorded.
 WORDLESS_SLEEP_SECONDS = 60.0
 #: A request that fails more often than this is read as failed, unless half of WORDLESS_SURE speaks for a limit.

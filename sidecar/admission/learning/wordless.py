@@ -7,6 +7,9 @@ failures come: a limit refuses when more was sent just before, the other causes 
 Each attempt is ranked by three measures of the load at its start. Under a cause that does not depend on the load, the
 rank of a failure is uniform between 0 and 1. Under a limit it is near 1. The sum of the logarithms of the likelihood
 ratio (CUSUM; Page, 1954) says which of the two is true. It needs 6 to 12 failures.
+
+A caller can send a request that always fails, just when the load is high. But only a limit accepts a request that it
+has refused before, so a part of the requests that failed must have been accepted later.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from sidecar.admission.learning.tuning import (
     WORDLESS_MAX_DROP,
     WORDLESS_MIN_KNOWN,
     WORDLESS_OTHERS,
+    WORDLESS_PASSED,
     WORDLESS_RECENT,
     WORDLESS_SHAPE,
     WORDLESS_SLEEP_SECONDS,
@@ -39,7 +43,19 @@ Reading = Literal["refused", "undecided", "failed"]
 class WordlessLimit:
     """Decides whether the fast failures of one upstream are refusals by a limit."""
 
-    __slots__ = ("_counted", "_evidence", "_failed_at", "_failures", "_last_failed", "_loads", "_sent", "awake", "sure")
+    __slots__ = (
+        "_counted",
+        "_evidence",
+        "_failed_at",
+        "_failures",
+        "_last_failed",
+        "_loads",
+        "_passed",
+        "_requests",
+        "_sent",
+        "awake",
+        "sure",
+    )
 
     def __init__(self) -> None:
         self.awake = False
@@ -48,6 +64,7 @@ class WordlessLimit:
         """True: the fast failures are refusals by a limit."""
         self._failed_at = -inf
         self._failures = 0  # fast failures so far
+        self._requests = self._passed = 0  # requests that failed fast while awake, and those that were accepted later
         self._sent: deque[float] = deque(maxlen=WORDLESS_RECENT)  # send times of the attempts that have not failed fast
         self._loads: deque[Load] = deque(maxlen=WORDLESS_RECENT)  # the loads of such attempts
         self._evidence = [0.0, 0.0, 0.0]  # for a limit, one sum for each measure of the load
@@ -66,6 +83,7 @@ class WordlessLimit:
             self._sent.clear()
             self._loads.clear()
             self._last_failed.clear()
+            self._requests = self._passed = 0
             return None
         sent, load = self._sent, None
         if sent:
@@ -74,6 +92,11 @@ class WordlessLimit:
             self._loads.append(load)
         sent.append(now)
         return load
+
+    def accepted(self, ticket: Ticket) -> None:
+        """Note an accepted attempt. Call it only while `awake`."""
+        if self._last_failed.pop(ticket, None) is not None:
+            self._passed += 1
 
     def failed(
         self,
@@ -113,8 +136,10 @@ class WordlessLimit:
         if self.sure:
             return "refused"
         # A request that fails often needs more evidence that it is not the cause.
-        least = 0.0 if self.times_failed(ticket) <= WORDLESS_UNKNOWN else WORDLESS_SURE / 2
-        return "undecided" if max(self._evidence) > least else "failed"
+        is_often = self.times_failed(ticket) > WORDLESS_UNKNOWN
+        if not (is_often or any(self._counted)):
+            return "undecided"  # no failure has been weighed yet
+        return "undecided" if max(self._evidence) > (WORDLESS_SURE / 2 if is_often else 0.0) else "failed"
 
     def _weigh(self, number: int, load: Load) -> None:
         """Add the evidence of one failure that began at this load."""
@@ -132,7 +157,8 @@ class WordlessLimit:
                 summed = self._evidence[measure] + max(ratio, -WORDLESS_MAX_DROP)
                 self._evidence[measure] = min(max(summed, 0.0), WORDLESS_SURE)
         strongest = max(self._evidence)
-        self.sure = strongest >= WORDLESS_SURE or (self.sure and strongest > 0.0)
+        has_passed = self._passed >= max(2.0, WORDLESS_PASSED * self._requests)
+        self.sure = (strongest >= WORDLESS_SURE and has_passed) or (self.sure and strongest > 0.0)
 
     def accepted_per_second(self, now: float) -> float:
         """Return the rate of the attempts that have not failed fast, while attempts are recorded."""
@@ -143,10 +169,18 @@ class WordlessLimit:
         return self._last_failed.get(ticket, (0, 0, 0))[0]
 
     def _is_own_fault(self, ticket: Ticket, answers: int) -> bool:
-        """Return True if this request itself is the cause, because only it fails again while others are answered."""
+        """Return True if this request itself is the cause, because it fails again while others are answered.
+
+        If others failed too, it is the cause only if it fails WORDLESS_UNKNOWN times more, and only as long as no request was
+        accepted after it had failed.
+        """
         times, answers_then, failures_then = self._last_failed.pop(ticket, (0, answers, self._failures))
+        self._requests += times == 0
         others_failed = self._failures - failures_then > 1
-        own = times > 0 and not others_failed and answers - answers_then >= WORDLESS_OTHERS
+        alone = not (others_failed and self._passed)
+        own = (
+            times >= (WORDLESS_UNKNOWN if others_failed else 1) and alone and answers - answers_then >= WORDLESS_OTHERS
+        )
         if len(self._last_failed) >= WORDLESS_RECENT:
             del self._last_failed[next(iter(self._last_failed))]
         self._last_failed[ticket] = times + 1, answers, self._failures

@@ -18,18 +18,27 @@ import re
 from email.message import Message
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, Field, ValidationError
-from pydantic_core import ErrorDetails
+from pydantic import AfterValidator, BaseModel, Field, ValidationError
+from pydantic_core import ErrorDetails, PydanticCustomError
 
+from sidecar.admission import NO_MODEL
 from sidecar.api.body import refuse_too_many_values
 from sidecar.api.errors import InvalidRequest
 
 #: A JSON object. Its values are `Any`, because only the provider interprets them.
 JsonObject = dict[str, Any]
 
+
+def _not_reserved(model: str) -> str:
+    """Refuse the one name that callers cannot use."""
+    if model == NO_MODEL:
+        raise PydanticCustomError("reserved", "this name is reserved")
+    return model
+
+
 _Image = Annotated[str, Field(max_length=14_000_000)]
 _MaxTokens = Annotated[int, Field(ge=1, le=16384)]
-_ModelName = Annotated[str, Field(max_length=128)]
+_ModelName = Annotated[str, Field(max_length=128), AfterValidator(_not_reserved)]
 
 
 class DescribeRequest(BaseModel):

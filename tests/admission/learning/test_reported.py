@@ -180,3 +180,17 @@ def test_the_time_at_which_the_provider_counted_makes_the_bounds_true():
             low, high = trace.until(ones[name]).rate(10.0)
             missed[name] += not 0.99 * low <= 10.0 <= 1.01 * high
     assert missed["counted"] == 0 < missed["sent"], missed
+
+
+@pytest.mark.parametrize("amount", [1.0, 1000.0])
+def test_a_ceiling_of_almost_nothing_doubles_from_the_rate_of_probes(amount):
+    reported = Reported(0.0)
+    now = 0.0
+    reported.report(now, Sent(now, amount, True), limit(1.0, window=3600.0))
+    for _ in range(60):
+        sent = Sent(now, amount, True)
+        reported.sent(now, sent, held=True, pace=reported.ceiling)
+        reported.report(now, sent, limit(1.0, window=3600.0))
+        now += min(amount / reported.ceiling, 5.0)
+    assert now < 40.0
+    assert reported.ceiling > 5.0 * amount

@@ -12,7 +12,10 @@ ANSWER_SECONDS = 0.5
 
 
 class World:
-    """Poisson arrivals. `fails` gets the seconds since the last accepted request and the time, and decides."""
+    """Poisson arrivals. `fails` gets the seconds since the last accepted request and the time, and decides.
+
+    A request that failed is sent again in place of a later one.
+    """
 
     def __init__(self, fails, per_second, *, seconds_to_fail=0.005, seed=1):
         self.limit = WordlessLimit()
@@ -21,18 +24,23 @@ class World:
         self.now = self.accepted_at = 0.0
         self.number = self.answers = 0
         self.readings = []
+        self.failed = []
 
     def send(self, ticket=None, *, fails=None):
         """Send one request; return how its failure is read, or None if it was accepted."""
         self.number += 1
+        ticket = ticket or Ticket(now=self.now, deadline=self.now + 60.0)
         load = self.limit.sent(self.now, 3) if self.limit.awake else None
         if not (self.fails(self.now - self.accepted_at, self.now) if fails is None else fails):
             self.accepted_at = self.now
             self.answers += 1
+            if self.limit.awake:
+                self.limit.accepted(ticket)
             return None
+        self.failed.append(ticket)
         reading = self.limit.failed(
             self.now + self.seconds_to_fail,
-            ticket or Ticket(now=self.now, deadline=self.now + 60.0),
+            ticket,
             sent_at=self.now,
             number=self.number,
             load=load,
@@ -46,7 +54,7 @@ class World:
         end = self.now + seconds
         while self.now < end:
             self.now += self.random.expovariate(self.per_second)
-            self.send()
+            self.send(self.failed.pop(0) if len(self.failed) > 3 else None)
         return self
 
 
@@ -60,6 +68,19 @@ def test_failures_that_come_when_more_is_sent_are_refusals():
     assert world.limit.sure
     assert set(world.readings[20:]) == {"refused"}
     assert "failed" not in world.readings
+
+
+def test_requests_that_always_fail_are_no_limit_whenever_they_are_sent():
+    world = World(limited, 1.0)
+    for _ in range(60):  # at the moment of the highest load
+        for spoilt in (False, False, False, True):
+            world.now += 0.2 if not spoilt else 0.001
+            world.send(fails=spoilt)
+        world.now += 0.001
+        world.send(world.failed[-1], fails=True)
+    assert not world.limit.sure
+    assert "refused" not in world.readings
+    assert world.readings[-2:] == ["undecided", "undecided"] or "failed" in world.readings
 
 
 def test_a_few_failures_are_not_enough():

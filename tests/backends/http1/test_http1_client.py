@@ -169,6 +169,17 @@ async def test_interim_answers_are_skipped(backend, upstream, apart):
     assert_connections(upstream, [0, 0])
 
 
+@pytest.mark.internal_http
+async def test_interim_answers_without_end_are_a_failure(backend, upstream):
+    async def script(link: Link, _: Seen) -> None:
+        while link.is_open:
+            await link.send(b"HTTP/1.1 103 Early Hints\r\n\r\n" * 20)
+
+    upstream.script = script
+    with pytest.raises(Unreachable, match="broke before the answer"):
+        await send(backend)
+
+
 async def test_a_request_is_not_sent_again_after_an_interim_answer(backend, upstream):
     await send(backend)
     upstream.script = raw(b"HTTP/1.1 103 Early Hints\r\n\r\n", then="close")

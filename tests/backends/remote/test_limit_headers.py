@@ -114,6 +114,16 @@ def test_no_value_raises_or_gives_an_impossible_limit(headers):
         assert one.reset is None or 0 <= one.reset < inf
 
 
+@pytest.mark.parametrize("reset", ["-5s", "-1ms", "-1", "1e999s", "infs", "nans", "nanms", "1e12s", "9" * 300])
+@pytest.mark.parametrize("names", [SPELLINGS[0][1], SPELLINGS[11][1], SPELLINGS[15][1], SPELLINGS[18][1]])
+def test_in_no_spelling_a_reset_is_read_that_is_no_time(names, reset):
+    headers = {name: reset if "reset" in name.lower() else "0" if "remaining" in name.lower() else value
+               for name, value in names.items()}  # fmt: skip
+    for one in LimitReader().read(headers):
+        assert one.window is None or 0 < one.window <= 366 * 86400
+        assert one.reset is None or 0 <= one.reset <= 366 * 86400
+
+
 def test_the_time_of_counting_is_read_in_unix_milliseconds():
     assert arrived_at({"req-arrive-time": "1772439304250"}) == 1772439304.25
     for text in ("", "soon", "1772439304", "-1", "1" * 40):
