@@ -171,8 +171,8 @@ class WordlessLimit:
     def _is_own_fault(self, ticket: Ticket, answers: int) -> bool:
         """Return True if this request itself is the cause, because it fails again while others are answered.
 
-        If others failed too, it is the cause only if it fails WORDLESS_UNKNOWN times more, and only as long as no request was
-        accepted after it had failed.
+        If others failed too, it is the cause only if it fails WORDLESS_UNKNOWN times more, and only as long as no
+        request was accepted after it had failed.
         """
         times, answers_then, failures_then = self._last_failed.pop(ticket, (0, answers, self._failures))
         self._requests += times == 0
