@@ -322,19 +322,18 @@ class ConnectTarget(ClientRequest):
 
 
 def set_idle(connection: Connection) -> None:
-    """Mark a connection as idle. `can_be_reused` ends this."""
+    """Mark a connection as idle. The next `exchange` ends this."""
     cast("ResponseProtocol", connection.protocol).is_idle = True
 
 
 def can_be_reused(connection: Connection) -> bool:
-    """Return whether an idle connection is still open and no data has arrived on it. It is no longer idle then.
+    """Return whether an idle connection is still open and no data has arrived on it.
 
     Such data would be read as the answer to the next request.
     """
-    protocol = cast("ResponseProtocol | None", connection.protocol)
+    protocol = connection.protocol
     if protocol is None:
         return False
-    protocol.is_idle = False
     transport = protocol.transport
     return transport is not None and not transport.is_closing() and not protocol.should_close
 
@@ -347,8 +346,9 @@ async def exchange(
     Returns the head, the body, and the task that still writes a large request (None if the request is written).
     `head_only` says that the answer has no body.
     """
-    protocol = connection.protocol
+    protocol = cast("ResponseProtocol | None", connection.protocol)
     assert protocol is not None and protocol.transport is not None  # noqa: S101  the caller just got the connection
+    protocol.is_idle = False
     protocol.set_response_params(
         skip_payload=head_only,
         read_until_eof=True,
