@@ -86,6 +86,23 @@ def request(path, headers="", body=b"", version="1.1"):
     return f"POST {path} HTTP/{version}\r\nHost: here\r\nContent-Length: {len(body)}\r\n{headers}\r\n".encode() + body
 
 
+async def never_answered(line):
+    """Send a request that is never answered. Return its caller, the connection, and the event of its cancellation."""
+    cancelled = asyncio.Event()
+
+    async def never(http):
+        try:
+            await asyncio.Event().wait()
+        finally:
+            cancelled.set()
+
+    caller = await line(never)
+    caller.writer.write(request("/first"))
+    (connection,) = await _connections(caller)
+    await until(lambda: connection.task)
+    return caller, connection, cancelled
+
+
 async def test_pipelined_requests_are_all_answered_in_order(line):
     caller = await line(echo)
     count = 5 * accepting.MAX_PIPELINED
@@ -197,18 +214,7 @@ async def test_a_request_behind_the_first_one_is_counted_if_both_arrive_together
 @pytest.mark.internal_http
 async def test_requests_behind_others_are_bounded_on_all_connections_together(line, monkeypatch):
     monkeypatch.setattr(accepting, "MAX_PIPELINED_IN_ALL_BYTES", 1000)
-    cancelled = asyncio.Event()
-
-    async def never(http):
-        try:
-            await asyncio.Event().wait()
-        finally:
-            cancelled.set()
-
-    caller = await line(never)
-    caller.writer.write(request("/first"))
-    (connection,) = await _connections(caller)
-    await until(lambda: connection.task)
+    caller, _, cancelled = await never_answered(line)
     caller.writer.write(request("/second", body=b"x" * 2000))
     with contextlib.suppress(ConnectionError):
         assert await caller.closed() == b""
@@ -223,18 +229,7 @@ async def test_a_caller_that_leaves_while_it_is_not_read_is_noticed(line, monkey
     if not hasattr(socket, "TCP_INFO"):
         platform_lacks("TCP_INFO is an option of Linux")
     monkeypatch.setattr(accepting, "LOOK_FOR_END_SECONDS", 0.02)
-    cancelled = asyncio.Event()
-
-    async def never(http):
-        try:
-            await asyncio.Event().wait()
-        finally:
-            cancelled.set()
-
-    caller = await line(never)
-    caller.writer.write(request("/first"))
-    (connection,) = await _connections(caller)
-    await until(lambda: connection.task)
+    caller, connection, cancelled = await never_answered(line)
     # The end of a connection that is closed follows behind its data, for which the kernel must have room.
     caller.writer.write(request("/second", body=b"x" * (MB if way == "reset" else MB // 5)))
     await until(lambda: connection.is_paused)
