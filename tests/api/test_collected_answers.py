@@ -142,7 +142,7 @@ async def test_a_lack_of_money_is_never_a_fault_of_the_caller_or_a_reason_to_ask
 
 
 async def test_an_error_inside_a_200_is_never_an_answer():
-    chosen = [entry for entry in entries() if entry["status"] < 400 and entry["want"]["kind"] != "accepted"]
+    chosen = [entry for entry in entries() if entry["status"] < 400]
     assert chosen
     lines = await failures(
         chosen,
