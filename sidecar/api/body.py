@@ -49,6 +49,8 @@ class ParsedBody:
 
     model: str | None
     stream: bool
+    model_is_null: bool = False
+    """Whether the body has the key `model` with the value null."""
     text_chars: int = 0
     images: list[tuple[int, int] | None] = field(default_factory=list)
     """Width and height of each image in pixels. None if only the provider can read the image."""
@@ -248,11 +250,10 @@ def image_size(url: Any, where: str) -> tuple[int, int] | None:
     return size
 
 
-def with_model(body: bytes, default: str) -> tuple[bytes, str]:
+def with_model(body: bytes, default: str, *, instead_of_null: bool) -> tuple[bytes, str]:
     """Return a body that names no model with the default first in the JSON object, and the default."""
-    data = orjson.loads(body)
-    if "model" in data:
-        return orjson.dumps({**data, "model": default}), default
+    if instead_of_null:
+        return orjson.dumps({**orjson.loads(body), "model": default}), default
     start = body.index(b"{") + 1  # the comma after the model is correct, because the object also has messages
     return b'%b"model":%b,%b' % (body[:start], orjson.dumps(default), body[start:]), default
 

@@ -157,7 +157,10 @@ class Call:
         """Return the body and its model. A body that names none gets the default."""
         if parsed.model is not None:
             return body, parsed.model
-        return await self.parse(body, partial(with_model, default=self.settings.default_model))
+        default = self.settings.default_model
+        if not parsed.model_is_null:
+            return with_model(body, default, instead_of_null=False)
+        return await self.parse(body, partial(with_model, default=default, instead_of_null=True))
 
     async def _receive(self, arrival: Arrival, max_bytes: int) -> bytes:
         """Read a body that has not arrived completely."""

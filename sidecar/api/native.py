@@ -33,7 +33,9 @@ def _read(data: dict[str, Any]) -> ParsedBody:
     if parameters is not None and not isinstance(parameters, dict):
         raise InvalidRequest(f"parameters must be an object, not {json_type(parameters)}", field="parameters")
     high_resolution = (parameters or {}).get("vl_high_resolution_images") is True
-    parsed = ParsedBody(model_of(data), stream=False, high_resolution=high_resolution)
+    model = model_of(data)
+    model_is_null = model is None and "model" in data
+    parsed = ParsedBody(model, stream=False, model_is_null=model_is_null, high_resolution=high_resolution)
     messages = given.get("messages") if isinstance(given, dict) else None
     parse_messages(messages, "input.messages", parsed, _parse_part)
     return parsed

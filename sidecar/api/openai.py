@@ -38,7 +38,12 @@ def _read(data: dict[str, Any]) -> ParsedBody:
     model, stream = model_of(data), data.get("stream")
     if stream is not None and not isinstance(stream, bool):
         raise InvalidRequest(f"stream must be true or false, not {json_type(stream)}", field="stream")
-    parsed = ParsedBody(model, bool(stream), high_resolution=data.get("vl_high_resolution_images") is True)
+    parsed = ParsedBody(
+        model,
+        bool(stream),
+        model_is_null=model is None and "model" in data,
+        high_resolution=data.get("vl_high_resolution_images") is True,
+    )
     parse_messages(data.get("messages"), "messages", parsed, _parse_part)
     return parsed
 
