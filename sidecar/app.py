@@ -114,7 +114,10 @@ class Sidecar:
             self.parts.data,
             max_connections=_max_data_connections(limit),
             on_full=partial(exhausted, "data_connections"),
+            max_held_bytes=settings.receiving_bytes,
+            reserve_bytes=settings.receiving_bytes // 4,
         )
+        self.parts.held_bytes.sources.append(self._data_listener.held_bytes)
         self.data_port = await _open(self._data_listener, settings.host, settings.port, "SIDECAR_")
         if settings.unix_socket is not None:
             try:

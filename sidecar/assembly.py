@@ -30,6 +30,7 @@ from sidecar.dispatch.stream_bounds import StreamSettings
 from sidecar.foreign_pages import ForeignPages
 from sidecar.observe import logging as logs
 from sidecar.observe.gauges import AdmissionGauges
+from sidecar.observe.held_bytes import HeldBytes
 from sidecar.observe.metrics import Metrics
 from sidecar.observe.sampler import Sampler
 from sidecar.settings import Settings
@@ -67,6 +68,7 @@ class Parts:
     state_file: StateFile | None
     spans: Spans | None
     """None unless OpenTelemetry's variables name an endpoint."""
+    held_bytes: HeldBytes
 
     @property
     def all_backends(self) -> list[Backend]:
@@ -101,7 +103,8 @@ def assemble(settings: Settings, drain: Callable[[], None]) -> Parts:
     admission = Admission(
         [_upstream(settings, backend, tier) for tier, backend in enumerate(backends, 1)],
         queue_size=settings.queue_size,
-        queue_bytes=settings.queue_bytes,
+        queue_bytes=settings.queue_bytes - settings.receiving_bytes,
+        bytes_in_flight=settings.queue_bytes,
     )
     queued.append(admission.waiting)
     admissions = [admission]
@@ -115,6 +118,8 @@ def assemble(settings: Settings, drain: Callable[[], None]) -> Parts:
     health = Health()
     health.backend_reason = lambda: _no_backend_is_ready(backends)
     registry.register(AdmissionGauges(admissions))
+    held_bytes = HeldBytes(admissions)
+    registry.register(held_bytes)
     sampler = Sampler(metrics, admissions)
     models = ModelList(admission, backends, metrics)
     foreign_pages = ForeignPages(settings.allowed_hosts.split(","))
@@ -133,7 +138,7 @@ def assemble(settings: Settings, drain: Callable[[], None]) -> Parts:
     state_file = _state_file(settings, admission, backends)
     return Parts(
         health, metrics, sampler, admission, backends, detector, detector_admission, data, models, admin, state_file,
-        spans,
+        spans, held_bytes,
     )  # fmt: skip
 
 

@@ -149,7 +149,7 @@ def is_head_too_large(error: HttpProcessingError) -> bool:
 class RequestProtocol(BaseProtocol):
     """A caller's connection: the parser and the flow control of aiohttp, and a bounded queue of parsed requests."""
 
-    __slots__ = ("_max_pipelined", "_message_consumed", "feed", "loop", "task", "waiting")
+    __slots__ = ("_max_pipelined", "_message_consumed", "feed", "is_stopped", "loop", "task", "waiting")
 
     def __init__(self, loop: asyncio.AbstractEventLoop, *, buffer_bytes: int, max_pipelined: int) -> None:
         parser = HttpRequestParser(
@@ -171,6 +171,8 @@ class RequestProtocol(BaseProtocol):
 
         After malformed data nothing more is parsed, so a `MalformedRequest` is always the last element.
         """
+        self.is_stopped = False
+        """Whether the socket is not read because of the bound on all connections; see `byte_budget`."""
         self._message_consumed = parser.message_consumed
         self._max_pipelined = max_pipelined
 
@@ -201,8 +203,12 @@ class RequestProtocol(BaseProtocol):
         self._message_consumed()
         if self._buffer_paused and len(self.waiting) <= self._max_pipelined // 2:
             self.data_received(b"")  # parse the buffered data before reading resumes: this can fill the queue again
-            if len(self.waiting) < self._max_pipelined:
-                self._resume_reading_for_buffer()
+            self.read_unless_full()
+
+    def read_unless_full(self) -> None:
+        """End the pause of `pause_while_full`, unless there is still a reason for it."""
+        if self._buffer_paused and not self.is_stopped and len(self.waiting) < self._max_pipelined:
+            self._resume_reading_for_buffer()
 
     def write(self, data: bytes) -> None:
         """Write data. Raises `ConnectionError` if the caller has closed the connection.

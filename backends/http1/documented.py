@@ -10,6 +10,8 @@ It is used if the installed aiohttp lacks an internal part. It is slower and has
 * If a caller shuts its sending side after a request, the connection is closed without an answer.
 * Connections to an upstream are not kept for another request. Otherwise aiohttp would read data that arrives on an idle
   connection as the next answer. It also does not show whether a POST on a dead connection may be sent again.
+* When `SIDECAR_QUEUE_BYTES` are in use, a connection can bring a little more than its place, and a caller that stalls
+  gets no answer: its connection is closed. Pipelined requests count as heads or as being received.
 * A request does not wait for a free file descriptor: without one, the attempt fails.
 * When a request to an upstream is cancelled, the data in its socket's buffer is still sent.
 """
@@ -19,6 +21,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from base64 import b64encode
+from math import inf
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,6 +29,7 @@ import aiohttp
 from aiohttp import web
 from yarl import URL
 
+from backends.byte_budget import ByteBudget
 from backends.http1 import accepting, connecting, proxies
 from backends.http1.connections import Connections, OnFull
 from backends.http1.interface import Handler, OnPiece, Timings
@@ -37,7 +41,8 @@ _silent = logging.Logger("aiohttp", logging.CRITICAL + 1)  # noqa: LOG001  aioht
 class HttpRequest(accepting.RequestHead):
     """See `interface.HttpRequest`."""
 
-    def __init__(self, request: web.BaseRequest) -> None:
+    def __init__(self, request: web.BaseRequest, connection: accepting.Counted | None) -> None:
+        self.hand_over = int if connection is None else connection.hand_over
         self.request, self.method, self.raw_path = request, request.method, request.raw_path
         self.headers, self.content, self.version = request.headers, request.content, request.version
         # aiohttp adds the trailers after a chunked body to the headers of the next request on the connection.
@@ -109,12 +114,15 @@ class Listener:
         max_connections: int,
         closes_busy: bool = False,
         on_full: OnFull | None = None,
+        max_held_bytes: float = inf,
+        reserve_bytes: int = 0,
     ) -> None:
         self._handler = handler
         self.connections: Connections[accepting.Counted] = Connections(
             max_connections, closes_busy=closes_busy, on_full=on_full
         )
         self.close_idle = self.connections.close_idle
+        self.budget = ByteBudget(max_held_bytes, self.connections, reserve_bytes=reserve_bytes)
         self._by_transport: dict[asyncio.BaseTransport, accepting.Counted] = {}
         self.server = web.Server(
             self._handle, handler_cancellation=True, access_log=None, logger=_silent, auto_decompress=False,
@@ -123,9 +131,13 @@ class Listener:
         )  # fmt: skip
         self._tasks: set[asyncio.Task[Any] | None] = set()
         self._addresses = accepting.Addresses(
-            lambda: accepting.Counted(self.server(), self.connections, self._by_transport)
+            lambda: accepting.Counted(self.server(), self.connections, self._by_transport, self.budget)
         )
         self.open, self.open_unix = self._addresses.open, self._addresses.open_unix
+
+    def held_bytes(self) -> dict[str, int]:
+        incomplete = sum(one.held_bytes for one in self.connections if one.is_incomplete)
+        return {"heads": self.budget.held_bytes - incomplete, "receiving": incomplete, "pipelined": 0}
 
     async def close(self) -> None:
         self._addresses.close()
@@ -139,9 +151,9 @@ class Listener:
             refusal = web.Response(status=400, body=accepting.UNKNOWN_CODING, headers=accepting.ERROR_HEADERS)
             refusal.force_close()
             return refusal
-        http = HttpRequest(request)
-        self._tasks.add(http.task)
         counted = None if request.transport is None else self._by_transport.get(request.transport)
+        http = HttpRequest(request, counted)
+        self._tasks.add(http.task)
         if counted is not None:
             counted.set_busy(is_busy=True)
         try:

@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple
 
 import aiohttp
 
+from backends.byte_budget import SMALL_BYTES, STALLED_SECONDS
 from backends.http1 import connecting, descriptors
 
 #: The base of every error that `Origin.request` and the reading of an answer raise.
@@ -25,12 +26,12 @@ class MalformedRequest(Exception):
     status: Literal[400, 431]
     code: Literal["invalid_request", "headers_too_large"]
 
-    def __init__(self, cause: BaseException, *, head_too_large: bool = False) -> None:
+    def __init__(self, cause: BaseException | None, *, head_too_large: bool = False) -> None:
         if head_too_large:
             self.status, self.code = 431, "headers_too_large"
             text = (
-                "the first line or a header of the request is longer than 8 kB, or there are more than 128 headers: "
-                "send less"
+                "the first line or a header of the request is longer than 8 kB, all of them are longer than 64 kB, or "
+                "there are more than 128 headers: send less"
             )
         else:
             self.status, self.code = 400, "invalid_request"
@@ -38,6 +39,16 @@ class MalformedRequest(Exception):
                 f"this is not a valid HTTP request ({type(cause).__name__}): this port speaks plain HTTP, without TLS"
             )
         super().__init__(text)
+
+
+class StalledBody(Exception):
+    """The body was not sent steadily while other requests needed its place."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            f"fewer than {SMALL_BYTES // 1024} kB of the body came in {STALLED_SECONDS:g} s, and others need its "
+            "place, because SIDECAR_QUEUE_BYTES are in use: send it without a pause, or raise it"
+        )
 
 
 class MalformedAnswer(HttpError):

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from math import inf
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from multidict import CIMultiDictProxy
 
+from backends.byte_budget import ByteBudget
 from backends.http1.connections import OnFull
 
 #: A callback that consumes one piece of a body. It returns False if it cannot consume more at present.
@@ -22,7 +24,8 @@ OnPiece = Callable[[bytes], bool]
 class Body(Protocol):
     """A body while it arrives.
 
-    Reading the body of a request can raise `MalformedRequest`; reading the body of an answer can raise `HttpError`.
+    Reading the body of a request can raise `MalformedRequest` or `StalledBody`; reading the body of an answer can raise
+    `HttpError`.
     """
 
     def is_eof(self) -> bool:
@@ -127,6 +130,13 @@ class HttpRequest(Protocol):
         """The caller's address; empty for a unix socket."""
         ...
 
+    def hand_over(self) -> int:
+        """Stop counting the bytes of this request at the listener, and return their number: somebody else counts them.
+
+        Must be called only when the body has arrived, or there is none. A second call returns 0.
+        """
+        ...
+
     def cut_off(self) -> None:
         """Close the connection at once. What the caller has not read yet is lost."""
         ...
@@ -162,6 +172,13 @@ class Listener(Protocol):
         """Listen on a unix socket too, and replace a stale one. Raises `OSError`."""
         ...
 
+    budget: ByteBudget
+    """The bytes that the connections hold: what has arrived and was not handed over by `HttpRequest.hand_over`."""
+
+    def held_bytes(self) -> dict[str, int]:
+        """Return these bytes by place."""
+        ...
+
     def close_idle(self, count: int, /) -> None:
         """Close at most `count` connections: those that have been idle for the longest time."""
         ...
@@ -181,12 +198,16 @@ class MakeListener(Protocol):
         max_connections: int,
         closes_busy: bool = False,
         on_full: OnFull | None = None,
+        max_held_bytes: float = inf,
+        reserve_bytes: int = 0,
     ) -> Listener:
         """Return a listener for this handler.
 
         `max_connections` is the maximum number of open connections. At each connection above it, the listener calls
         `on_full` and closes the connection that has been idle for the longest time, or the new one if none is idle.
         With `closes_busy` it closes the one whose last answer or beginning is the longest time ago.
+
+        The connections hold `max_held_bytes` at most: see `byte_budget.ByteBudget`, also for `reserve_bytes`.
         """
         ...
 

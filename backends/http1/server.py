@@ -12,7 +12,9 @@ import logging
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from http import HTTPStatus
+from math import inf
 
+from backends.byte_budget import ByteBudget
 from backends.http1 import accepting
 from backends.http1.aiohttp_parts import (
     EMPTY_PAYLOAD,
@@ -25,7 +27,7 @@ from backends.http1.aiohttp_parts import (
     tcp_keepalive,
 )
 from backends.http1.connections import Connections, OnFull
-from backends.http1.errors import MalformedRequest
+from backends.http1.errors import MalformedRequest, StalledBody
 from backends.http1.headers import head_of
 from backends.http1.response import Answer
 
@@ -48,10 +50,17 @@ class HttpRequest(ParsedRequest, accepting.RequestHead):
         """See `interface.HttpRequest`."""
         return self.connection.caller_has_left
 
+    def hand_over(self) -> int:
+        """See `interface.HttpRequest`."""
+        return self.connection.let_go_of_request()
+
     def answer(self, status: int, headers: dict[str, str], *, length: int | None) -> Answer:
         """Begin the answer."""
         return Answer(self, status, headers, length=length)
 
+
+#: Bytes. A head that is not longer is not measured.
+_USUAL_HEAD_BYTES = 2048
 
 #: The type `interface.Handler` for the requests of this implementation.
 Handler = Callable[[HttpRequest], Awaitable[object]]
@@ -65,8 +74,9 @@ class Connection(RequestProtocol):
     """
 
     __slots__ = (
-        "_behind_bytes", "_closes_at", "_counted_before", "_counted_bytes", "_current", "_end_timer", "_incoming",
-        "_listener", "_stopped", "_timer", "caller_has_left", "idle_since",
+        "_closes_at", "_counted_before", "_counted_bytes", "_current", "_end_timer", "_head_bytes",
+        "_incoming", "_listener", "_stopped", "_timer", "behind_bytes", "bytes_then", "caller_has_left", "held_bytes",
+        "holds_since", "idle_since", "slow_since",
     )  # fmt: skip
 
     def __init__(self, listener: Listener, loop: asyncio.AbstractEventLoop) -> None:
@@ -75,8 +85,12 @@ class Connection(RequestProtocol):
         self._incoming: StreamReader = EMPTY_PAYLOAD  # the body of the last request that has arrived
         self._stopped = False  # if True, the data that follows is not parsed
         self._current: HttpRequest | None = None  # the request that is being answered
-        self._behind_bytes = 0  # bytes received of the requests behind `_current`
-        self._counted_bytes = 0  # the bytes that `_behind_bytes` has ever counted
+        self.held_bytes = self.bytes_then = 0
+        self.holds_since = self.slow_since = 0.0
+        self._head_bytes = 0  # bytes received of a head that is not complete
+        self.behind_bytes = 0
+        """Those of `held_bytes` that belong to the requests behind the one that is being answered."""
+        self._counted_bytes = 0  # the bytes that `behind_bytes` has ever counted
         self._counted_before: deque[int] = deque()  # for each element of `waiting`: the same, before its head arrived
         self._end_timer: asyncio.TimerHandle | None = None  # looks for the end of a connection that is not read
         self.caller_has_left = False
@@ -93,6 +107,7 @@ class Connection(RequestProtocol):
         self._closes_at = self.idle_since + accepting.FIRST_REQUEST_SECONDS
         self._timer = self.loop.call_at(self._closes_at, self._close_if_idle)
         self._listener.connections.add(self)
+        self.set_stopped(stopped=self._listener.budget.stops(self))
 
     def connection_lost(self, exc: BaseException | None) -> None:
         """Cancel the handler, because nobody can receive its answer."""
@@ -100,7 +115,8 @@ class Connection(RequestProtocol):
         self._timer.cancel()
         if self._end_timer is not None:
             self._end_timer.cancel()
-        self._set_behind(0)
+        self.behind_bytes = 0
+        self.let_go(self.held_bytes)
         self._listener.connections.discard(self)
         if self.task is not None:
             self.task.cancel()
@@ -109,18 +125,25 @@ class Connection(RequestProtocol):
         """Parse the data, and start the task that answers."""
         if self._stopped:
             return
-        is_behind = self.task is not None and (self._incoming.is_eof() or len(self.waiting) > (self._current is None))
+        incoming = self._incoming
+        in_head = incoming.is_eof()  # the data begins within a head
+        had_bytes = 0 if in_head else incoming.total_bytes
+        is_behind = self.task is not None and (in_head or len(self.waiting) > (self._current is None))
         messages: Sequence[tuple[RawRequestMessage | MalformedRequest, StreamReader]]
         try:
             messages, self._stopped, _ = self.feed(data)  # `_stopped`: the caller asks for another protocol
         except HttpProcessingError as error:
             self._stopped = True
-            if not self._incoming.is_eof():
+            if not in_head:
                 # The handler that reads this body gets the error and writes the answer.
-                self._incoming.set_exception(MalformedRequest(error))
+                incoming.set_exception(MalformedRequest(error))
                 return
             malformed = MalformedRequest(error, head_too_large=is_head_too_large(error))
             messages = [(malformed, EMPTY_PAYLOAD)]
+        if in_head and self._is_head_too_large(messages, len(data)):
+            self._stopped = True
+            messages = [(MalformedRequest(None, head_too_large=True), EMPTY_PAYLOAD)]
+        size = len(data)
         if messages:
             self._incoming = messages[-1][1]
             self.waiting.extend(messages)
@@ -129,20 +152,86 @@ class Connection(RequestProtocol):
                 self.pause_while_full()
             if self.task is None:
                 self.task = self.loop.create_task(self._answer_all())
+            for message, _ in messages:
+                if not isinstance(message, MalformedRequest):
+                    size += accepting.HEADER_BYTES * len(message.headers)
+        self._listener.budget.add(self, size)
+        if self._incoming.is_eof() and (messages or not in_head):
+            self._head_bytes = self._bytes_behind(messages, len(data), incoming, had_bytes)
         if is_behind or len(self.waiting) > (self._current is None):
-            self._count_pipelined(len(data))
+            self._count_pipelined(size)
+        elif self._head_bytes and self.task is not None:
+            self._count_pipelined(self._head_bytes)
+
+    def _bytes_behind(
+        self,
+        messages: Sequence[tuple[RawRequestMessage | MalformedRequest, StreamReader]],
+        size: int,
+        incoming: StreamReader,
+        had_bytes: int,
+    ) -> int:
+        """Return how many of the last `size` bytes belong to a head that is not complete.
+
+        `messages` were completed by them, and `incoming` is the body before, which had `had_bytes`. Lines can end in
+        several ways, so fewer than `_USUAL_HEAD_BYTES` count as nothing.
+        """
+        behind = size - (0 if incoming is EMPTY_PAYLOAD else incoming.total_bytes - had_bytes)
+        for message, content in messages:
+            if isinstance(message, MalformedRequest):
+                return 0
+            behind -= 0 if content is EMPTY_PAYLOAD else content.total_bytes
+            if behind > _USUAL_HEAD_BYTES:
+                behind -= accepting.head_size(message.headers) + len(message.path)
+        return behind if behind > _USUAL_HEAD_BYTES else 0
+
+    def _is_head_too_large(
+        self, messages: Sequence[tuple[RawRequestMessage | MalformedRequest, StreamReader]], size_bytes: int
+    ) -> bool:
+        """Return whether a head that arrives is over the bound; `messages` are those that the last data completed."""
+        self._head_bytes = 0 if messages else self._head_bytes + size_bytes
+        if size_bytes > accepting.MAX_HEAD_BYTES:
+            heads = (message.headers for message, _ in messages if not isinstance(message, MalformedRequest))
+            if any(accepting.head_size(head) > accepting.MAX_HEAD_BYTES for head in heads):
+                return True
+        return self._head_bytes > accepting.MAX_HEAD_BYTES
 
     def _count_pipelined(self, more_bytes: int) -> None:
         self._counted_bytes += more_bytes
-        self._set_behind(self._behind_bytes + more_bytes)
-        if self._listener.pipelined_bytes > accepting.MAX_PIPELINED_IN_ALL_BYTES and self.transport is not None:
-            self.transport.abort()
-        elif self._behind_bytes > accepting.MAX_PIPELINED_BYTES:
+        self.behind_bytes += more_bytes
+        if self.behind_bytes > accepting.MAX_PIPELINED_BYTES:
             self.pause_while_full()
 
-    def _set_behind(self, behind_bytes: int) -> None:
-        self._listener.pipelined_bytes += behind_bytes - self._behind_bytes
-        self._behind_bytes = behind_bytes
+    def let_go_of_request(self) -> int:
+        """Stop counting the request that is being answered. Return its bytes."""
+        own_bytes = self.held_bytes - self.behind_bytes
+        self._listener.budget.remove(self, own_bytes)
+        return own_bytes
+
+    def let_go(self, fewer_bytes: int) -> None:
+        """Stop counting bytes that were taken or dropped."""
+        self._listener.budget.remove(self, min(fewer_bytes, self.held_bytes))
+
+    @property
+    def is_incomplete(self) -> bool:
+        """See `byte_budget.Socket`."""
+        return self.task is None or not self._incoming.is_eof()
+
+    def set_stopped(self, *, stopped: bool) -> None:
+        """See `byte_budget.Socket`."""
+        if stopped is not self.is_stopped:
+            self.is_stopped = stopped
+            if stopped:
+                self.pause_while_full()
+            else:
+                self.read_unless_full()
+
+    def give_up(self) -> None:
+        """See `byte_budget.Socket`. The handler that reads the body writes the answer."""
+        if not self._incoming.is_eof():
+            self._stopped = True
+            self._incoming.set_exception(StalledBody())
+        elif self.transport is not None:
+            self.transport.abort()  # a part of a head
 
     def pause_reading(self) -> None:
         """Stop reading the socket: a body is read too slowly."""
@@ -207,6 +296,8 @@ class Connection(RequestProtocol):
         now = self.loop.time()
         if self.task is not None and not self.writing_paused:
             self._closes_at = now + accepting.KEEPALIVE_SECONDS
+        elif self.is_stopped:  # it may have sent a request that is not read yet
+            self._closes_at = now + accepting.FIRST_REQUEST_SECONDS
         if now < self._closes_at:
             self._timer = self.loop.call_at(self._closes_at, self._close_if_idle)
         elif self.transport is not None:
@@ -221,9 +312,15 @@ class Connection(RequestProtocol):
             while self.waiting and keeps_alive:
                 keeps_alive = False
                 message, counted_before = self.waiting.popleft(), self._counted_before.popleft()
-                if self._behind_bytes:  # what arrived before this request is answered
-                    self._set_behind(self._counted_bytes - counted_before if self.waiting else 0)
+                if self.behind_bytes:  # what arrived before this request is answered
+                    self.behind_bytes = self._counted_bytes - counted_before if self.waiting else self._head_bytes
                 keeps_alive = await self._answer_one(*message)
+                if self.behind_bytes:
+                    others_before = self._counted_before[0] if self._counted_before else None
+                    self.behind_bytes = (
+                        self._head_bytes if others_before is None else self._counted_bytes - others_before
+                    )
+                self.let_go_of_request()
         except (ConnectionError, asyncio.CancelledError):
             # The caller closed the connection. The error is dropped here: a task that ends with an exception keeps the
             # exception, and everything to which it refers, in memory.
@@ -269,10 +366,10 @@ class Connection(RequestProtocol):
 
     async def _linger(self, content: StreamReader) -> None:
         """Read and discard the rest of a refused body."""
-        with contextlib.suppress(TimeoutError, MalformedRequest):
+        with contextlib.suppress(TimeoutError, MalformedRequest, StalledBody):
             async with asyncio.timeout(accepting.LINGER_SECONDS):
-                while await content.readany():
-                    pass
+                while piece := await content.readany():
+                    self.let_go(len(piece))
 
     # -- out -----------------------------------------------------------------------------------------------------------
 
@@ -291,6 +388,8 @@ class Listener:
         max_connections: int,
         closes_busy: bool = False,
         on_full: OnFull | None = None,
+        max_held_bytes: float = inf,
+        reserve_bytes: int = 0,
     ) -> None:
         self.handler = handler
         self.loop = asyncio.get_running_loop()
@@ -298,11 +397,20 @@ class Listener:
             max_connections, closes_busy=closes_busy, on_full=on_full
         )
         self.close_idle = self.connections.close_idle
-        self.pipelined_bytes = 0
-        """Bytes received of requests behind those that are being answered."""
+        self.budget = ByteBudget(max_held_bytes, self.connections, reserve_bytes=reserve_bytes)
         self.is_open = True
         self._addresses = accepting.Addresses(lambda: Connection(self, self.loop))
         self.open, self.open_unix = self._addresses.open, self._addresses.open_unix
+
+    def held_bytes(self) -> dict[str, int]:
+        """See `interface.Listener`."""
+        held: dict[str, int] = dict.fromkeys(accepting.PLACES, 0)
+        for connection in self.connections:
+            held["pipelined"] += connection.behind_bytes
+            held["receiving" if connection.is_incomplete else "heads"] += (
+                connection.held_bytes - connection.behind_bytes
+            )
+        return held
 
     async def close(self) -> None:
         """Stop listening and close every connection. Requests that are being answered have one second."""

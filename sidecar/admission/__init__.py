@@ -4,7 +4,6 @@ Uses only asyncio and arithmetic. The event loop is the only clock.
 """
 
 from sidecar.admission.admission import NO_MODEL, Admission, PoolStatus, UpstreamSettings
-from sidecar.admission.arrivals import Arrival
 from sidecar.admission.errors import (
     AccountClosed,
     DeadlineUnreachable,
@@ -27,7 +26,6 @@ __all__ = [
     "NO_MODEL",
     "AccountClosed",
     "Admission",
-    "Arrival",
     "Cause",
     "Change",
     "CircuitState",

@@ -10,7 +10,6 @@ from math import inf
 from random import Random
 from typing import Any
 
-from sidecar.admission.arrivals import Arrival, Arrivals
 from sidecar.admission.errors import Draining, QueueFull, Superseded
 from sidecar.admission.gates.base import Change
 from sidecar.admission.pool import KEPT_SHARE, BodiesInFlight, Pool
@@ -75,11 +74,12 @@ class Admission:
         *,
         queue_size: int = 2000,
         queue_bytes: int = 256 * 1024 * 1024,
+        bytes_in_flight: int | None = None,
         random: Random | None = None,
     ) -> None:
         """`upstreams`: settings of all upstreams, in order of tier. `random`: source of the jitter between probes.
 
-        `queue_bytes` bounds the bodies that are received or wait. The bodies in flight may use as many bytes again.
+        `queue_bytes` bounds the bodies that wait, `bytes_in_flight` those that are sent (None: as many bytes again).
         """
         self.loop = asyncio.get_running_loop()
         self.draining = False
@@ -93,10 +93,7 @@ class Admission:
         self._only_model = upstreams[0].only_model if None not in fixed else None
         self._upstreams: dict[tuple[str, str], Upstream] = {}
         self._pools: OrderedDict[str, Pool] = OrderedDict()
-        self._bodies = BodiesInFlight(queue_bytes)
-        self.parsing_bytes = 0
-        """Bytes of the complete bodies that are being parsed: they have no ticket yet, and count as waiting."""
-        self._arrivals = Arrivals(self.loop, queue_bytes, lambda: self.waiting_bytes() + self.parsing_bytes)
+        self._bodies = BodiesInFlight(queue_bytes if bytes_in_flight is None else bytes_in_flight)
 
     def __repr__(self) -> str:
         counts = f"pools={len(self._pools)} waiting={self.waiting()} in_flight={self.in_flight()}"
@@ -149,7 +146,7 @@ class Admission:
             if not ticket.requeued:
                 if pool.promises is not None:
                     pool.recognise(ticket)
-                if self._arrivals.bytes or pool.waiting.tickets or len(self._pools) > 1:
+                if pool.waiting.tickets or len(self._pools) > 1:
                     self._check_bounds(pool, ticket, replaces=older is not None)
             entry = pool.enter(ticket)
         except BaseException:
@@ -203,14 +200,6 @@ class Admission:
 
     # -- bounds --------------------------------------------------------------------------------------------------------
 
-    def arrival(self, reading: asyncio.Timeout) -> Arrival:
-        """Return a context manager that counts a body while it is received; see `Arrival`."""
-        return Arrival(self._arrivals, reading)
-
-    def arriving_bytes(self) -> int:
-        """Return the number of bytes received so far of incomplete request bodies."""
-        return self._arrivals.bytes
-
     def waiting(self) -> int:
         """Return the number of waiting tickets in all pools."""
         return sum(len(pool.waiting) for pool in self._pools.values())
@@ -232,12 +221,11 @@ class Admission:
 
         `replaces`: it takes the place of an older ticket, which has left the queue. So only the bytes can be too many.
         """
-        if not self._arrivals.bytes:
-            for other in self._pools.values():  # a plain loop, because this code runs for each request
-                if other.waiting.tickets:
-                    break
-            else:
-                return  # if nothing waits, one request always fits, whatever its size
+        for other in self._pools.values():  # a plain loop, because this code runs for each request
+            if other.waiting.tickets:
+                break
+        else:
+            return  # if nothing waits, one request always fits, whatever its size
         waiting, size = self.waiting(), ticket.size_bytes
         now = self.loop.time()
         room = max(min(self._queue_size, self._queue_bytes // max(size, 1)), 1)
@@ -246,10 +234,10 @@ class Admission:
             about_to_come = f" and {kept} are about to come back as they were told" if kept else ""
             why = f"{waiting} requests are waiting{about_to_come}, as many as SIDECAR_QUEUE_SIZE allows"
             advice = "ask less often"
-        elif not self._arrivals.make_room(size):
+        elif (waiting_bytes := self.waiting_bytes()) + size > self._queue_bytes and waiting_bytes:
             why = (
-                f"{self._arrivals.bytes_in_use()} bytes are waiting or being received and {size} more do not fit into "
-                f"SIDECAR_QUEUE_BYTES = {self._queue_bytes}"
+                f"{waiting_bytes} bytes are waiting and {size} more do not fit into the {self._queue_bytes} that "
+                "SIDECAR_QUEUE_BYTES leaves them"
             )
             advice = "send smaller images"
         else:

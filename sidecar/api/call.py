@@ -15,7 +15,7 @@ from typing import TypeVar
 from backends.base import MAX_ANSWER_BYTES, Dialect, OnPiece, Reply, Request
 from backends.forwarded_headers import query_to_provider, to_provider
 from backends.http1.interface import Answer, HttpRequest
-from sidecar.admission import Arrival, Priority, Ticket
+from sidecar.admission import Priority, Ticket
 from sidecar.api.body import ParsedBody, is_quick, with_model
 from sidecar.api.errors import Api, InvalidRequest, Problem, body_of, headers_of
 from sidecar.api.key import fair_queue_key
@@ -94,6 +94,7 @@ class Call:
         self.upstream_request_id = ""
         """The provider's own id of a request that ended with its error."""
         self.response: Answer | None = None
+        self._body_bytes = 0  # of the body that the caller sent
         self._error_sent = False
         self._reply: Reply | None = None  # the stream that is written
         self._dispatcher = dispatcher
@@ -128,30 +129,27 @@ class Call:
         if "Expect" in http.headers:
             await self._send_continue()
         if announced is not None and http.content.is_eof():
-            return http.content.read_nowait()
-        reading = asyncio.timeout_at(self._arrived + self.settings.deadline)
-        with self._dispatcher.admission.arrival(reading) as arrival:
+            body = http.content.read_nowait()
+        else:
             try:
-                async with reading:
-                    return await self._receive(arrival, max_bytes)
+                async with asyncio.timeout_at(self._arrived + self.settings.deadline):
+                    body = await self._receive(max_bytes)
             except TimeoutError:
-                raise arrival.refusal or InvalidRequest(
+                raise InvalidRequest(
                     f"the body did not come within {self.settings.deadline:g} s: send it sooner, or raise "
-                    "SIDECAR_DEADLINE",
+                    "SIDECAR_DEADLINE; or raise SIDECAR_QUEUE_BYTES, if the sidecar stopped reading it because these "
+                    "were in use",
                     status=408,
                     code="request_timeout",
                 ) from None
+        self._body_bytes = len(body)
+        return body
 
     async def parse(self, body: bytes, parse: Callable[[bytes], _T]) -> _T:
         """Return what `parse` finds in the body. A large body is parsed in a thread. Raises `InvalidRequest`."""
         if is_quick(body):
             return parse(body)
-        admission = self._dispatcher.admission
-        admission.parsing_bytes += len(body)
-        try:
-            return await asyncio.get_running_loop().run_in_executor(self.parser, parse, body)
-        finally:
-            admission.parsing_bytes -= len(body)
+        return await asyncio.get_running_loop().run_in_executor(self.parser, parse, body)
 
     async def with_model(self, body: bytes, parsed: ParsedBody) -> tuple[bytes, str]:
         """Return the body and its model. A body that names none gets the default."""
@@ -162,11 +160,10 @@ class Call:
             return with_model(body, default, instead_of_null=False)
         return await self.parse(body, partial(with_model, default=default, instead_of_null=True))
 
-    async def _receive(self, arrival: Arrival, max_bytes: int) -> bytes:
+    async def _receive(self, max_bytes: int) -> bytes:
         """Read a body that has not arrived completely."""
         body = bytearray()  # not a list of pieces: a body that arrives byte by byte would be a list of millions
         async for piece in self.http.content.iter_any():
-            arrival.add(len(piece))
             body += piece
             if len(body) > max_bytes:
                 raise _too_large(max_bytes, None)
@@ -190,7 +187,10 @@ class Call:
             )
 
     def make_ticket(self, *, model: str, tokens: float, size_bytes: int) -> Ticket:
-        """Create the ticket from the headers. Raises `InvalidRequest` that names the header."""
+        """Create the ticket from the headers. From now on, admission counts the bytes of the request and of its head.
+
+        Raises `InvalidRequest` that names the header.
+        """
         headers = self.http.headers
         now = self._now()
         key = fair_queue_key(headers, self.settings.key_header)
@@ -210,7 +210,7 @@ class Call:
             priority=priority,
             model=model,
             tokens=tokens,
-            size_bytes=size_bytes,
+            size_bytes=size_bytes + max(self.http.hand_over() - self._body_bytes, 0),
             latest=policy is not None,
             repeated=_is_repeated(headers.get("X-Stainless-Retry-Count")),
         )

@@ -102,7 +102,9 @@ class Settings(BaseModel):
     drain_timeout: values.DurationOrZero = Field(25.0, description="seconds to finish what was accepted after SIGTERM")
     queue_size: values.Count = Field(2000, description="most requests that wait")
     queue_bytes: values.Bytes = Field(
-        256 * 1024 * 1024, description="most bytes that wait, those of bodies still being received among them"
+        256 * 1024 * 1024,
+        description="most bytes of bodies that wait or are being received; at the bound the sidecar stops reading"
+        " sockets. The bodies in flight may use as many again",
     )
     max_body_bytes: values.Bytes = Field(14 * 1024 * 1024, description="largest request body in bytes")
     key_header: values.HeaderName = Field("X-Camera-Id", description="header that holds the fair-queue key")
@@ -123,6 +125,11 @@ class Settings(BaseModel):
     access_log: values.Flag = Field(False, description="one log line a request, with its waits")
     log_format: values.LogFormat = Field(None, description="json or human. Default: human on a terminal, else json")
     log_level: values.LogLevel = Field("info", description="least severe line to log")
+
+    @property
+    def receiving_bytes(self) -> int:
+        """The share of `queue_bytes` for bodies that arrive. The rest is for those that wait."""
+        return self.queue_bytes // 4
 
     @property
     def backend_names(self) -> list[str]:

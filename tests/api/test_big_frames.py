@@ -59,10 +59,11 @@ async def test_a_frame_of_10_mb_is_held_once_while_it_waits_and_is_answered(serv
     assert len(upstream.seen[1].body) > 10 * MB
 
 
-async def test_a_body_that_is_being_parsed_counts_as_waiting(serving, scripted):
+async def test_a_body_that_is_being_parsed_is_counted_so_that_others_are_not_read(serving, scripted):
     """Large bodies take turns in one thread. Until then nothing else knows of them."""
     upstream = await scripted()
-    sidecar = await serving(dashscope_url=f"{upstream.origin}/v1", queue_bytes=3 * MB, deadline=15)
+    sidecar = await serving(dashscope_url=f"{upstream.origin}/v1", queue_bytes=8 * MB, deadline=15)
+    listener = sidecar.sidecar._data_listener
     body = json.dumps({"model": "m", "messages": [{"role": "user", "content": "x" * 2 * MB}]}).encode()
     may_parse = threading.Event()
     sidecar.sidecar.data._parser.submit(may_parse.wait)
@@ -73,12 +74,10 @@ async def test_a_body_that_is_being_parsed_counts_as_waiting(serving, scripted):
             return response.status
 
     try:
-        async with asyncio.TaskGroup() as tasks:
-            first = tasks.create_task(ask())
-            await sidecar.until(lambda: sidecar.sidecar.admission.parsing_bytes == len(body))
-            assert await ask() == 503
-            may_parse.set()
+        asks = [asyncio.ensure_future(ask()) for _ in range(4)]
+        await sidecar.until(lambda: listener.budget.held_bytes > len(body) and listener.budget.is_full)
+        assert listener.budget.held_bytes < 2 * len(body)
     finally:
         may_parse.set()
-    assert first.result() == 200
-    assert sidecar.sidecar.admission.parsing_bytes == 0
+    assert await asyncio.gather(*asks) == [200] * 4
+    assert listener.budget.held_bytes == 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import socket
 
 import pytest
@@ -47,8 +46,8 @@ async def line(http):
     """Opens a line to a handler."""
     lines = []
 
-    async def start(handler):
-        listener = http.listener(handler, max_connections=4)
+    async def start(handler, **bounds):
+        listener = http.listener(handler, max_connections=4, **bounds)
         port = await listener.open("127.0.0.1", 0)
         lines.append(Line(listener, *await asyncio.open_connection("127.0.0.1", port)))
         return lines[-1]
@@ -163,15 +162,14 @@ async def test_little_is_read_of_the_requests_behind_one_that_is_being_answered(
     for number in range(4):
         caller.writer.write(request(f"/{number}", body=b"x" * MB))
     await until(lambda: connection.is_paused)
-    assert caller.listener.pipelined_bytes <= accepting.MAX_PIPELINED_BYTES + MB // 2
+    assert caller.listener.held_bytes()["pipelined"] <= accepting.MAX_PIPELINED_BYTES + MB // 2
     may_answer.set()
     assert [body for _, body in await caller.answers(5)] == [b"/first", b"/0", b"/1", b"/2", b"/3"]
-    assert caller.listener.pipelined_bytes == 0
+    assert caller.listener.held_bytes()["pipelined"] == 0
 
 
 @pytest.mark.internal_http
-async def test_a_caller_that_always_has_a_request_behind_is_not_charged_for_answered_ones(line, monkeypatch):
-    monkeypatch.setattr(accepting, "MAX_PIPELINED_IN_ALL_BYTES", 100_000)
+async def test_a_caller_that_always_has_a_request_behind_is_not_charged_for_answered_ones(line):
     turns = asyncio.Semaphore(0)
 
     async def slow(http):
@@ -189,10 +187,11 @@ async def test_a_caller_that_always_has_a_request_behind_is_not_charged_for_answ
             turns.release()
             assert [body for _, body in await caller.answers(1)] == [f"/{number - 1}".encode()]
             assert connection.waiting
+            await until(lambda: caller.listener.budget.held_bytes < 2 * 11_000)
     turns.release()
     turns.release()
     await caller.answers(2)
-    await until(lambda: caller.listener.pipelined_bytes == 0)
+    await until(lambda: caller.listener.budget.held_bytes == 0)
 
 
 @pytest.mark.internal_http
@@ -205,22 +204,10 @@ async def test_a_request_behind_the_first_one_is_counted_if_both_arrive_together
 
     caller = await line(slow)
     caller.writer.write(request("/first") + request("/second", body=b"x" * 40_000))
-    await until(lambda: caller.listener.pipelined_bytes >= 40_000)
+    await until(lambda: caller.listener.held_bytes()["pipelined"] >= 40_000)
     may_answer.set()
     assert [body for _, body in await caller.answers(2)] == [b"/first", b"/second"]
-    assert caller.listener.pipelined_bytes == 0
-
-
-@pytest.mark.internal_http
-async def test_requests_behind_others_are_bounded_on_all_connections_together(line, monkeypatch):
-    monkeypatch.setattr(accepting, "MAX_PIPELINED_IN_ALL_BYTES", 1000)
-    caller, _, cancelled = await never_answered(line)
-    caller.writer.write(request("/second", body=b"x" * 2000))
-    with contextlib.suppress(ConnectionError):
-        assert await caller.closed() == b""
-    async with asyncio.timeout(BOUND):
-        await cancelled.wait()
-    await until(lambda: caller.listener.pipelined_bytes == 0)
+    assert caller.listener.held_bytes()["pipelined"] == 0
 
 
 @pytest.mark.internal_http
