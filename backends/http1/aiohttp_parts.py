@@ -62,7 +62,7 @@ import contextlib
 from collections import deque
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import aiohttp
 from aiohttp import EMPTY_PAYLOAD, StreamReader
@@ -146,6 +146,14 @@ def is_head_too_large(error: HttpProcessingError) -> bool:
     return isinstance(error, LineTooLong) or "too many headers" in str(error).lower()
 
 
+def _parse_nothing(_: bytes) -> tuple[list[tuple[RawRequestMessage, StreamReader]], bool, bytes]:
+    return [], False, b""
+
+
+def _do_nothing() -> None:
+    pass
+
+
 class RequestProtocol(BaseProtocol):
     """A caller's connection: the parser and the flow control of aiohttp, and a bounded queue of parsed requests."""
 
@@ -204,6 +212,16 @@ class RequestProtocol(BaseProtocol):
         if self._buffer_paused and len(self.waiting) <= self._max_pipelined // 2:
             self.data_received(b"")  # parse the buffered data before reading resumes: this can fill the queue again
             self.read_unless_full()
+
+    def forget_parser(self) -> None:
+        """Break the reference cycle with the parser, after the connection is lost. No data may be parsed any more.
+
+        Otherwise each closed connection would stay in memory until the next garbage collection, and many of them would
+        make this collection hold the event loop for longer than 50 ms.
+        """
+        self._parser = None
+        self.feed = cast("Any", _parse_nothing)
+        self._message_consumed = _do_nothing
 
     def read_unless_full(self) -> None:
         """End the pause of `pause_while_full`, unless there is still a reason for it."""

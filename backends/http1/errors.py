@@ -41,14 +41,28 @@ class MalformedRequest(Exception):
         super().__init__(text)
 
 
-class StalledBody(Exception):
-    """The body was not sent steadily while other requests needed its place."""
+class RefusedBody(Exception):
+    """The listener does not receive the rest of a body. The message names the reason and the way out."""
 
-    def __init__(self) -> None:
-        super().__init__(
-            f"fewer than {SMALL_BYTES // 1024} kB of the body came in {STALLED_SECONDS:g} s, and others need its "
-            "place, because SIDECAR_QUEUE_BYTES are in use: send it without a pause, or raise it"
-        )
+    def __init__(self, message: str, status: Literal[400, 408], code: Literal["invalid_request", "request_timeout"]):
+        self.status: Literal[400, 408] = status
+        self.code: Literal["invalid_request", "request_timeout"] = code
+        super().__init__(message)
+
+
+def stalled_body() -> RefusedBody:
+    """Return the error for a body that is not sent steadily while other requests need its place."""
+    return RefusedBody(
+        f"fewer than {SMALL_BYTES // 1024} kB of the body came in {STALLED_SECONDS:g} s, and others need its place, "
+        "because the bytes for bodies that arrive are in use: send it without a pause, or raise SIDECAR_QUEUE_BYTES",
+        408,
+        "request_timeout",
+    )
+
+
+def tiny_chunks() -> RefusedBody:
+    """Return the error for a body in chunks that are mostly not the body."""
+    return RefusedBody("the chunks of the body are too small: send larger ones", 400, "invalid_request")
 
 
 class MalformedAnswer(HttpError):

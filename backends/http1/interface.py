@@ -24,7 +24,7 @@ OnPiece = Callable[[bytes], bool]
 class Body(Protocol):
     """A body while it arrives.
 
-    Reading the body of a request can raise `MalformedRequest` or `StalledBody`; reading the body of an answer can raise
+    Reading the body of a request can raise `MalformedRequest` or `RefusedBody`; reading the body of an answer can raise
     `HttpError`.
     """
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from backends.base import BackendError, BillingRefused, QuotaUsedUp, Rejected, Throttled
 from backends.forwarded_headers import UPSTREAM_REQUEST_ID
-from backends.http1.errors import MalformedRequest, StalledBody
+from backends.http1.errors import MalformedRequest, RefusedBody
 from backends.json_values import may_have_too_many_values
 from sidecar.admission import (
     AccountClosed,
@@ -125,9 +125,7 @@ def _problem_of(error: Exception, api: Api) -> Problem:
                 detail=error.detail,
                 allow=error.allow,
             )
-        case StalledBody():
-            return Problem(408, "request_timeout", str(error), "invalid")
-        case MalformedRequest():  # a malformed chunk inside a body
+        case MalformedRequest() | RefusedBody():  # while a body was received
             return Problem(error.status, error.code, str(error), "invalid")
         case BillingRefused():
             text = f"the provider refuses the account: {_with_quote(error)}; {_BILLING_ADVICE}"

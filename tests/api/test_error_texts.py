@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
-from running import CHAT, IMAGE_URL, PNG, Running, chat
+from running import CHAT, IMAGE_URL, Running, chat
 from scripted_upstream import Upstream
 
 from sidecar.api.errors import Code

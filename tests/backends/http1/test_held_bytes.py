@@ -9,7 +9,8 @@ import resource
 import pytest
 
 from backends import byte_budget
-from backends.http1.errors import StalledBody
+from backends.http1.errors import RefusedBody
+from backends.http1.server import Connection
 
 BOUND = 10.0
 MB = 1024 * 1024
@@ -47,9 +48,9 @@ class Bodies:
             self.handed_over += http.hand_over()
             self.complete += 1
             await self.may_answer.wait()
-        except StalledBody:
+        except RefusedBody as error:
             self.stalled += 1
-            status = 408
+            status = error.status
         answer = http.answer(status, {}, length=0)
         answer.write_whole(b"")
         return answer
@@ -276,3 +277,38 @@ async def test_heads_of_many_short_headers_take_no_more_memory_than_is_counted(l
 def _resident() -> int:
     with open("/proc/self/statm") as statm:  # noqa: PTH123
         return int(statm.read().split()[1]) * resource.getpagesize()
+
+
+@pytest.mark.internal_http
+async def test_a_body_in_tiny_chunks_is_refused_and_one_in_small_chunks_is_not(listening):
+    bodies = Bodies()
+    bodies.may_answer.set()
+    _, connect = await listening(bodies)
+    for chunk, status in ((b"1\r\nx\r\n", b"400"), (b"8\r\nxxxxxxxx\r\n", b"200")):
+        reader, writer = await connect()
+        answer = asyncio.ensure_future(reader.read())
+        writer.write(b"POST / HTTP/1.1\r\nHost: here\r\nConnection: close\r\nTransfer-Encoding: chunked\r\n\r\n")
+        writer.write(chunk * 40_000 + b"0\r\n\r\n")
+        assert (await asyncio.wait_for(answer, BOUND)).split(b" ", 2)[1] == status
+
+
+@pytest.mark.internal_http
+async def test_a_closed_connection_leaves_no_reference_cycle(listening):
+    bodies = Bodies()
+    bodies.may_answer.set()
+    _, connect = await listening(bodies)
+    gc.collect()
+    gc.disable()
+    try:
+        for more in ("", "Connection: close\r\n"):
+            reader, writer = await connect()
+            writer.write(head(5, more) + b"12345")
+            await reader.readuntil(b"\r\n\r\n")
+            writer.close()
+        _, writer = await connect()
+        writer.write(head(5) + b"123")
+        await asyncio.sleep(0)
+        writer.close()
+        await until(lambda: not [one for one in gc.get_objects() if isinstance(one, Connection)])
+    finally:
+        gc.enable()
