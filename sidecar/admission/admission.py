@@ -22,6 +22,10 @@ MAX_POOLS = 64
 #: The model of a request that is no generation: a list of models, an upload policy. It waits in a pool of its own and
 #: counts as an attempt in flight, but the operator's rates and the limits learned from generations do not apply to it.
 NO_MODEL = "(no model)"
+#: The share of `queue_bytes` up to which bodies in flight and answers let another attempt start. The rest is room for
+#: the answers of the attempts in flight. Without it, bodies alone would reach the bound, and at the bound the answers
+#: are read one after the other.
+BODIES_SHARE = 0.75
 #: Maximum number of such requests in flight at one upstream. They take tens of milliseconds, so 8 are about 100/s.
 MAX_WITHOUT_MODEL = 8
 
@@ -75,11 +79,13 @@ class Admission:
         *,
         queue_size: int = 2000,
         queue_bytes: int = 256 * 1024 * 1024,
+        answer_bytes: Callable[[], int] = int,
         random: Random | None = None,
     ) -> None:
         """`upstreams`: settings of all upstreams, in order of tier. `random`: source of the jitter between probes.
 
-        `queue_bytes` bounds the bodies that are received or wait. The bodies in flight may use as many bytes again.
+        `queue_bytes` bounds the bodies that are received or wait. As many bytes again may be used by the
+        bodies in flight together with the answers, whose bytes `answer_bytes` returns.
         """
         self.loop = asyncio.get_running_loop()
         self.draining = False
@@ -93,7 +99,7 @@ class Admission:
         self._only_model = upstreams[0].only_model if None not in fixed else None
         self._upstreams: dict[tuple[str, str], Upstream] = {}
         self._pools: OrderedDict[str, Pool] = OrderedDict()
-        self._bodies = BodiesInFlight(queue_bytes)
+        self._bodies = BodiesInFlight(BODIES_SHARE * queue_bytes, answer_bytes)
         self.parsing_bytes = 0
         """Bytes of the complete bodies that are being parsed: they have no ticket yet, and count as waiting."""
         self._arrivals = Arrivals(self.loop, queue_bytes, lambda: self.waiting_bytes() + self.parsing_bytes)
