@@ -11,6 +11,8 @@ It is used if the installed aiohttp lacks an internal part. It is slower and has
 * Connections to an upstream are not kept for another request. Otherwise aiohttp would read data that arrives on an idle
   connection as the next answer. It also does not show whether a POST on a dead connection may be sent again.
 * A request does not wait for a free file descriptor: without one, the attempt fails.
+* `AnswerBytes` counts and bounds nothing: neither the answers that are being read (each has at most
+  `MAX_ANSWER_BYTES`), nor what callers do not read (each is closed after 75 s without a byte).
 * When a request to an upstream is cancelled, the data in its socket's buffer is still sent.
 """
 
@@ -27,6 +29,7 @@ from aiohttp import web
 from yarl import URL
 
 from backends.http1 import accepting, connecting, proxies
+from backends.http1.answer_bytes import AnswerBytes
 from backends.http1.connections import Connections, OnFull
 from backends.http1.interface import Handler, OnPiece, Timings
 
@@ -109,7 +112,9 @@ class Listener:
         max_connections: int,
         closes_busy: bool = False,
         on_full: OnFull | None = None,
+        answers: AnswerBytes | None = None,
     ) -> None:
+        del answers
         self._handler = handler
         self.connections: Connections[accepting.Counted] = Connections(
             max_connections, closes_busy=closes_busy, on_full=on_full
@@ -167,7 +172,8 @@ class Listener:
 class Connector:
     """See `interface.Connector`."""
 
-    def __init__(self) -> None:
+    def __init__(self, answers: AnswerBytes | None = None) -> None:
+        del answers
         trace = aiohttp.TraceConfig()
         trace.on_connection_create_end.append(_connected)
         self._session = aiohttp.ClientSession(
@@ -219,6 +225,9 @@ class Response:
         self.status, self.headers, self.content = response.status, response.headers, response.content
         self.content_type = self.headers.get("Content-Type", "").partition(";")[0].strip().lower()
         self.close_unless_read = response.close
+
+    def keep(self, still_held: int) -> None:
+        pass
 
     async def deliver(self, on_piece: OnPiece) -> bool:
         while piece := await self.content.readany():

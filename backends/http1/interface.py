@@ -13,6 +13,7 @@ from typing import Any, Literal, Protocol
 
 from multidict import CIMultiDictProxy
 
+from backends.http1.answer_bytes import AnswerBytes
 from backends.http1.connections import OnFull
 
 #: A callback that consumes one piece of a body. It returns False if it cannot consume more at present.
@@ -53,7 +54,7 @@ class Answer(Protocol):
     def write_whole(self, body: bytes) -> bool:
         """Write the whole body. Later writes are ignored.
 
-        Returns False if the write buffer is full: then await `drain`.
+        Returns False if a part of the body waits: then await `drain`. A long body is written only there.
         """
         ...
 
@@ -181,12 +182,14 @@ class MakeListener(Protocol):
         max_connections: int,
         closes_busy: bool = False,
         on_full: OnFull | None = None,
+        answers: AnswerBytes | None = None,
     ) -> Listener:
         """Return a listener for this handler.
 
         `max_connections` is the maximum number of open connections. At each connection above it, the listener calls
         `on_full` and closes the connection that has been idle for the longest time, or the new one if none is idle.
-        With `closes_busy` it closes the one whose last answer or beginning is the longest time ago.
+        With `closes_busy` it closes the one whose last answer or beginning is the longest time ago. `answers` counts
+        what callers do not read.
         """
         ...
 
@@ -232,10 +235,17 @@ class Response(Protocol):
         """
         ...
 
+    def keep(self, still_held: int) -> None:
+        """Count only `still_held` bytes of what has arrived: the rest was handed on, or dropped.
+
+        Without this, all that has arrived counts until the end, except what `deliver` has passed on. See `AnswerBytes`.
+        """
+        ...
+
     def close_unless_read(self) -> None:
         """Close the connection, unless the whole body was read.
 
-        Must be called when the answer is no longer needed.
+        Must be called when the answer is no longer needed, also if it was read: until then it counts as held.
         """
         ...
 
