@@ -504,6 +504,11 @@ class ReceivedResponse:
     def _release(self) -> None:
         raise NotImplementedError
 
+    @property
+    def held_bytes(self) -> int:
+        """See `interface.Response`."""
+        return self._account.held_bytes + self._account.uncounted_bytes
+
     def keep(self, still_held: int) -> None:
         """See `interface.Response`."""
         self._account.keep(still_held)

@@ -224,7 +224,7 @@ class Response:
     def __init__(self, response: aiohttp.ClientResponse) -> None:
         self.status, self.headers, self.content = response.status, response.headers, response.content
         self.content_type = self.headers.get("Content-Type", "").partition(";")[0].strip().lower()
-        self.close_unless_read = response.close
+        self.close_unless_read, self.held_bytes = response.close, 0
 
     def keep(self, still_held: int) -> None:
         pass

@@ -235,6 +235,11 @@ class Response(Protocol):
         """
         ...
 
+    @property
+    def held_bytes(self) -> int:
+        """The bytes that have arrived and count as held. Those of the head and of the chunks' heads count too."""
+        ...
+
     def keep(self, still_held: int) -> None:
         """Count only `still_held` bytes of what has arrived: the rest was handed on, or dropped.
 

@@ -15,6 +15,7 @@ from typing import TypeVar
 from yarl import URL
 
 from backends.base import (
+    MAX_ANSWER_BYTES,
     BackendError,
     Rejected,
     Reply,
@@ -398,7 +399,7 @@ async def _read(response: Response, limit: int, first: bytes = b"") -> bytes:
     body.write(first)
     while piece := await response.content.readany():
         body.write(piece)
-        if body.tell() > limit:
+        if body.tell() > limit or response.held_bytes > MAX_ANSWER_BYTES:  # it may consist of the heads of chunks
             raise _too_long(limit)
     return body.getvalue()
 

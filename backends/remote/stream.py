@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable
 
-from backends.base import BackendError, OnPiece, Progress, Reply, ServerFailed
+from backends.base import MAX_ANSWER_BYTES, BackendError, OnPiece, Progress, Reply, ServerFailed
 from backends.http1.errors import HttpError
 from backends.http1.interface import Response
 from backends.remote.answers import StreamWatch, judge
@@ -145,8 +145,12 @@ class Stream:
         return held
 
     async def _read(self) -> bytes:
-        """Return everything that has arrived; wait for the first byte."""
+        """Return everything that has arrived; wait for the first byte. Raises `ServerFailed` if too much is held."""
         content = self._response.content
+        if self._response.held_bytes > MAX_ANSWER_BYTES:
+            error = ServerFailed(f"the provider's stream is longer than {MAX_ANSWER_BYTES} bytes")
+            error.may_resend = False
+            raise error
         piece = await content.readany()
         with contextlib.suppress(HttpError):  # the next call raises it again
             while more := content.read_nowait():  # the parser may go on only after a read
