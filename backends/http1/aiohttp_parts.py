@@ -498,7 +498,7 @@ class ReceivedResponse:
         assert account is not None  # noqa: S101  `exchange` has set it
         self._account = account
         if account.held_bytes:
-            account.head_bytes = sum(len(name) + len(value) for name, value in self.headers.items())
+            account.keep_head(sum(len(name) + len(value) for name, value in self.headers.items()))
         content.on_eof(self._release)
 
     def _release(self) -> None:

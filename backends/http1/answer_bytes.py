@@ -72,7 +72,14 @@ class AnswerAccount:
     """The bytes of one answer that are held. It implements `byte_budget.Socket`."""
 
     __slots__ = (
-        "_accounts", "_budget", "_socket", "bytes_then", "head_bytes", "held_bytes", "holds_since", "slow_since",
+        "_accounts",
+        "_budget",
+        "_head_bytes",
+        "_socket",
+        "bytes_then",
+        "held_bytes",
+        "holds_since",
+        "slow_since",
         "uncounted_bytes",
     )  # fmt: skip
 
@@ -81,8 +88,7 @@ class AnswerAccount:
         self.holds_since = self.slow_since = 0.0
         self.uncounted_bytes = 0
         """Bytes that have arrived and are not counted yet: see `count`."""
-        self.head_bytes = 0
-        """Bytes of the answer's head, if it is large. They are held as long as the answer."""
+        self._head_bytes = 0
         self._budget = budget
         self._accounts = accounts
         self._socket = socket
@@ -114,12 +120,17 @@ class AnswerAccount:
 
     def keep(self, still_held: int) -> None:
         """Count only `still_held` bytes from now on: the others were handed on, or dropped."""
-        more = still_held + self.head_bytes - self.held_bytes
+        more = still_held + self._head_bytes - self.held_bytes
         self.uncounted_bytes = max(more, 0)
         if more < 0:
             self._budget.remove(self, -more)
         elif more:
             self.count()
+
+    def keep_head(self, head_bytes: int) -> None:
+        """Count the answer's head until the end, if it is large."""
+        if head_bytes > _UNCOUNTED_BYTES:
+            self._head_bytes = head_bytes
 
     def complete(self) -> None:
         """Leave the socket, because the whole answer has arrived. What it has brought is still held."""
@@ -129,6 +140,6 @@ class AnswerAccount:
     def close(self) -> None:
         """Stop counting this answer. A second call does nothing."""
         self._socket = None
-        self.head_bytes = 0
+        self._head_bytes = 0
         self.keep(0)
         self._accounts.pop(self, None)

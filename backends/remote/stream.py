@@ -230,6 +230,7 @@ class Stream:
         watch = self._watch
         if watch is not None:
             watch.end()
+        self._release()
         self._settle()
         if watch is not None and self._must_end and watch.failure is None and not watch.is_complete:
             raise ServerFailed("the provider's stream ended in the middle: no finish_reason and no [DONE] came")
