@@ -19,8 +19,10 @@ Dialect = Literal["openai", "native"]
 #: all accounts. `unknown`: the provider did not name the limit.
 ThrottleKind = Literal["request_rate", "token_rate", "growth", "concurrency", "capacity", "unknown"]
 
-#: Bytes of the longest whole answer that is read, if the request sets no lower bound.
-MAX_ANSWER_BYTES = 64 * 1024 * 1024
+#: Bytes of the longest whole answer that is read, if the request sets no lower bound. One answer may exceed the bound
+#: on all answers, so it must fit into the 96 MiB that the process may use besides its bounds. A description has some
+#: kilobytes, four generated pictures of one megapixel in base64 about 12 MB.
+MAX_ANSWER_BYTES = 16 * 1024 * 1024
 
 
 @dataclass(slots=True)
@@ -49,6 +51,8 @@ class Request:
     """The query of the caller's URL, without credentials. Only an upstream over HTTP gets it."""
     max_answer_bytes: int = MAX_ANSWER_BYTES
     """Bytes of the longest whole answer that is read. Only an upstream over HTTP has answers of any length."""
+    keeps_stream: bool = False
+    """Whether the caller of `send` keeps what it reads of a stream until `aclose`, so that all of it counts as held."""
 
 
 @dataclass(slots=True)

@@ -54,11 +54,10 @@ class ByteBudget:
     def __init__(
         self, max_bytes: float, sockets: Iterable[Socket], *, reserve_bytes: int = 0, elsewhere: Callable[[], int] = int
     ) -> None:
-        """`sockets`: the open sockets. `elsewhere` returns the bytes that count too; they come from these sockets.
+        """`sockets`: the open sockets. `elsewhere` returns other bytes that count; they come mostly from these sockets.
 
         When less than twice `reserve_bytes` are left of `max_bytes`, only the oldest and the small messages are read;
-        when less than `reserve_bytes` are left, only the oldest. When nothing is left, it waits until bytes become free
-        elsewhere. If there are none elsewhere, it goes on: one message can always arrive.
+        when less than `reserve_bytes` are left, only the oldest. It is always read, so that it can be completed.
         """
         self.held_bytes = 0
         """Bytes that the sockets hold."""
@@ -110,9 +109,9 @@ class ByteBudget:
 
     def _look(self) -> None:
         """Decide which sockets are read."""
-        now, elsewhere = self._loop.time(), self._elsewhere()
+        now = self._loop.time()
         stopped_seconds = now - self._looked_at if self.is_full else 0.0
-        left = self._max_bytes - self.held_bytes - elsewhere
+        left = self._max_bytes - self.held_bytes - self._elsewhere()
         was_full, self.is_full = self.is_full, left < 2 * self._reserve_bytes
         if self._timer is not None:
             self._timer.cancel()
@@ -120,28 +119,28 @@ class ByteBudget:
         self._room = max(left - 2 * self._reserve_bytes, 0)
         if not (was_full or self.is_full):
             return
-        for socket in self._sockets:
+        sockets = [*self._sockets]  # a copy: one that is given up may leave
+        for socket in sockets:
             if socket.is_stopped:
                 socket.slow_since += stopped_seconds
         self._read_on, self._looked_at = None, now
         if self.is_full:
             self._reads_small = left >= self._reserve_bytes
-            oldest = self._oldest(now)
-            if left >= 0 or not elsewhere:
-                self._read_on = oldest
-            self._room = left - self._reserve_bytes if self._reads_small else max(left, SMALL_BYTES)
+            self._read_on = _oldest(sockets, now)
+            self._room = left - self._reserve_bytes if self._reads_small else SMALL_BYTES
             self._timer = self._loop.call_later(_LOOK_SECONDS, self._look)
-        for socket in self._sockets:
+        for socket in sockets:
             socket.set_stopped(stopped=self.stops(socket))
 
-    def _oldest(self, now: float) -> Socket | None:
-        """Return the socket whose incomplete message began to arrive first. Those that stall are given up."""
-        oldest = None
-        for socket in self._sockets:
-            if not (socket.held_bytes and socket.is_incomplete):
-                continue
-            if now - socket.slow_since >= STALLED_SECONDS:
-                socket.give_up()
-            elif oldest is None or socket.holds_since < oldest.holds_since:
-                oldest = socket
-        return oldest
+
+def _oldest(sockets: Iterable[Socket], now: float) -> Socket | None:
+    """Return the socket whose incomplete message began to arrive first. Those that stall are given up."""
+    oldest = None
+    for socket in sockets:
+        if not (socket.held_bytes and socket.is_incomplete):
+            continue
+        if now - socket.slow_since >= STALLED_SECONDS:
+            socket.give_up()
+        elif oldest is None or socket.holds_since < oldest.holds_since:
+            oldest = socket
+    return oldest

@@ -101,6 +101,7 @@ class Sidecar:
             max_connections=descriptors.admin_connections(limit),
             closes_busy=True,  # a probe must always get its answer
             on_full=partial(exhausted, "admin_connections"),
+            answers=self.parts.answers,
         )
         self.admin_port = await _open(self._admin_listener, settings.admin_host, settings.admin_port, "SIDECAR_ADMIN_")
         for backend in self.parts.all_backends:
@@ -114,8 +115,9 @@ class Sidecar:
             self.parts.data,
             max_connections=_max_data_connections(limit),
             on_full=partial(exhausted, "data_connections"),
-            max_held_bytes=settings.receiving_bytes,
-            reserve_bytes=settings.receiving_bytes // 4,
+            max_held_bytes=settings.quarter_of_queue_bytes,
+            reserve_bytes=settings.quarter_of_queue_bytes // 4,
+            answers=self.parts.answers,
         )
         self.parts.held_bytes.sources.append(self._data_listener.held_bytes)
         self.data_port = await _open(self._data_listener, settings.host, settings.port, "SIDECAR_")

@@ -15,6 +15,7 @@ from prometheus_client import CollectorRegistry, ProcessCollector
 
 from backends.base import Backend
 from backends.detector import DetectorBackend
+from backends.http1.answer_bytes import AnswerBytes
 from backends.keyfile import KeyFile
 from backends.registry import backend_class
 from sidecar import __version__
@@ -69,6 +70,8 @@ class Parts:
     spans: Spans | None
     """None unless OpenTelemetry's variables name an endpoint."""
     held_bytes: HeldBytes
+    answers: AnswerBytes
+    """Bounds the answers that are read, and what callers do not read."""
 
     @property
     def all_backends(self) -> list[Backend]:
@@ -99,26 +102,31 @@ def assemble(settings: Settings, drain: Callable[[], None]) -> Parts:
     metrics = Metrics(registry, None if spans is None else spans.finished)
     metrics.build_info.labels(__version__, platform.python_version()).set(1)
     queued: list[Callable[[], int]] = []
-    backends = [_backend(settings, name, metrics, queued) for name in settings.backend_names]
+    quarter = settings.quarter_of_queue_bytes
+    answers = AnswerBytes(settings.queue_bytes)
+    backends = [_backend(settings, name, metrics, queued, answers) for name in settings.backend_names]
     admission = Admission(
         [_upstream(settings, backend, tier) for tier, backend in enumerate(backends, 1)],
         queue_size=settings.queue_size,
-        queue_bytes=settings.queue_bytes - settings.receiving_bytes,
-        bytes_in_flight=settings.queue_bytes,
+        queue_bytes=settings.queue_bytes - quarter * (1 if settings.detector_model is None else 2),
+        bytes_in_flight=settings.queue_bytes - quarter,
+        answer_bytes=answers.held_bytes,
     )
+    answers.in_flight = admission.bytes_in_flight
     queued.append(admission.waiting)
     admissions = [admission]
     detector = None if settings.detector_model is None else make_detector(settings.detector_model)
     detector_admission = detector_dispatcher = None
     if detector is not None:
         detector_settings = UpstreamSettings(detector.name, concurrency=detector.slots, paced=False)
-        detector_admission = Admission([detector_settings], queue_size=_DETECTOR_QUEUE)
+        detector_admission = Admission([detector_settings], queue_size=_DETECTOR_QUEUE, queue_bytes=quarter)
         detector_dispatcher = Dispatcher(detector_admission, [detector], metrics)
         admissions.append(detector_admission)
     health = Health()
     health.backend_reason = lambda: _no_backend_is_ready(backends)
     registry.register(AdmissionGauges(admissions))
     held_bytes = HeldBytes(admissions)
+    held_bytes.sources.append(answers.by_place)
     registry.register(held_bytes)
     sampler = Sampler(metrics, admissions)
     models = ModelList(admission, backends, metrics)
@@ -138,7 +146,7 @@ def assemble(settings: Settings, drain: Callable[[], None]) -> Parts:
     state_file = _state_file(settings, admission, backends)
     return Parts(
         health, metrics, sampler, admission, backends, detector, detector_admission, data, models, admin, state_file,
-        spans, held_bytes,
+        spans, held_bytes, answers,
     )  # fmt: skip
 
 
@@ -174,14 +182,16 @@ def _no_backend_is_ready(backends: Sequence[Backend]) -> str | None:
     return None if None in reasons else reasons[0]
 
 
-def _backend(settings: Settings, name: str, metrics: Metrics, queued: Sequence[Callable[[], int]]) -> Backend:
+def _backend(
+    settings: Settings, name: str, metrics: Metrics, queued: Sequence[Callable[[], int]], answers: AnswerBytes
+) -> Backend:
     """Make a backend.
 
     `queued` is still empty. Later it gets the function that counts waiting requests, because admission is created after
     the backends.
     """
     if name != "local":
-        return make_backend(settings, name)
+        return make_backend(settings, name, answers=answers)
     # The engine's thread calls this function. It reads a few list lengths once, so it needs no lock.
     observe = metrics.batch_size.labels(name).observe
     return make_backend(settings, name, queued=lambda: queued[0]() if queued else 0, on_batch=observe)
@@ -211,10 +221,11 @@ def make_backend(
     *,
     queued: Callable[[], int] = lambda: 0,
     on_batch: Callable[[int], None] = lambda _: None,
+    answers: AnswerBytes | None = None,
 ) -> Backend:
     """Make a backend from the settings; it is not started. Raises `StartError` that names the setting.
 
-    `queued` and `on_batch` are for the local backend: see `LocalBackend`.
+    `queued` and `on_batch` are for the local backend: see `LocalBackend`. `answers` is for a backend over HTTP.
     """
     make = backend_class(name)
     backend: Backend
@@ -222,8 +233,9 @@ def make_backend(
         case "dashscope":
             try:
                 backend = make(
-                    base_url=settings.dashscope_url, native_url=settings.dashscope_native_url, key=_key(settings)
-                )
+                    base_url=settings.dashscope_url, native_url=settings.dashscope_native_url, key=_key(settings),
+                    answers=answers,
+                )  # fmt: skip
             except ValueError as error:
                 raise StartError(f"SIDECAR_DASHSCOPE_URL: {error}") from error
         case "local":

@@ -23,6 +23,10 @@ from backends.http1.connections import Connections
 #: connection first. If the listener closed first, it could close the connection while the client's next request is on
 #: the way.
 KEEPALIVE_SECONDS = 75.0
+#: Seconds for which a caller may make its answer wait in memory: a whole answer from its beginning to its end, a stream
+#: in all its waits together. A local caller reads a whole answer in milliseconds, and the sockets hold some megabytes
+#: for it.
+SLOW_READER_SECONDS = 10.0
 #: Seconds for which the rest of a refused body is read and discarded. If the connection were closed at once, a caller
 #: that is still sending would see a reset instead of the answer.
 LINGER_SECONDS = 2.0

@@ -76,6 +76,7 @@ from aiohttp.http_exceptions import LineTooLong
 from aiohttp.tcp_helpers import tcp_keepalive
 
 from backends.http1 import connecting
+from backends.http1.answer_bytes import AnswerAccount, AnswerBytes
 from backends.http1.errors import MalformedAnswer, MalformedRequest
 
 if TYPE_CHECKING:
@@ -120,7 +121,10 @@ def check(loop: asyncio.AbstractEventLoop) -> None:
             "_reading_paused", "_buffer_paused", "_pause_reading_for_buffer", "_resume_reading_for_buffer",
             "_drain_helper", "_drain_waiter", "writing_paused", "transport",
         )),
-        (ResponseProtocol(loop), ("_payload", "_reading_paused", "should_close", "set_response_params", "read")),
+        (ResponseProtocol(loop), (
+            "_payload", "_reading_paused", "_buffer_paused", "_pause_reading_for_buffer", "_resume_reading_for_buffer",
+            "should_close", "set_response_params", "read",
+        )),
         (StreamReader, ("set_exception", "on_eof", "total_bytes")),
         (StreamWriter, ("write",)),
     ):  # fmt: skip
@@ -157,7 +161,7 @@ def _do_nothing() -> None:
 class RequestProtocol(BaseProtocol):
     """A caller's connection: the parser and the flow control of aiohttp, and a bounded queue of parsed requests."""
 
-    __slots__ = ("_max_pipelined", "_message_consumed", "feed", "is_stopped", "loop", "task", "waiting")
+    __slots__ = ("_max_pipelined", "_message_consumed", "body_bytes", "feed", "is_stopped", "loop", "task", "waiting")
 
     def __init__(self, loop: asyncio.AbstractEventLoop, *, buffer_bytes: int, max_pipelined: int) -> None:
         parser = HttpRequestParser(
@@ -183,6 +187,14 @@ class RequestProtocol(BaseProtocol):
         """Whether the socket is not read because of the bound on all connections; see `byte_budget`."""
         self._message_consumed = parser.message_consumed
         self._max_pipelined = max_pipelined
+        self.body_bytes = 0
+        """Bytes of the long answer that is being written."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Store the connection. From now on, asyncio reports every byte that the caller's socket does not accept."""
+        super().connection_made(transport)
+        assert self.transport is not None  # noqa: S101  it has just been set
+        self.transport.set_write_buffer_limits(high=0)
 
     def resume_reading(self, resume_parser: bool = True) -> None:
         """Resume reading after a pause.
@@ -228,7 +240,7 @@ class RequestProtocol(BaseProtocol):
         if self._buffer_paused and not self.is_stopped and len(self.waiting) < self._max_pipelined:
             self._resume_reading_for_buffer()
 
-    def write(self, data: bytes) -> None:
+    def write(self, data: bytes | memoryview) -> None:
         """Write data. Raises `ConnectionError` if the caller has closed the connection.
 
         If the caller reads slowly, the data stays in the write buffer: see `drain`.
@@ -236,6 +248,23 @@ class RequestProtocol(BaseProtocol):
         if self.transport is None or self.transport.is_closing():
             raise ConnectionResetError("the caller hung up")
         self.transport.write(data)
+
+    async def write_long(self, body: bytes) -> None:
+        """Write a long body in slices, each when the caller has read the previous one. So no copy of it is kept."""
+        self.body_bytes = len(body)
+        view = memoryview(body)
+        try:
+            for start in range(0, len(body), connecting.SLICE_BYTES):
+                self.write(view[start : start + connecting.SLICE_BYTES])
+                if self.writing_paused:
+                    await self.drain()
+        finally:
+            self.body_bytes = 0
+            if not self.writing_paused:
+                self.all_is_read()
+
+    def all_is_read(self) -> None:
+        """Do nothing; a subclass that counts unread bytes overrides this. The caller has read all that was written."""
 
     async def drain(self) -> None:
         """Wait until the write buffer has room. Raises `ConnectionError` if the caller has closed the connection."""
@@ -278,6 +307,8 @@ class ResponseProtocol(ResponseHandler):
     is_idle = False
     """Whether no request is on the connection. Data that then arrives ends it: it answers nothing, and aiohttp would
     keep all of it in memory."""
+    account: AnswerAccount | None = None
+    """Counts the bytes of the answer that arrives; None while the connection is idle."""
     on_data: Callable[[], None] | None = None
     """A callback. It is called after each piece of data was parsed, and after the end of the connection."""
 
@@ -287,9 +318,30 @@ class ResponseProtocol(ResponseHandler):
             if self.transport is not None:
                 self.transport.abort()
             return
+        account = self.account
+        if account is not None:
+            account.uncounted_bytes += len(data)
         super().data_received(data)
         if self.on_data is not None:
             self.on_data()
+        if account is not None and account.uncounted_bytes:
+            account.count()
+
+    def set_stopped(self, *, stopped: bool) -> None:
+        """See `answer_bytes.UpstreamSocket`. aiohttp's own flow control does not resume a socket that is stopped here.
+
+        aiohttp uses the same flag for data behind a change of the protocol. Such a connection is closed at once.
+        """
+        if stopped and not self._buffer_paused:
+            self._pause_reading_for_buffer()
+        elif self._buffer_paused and not stopped:
+            self._resume_reading_for_buffer()
+
+    def give_up(self) -> None:
+        """See `answer_bytes.UpstreamSocket`."""
+        self.set_exception(aiohttp.ClientPayloadError())
+        if self.transport is not None:
+            self.transport.abort()
 
     def set_exception(self, exc: BaseException, exc_cause: BaseException = _EXC_SENTINEL) -> None:
         """Report an error to the reader of the body too, which aiohttp does not do."""
@@ -363,12 +415,12 @@ def can_be_reused(connection: Connection) -> bool:
 
 
 async def exchange(
-    connection: Connection, head: bytes, body: bytes, *, head_only: bool
+    connection: Connection, head: bytes, body: bytes, *, head_only: bool, answers: AnswerBytes
 ) -> tuple[RawResponseMessage, StreamReader, asyncio.Task[None] | None]:
     """Write a request and wait for the head of its answer. Raises `aiohttp.ClientError`.
 
     Returns the head, the body, and the task that still writes a large request (None if the request is written).
-    `head_only` says that the answer has no body.
+    `head_only` says that the answer has no body. `answers` counts the answer until the response is closed.
     """
     protocol = cast("ResponseProtocol | None", connection.protocol)
     assert protocol is not None and protocol.transport is not None  # noqa: S101  the caller just got the connection
@@ -379,6 +431,7 @@ async def exchange(
         read_bufsize=connecting.READ_AHEAD_BYTES,
         auto_decompress=False,  # the caller gets the bytes as they are; to decompress them would block the event loop
     )
+    protocol.account = answers.open(protocol)
     sending = None
     if len(body) <= connecting.SLICE_BYTES:
         protocol.transport.writelines((head, body))
@@ -395,6 +448,7 @@ async def exchange(
             if interim > _MAX_INTERIM:
                 raise MalformedAnswer  # noqa: TRY301  the handler below closes for it too
     except BaseException as error:
+        protocol.account.close()
         if sending is not None:
             sending.cancel()
         if isinstance(error, HttpProcessingError):
@@ -445,7 +499,7 @@ class Pool(Protocol):
 class ReceivedResponse:
     """The head of an answer, and its body as it arrives. `_release` is called when the body is complete."""
 
-    __slots__ = ("_connection", "_pool", "_sending", "_should_close", "content", "headers", "status")
+    __slots__ = ("_account", "_connection", "_pool", "_sending", "_should_close", "content", "headers", "status")
 
     def __init__(
         self,
@@ -464,10 +518,24 @@ class ReceivedResponse:
         self._sending = sending
         """The task that writes the rest of a large request; None if the request is written."""
         self._should_close = message.should_close
+        account = cast("ResponseProtocol", connection.protocol).account
+        assert account is not None  # noqa: S101  `exchange` has set it
+        self._account = account
+        if account.held_bytes:
+            account.keep_head(sum(len(name) + len(value) for name, value in self.headers.items()))
         content.on_eof(self._release)
 
     def _release(self) -> None:
         raise NotImplementedError
+
+    @property
+    def held_bytes(self) -> int:
+        """See `interface.Response`."""
+        return self._account.held_bytes + self._account.uncounted_bytes
+
+    def keep(self, still_held: int) -> None:
+        """See `interface.Response`."""
+        self._account.keep(still_held)
 
     async def deliver(self, on_piece: OnPiece) -> bool:
         """See `interface.Response`.
@@ -475,7 +543,7 @@ class ReceivedResponse:
         Each piece is passed to `on_piece` in the connection's own callback, so no task must be woken.
         """
         protocol = None if self._connection is None else cast("ResponseProtocol", self._connection.protocol)
-        delivery = _Delivery(self.content, on_piece)
+        delivery = _Delivery(self.content, on_piece, self._account)
         if protocol is not None:  # None: the whole body has arrived
             protocol.on_data = delivery.on_data
         delivery.on_data()
@@ -500,13 +568,14 @@ class ReceivedResponse:
 class _Delivery:
     """Passes the pieces of one body to `on_piece`, in the connection's own callbacks."""
 
-    __slots__ = ("_busy", "_content", "_on_piece", "ended")
+    __slots__ = ("_account", "_busy", "_content", "_on_piece", "ended")
 
-    def __init__(self, content: StreamReader, on_piece: OnPiece) -> None:
+    def __init__(self, content: StreamReader, on_piece: OnPiece, account: AnswerAccount) -> None:
         self.ended: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
         """The result is True if the body is complete, and False if `on_piece` returned False."""
         self._content = content
         self._on_piece = on_piece
+        self._account = account
         self._busy = False
 
     def on_data(self) -> None:
@@ -520,6 +589,7 @@ class _Delivery:
             while seen_bytes < content.total_bytes:
                 seen_bytes = content.total_bytes
                 piece = content.read_nowait()
+                self._account.keep(0)
                 if piece and not self._on_piece(piece):
                     self.ended.set_result(False)
                     return

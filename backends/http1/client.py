@@ -24,6 +24,7 @@ from backends.http1.aiohttp_parts import (
     exchange,
     set_idle,
 )
+from backends.http1.answer_bytes import AnswerBytes
 from backends.http1.errors import HttpError, lacks_descriptor
 from backends.http1.headers import head_of
 
@@ -41,8 +42,10 @@ _BODILESS = frozenset({"GET", "HEAD", "OPTIONS"})
 class Connector(PartsConnector):
     """See `interface.Connector`. Each `Origin` keeps its own idle connections."""
 
-    def __init__(self) -> None:
+    def __init__(self, answers: AnswerBytes | None = None) -> None:
         super().__init__()
+        self.answers = answers or AnswerBytes()
+        """Counts what arrives."""
         self._origins: list[Origin] = []
 
     def origin(self, base: str) -> Origin:
@@ -109,7 +112,9 @@ class Origin:
                 headers["Proxy-Authorization"] = target.headers["Proxy-Authorization"]
             try:
                 head = head_of(f"{method} {self._prefix}{path} HTTP/1.1", headers, self._common_headers)
-                message, content, sending = await exchange(connection, head, body, head_only=method == "HEAD")
+                message, content, sending = await exchange(
+                    connection, head, body, head_only=method == "HEAD", answers=self._connector.answers
+                )
                 response = Response(self, connection, message, content, sending)
             except BaseException as error:
                 abort(connection)
@@ -171,7 +176,14 @@ class Response(ReceivedResponse):
         return self.headers.get("Content-Type", "").partition(";")[0].strip().lower()
 
     def close_unless_read(self) -> None:
-        """Close the connection at once. If the body was read, the connection is already pooled or closed."""
+        """Close the connection at once. If the body was read, the connection is already pooled or closed.
+
+        The answer is no longer counted.
+        """
+        self._account.close()
+        self._disconnect()
+
+    def _disconnect(self) -> None:
         connection, self._connection = self._connection, None
         if connection is not None:
             self._drop_content()
@@ -180,9 +192,10 @@ class Response(ReceivedResponse):
             abort(connection)
 
     def _release(self) -> None:
+        self._account.complete()
         early = self._sending is not None and not self._sending.done()  # the request is not yet written
         if early or self._should_close:
-            self.close_unless_read()
+            self._disconnect()
         elif self._connection is not None:
             self._pool.keep(self._connection)
             self._connection = None

@@ -13,6 +13,8 @@ It is used if the installed aiohttp lacks an internal part. It is slower and has
 * When `SIDECAR_QUEUE_BYTES` are in use, a connection can bring a little more than its place, and a caller that stalls
   gets no answer: its connection is closed. Pipelined requests count as heads or as being received.
 * A request does not wait for a free file descriptor: without one, the attempt fails.
+* `AnswerBytes` counts and bounds nothing: neither the answers that are being read (each has at most
+  `MAX_ANSWER_BYTES`), nor what callers do not read (each is closed after 75 s without a byte).
 * When a request to an upstream is cancelled, the data in its socket's buffer is still sent.
 """
 
@@ -31,6 +33,7 @@ from yarl import URL
 
 from backends.byte_budget import ByteBudget
 from backends.http1 import accepting, connecting, proxies
+from backends.http1.answer_bytes import AnswerBytes
 from backends.http1.connections import Connections, OnFull
 from backends.http1.interface import Handler, OnPiece, Timings
 
@@ -116,7 +119,9 @@ class Listener:
         on_full: OnFull | None = None,
         max_held_bytes: float = inf,
         reserve_bytes: int = 0,
+        answers: AnswerBytes | None = None,
     ) -> None:
+        del answers
         self._handler = handler
         self.connections: Connections[accepting.Counted] = Connections(
             max_connections, closes_busy=closes_busy, on_full=on_full
@@ -179,7 +184,8 @@ class Listener:
 class Connector:
     """See `interface.Connector`."""
 
-    def __init__(self) -> None:
+    def __init__(self, answers: AnswerBytes | None = None) -> None:
+        del answers
         trace = aiohttp.TraceConfig()
         trace.on_connection_create_end.append(_connected)
         self._session = aiohttp.ClientSession(
@@ -230,7 +236,10 @@ class Response:
     def __init__(self, response: aiohttp.ClientResponse) -> None:
         self.status, self.headers, self.content = response.status, response.headers, response.content
         self.content_type = self.headers.get("Content-Type", "").partition(";")[0].strip().lower()
-        self.close_unless_read = response.close
+        self.close_unless_read, self.held_bytes = response.close, 0
+
+    def keep(self, still_held: int) -> None:
+        pass
 
     async def deliver(self, on_piece: OnPiece) -> bool:
         while piece := await self.content.readany():

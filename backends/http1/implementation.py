@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 
+from backends.http1.answer_bytes import AnswerBytes
 from backends.http1.interface import Answer, Connector, HttpRequest, MakeListener, Name, Origin
 
 log = logging.getLogger("sidecar")
@@ -29,7 +30,8 @@ class Implementation:
 
     name: Name
     listener: MakeListener
-    connector: Callable[[], Connector]
+    connector: Callable[[AnswerBytes | None], Connector]
+    """The argument counts what arrives."""
 
 
 def internal() -> Implementation:
@@ -86,7 +88,7 @@ async def self_check(implementation: Implementation) -> None:
         from backends.http1 import aiohttp_parts  # noqa: PLC0415  the import can fail
 
         aiohttp_parts.check(asyncio.get_running_loop())
-    listener, connector = implementation.listener(_echo, max_connections=2), implementation.connector()
+    listener, connector = implementation.listener(_echo, max_connections=2), implementation.connector(None)
     try:
         try:
             port = await listener.open("127.0.0.1", 0)

@@ -15,6 +15,7 @@ from typing import Any, Literal, Protocol
 from multidict import CIMultiDictProxy
 
 from backends.byte_budget import ByteBudget
+from backends.http1.answer_bytes import AnswerBytes
 from backends.http1.connections import OnFull
 
 #: A callback that consumes one piece of a body. It returns False if it cannot consume more at present.
@@ -56,7 +57,7 @@ class Answer(Protocol):
     def write_whole(self, body: bytes) -> bool:
         """Write the whole body. Later writes are ignored.
 
-        Returns False if the write buffer is full: then await `drain`.
+        Returns False if a part of the body waits: then await `drain`. A long body is written only there.
         """
         ...
 
@@ -200,6 +201,7 @@ class MakeListener(Protocol):
         on_full: OnFull | None = None,
         max_held_bytes: float = inf,
         reserve_bytes: int = 0,
+        answers: AnswerBytes | None = None,
     ) -> Listener:
         """Return a listener for this handler.
 
@@ -207,7 +209,8 @@ class MakeListener(Protocol):
         `on_full` and closes the connection that has been idle for the longest time, or the new one if none is idle.
         With `closes_busy` it closes the one whose last answer or beginning is the longest time ago.
 
-        The connections hold `max_held_bytes` at most: see `byte_budget.ByteBudget`, also for `reserve_bytes`.
+        The connections hold `max_held_bytes` at most: see `byte_budget.ByteBudget`, also for `reserve_bytes`. `answers`
+        counts what callers do not read.
         """
         ...
 
@@ -253,10 +256,22 @@ class Response(Protocol):
         """
         ...
 
+    @property
+    def held_bytes(self) -> int:
+        """The bytes that have arrived and count as held. Those of the head and of the chunks' heads count too."""
+        ...
+
+    def keep(self, still_held: int) -> None:
+        """Count only `still_held` bytes of what has arrived: the rest was handed on, or dropped.
+
+        Without this, all that has arrived counts until the end, except what `deliver` has passed on. See `AnswerBytes`.
+        """
+        ...
+
     def close_unless_read(self) -> None:
         """Close the connection, unless the whole body was read.
 
-        Must be called when the answer is no longer needed.
+        Must be called when the answer is no longer needed, also if it was read: until then it counts as held.
         """
         ...
 

@@ -7,6 +7,7 @@ from http import HTTPStatus
 
 from aiohttp import HttpVersion, HttpVersion10, HttpVersion11
 
+from backends.http1 import connecting
 from backends.http1.aiohttp_parts import ParsedRequest, rfc822_formatted_time
 from backends.http1.headers import head_of
 
@@ -25,7 +26,7 @@ class Answer:
     `write`, `write_whole`, `write_eof` and `drain` raise `ConnectionError` if the caller has closed the connection.
     """
 
-    __slots__ = ("_bodiless", "_chunked", "_ended", "_head", "_http", "status")
+    __slots__ = ("_bodiless", "_chunked", "_ended", "_head", "_http", "_long", "status")
 
     def __init__(self, http: ParsedRequest, status: int, headers: dict[str, str], *, length: int | None) -> None:
         """Complete `headers` and encode the head.
@@ -39,6 +40,7 @@ class Answer:
         self._bodiless = http.method == "HEAD" or status in _WITHOUT_BODY
         self._chunked = length is None and not self._bodiless and version >= HttpVersion11
         self._ended = False
+        self._long = b""
         headers["Date"] = rfc822_formatted_time()
         if self._chunked:
             headers["Transfer-Encoding"] = "chunked"
@@ -60,6 +62,10 @@ class Answer:
         self._ended = True
         http = self._http
         http.has_begun = True
+        if len(body) > connecting.SLICE_BYTES and not self._bodiless:
+            http.connection.write(self._head)
+            self._long = body  # `drain` writes it
+            return False
         http.connection.write(self._head if self._bodiless else self._head + body)
         return not http.connection.writing_paused
 
@@ -80,7 +86,10 @@ class Answer:
             self._send(b"0\r\n\r\n" if self._chunked else b"")
 
     async def drain(self) -> None:
-        """Wait until the write buffer has room again."""
+        """Wait until the write buffer has room again. A long body is written here."""
+        if self._long:
+            body, self._long = self._long, b""
+            await self._http.connection.write_long(body)
         if self._http.connection.writing_paused:
             await self._http.connection.drain()
 

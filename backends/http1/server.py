@@ -26,6 +26,7 @@ from backends.http1.aiohttp_parts import (
     is_head_too_large,
     tcp_keepalive,
 )
+from backends.http1.answer_bytes import AnswerBytes
 from backends.http1.connections import Connections, OnFull
 from backends.http1.errors import MalformedRequest, RefusedBody, stalled_body, tiny_chunks
 from backends.http1.headers import head_of
@@ -116,6 +117,7 @@ class Connection(RequestProtocol):
         """Cancel the handler, because nobody can receive its answer."""
         super().connection_lost(exc)
         self._timer.cancel()
+        self._listener.slow_readers.discard(self)
         if self._end_timer is not None:
             self._end_timer.cancel()
         self.behind_bytes = 0
@@ -292,9 +294,22 @@ class Connection(RequestProtocol):
             self.transport.close()  # what is written already is still sent; `connection_lost` cancels the handler
 
     def pause_writing(self) -> None:
-        """Start the timeout of a caller that does not read. The write buffer is full: see `drain`."""
+        """Count what a caller has not read: its socket accepts nothing more at present."""
         super().pause_writing()
         self._closes_at = self.loop.time() + accepting.KEEPALIVE_SECONDS
+        if self.transport is not None:
+            unread_bytes = max(self.transport.get_write_buffer_size(), self.body_bytes)
+            self._listener.slow_readers.add(self, unread_bytes)
+
+    def resume_writing(self) -> None:
+        """Let the next write begin: the caller's socket has accepted everything."""
+        super().resume_writing()
+        if not self.body_bytes:
+            self.all_is_read()
+
+    def all_is_read(self) -> None:
+        """Stop counting: the caller has read all that was written."""
+        self._listener.slow_readers.discard(self)
 
     @property
     def is_busy(self) -> bool:
@@ -414,9 +429,11 @@ class Listener:
         on_full: OnFull | None = None,
         max_held_bytes: float = inf,
         reserve_bytes: int = 0,
+        answers: AnswerBytes | None = None,
     ) -> None:
         self.handler = handler
         self.loop = asyncio.get_running_loop()
+        self.slow_readers = (answers or AnswerBytes()).slow_readers
         self.connections: Connections[Connection] = Connections(
             max_connections, closes_busy=closes_busy, on_full=on_full
         )

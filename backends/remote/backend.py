@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import io
 import logging
 import re
 import time
@@ -14,6 +15,7 @@ from typing import TypeVar
 from yarl import URL
 
 from backends.base import (
+    MAX_ANSWER_BYTES,
     BackendError,
     Rejected,
     Reply,
@@ -23,6 +25,7 @@ from backends.base import (
     Unreachable,
 )
 from backends.forwarded_headers import to_caller
+from backends.http1.answer_bytes import AnswerBytes
 from backends.http1.errors import HttpError, failure_of
 from backends.http1.headers import canonical_name
 from backends.http1.implementation import choose
@@ -75,9 +78,11 @@ class DashScopeBackend:
         native_url: str | None = None,
         key: Callable[[], str | None] = lambda: None,
         name: str = "dashscope",
+        answers: AnswerBytes | None = None,
     ) -> None:
-        """Store the URLs and the key. Raises `ValueError` if a URL is invalid."""
+        """Store the URLs and the key. `answers` counts what arrives. Raises `ValueError` if a URL is invalid."""
         self.name = name
+        self._answers = answers
         self._key = key
         self._base = _checked(base_url)
         if native_url is None and self._base.endswith(_COMPATIBLE_PATH):
@@ -107,7 +112,7 @@ class DashScopeBackend:
 
     async def start(self) -> None:
         """Open the connection pool. This sends no request, because the provider may start later than the sidecar."""
-        self._connector = connector = (await choose()).connector()
+        self._connector = connector = (await choose()).connector(self._answers)
         try:
             self._origins = {base: connector.origin(base) for base in (self._base, self._native) if base}
         except ValueError as error:
@@ -188,7 +193,10 @@ class DashScopeBackend:
             raise self._explained(error) from error
         try:
             if response.status // 100 == 2:
-                return await read(response)
+                result = await read(response)
+                if not (isinstance(result, Reply) and result.chunks is not None):
+                    response.close_unless_read()  # from here on, nothing waits until the answer is written
+                return result
             raise await self._refusal(response, body, headers.get("X-Request-Id"))  # noqa: TRY301  a local name would create a reference cycle
         except BaseException as error:
             response.close_unless_read()
@@ -263,7 +271,8 @@ class DashScopeBackend:
         is_chat = _is_chat(request)
         clock = asyncio.get_running_loop().time
         watch = StreamWatch(is_chat=is_chat, request_body=request.body, headers=response.headers, clock=clock)
-        stream = Stream(response, watch, self._error_in_stream, must_end=is_chat, request_body=request.body)
+        stream = Stream(response, watch, self._error_in_stream, must_end=is_chat, request_body=request.body,
+                        keeps_all=request.keeps_stream)  # fmt: skip
         hold_until = clock() + HOLD_SECONDS
         is_labelled = response.content_type == "text/event-stream"
         is_stream = is_labelled or await stream.begins_like_events()
@@ -290,7 +299,7 @@ class DashScopeBackend:
             # Compressed, the whole body is about as long as its text alone is otherwise.
             output_bytes = len(body) if _is_chat(request) else None
             return Reply(status=response.status, headers=headers, body=body, output_bytes=output_bytes)
-        return Stream(response, None, self._error_in_stream).reply(headers)
+        return Stream(response, None, self._error_in_stream, keeps_all=request.keeps_stream).reply(headers)
 
     async def _whole(self, response: Response, request: Request, first: bytes = b"") -> Reply:
         """Read a whole answer. `first` is what was read of it already.
@@ -386,14 +395,13 @@ async def _read(response: Response, limit: int, first: bytes = b"") -> bytes:
     """Read a body to its end. Raises `ServerFailed` if it is longer than `limit` bytes. `first` was read before."""
     if not first and response.content.is_eof():  # the whole body arrived together with the head
         return response.content.read_nowait()
-    pieces = [first]
-    size = len(first)
+    body = io.BytesIO()  # it returns its bytes without a copy, and tiny pieces do not become millions of objects
+    body.write(first)
     while piece := await response.content.readany():
-        size += len(piece)
-        if size > limit:
+        body.write(piece)
+        if body.tell() > limit or response.held_bytes > MAX_ANSWER_BYTES:  # it may consist of the heads of chunks
             raise _too_long(limit)
-        pieces.append(piece)
-    return b"".join(pieces)
+    return body.getvalue()
 
 
 def _encoding(response: Response) -> str:

@@ -48,7 +48,7 @@ class EventReader:
     def __init__(self, limit: int) -> None:
         """`limit` is the length in bytes of the longest event that is kept; a longer event is skipped."""
         self._limit = limit
-        self._open: list[bytes] = []  # the pieces of the event that is not complete
+        self._open = bytearray()  # the event that is not complete; a list of tiny pieces would need far more memory
         self._open_bytes = 0
         self._begun = False
         self._ended_with_cr = False
@@ -70,7 +70,7 @@ class EventReader:
         if not self._open:
             if piece.endswith(b"\n\n"):  # the usual case: whole events
                 return piece
-        elif piece.startswith(b"\n") and self._open[-1].endswith(b"\n"):
+        elif piece.startswith(b"\n") and self._open.endswith(b"\n"):
             # The empty line lies between two pieces.
             self._keep(b"\n")
             return self._take() + self.feed(piece[1:])
@@ -94,24 +94,26 @@ class EventReader:
             return
         self._open_bytes += len(piece)
         if self._open_bytes > self._limit:
-            seen = b"".join((*self._open, piece))
+            seen = self._open + piece
             self.skipped_data = self.skipped_data or seen.startswith(b"data") or b"\ndata" in seen
             self._skipping = True
-            self._open, self._open_bytes = [piece[-1:]], self._limit
+            self._open, self._open_bytes = bytearray(piece[-1:]), self._limit
         else:
-            self._open.append(piece)
+            self._open += piece
 
     def _take(self) -> bytes:
-        whole = b"" if self._skipping else b"".join(self._open)
-        self._open, self._open_bytes, self._skipping = [], 0, False
+        if not self._open_bytes:
+            return b""
+        whole = b"" if self._skipping else bytes(self._open)
+        self._open, self._open_bytes, self._skipping = bytearray(), 0, False
         return whole
 
     def _without_bom(self, piece: bytes) -> bytes:
         """Remove the byte order mark, which can arrive in pieces."""
-        piece = b"".join(self._open) + piece
-        self._open, self._open_bytes = [], 0
+        piece = bytes(self._open) + piece
+        self._open, self._open_bytes = bytearray(), 0
         if len(piece) < len(_BOM) and _BOM.startswith(piece):
-            self._open = [piece] if piece else []
+            self._open += piece
             return b""
         self._begun = True
         return piece.removeprefix(_BOM)

@@ -119,7 +119,8 @@ def _to_openai(request: Request) -> tuple[Request, bool]:
     if request.stream:
         body |= {"stream": True, "stream_options": {"include_usage": True}}
     headers = {name: value for name, value in request.headers.items() if name.lower() != "x-dashscope-sse"}
-    translated = replace(request, dialect="openai", path="/chat/completions", body=orjson.dumps(body), headers=headers)
+    translated = replace(request, dialect="openai", path="/chat/completions", body=orjson.dumps(body), headers=headers,
+                         keeps_stream=True)  # fmt: skip
     return translated, parameters.get("incremental_output") is True
 
 

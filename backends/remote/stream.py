@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Callable
 
-from backends.base import BackendError, OnPiece, Progress, Reply, ServerFailed
+from backends.base import MAX_ANSWER_BYTES, BackendError, OnPiece, Progress, Reply, ServerFailed
 from backends.http1.errors import HttpError
 from backends.http1.interface import Response
 from backends.remote.answers import StreamWatch, judge
@@ -40,11 +41,12 @@ class Stream:
         *,
         must_end: bool = False,
         request_body: bytes = b"",
+        keeps_all: bool = False,
     ) -> None:
         """`watch`: None if the stream cannot be read, because it is compressed.
 
         `error_of` returns the error that the sidecar gets. `must_end`: the stream must say at its end that it has
-        ended, as a chat does.
+        ended, as a chat does. `keeps_all`: see `Request.keeps_stream`.
         """
         self._response = response
         self._watch = watch
@@ -52,9 +54,9 @@ class Stream:
         self.first = b""
         """What `begins_like_events` has read."""
         self._must_end = must_end
+        self._keeps_all = keeps_all
         self._request_body = request_body
-        self._held: list[bytes] = []
-        self._held_bytes = 0
+        self._held = bytearray()  # not a list of pieces: tiny ones would need many times their bytes
         self._comment_at = 0.0  # loop time at which the caller gets a comment, if nothing else can be passed on
         self._clock = asyncio.get_running_loop().time
         self._unread_bytes = 0
@@ -78,7 +80,7 @@ class Stream:
     async def begins_like_events(self) -> bool:
         """Read until it is known whether this is an event stream, or else a whole answer."""
         while (begins := begins_like_events(self.first)) is None and len(self.first) < _PREFACE_LIMIT:
-            piece = await self._response.content.readany()
+            piece = await self._read()
             if not piece:
                 return self._response.content_type == "text/event-stream"
             self.first += piece
@@ -91,30 +93,29 @@ class Stream:
             await self._read_before_content(watch)
 
     async def _read_before_content(self, watch: StreamWatch) -> None:
-        piece, self.first = self.first or await self._response.content.readany(), b""
+        piece, self.first = self.first or await self._read(), b""
         if not piece:
             watch.end()
             if not watch.has_content:
                 raise watch.failure or self._no_content(watch)
             return
-        self._held.append(piece)
-        self._held_bytes += len(piece)
+        self._held += piece
         watch.feed(piece)
         if watch.has_content:
             return
         if watch.failure is not None:
             raise watch.failure
-        if self._held_bytes - watch.open_bytes > _PREFACE_LIMIT:
+        if len(self._held) - watch.open_bytes > _PREFACE_LIMIT:
             if watch.has_data:  # a model that thinks for long sends events with empty texts: begin to deliver
                 watch.has_content = True
                 return
-            error = ServerFailed(f"the provider's stream held no content in its first {self._held_bytes} bytes")
+            error = ServerFailed(f"the provider's stream held no content in its first {len(self._held)} bytes")
             error.may_resend = False  # the provider is answering, so that it charges
             raise error
 
     def _no_content(self, watch: StreamWatch) -> BackendError:
         """Return the error of a stream that has ended before any content. It may have been no stream at all."""
-        held = b"".join(self._held)
+        held = bytes(self._held)
         payload = lenient_json(held) if begins_like_events(held) is False else None
         if isinstance(payload, dict) and judge(payload, is_chat=self._must_end) != "answer":
             return classify(0, self._response.headers, held, request_body=self._request_body, payload=payload)
@@ -139,9 +140,27 @@ class Stream:
         return piece
 
     def _take_held(self) -> bytes:
-        held = b"".join(self._held)
-        self._held, self._held_bytes = [], 0
+        held, self._held = bytes(self._held), bytearray()
+        self._release()
         return held
+
+    async def _read(self) -> bytes:
+        """Return everything that has arrived; wait for the first byte. Raises `ServerFailed` if too much is held."""
+        content = self._response.content
+        if self._response.held_bytes > MAX_ANSWER_BYTES:
+            error = ServerFailed(f"the provider's stream is longer than {MAX_ANSWER_BYTES} bytes")
+            error.may_resend = False
+            raise error
+        piece = await content.readany()
+        with contextlib.suppress(HttpError):  # the next call raises it again
+            while more := content.read_nowait():  # the parser may go on only after a read
+                piece += more
+        return piece
+
+    def _release(self) -> None:
+        """Count only what is held of what was read."""
+        if not self._keeps_all:
+            self._response.keep(0 if self._watch is None else self._watch.open_bytes)
 
     # -- as an iterator, or with a callback ----------------------------------------------------------------------------
 
@@ -155,7 +174,7 @@ class Stream:
                 return await self._next_before_content(watch)
             if self._held:
                 return self._take_held()
-            piece = self.first or await self._response.content.readany()
+            piece = self.first or await self._read()
             self.first = b""
         except HttpError as error:
             self._settle()
@@ -167,6 +186,7 @@ class Stream:
             self._end()
             raise StopAsyncIteration
         self._note(piece)
+        self._release()
         return piece
 
     async def deliver(self, on_piece: OnPiece) -> bool:
@@ -179,6 +199,8 @@ class Stream:
 
         def note_and_deliver(piece: bytes) -> bool:
             note(piece)
+            if watch is not None and watch.open_bytes:
+                self._response.keep(watch.open_bytes)
             return on_piece(piece)
 
         try:
@@ -208,6 +230,7 @@ class Stream:
         watch = self._watch
         if watch is not None:
             watch.end()
+        self._release()
         self._settle()
         if watch is not None and self._must_end and watch.failure is None and not watch.is_complete:
             raise ServerFailed("the provider's stream ended in the middle: no finish_reason and no [DONE] came")

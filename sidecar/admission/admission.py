@@ -75,11 +75,13 @@ class Admission:
         queue_size: int = 2000,
         queue_bytes: int = 256 * 1024 * 1024,
         bytes_in_flight: int | None = None,
+        answer_bytes: Callable[[], int] = int,
         random: Random | None = None,
     ) -> None:
         """`upstreams`: settings of all upstreams, in order of tier. `random`: source of the jitter between probes.
 
-        `queue_bytes` bounds the bodies that wait, `bytes_in_flight` those that are sent (None: as many bytes again).
+        `queue_bytes` bounds the bodies that wait. `bytes_in_flight` (None: as many) bounds the bodies that are sent,
+        together with the answers, whose bytes `answer_bytes` returns.
         """
         self.loop = asyncio.get_running_loop()
         self.draining = False
@@ -93,7 +95,7 @@ class Admission:
         self._only_model = upstreams[0].only_model if None not in fixed else None
         self._upstreams: dict[tuple[str, str], Upstream] = {}
         self._pools: OrderedDict[str, Pool] = OrderedDict()
-        self._bodies = BodiesInFlight(queue_bytes if bytes_in_flight is None else bytes_in_flight)
+        self._bodies = BodiesInFlight(queue_bytes if bytes_in_flight is None else bytes_in_flight, answer_bytes)
 
     def __repr__(self) -> str:
         counts = f"pools={len(self._pools)} waiting={self.waiting()} in_flight={self.in_flight()}"

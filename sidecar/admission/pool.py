@@ -7,7 +7,7 @@ every change (a ticket arrived or left, an attempt ended, time opened a gate) an
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import inf
 from operator import itemgetter
 
@@ -47,17 +47,42 @@ _WAY_OUT = (
 
 
 class BodiesInFlight:
-    """The bytes of the bodies of all attempts in flight, in all pools, and their bound. One body always fits."""
+    """The bytes of the bodies of all attempts in flight, in all pools, and their bound. One body always fits.
 
-    __slots__ = ("bytes", "max_bytes")
+    At the bound, the pools take turns: small bodies of other pools do not pass a large one.
+    """
 
-    def __init__(self, max_bytes: float = inf) -> None:
+    __slots__ = ("_blocked", "_elsewhere", "_max_bytes", "bytes")
+
+    def __init__(self, max_bytes: float = inf, elsewhere: Callable[[], int] = int) -> None:
+        """`elsewhere` returns other bytes that share the bound."""
         self.bytes = 0
-        self.max_bytes = max_bytes
+        self._max_bytes = max_bytes
+        self._elsewhere = elsewhere
+        self._blocked: dict[Pool, None] = {}
+        """Pools whose next ticket does not fit, in the order in which they get their turn."""
 
-    def fits(self, ticket: Ticket) -> bool:
+    def fits(self, pool: Pool, ticket: Ticket) -> bool:
         """Return whether an attempt of this ticket may start."""
-        return not self.bytes or self.bytes + ticket.size_bytes <= self.max_bytes
+        if self._blocked and next(iter(self._blocked)) is not pool:
+            return False
+        return not self.bytes or self.bytes + ticket.size_bytes + self._elsewhere() <= self._max_bytes
+
+    def block(self, pool: Pool) -> None:
+        """Let the pool wait for its turn."""
+        self._blocked.setdefault(pool)
+
+    def unblock(self, pool: Pool) -> None:
+        """End a pool's turn: its next ticket fits, or no ticket waits."""
+        self._blocked.pop(pool, None)
+
+    def admit_next(self, now: float) -> None:
+        """Give free bytes to the pools that wait for them."""
+        while self._blocked:
+            first = next(iter(self._blocked))
+            first.admit(now)
+            if next(iter(self._blocked), None) is first:
+                return
 
 
 class Pool:
@@ -114,7 +139,7 @@ class Pool:
         """
         now = self.last_used = self._loop.time()
         only = self._only_upstream
-        may_start = not self.waiting.tickets and ticket.not_before <= now and self._bodies.fits(ticket)
+        may_start = not self.waiting.tickets and ticket.not_before <= now and self._bodies.fits(self, ticket)
         if may_start and only is not None and only.opening(now, ticket)[1] is None:
             return self._start(only, ticket, now)  # the usual case
         if (circuit := self._refusing(now)) is not None:
@@ -136,6 +161,7 @@ class Pool:
         now = self._loop.time()
         if self.take_out(now, ticket):
             self.admit(now)
+            self._bodies.admit_next(now)
 
     def refuse(self, ticket: Ticket, why: NotAdmitted) -> None:
         """Remove a waiting ticket from its queue and give the error to its caller."""
@@ -190,6 +216,8 @@ class Pool:
 
     def _remove(self, now: float, ticket: Ticket, *, served: bool = False) -> None:
         self.waiting.remove(now, ticket, served=served)
+        if not self.waiting.tickets:
+            self._bodies.unblock(self)
         self._urgent.discard(ticket)
         if ticket.expiry is not None:
             ticket.expiry.cancel()
@@ -237,9 +265,11 @@ class Pool:
                 self._remove(now, ticket)
                 continue
             allowed = untried if untried is self.upstreams else self._allowed(now, untried)
-            if not self._bodies.fits(ticket):  # poll: an attempt of another pool may end, which is no event here
+            if not self._bodies.fits(self, ticket):
+                self._bodies.block(self)
                 self.waiting.set_cause(now, "concurrency")
-                return claimed + allowed, now + LOOK_AGAIN_SECONDS
+                return claimed + allowed, now + LOOK_AGAIN_SECONDS  # poll: no event shows that answers were read
+            self._bodies.unblock(self)
             unclaimed = tuple(upstream for upstream in allowed if upstream not in claimed) if claimed else allowed
             upstream, opens_at, delays = self._choose(now, ticket, unclaimed)
             if upstream is None:
@@ -310,6 +340,7 @@ class Pool:
         now = self.last_used = self._loop.time()
         self.in_flight -= 1
         self._bodies.bytes -= permit.ticket.size_bytes
+        self._bodies.admit_next(now)
         upstream = permit.upstream
         pools = upstream.on_end
         if len(pools) == 1:

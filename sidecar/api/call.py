@@ -14,6 +14,7 @@ from typing import TypeVar
 
 from backends.base import MAX_ANSWER_BYTES, Dialect, OnPiece, Reply, Request
 from backends.forwarded_headers import query_to_provider, to_provider
+from backends.http1.accepting import SLOW_READER_SECONDS
 from backends.http1.interface import Answer, HttpRequest
 from sidecar.admission import Priority, Ticket
 from sidecar.api.body import ParsedBody, is_quick, with_model
@@ -25,9 +26,6 @@ from sidecar.dispatch.stream_bounds import StreamSettings
 from sidecar.observe.metrics import RequestOutcome
 from sidecar.observe.trace import TracingStopwatch
 
-#: Seconds for which one stream may wait, in all, for a caller that reads more slowly than the provider answers. A local
-#: caller reads a whole answer in milliseconds, and the sockets hold some megabytes for it.
-SLOW_READER_SECONDS = 10.0
 #: A wait that is not longer than this many seconds shows no slow reader.
 USUAL_DRAIN_SECONDS = 0.05
 _T = TypeVar("_T")

@@ -127,8 +127,11 @@ class Settings(BaseModel):
     log_level: values.LogLevel = Field("info", description="least severe line to log")
 
     @property
-    def receiving_bytes(self) -> int:
-        """The share of `queue_bytes` for bodies that arrive. The rest is for those that wait."""
+    def quarter_of_queue_bytes(self) -> int:
+        """The share for bodies that arrive (the others wait), and for the answers of bodies in flight.
+
+        Without a share of its own, a queue that is full would let nothing arrive, and bodies in flight no answer.
+        """
         return self.queue_bytes // 4
 
     @property

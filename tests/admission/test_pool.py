@@ -920,6 +920,54 @@ async def test_a_large_body_waits_until_there_is_room_and_smaller_ones_do_not_pa
     (await large).release(bench.loop.time())
 
 
+async def test_small_bodies_of_other_models_do_not_pass_a_large_one():
+    bench = Bench(UpstreamSettings("a", paced=False), queue_bytes=100)
+    first, second = (bench.at_once(size_bytes=50) for _ in range(2))
+    large = bench.enter(size_bytes=90)
+    small = [bench.enter(model=f"model-{number}", size_bytes=10) for number in range(3)]
+    first.report(Verdict("accepted", bench.loop.time()))
+    assert not (large.done() or any(one.done() for one in small))  # 50 bytes are free, and belong to the large one
+    second.report(Verdict("accepted", bench.loop.time()))
+    assert large.done()
+    assert [one.done() for one in small] == [True, False, False]
+    large.result().report(Verdict("accepted", bench.loop.time()))
+    assert all(one.done() for one in small)  # without waiting for the next look
+    for one in small:
+        one.result().release(bench.loop.time())
+    assert bench.admission.bytes_in_flight() == 0
+
+
+async def test_other_models_do_not_wait_for_a_large_body_whose_caller_has_left():
+    bench = Bench(UpstreamSettings("a", paced=False), queue_bytes=100)
+    first = bench.at_once(size_bytes=60)
+    large = bench.ticket(size_bytes=90)
+    waits = asyncio.ensure_future(bench.admission.permit(large))
+    await asyncio.sleep(0)
+    small = bench.enter(model="other", size_bytes=10)
+    waits.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await waits
+    assert small.done()
+    bench.at_once(model="another", size_bytes=10).release(bench.loop.time())
+    for permit in (first, small.result()):
+        permit.release(bench.loop.time())
+
+
+async def test_an_attempt_starts_only_while_answers_and_slow_readers_leave_room():
+    held = 0
+    bench = Bench(UpstreamSettings("a", paced=False), queue_bytes=100, answer_bytes=lambda: held)
+    first = bench.at_once(size_bytes=50)
+    held = 40
+    waits = bench.enter(size_bytes=20)
+    assert not waits.done()
+    held = 10
+    async with asyncio.timeout(1.0):
+        (await waits).release(bench.loop.time())
+    first.release(bench.loop.time())
+    held = 1000
+    bench.at_once(size_bytes=50).release(bench.loop.time())  # one body always fits
+
+
 async def test_a_ticket_that_waits_for_room_for_its_body_can_leave():
     bench = Bench(UpstreamSettings("a", paced=False), queue_bytes=100)
     first = bench.at_once(size_bytes=100)

@@ -45,6 +45,9 @@ class Transport(asyncio.Transport):
     def writelines(self, pieces):
         self.written += b"".join(bytes(piece) for piece in pieces)
 
+    def set_write_buffer_limits(self, high=None, low=None):
+        pass
+
     def is_closing(self):
         return self.closing
 
