@@ -887,7 +887,7 @@ async def test_another_upstream_takes_the_tickets_while_a_quota_is_used_up():
 
 
 async def test_the_bodies_in_flight_are_bounded_in_all_pools_together():
-    bench = Bench(UpstreamSettings("a", paced=False), queue_bytes=100)
+    bench = Bench(UpstreamSettings("a", paced=False), queue_bytes=1000, bytes_in_flight=100)
     first = bench.at_once(size_bytes=60)
     second = bench.at_once(size_bytes=40)
     waits = bench.enter(size_bytes=1)
@@ -904,12 +904,12 @@ async def test_the_bodies_in_flight_are_bounded_in_all_pools_together():
 
 
 async def test_a_body_that_is_larger_than_the_bound_is_sent_alone():
-    bench = Bench(UpstreamSettings("a", paced=False), queue_bytes=100)
+    bench = Bench(UpstreamSettings("a", paced=False), queue_bytes=1000, bytes_in_flight=100)
     bench.at_once(size_bytes=500).release(bench.loop.time())
 
 
 async def test_a_large_body_waits_until_there_is_room_and_smaller_ones_do_not_pass_it():
-    bench = Bench(UpstreamSettings("a", paced=False), queue_bytes=100)
+    bench = Bench(UpstreamSettings("a", paced=False), queue_bytes=1000, bytes_in_flight=100)
     small = bench.at_once(size_bytes=20)
     large = bench.enter(size_bytes=90)
     assert not large.done()
@@ -921,7 +921,7 @@ async def test_a_large_body_waits_until_there_is_room_and_smaller_ones_do_not_pa
 
 
 async def test_small_bodies_of_other_models_do_not_pass_a_large_one():
-    bench = Bench(UpstreamSettings("a", paced=False), queue_bytes=100)
+    bench = Bench(UpstreamSettings("a", paced=False), queue_bytes=1000, bytes_in_flight=100)
     first, second = (bench.at_once(size_bytes=50) for _ in range(2))
     large = bench.enter(size_bytes=90)
     small = [bench.enter(model=f"model-{number}", size_bytes=10) for number in range(3)]
@@ -938,7 +938,7 @@ async def test_small_bodies_of_other_models_do_not_pass_a_large_one():
 
 
 async def test_other_models_do_not_wait_for_a_large_body_whose_caller_has_left():
-    bench = Bench(UpstreamSettings("a", paced=False), queue_bytes=100)
+    bench = Bench(UpstreamSettings("a", paced=False), queue_bytes=1000, bytes_in_flight=100)
     first = bench.at_once(size_bytes=60)
     large = bench.ticket(size_bytes=90)
     waits = asyncio.ensure_future(bench.admission.permit(large))
@@ -955,7 +955,7 @@ async def test_other_models_do_not_wait_for_a_large_body_whose_caller_has_left()
 
 async def test_an_attempt_starts_only_while_answers_and_slow_readers_leave_room():
     held = 0
-    bench = Bench(UpstreamSettings("a", paced=False), queue_bytes=100, answer_bytes=lambda: held)
+    bench = Bench(UpstreamSettings("a", paced=False), queue_bytes=1000, bytes_in_flight=100, answer_bytes=lambda: held)
     first = bench.at_once(size_bytes=50)
     held = 40
     waits = bench.enter(size_bytes=20)
