@@ -18,7 +18,7 @@ _T = TypeVar("_T")
 
 #: Bytes. Everything that one picture may take at any moment, from its decoded base64 to the composite that is drawn.
 #: A 4K frame takes 32 MiB (Pillow holds 4 bytes per pixel); the rest is for its file, 10 MiB at most, and for what is
-#: made of it. `bench/pictures.py` prints what each kind of picture takes.
+#: made of it. Source: tests/api/trio/test_picture_memory.py measures each kind of picture.
 MAX_PICTURE_BYTES = 64 << 20
 #: Bytes of a piece of memory that glibc does not keep after it was freed. Pillow's pieces have up to 16 MiB; frames in
 #: transit, which are freed thousands of times an hour, are smaller.
@@ -49,7 +49,6 @@ class PictureMemory:
         if count > self.max_bytes:
             needed, most = -(-count >> 20), self.max_bytes >> 20
             raise PictureTooLarge(f"would take {needed} MiB of memory; a picture may take {most} MiB")
-        _trim()(0)  # else freed memory that no longer fits anything would count too
         self.bytes = count
 
     async def run(self, key: str, job: Callable[[], _T]) -> _T:
@@ -62,6 +61,7 @@ class PictureMemory:
             return await asyncio.get_running_loop().run_in_executor(self._thread, self._run, job)
 
     def _run(self, job: Callable[[], _T]) -> _T:
+        _give_large_pieces_back()
         try:
             return job()
         except BaseException as error:
@@ -69,7 +69,6 @@ class PictureMemory:
             raise
         finally:
             self.bytes = 0
-            _trim()(0)
 
 
 #: The pictures of this process.
@@ -84,16 +83,13 @@ def _forget_pictures(error: BaseException | None) -> None:
 
 
 @cache
-def _trim() -> Callable[[int], object]:
-    """Return glibc's `malloc_trim`, which gives freed memory back to the system. Other C libraries do that unasked.
+def _give_large_pieces_back() -> None:
+    """Fix the size from which glibc takes memory from the system and gives it back at once.
 
-    It does not reach the largest free piece of a thread's memory. So the first call also fixes the size from which
-    glibc takes memory from the system and gives it back at once. Else that size grows with the largest piece freed.
+    Otherwise that size grows with the largest piece that was freed, up to 32 MiB, and the thread keeps a whole frame.
+    Other C libraries give it back unasked.
     """
     libc = ctypes.CDLL(None)
-    if not hasattr(libc, "malloc_trim"):
-        return int
-    libc.mallopt(_M_MMAP_THRESHOLD, _LARGE_BYTES)
-    libc.mallopt(_M_TRIM_THRESHOLD, 2 * _LARGE_BYTES)  # glibc also keeps the two in this proportion
-    trim: Callable[[int], object] = libc.malloc_trim
-    return trim
+    if hasattr(libc, "malloc_trim"):  # it is glibc
+        libc.mallopt(_M_MMAP_THRESHOLD, _LARGE_BYTES)
+        libc.mallopt(_M_TRIM_THRESHOLD, 2 * _LARGE_BYTES)  # glibc also keeps the two in this proportion

@@ -15,8 +15,10 @@ or a PNG with an empty `pHYs` chunk. So callers of this module must expect any `
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from io import BytesIO
 from typing import TYPE_CHECKING
 
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 #: Pixels. It bounds the time: the largest JPEG is decoded at a fraction of its size in half a second.
 MAX_PIXELS = 50_000_000
+#: Pixels of the longest side, which is JPEG's own bound. Some of Pillow's memory goes with a side, not with the pixels.
+_MAX_SIDE = 65_535
 #: A picture that is too large for the memory is decoded or converted at one of these fractions of its width and height.
 SHRINKS = (1, 2, 4, 8)
 #: Pillow's decoders whose memory is computed here. All run without Python's interpreter lock.
@@ -39,16 +43,16 @@ _TIFF_COMPRESSIONS = {"raw", "packbits", "tiff_lzw", "tiff_deflate", "tiff_adobe
 #: Bytes per pixel in Pillow's memory. Every other mode takes 4.
 _BYTES_PER_PIXEL = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16L": 2, "I;16B": 2}
 #: Bytes per pixel of WebP beside the picture: two canvases of libwebp, and the copy that Pillow makes.
-_WEBP_BYTES = 12
+_WEBP_BYTES = 13
 #: Bytes for each pixel of the width: the rows that a decoder has in work. libjpeg has three components, 16 to 32 rows.
 _ROW_BYTES = 128
-#: Bytes that each entry of Pillow's list of tiles takes: a TIFF file has one for each strip.
-_TILE_BYTES = 400
+#: Bytes that each entry of Pillow's lists takes: a TIFF file has one for each strip, and EXIF data for every 12 bytes.
+_ENTRY_BYTES = 400
 #: The most scans of a JPEG. Pictures from cameras have 1, progressive ones 10. Each scan walks over all pixels, so that
 #: a file of thousands would take minutes.
 _MAX_SCANS = 32
 #: Bytes of a strip that is converted at once; see `_converted`. It is held in up to four forms.
-_STRIP_BYTES = 1 << 20
+_STRIP_BYTES = 1 << 18
 _STRIP_FORMS = 4
 #: Characters of text in a PNG file. Pillow's own bound, 64 million, allows 256 MB.
 _MAX_TEXT = 1 << 20
@@ -74,9 +78,9 @@ class Frame:
 
 def decode(data: bytes) -> Frame:
     """Return the picture. Run this as a job of `PICTURES`. Raises `PictureTooLarge`, or any exception of Pillow."""
-    from PIL import Image, PngImagePlugin  # noqa: PLC0415  only callers with crops or a detector need Pillow
+    from PIL import Image  # noqa: PLC0415  only callers with crops or a detector need Pillow
 
-    PngImagePlugin.MAX_TEXT_MEMORY = _MAX_TEXT
+    _set_up_pillow()
     _check_before_opening(data)
     try:
         opened = Image.open(BytesIO(data), formats=FORMATS)
@@ -94,9 +98,10 @@ def decode(data: bytes) -> Frame:
 def _loaded(opened: ImageFile.ImageFile, data: bytes) -> tuple[Image.Image, tuple[int, int], int]:
     """Load the pixels within the bound. Return them and nothing else of the file; its size; how they must be turned."""
     width, height = opened.size
-    if width * height > MAX_PIXELS:
-        raise PictureTooLarge(f"has {width} x {height} pixels; at most {MAX_PIXELS} can be shown")
-    orientation = _orientation(opened)
+    if width * height > MAX_PIXELS or max(width, height) > _MAX_SIDE:
+        raise PictureTooLarge(
+            f"has {width} x {height} pixels; at most {MAX_PIXELS} can be shown, and {_MAX_SIDE} in a row or column"
+        )
     beside = len(data) + _loading_bytes(opened, data)
     for shrink in SHRINKS if _is_jpeg(data) else SHRINKS[:1]:
         needed = beside + image_bytes(-(-width // shrink), -(-height // shrink), opened.mode)
@@ -110,12 +115,21 @@ def _loaded(opened: ImageFile.ImageFile, data: bytes) -> tuple[Image.Image, tupl
     pixels.info.clear()
     if opened.format == "TIFF":  # Pillow has turned it upright
         return pixels, pixels.size, 1
-    return pixels, (width, height), orientation
+    return pixels, (width, height), _orientation(opened)  # before loading, this would make Pillow load a PNG
 
 
 def image_bytes(width: int, height: int, mode: str = "RGB") -> int:
-    """Return the bytes of an image in Pillow's memory."""
-    return width * height * _BYTES_PER_PIXEL.get(mode, 4)
+    """Return the bytes of an image in Pillow's memory: rows of whole words, and a pointer to each row."""
+    return height * (-(-width * _BYTES_PER_PIXEL.get(mode, 4) // 4) * 4 + 8)
+
+
+@cache
+def _set_up_pillow() -> None:
+    """Bound what Pillow keeps of a file's texts. It prints and keeps a warning for each damaged entry: ignore those."""
+    from PIL import PngImagePlugin  # noqa: PLC0415
+
+    PngImagePlugin.MAX_TEXT_MEMORY = _MAX_TEXT
+    warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 def _hold(needed: int, width: int, height: int) -> None:
@@ -131,7 +145,10 @@ def _check_before_opening(data: bytes) -> None:
         return
     if any(chunk in data for chunk in (b"VP8L", b"ALPH", b"ANMF")):
         raise ValueError("only lossy WebP without transparency is decoded")
-    width, height = image_size(data) or (0, 0)
+    size = image_size(data)
+    if size is None:
+        raise ValueError("the WebP has no size")
+    width, height = size
     _hold(2 * len(data) + (_WEBP_BYTES + 4) * width * height, width, height)
 
 
@@ -143,14 +160,15 @@ def _loading_bytes(opened: ImageFile.ImageFile, data: bytes) -> int:
     """Return the bytes that loading takes beside the file and the pixels. Raises `ValueError` if they are unknown."""
     if not {tile[0] for tile in opened.tile} <= _CODECS:
         raise ValueError("this kind of file is not decoded")
-    extra: int = _ROW_BYTES * opened.width + _TILE_BYTES * len(opened.tile)
+    extra: int = _ROW_BYTES * opened.width + _ENTRY_BYTES * len(opened.tile)
     if _is_jpeg(data):
-        return extra + _jpeg_bytes(data)
+        exif: bytes = opened.info.get("exif", b"")
+        return extra + _jpeg_bytes(data) + len(exif) * _ENTRY_BYTES // 12
     if opened.format == "WEBP":
         return extra + len(data) + _WEBP_BYTES * opened.width * opened.height
     if opened.format == "TIFF":
         return extra + _tiff_bytes(opened)
-    frames = 2 if getattr(opened, "is_animated", False) else 0
+    frames: int = 2 if getattr(opened, "is_animated", False) else 0
     return extra + len(data) + frames * image_bytes(opened.width, opened.height, opened.mode)
 
 
@@ -195,7 +213,7 @@ def _tiff_bytes(opened: ImageFile.ImageFile) -> int:
     bits = int(tags.get(277, 1) * max(tags.get(258, (1,))))
     turned = image_bytes(opened.width, opened.height, opened.mode) if tags.get(_ORIENTATION, 1) != 1 else 0
     strip: int = 2 * (width * height * bits // 8)  # Pillow reads some colours through a second buffer
-    return turned + strip
+    return turned + strip + _ENTRY_BYTES * len(tags)
 
 
 def _orientation(opened: Image.Image) -> int:
