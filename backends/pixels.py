@@ -160,16 +160,17 @@ def _loading_bytes(opened: ImageFile.ImageFile, data: bytes) -> int:
     """Return the bytes that loading takes beside the file and the pixels. Raises `ValueError` if they are unknown."""
     if not {tile[0] for tile in opened.tile} <= _CODECS:
         raise ValueError("this kind of file is not decoded")
-    extra: int = _ROW_BYTES * opened.width + _ENTRY_BYTES * len(opened.tile)
+    width, height = int(opened.width), int(opened.height)
+    extra: int = _ROW_BYTES * width + _ENTRY_BYTES * len(opened.tile)
     if _is_jpeg(data):
         exif: bytes = opened.info.get("exif", b"")
         return extra + _jpeg_bytes(data) + len(exif) * _ENTRY_BYTES // 12
     if opened.format == "WEBP":
-        return extra + len(data) + _WEBP_BYTES * opened.width * opened.height
+        return extra + len(data) + _WEBP_BYTES * width * height
     if opened.format == "TIFF":
         return extra + _tiff_bytes(opened)
     frames: int = 2 if getattr(opened, "is_animated", False) else 0
-    return extra + len(data) + frames * image_bytes(opened.width, opened.height, opened.mode)
+    return extra + len(data) + frames * image_bytes(width, height, opened.mode)
 
 
 def _jpeg_bytes(data: bytes) -> int:

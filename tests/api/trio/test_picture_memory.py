@@ -26,8 +26,9 @@ from backends.pixels import decode
 from sidecar.api.trio import image as drawing
 
 CROP, DETECT = "/api/inference/crop-describe", "/api/inference/detect"
-#: Bytes that are not the pictures': code that is loaded late, and the up to 8 MiB of small pieces that glibc keeps.
-SLACK = 10 << 20
+#: Bytes that are not the pictures': code that is loaded late, and small pieces, of which glibc keeps up to 8 MiB for
+#: each thread.
+SLACK = 16 << 20
 PROGRAM = Path(__file__).with_name("picture_memory_of.py")
 
 
