@@ -70,7 +70,7 @@ class Frame:
     """A decoded picture: RGB and upright."""
 
     image: Image.Image
-    """As large as the picture, or smaller if the picture at its own size would not fit."""
+    """As large as the picture, or smaller: it takes at most half of the memory for pictures."""
     width: int
     """Pixels of the upright picture at its own size."""
     height: int
@@ -91,7 +91,8 @@ def decode(data: bytes) -> Frame:
     finally:
         opened.close()  # some of Pillow's objects refer to each other: they would keep their memory for a while
     del opened, data
-    image = pixels if pixels.mode == "RGB" and orientation == 1 else _converted(pixels, orientation)
+    as_it_is = pixels.mode == "RGB" and orientation == 1 and _leaves_room(*pixels.size)
+    image = pixels if as_it_is else _converted(pixels, orientation)
     return Frame(image, *((height, width) if orientation >= 5 else (width, height)))
 
 
@@ -104,8 +105,9 @@ def _loaded(opened: ImageFile.ImageFile, data: bytes) -> tuple[Image.Image, tupl
         )
     beside = len(data) + _loading_bytes(opened, data)
     for shrink in SHRINKS if _is_jpeg(data) else SHRINKS[:1]:
-        needed = beside + image_bytes(-(-width // shrink), -(-height // shrink), opened.mode)
-        if needed <= PICTURES.max_bytes:
+        size = -(-width // shrink), -(-height // shrink)
+        needed = beside + image_bytes(*size, opened.mode)
+        if needed <= PICTURES.max_bytes and _leaves_room(*size):
             break
     _hold(needed, width, height)
     if shrink > 1:
@@ -130,6 +132,11 @@ def _set_up_pillow() -> None:
 
     PngImagePlugin.MAX_TEXT_MEMORY = _MAX_TEXT
     warnings.filterwarnings("ignore", module=r"PIL\.")
+
+
+def _leaves_room(width: int, height: int) -> bool:
+    """Whether a frame of this size leaves half of the memory to those who use it."""
+    return image_bytes(width, height) <= PICTURES.max_bytes // 2
 
 
 def _hold(needed: int, width: int, height: int) -> None:
@@ -240,7 +247,7 @@ def _converted(image: Image.Image, orientation: int) -> Image.Image:
         size = -(-width // shrink), -(-height // shrink)
         strips = _STRIP_FORMS * image_bytes(width, min(rows, height))
         needed = image_bytes(width, height, image.mode) + image_bytes(*size) + strips
-        if needed <= PICTURES.max_bytes:
+        if needed <= PICTURES.max_bytes and _leaves_room(*size):
             break
     _hold(needed, width, height)
     upright = Image.new("RGB", size if orientation < 5 else (size[1], size[0]))
