@@ -17,6 +17,7 @@ from backends.base import Backend
 from backends.detector import DetectorBackend
 from backends.http1.answer_bytes import AnswerBytes
 from backends.keyfile import KeyFile
+from backends.picture_memory import PICTURES
 from backends.registry import backend_class
 from sidecar import __version__
 from sidecar.admin.health import Health
@@ -126,7 +127,7 @@ def assemble(settings: Settings, drain: Callable[[], None]) -> Parts:
     health.backend_reason = lambda: _no_backend_is_ready(backends)
     registry.register(AdmissionGauges(admissions))
     held_bytes = HeldBytes(admissions)
-    held_bytes.sources.append(answers.by_place)
+    held_bytes.sources += [answers.by_place, lambda: {"pictures": PICTURES.bytes}]
     registry.register(held_bytes)
     sampler = Sampler(metrics, admissions)
     models = ModelList(admission, backends, metrics)

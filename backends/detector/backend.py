@@ -7,24 +7,27 @@ one path and returns the detections as JSON. The extra `detect` installs onnxrun
 from __future__ import annotations
 
 import asyncio
-import base64
+import binascii
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import orjson
 
 from backends.base import BackendError, Rejected, Reply, Request, Timings
-from backends.pixels import TooManyPixels, decode
+from backends.picture_memory import PICTURES, PictureTooLarge
+from backends.pixels import decode, image_bytes
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
-    from PIL import Image
 
     Floats = NDArray[np.float32]
     Detections = tuple[Floats, Floats, NDArray[np.int64]]
     """Corners (N, 4) as x1, y1, x2, y2 in pixels; scores (N); class numbers of COCO (N)."""
+    Part = tuple[tuple[int, int, int, int], NDArray[np.uint8]]
+    """A box in pixels of the frame, and what it shows, as large as the model's input."""
 
 #: The classes that are reported, by their number in COCO. trio-core reports the same; all other classes are dropped.
 CLASSES = {0: "person", 1: "bicycle", 2: "car", 3: "motorcycle", 5: "bus", 7: "truck", 16: "dog", 17: "cat"}
@@ -39,14 +42,14 @@ _TILES = 2
 #: The tiles overlap: each tile is wider and higher by this fraction than the frame's width and height divided by
 #: `_TILES`. trio-core uses the same value.
 _TILE_OVERLAP = 0.3
-#: Pixels of the largest image that is decoded.
-_MAX_PIXELS = 50_000_000
 #: Pixels. Width and height of the model's input if the model file does not fix them.
 _DEFAULT_SIDE = 640
 
 
 class DetectorBackend:
     """Runs one model on one frame at a time, and decodes the next frame meanwhile.
+
+    What waits for the model is only what the model takes: for an input of 640 x 640 pixels, 6 MB for each request.
 
     The body of a request is an image in base64.
     """
@@ -82,10 +85,10 @@ class DetectorBackend:
     async def send(self, request: Request, timings: Timings) -> Reply:
         """Detect objects in one image, see `Backend.send`. Raises `Rejected` if the body is not an image."""
         loop = asyncio.get_running_loop()
-        frame = await asyncio.to_thread(_decode, request.body)
+        parts = await PICTURES.run(self.name, partial(self._parts, request.body))
         async with self._lock:
             timings.work_started = loop.time()
-            detections = await loop.run_in_executor(self._thread, self._detect, frame)
+            detections = await loop.run_in_executor(self._thread, self._detect, parts)
         timings.first_byte = loop.time()
         return Reply(200, {"Content-Type": "application/json"}, orjson.dumps(detections))
 
@@ -123,12 +126,36 @@ class DetectorBackend:
         self._session = session
         self._run(np.zeros((1, 3, height, width), np.float32))
 
-    def _detect(self, frame: Image.Image) -> list[dict[str, Any]]:
+    def _parts(self, image_b64: bytes) -> list[Part]:
+        """Decode a frame, and return its tiles and the whole, all as large as the model's input.
+
+        So nobody holds the frame while it waits for the model. Raises `Rejected` if the image cannot be decoded.
+        """
+        import numpy as np  # noqa: PLC0415
+
+        try:
+            frame = decode(binascii.a2b_base64(image_b64))
+            image = frame.image
+            # A tile is scaled first in its width and then in its height.
+            PICTURES.hold(image_bytes(*image.size) + image_bytes(self._side[0], image.height + self._side[1]))
+        except PictureTooLarge as error:
+            raise Rejected(f"the image {error}: send a smaller one", status=400) from error
+        except Exception as error:  # Pillow raises almost any exception for a damaged picture
+            raise Rejected(f"the image cannot be decoded ({type(error).__name__})", status=400) from error
+        across, down = image.width / frame.width, image.height / frame.height
+        parts = []
+        for box in (*_tiles(frame.width, frame.height), (0, 0, frame.width, frame.height)):
+            left, top, right, bottom = box
+            within = left * across, top * down, min(right * across, image.width), min(bottom * down, image.height)
+            parts.append((box, np.asarray(image.resize(self._side, box=within))))
+        return parts
+
+    def _detect(self, parts: list[Part]) -> list[dict[str, Any]]:
         """Run the model on the whole frame and on its tiles, and drop overlapping detections. Returns the JSON."""
         import numpy as np  # noqa: PLC0415
 
-        passes = [self._detect_in(frame, box) for box in (*_tiles(frame.width, frame.height), (0, 0, *frame.size))]
-        boxes, scores, classes = (np.concatenate(parts) for parts in zip(*passes, strict=True))
+        passes = [self._detect_in(part, box) for box, part in parts]
+        boxes, scores, classes = (np.concatenate(arrays) for arrays in zip(*passes, strict=True))
         return [
             {
                 "class": CLASSES[int(classes[index])],
@@ -138,12 +165,12 @@ class DetectorBackend:
             for index in _without_overlaps(boxes, scores)
         ]
 
-    def _detect_in(self, frame: Image.Image, box: tuple[int, int, int, int]) -> Detections:
+    def _detect_in(self, part: NDArray[np.uint8], box: tuple[int, int, int, int]) -> Detections:
         """Detect objects in one box of the frame. Both the box and the results are in pixels of the frame."""
         import numpy as np  # noqa: PLC0415
 
-        part: Floats = np.asarray(frame.resize(self._side, box=box), np.float32) / np.float32(255)
-        boxes, scores, classes = self._run(part.transpose(2, 0, 1)[None])
+        shares = part.astype(np.float32) / np.float32(255)
+        boxes, scores, classes = self._run(shares.transpose(2, 0, 1)[None])
         kept = (scores >= MIN_CONFIDENCE) & np.isin(classes, list(CLASSES))
         left, top, right, bottom = box
         scale = np.array([(right - left) / self._side[0], (bottom - top) / self._side[1]] * 2, np.float32)
@@ -230,13 +257,3 @@ def _tiles(width: int, height: int) -> list[tuple[int, int, int, int]]:
             if right > left and bottom > top:
                 tiles.append((left, top, right, bottom))
     return tiles
-
-
-def _decode(image_b64: bytes) -> Image.Image:
-    """Decode a frame to RGB and rotate it upright by its EXIF data. Raises `Rejected` if that fails."""
-    try:
-        return decode(base64.b64decode(image_b64), _MAX_PIXELS)
-    except TooManyPixels as error:
-        raise Rejected(f"the image {error}", status=400) from error
-    except Exception as error:  # Pillow raises almost any exception for a damaged picture
-        raise Rejected(f"the image cannot be decoded ({type(error).__name__})", status=400) from error

@@ -9,16 +9,18 @@ import asyncio
 import json
 import time
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, TypeVar
 
 from backends.base import Rejected, Request, ServerFailed
 from backends.http1.interface import Answer
 from backends.media import CHARS_PER_TOKEN, base64_size, image_tokens
+from backends.picture_memory import PICTURES
 from sidecar.admission import Draining, Ticket
 from sidecar.api.body import UNKNOWN_IMAGE_TOKENS
 from sidecar.api.call import Call
 from sidecar.api.errors import InvalidRequest
+from sidecar.api.key import fair_queue_key
 from sidecar.api.trio.chat import answer_text, chat_body
 from sidecar.api.trio.crops import scene_prompt
 from sidecar.api.trio.image import compose, media_type, not_an_image
@@ -29,9 +31,6 @@ _RequestT = TypeVar("_RequestT", DescribeRequest, CropDescribeRequest, DetectReq
 
 #: Bytes. Larger bodies are checked in a thread, because checking 10 MB takes 10 ms and would block the event loop.
 _THREAD_BYTES = 1 << 20
-_THREAD_BYTES = 1 << 20
-#: Draws composites in at most two threads: each decoded frame may take 150 MB, and the event loop needs processor time.
-_DRAWING = ThreadPoolExecutor(2, "composite")
 #: The classes that trio-core counts as vehicles. A bicycle is not one of them.
 _VEHICLES = ("car", "bus", "truck", "motorcycle")
 _LOADED = time.monotonic()
@@ -52,8 +51,8 @@ async def crop_describe(call: Call) -> Answer:
     kind = media_type(image)
     composite = None
     if given.crops and given.max_crops:
-        loop = asyncio.get_running_loop()
-        composite = await loop.run_in_executor(_DRAWING, compose, image, given.crops, given.max_crops)
+        key = fair_queue_key(call.http.headers, call.settings.key_header)
+        composite = await PICTURES.run(key, partial(compose, image, given.crops, given.max_crops))
     panels = composite.panels if composite else []
     prompt = scene_prompt(given.scene_prompt, given.crops, panels)
     if composite is not None:

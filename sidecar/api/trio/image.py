@@ -14,16 +14,13 @@ from functools import cache
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
-from backends.pixels import TooManyPixels, decode
+from backends.picture_memory import PICTURES, PictureTooLarge
+from backends.pixels import SHRINKS, Frame, decode, image_bytes
 from sidecar.api.errors import InvalidRequest
 from sidecar.api.trio.crops import CROP_PADDING, Box, Panel, choose_panels, padded
 
 if TYPE_CHECKING:
     from PIL import Image, ImageDraw
-
-#: Frames with more pixels are not decoded. An 8K frame has 33 million pixels; each pixel needs three bytes, and drawing
-#: holds several copies.
-MAX_PIXELS = 50_000_000
 
 _log = logging.getLogger("sidecar")
 
@@ -80,7 +77,8 @@ def compose(image_b64: bytes | memoryview, crops: Sequence[dict[str, Any]], max_
     orientation, because the boxes refer to the upright frame.
     Return None if no crop can be shown, or if the picture cannot be decoded: the caller then sends the frame unchanged,
     and the prompt lists the crops in words. Also return None if Pillow is not installed, and log that once.
-    This takes tens of milliseconds of processor time: call it in a thread. Raises `InvalidRequest`.
+    A large frame is shown smaller, so that its pixels and the composite fit in the memory for pictures; the crops are
+    cut from the frame as it was decoded. Run this as a job of `PICTURES`. Raises `InvalidRequest`.
     """
     try:
         import PIL  # noqa: F401, PLC0415  only requests with crops need Pillow
@@ -88,14 +86,17 @@ def compose(image_b64: bytes | memoryview, crops: Sequence[dict[str, Any]], max_
         _warn_that_pillow_is_missing()
         return None
     try:
-        frame = decode(base64.b64decode(image_b64), MAX_PIXELS)
+        frame = decode(binascii.a2b_base64(image_b64))
         panels = choose_panels(crops, frame.width, frame.height, max_panels)
         if not panels:
             return None
+        canvas = _draw(frame, panels)
+        del frame
         jpeg = BytesIO()
-        _draw(frame, panels).save(jpeg, "JPEG", quality=_JPEG_QUALITY)
-    except TooManyPixels as error:
-        raise not_an_image(f"image_b64 {error}") from error
+        canvas.save(jpeg, "JPEG", quality=_JPEG_QUALITY)
+        del canvas
+    except PictureTooLarge as error:
+        raise not_an_image(f"image_b64 {error}: send a smaller picture, or a JPEG that is not progressive") from error
     except Exception as error:  # noqa: BLE001  Pillow raises almost any exception for a damaged picture
         _log.info("a picture is sent without panels, because it cannot be decoded or drawn: %s", type(error).__name__)
         return None
@@ -107,30 +108,30 @@ def _warn_that_pillow_is_missing() -> None:
     _log.warning("crop-describe tells of crops in words only: pip install 'vlm-sidecar[crops]' to show them enlarged")
 
 
-def _draw(frame: Image.Image, panels: Sequence[Panel]) -> Image.Image:
-    """Draw the frame on the left and a column of panels on the right.
+def _draw(frame: Frame, panels: Sequence[Panel]) -> Image.Image:
+    """Draw the frame on the left and a column of panels on the right. Raises `PictureTooLarge`.
 
     The column is a third as wide as the frame, but 160 to 384 pixels. Each panel is at least 120 pixels high.
     """
     from PIL import Image, ImageDraw  # noqa: PLC0415
 
-    width, height = frame.size
-    column = max(160, min(384, width // 3))
-    row = max(120, height // len(panels))
-    canvas = Image.new("RGB", (width + column, max(height, row * len(panels))))
-    canvas.paste(frame)
+    shrink, size, column, row = _layout(frame.image, len(panels))
+    canvas = Image.new("RGB", (size[0] + column, max(size[1], row * len(panels))))
+    canvas.paste(frame.image if shrink == 1 else frame.image.reduce(shrink))
     draw = ImageDraw.Draw(canvas)
     for index, panel in enumerate(panels):
         colour = _BOX_COLOURS[index % len(_BOX_COLOURS)]
-        left, top = _clipped(panel.box, width, height)[:2]
-        draw.rectangle(_clipped(panel.box, width, height), outline=colour, width=_BOX_LINE)
-        _caption(draw, panel.label, left, top, colour)
+        box = _clipped(_scaled(panel.box, size, frame), *size)
+        draw.rectangle(box, outline=colour, width=_BOX_LINE)
+        _caption(draw, panel.label, *box[:2], colour)
 
-        cut = frame.crop(padded(panel.box, width, height, CROP_PADDING))
+        source = _scaled(padded(panel.box, frame.width, frame.height, CROP_PADDING), frame.image.size, frame)
+        source = source[0], source[1], max(source[0] + 1, source[2]), max(source[1] + 1, source[3])
+        width, height = source[2] - source[0], source[3] - source[1]
         room = column - 2 * _MARGIN, row - _CAPTION_HEIGHT - 2 * _MARGIN
-        scale = min(room[0] / cut.width, room[1] / cut.height)
-        cut = cut.resize((max(1, int(cut.width * scale)), max(1, int(cut.height * scale))))
-        x, y = width, index * row
+        scale = min(room[0] / width, room[1] / height)
+        cut = frame.image.resize((max(1, int(width * scale)), max(1, int(height * scale))), box=source)
+        x, y = size[0], index * row
         canvas.paste(
             cut, (x + (column - cut.width) // 2, y + _CAPTION_HEIGHT + _MARGIN + max(0, room[1] - cut.height) // 2)
         )
@@ -138,6 +139,33 @@ def _draw(frame: Image.Image, panels: Sequence[Panel]) -> Image.Image:
         sure = "" if panel.confidence is None else f" {panel.confidence:.2f}"
         _caption(draw, f"{panel.label} {panel.kind}{sure}", x, y, colour)
     return canvas
+
+
+def _layout(image: Image.Image, panels: int) -> tuple[int, tuple[int, int], int, int]:
+    """Return the shrink of the shown frame, its size, the width of the column, and the height of each panel.
+
+    The shrink is the smallest with which the frame, the composite, and what drawing needs fit. Raises
+    `PictureTooLarge`.
+    """
+    for shrink in SHRINKS:
+        width, height = -(-image.width // shrink), -(-image.height // shrink)
+        column = max(160, min(384, width // 3))
+        row = max(120, height // panels)
+        needed = image_bytes(*image.size) + image_bytes(width + column, max(height, row * panels))
+        needed += image_bytes(width, height) if shrink > 1 else 0
+        needed += image_bytes(column, image.height + row)  # a crop, scaled first in its width and then in its height
+        if needed <= PICTURES.max_bytes:
+            break
+    PICTURES.hold(needed)
+    return shrink, (width, height), column, row
+
+
+def _scaled(box: Box, size: tuple[int, int], frame: Frame) -> Box:
+    """Return the box in an image of this size that shows the whole frame."""
+    if size == (frame.width, frame.height):
+        return box
+    across, down = size[0] / frame.width, size[1] / frame.height
+    return int(box[0] * across), int(box[1] * down), int(box[2] * across), int(box[3] * down)
 
 
 def _clipped(box: Box, width: int, height: int) -> Box:
