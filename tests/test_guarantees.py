@@ -104,7 +104,6 @@ def test_every_chaos_test_file_is_named_by_a_guarantee():
     [
         f"no complete head within {accepting.FIRST_REQUEST_SECONDS:g} s",
         f"{accepting.MAX_PIPELINED_BYTES // 1024} KiB of them at one connection",
-        f"{accepting.MAX_PIPELINED_IN_ALL_BYTES // 1024**2} MiB at all connections",
         f"waited {call.SLOW_READER_SECONDS:g} s in all",
         f"more than {MAX_VALUES:,} values",
         f"at most {descriptors.MAX_DATA_CONNECTIONS} connections",
