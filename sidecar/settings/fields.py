@@ -85,10 +85,14 @@ class Settings(BaseModel):
     )
     detector_model: values.File = Field(None, description="ONNX file for /api/inference/detect")
     max_concurrency: values.CountOrAuto = Field(
-        None, description="attempts in flight; auto learns it, a number pins it"
+        None, description="attempts in flight of each model; auto learns it, a number pins it"
     )
-    requests_per_minute: values.NumberOrAuto = Field(None, description="ceiling of the request rate; auto learns it")
-    tokens_per_minute: values.NumberOrAuto = Field(None, description="ceiling of the LLM token rate; auto learns it")
+    requests_per_minute: values.NumberOrAuto = Field(
+        None, description="ceiling of each model's request rate; auto learns it"
+    )
+    tokens_per_minute: values.NumberOrAuto = Field(
+        None, description="ceiling of each model's LLM token rate; auto learns it"
+    )
     refusal_budget: Annotated[float, BeforeValidator(values.number(0, most=0.2, example="0.005"))] = Field(
         0.005, description="share of upstream calls that may be spent on probing the limit"
     )

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import tomllib
 
+import pytest
+from packaging import tags
+from packaging.utils import parse_wheel_filename
 from real_parts import ROOT
 
 LOCK = tomllib.loads((ROOT / "uv.lock").read_text())
@@ -44,3 +48,20 @@ def test_the_sbom_lists_exactly_the_shipped_packages(tmp_path):
         (name, PACKAGES[name]["version"]) for name in shipped
     }
     assert all(file["hashes"] for one in components for file in one["externalReferences"])
+
+
+@pytest.mark.parametrize("machine", ["x86_64", "aarch64"])
+def test_every_package_of_the_image_has_a_wheel_for_both_machines(machine):
+    """The image has Python 3.11 and Debian's glibc, 2.36 or newer, and nothing that compiles."""
+    dockerfile = (ROOT / "Dockerfile").read_text()
+    assert "ARG PYTHON=python:3.11-slim" in dockerfile
+    [extras] = re.findall(r'^ARG EXTRAS="(.*)"$', dockerfile, re.MULTILINE)
+    names = [needed["name"] for needed in SHIPPED["dependencies"]]
+    for extra in extras.replace("--extra", "").split():
+        names += [needed["name"] for needed in SHIPPED["optional-dependencies"][extra]]
+    platforms = [f"manylinux_2_{minor}_{machine}" for minor in range(36, 16, -1)] + [f"manylinux2014_{machine}"]
+    fitting = {*tags.cpython_tags((3, 11), platforms=platforms), *tags.compatible_tags((3, 11), platforms=platforms)}
+    for name in closure(names):
+        [package] = [one for one in LOCK["package"] if one["name"] == name]  # one version
+        wheels = [parse_wheel_filename(wheel["url"].rpartition("/")[2])[3] for wheel in package["wheels"]]
+        assert any(wheel & fitting for wheel in wheels), name
