@@ -15,7 +15,7 @@ import orjson
 from aiohttp import HttpVersion, HttpVersion11
 from multidict import CIMultiDictProxy
 
-from backends.byte_budget import ByteBudget
+from backends.byte_budget import STALLED_SECONDS, ByteBudget
 from backends.http1.connections import Connections
 
 #: Seconds. A connection is closed when it was idle for this time, or when the caller has read nothing of its answer for
@@ -277,6 +277,12 @@ class Counted(asyncio.Protocol):
     def let_go(self, fewer_bytes: int) -> None:
         """Stop counting bytes that were taken or dropped."""
         self._budget.remove(self, min(fewer_bytes, self.held_bytes))
+
+    @property
+    def is_stalled(self) -> bool:
+        """See `connections.Held`."""
+        now = asyncio.get_running_loop().time()
+        return self.is_busy and self.is_incomplete and now - self.slow_since >= STALLED_SECONDS
 
     def set_stopped(self, *, stopped: bool) -> None:
         """See `byte_budget.Socket`. aiohttp may go on reading earlier, after a pause of its own."""

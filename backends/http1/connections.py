@@ -21,6 +21,11 @@ class Held(Protocol):
         """Loop time of its last answer, or of its beginning."""
         ...
 
+    @property
+    def is_stalled(self) -> bool:
+        """Whether a request has been arriving on it for seconds, and hardly any of it has come lately."""
+        ...
+
     def abort(self) -> None:
         """Close it at once."""
         ...
@@ -57,12 +62,16 @@ class Connections(Generic[_Held]):
 
         The connection that has been idle for the longest time is closed; with `closes_busy`, the one whose last answer
         or beginning is the longest time ago, because busy connections of strangers must not leave fewer places for the
-        others. If no connection may be closed, the new one is.
+        others. If none is idle, the oldest one whose request stalls is closed. If there is none, the new one is.
         """
         if len(self._open) >= self._maximum:
             if self._on_full is not None:
                 self._on_full()
             self._close_oldest(1, also_busy=self._closes_busy)
+            if len(self._open) >= self._maximum:
+                stalled = next((one for one in self._open if one.is_stalled), None)
+                if stalled is not None:
+                    self._close(stalled)
         self._open[opened] = None
         if len(self._open) > self._maximum:
             self._close(opened)

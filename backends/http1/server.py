@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from http import HTTPStatus
 from math import inf
 
-from backends.byte_budget import ByteBudget
+from backends.byte_budget import STALLED_SECONDS, ByteBudget
 from backends.http1 import accepting
 from backends.http1.aiohttp_parts import (
     EMPTY_PAYLOAD,
@@ -231,6 +231,11 @@ class Connection(RequestProtocol):
     def is_incomplete(self) -> bool:
         """See `byte_budget.Socket`."""
         return self.task is None or not self._incoming.is_eof()
+
+    @property
+    def is_stalled(self) -> bool:
+        """See `connections.Held`."""
+        return self.is_incomplete and self.loop.time() - self.slow_since >= STALLED_SECONDS
 
     def set_stopped(self, *, stopped: bool) -> None:
         """See `byte_budget.Socket`."""

@@ -15,6 +15,7 @@ from prometheus_client.exposition import choose_encoder
 from backends.http1.interface import Answer, Handler, HttpRequest
 from sidecar.admin.health import Health
 from sidecar.admin.live import BackendHistory, History, Tick
+from sidecar.admin.paced import Paced
 from sidecar.admin.status import Status, UpstreamReport
 from sidecar.foreign_pages import ForeignPages
 from sidecar.observe.sampler import Sampler
@@ -58,6 +59,7 @@ class AdminServer:
         self._drain = drain
         self._sampler = sampler
         self._foreign_pages = foreign_pages
+        self._paced = Paced()
         self._viewers = 0
         self._paths: dict[str, tuple[str, Handler]] = {
             "/metrics": ("GET", self._metrics),
@@ -96,7 +98,8 @@ class AdminServer:
 
     async def _metrics(self, http: HttpRequest) -> Answer:
         encode, content_type = choose_encoder(",".join(http.headers.getall("Accept", [])))
-        return await _respond(http, 200, encode(self._registry), {"Content-Type": content_type})
+        content_type, body = self._paced.get("metrics", lambda: (content_type, encode(self._registry)))
+        return await _respond(http, 200, body, {"Content-Type": content_type})
 
     async def _startupz(self, http: HttpRequest) -> Answer:
         started = self._health.started
@@ -109,14 +112,14 @@ class AdminServer:
         reason = self._health.unready_reason()
         if reason is not None:
             return await _text(http, 503, reason)
-        upstream = [line for line in map(_upstream_line, self._status().backends) if line]
+        upstream = [line for line in map(_upstream_line, self._paced.get("readyz", self._status).backends) if line]
         return await _text(http, 200, "\n".join(["ready", *upstream]))
 
     async def _livez(self, http: HttpRequest) -> Answer:
         return await _text(http, 200, "alive")
 
     async def _get_status(self, http: HttpRequest) -> Answer:
-        return await _respond(http, 200, orjson.dumps(self._status()), _JSON)
+        return await _respond(http, 200, self._paced.get("status", lambda: orjson.dumps(self._status())), _JSON)
 
     async def _get_page(self, http: HttpRequest) -> Answer:
         """Serve a file of the live page. Its policy forbids external resources and embedding in another page."""
@@ -132,7 +135,7 @@ class AdminServer:
         return await _respond(http, 200, body, headers)
 
     async def _get_history(self, http: HttpRequest) -> Answer:
-        return await _respond(http, 200, orjson.dumps(self._history()), _JSON)
+        return await _respond(http, 200, self._paced.get("history", lambda: orjson.dumps(self._history())), _JSON)
 
     async def _get_events(self, http: HttpRequest) -> Answer:
         """Send server-sent events: `start` with the status and all time series, then `tick` once a second."""

@@ -203,6 +203,29 @@ async def test_if_every_connection_is_busy_the_admin_listener_closes_the_oldest_
     await sidecar.until(sidecar.at_rest)
 
 
+async def test_if_every_connection_is_busy_one_whose_body_stalls_is_closed_for_a_new_one(
+    serving, scripted, monkeypatch
+):
+    for module in ("accepting", "server"):
+        monkeypatch.setattr(f"backends.http1.{module}.STALLED_SECONDS", 0.2)
+    held_back(("data_connections",), monkeypatch, 3)
+    sidecar = await serving(dashscope_url=f"{(await scripted()).origin}/v1")
+    strangers = []
+    for _ in range(3):
+        strangers.append(await asyncio.open_connection("127.0.0.1", sidecar.sidecar.data_port))
+        strangers[-1][1].write(b"POST %b HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n{" % CHAT.encode())
+    await sidecar.until(lambda: sidecar.sidecar.data.in_progress == 3)
+    await asyncio.sleep(0.2)
+    async with sidecar.post() as response:
+        assert response.status == 200
+    async with asyncio.timeout(5):
+        assert await strangers[0][0].read() == b""
+    assert sidecar.sidecar.data.in_progress == 2
+    for _, writer in strangers:
+        writer.transport.abort()
+    await sidecar.until(sidecar.at_rest)
+
+
 async def test_a_body_that_is_incomplete_at_the_deadline_is_refused(serving):
     sidecar = await serving(deadline=0.5)
     head = b"POST %b HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n{" % CHAT.encode()
