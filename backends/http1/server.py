@@ -60,11 +60,12 @@ class HttpRequest(ParsedRequest, accepting.RequestHead):
         return Answer(self, status, headers, length=length)
 
 
-#: Bytes that arrive at once. Of fewer, the size of the chunks does not matter.
+#: Bytes beside a body that arrive at once. Of fewer, the size of its chunks does not matter.
 _MANY_BYTES = 32 * 1024
 #: Bytes. A head that is not longer is not measured.
 _USUAL_HEAD_BYTES = 2048
 
+_Messages = Sequence[tuple[RawRequestMessage | MalformedRequest, StreamReader]]
 #: The type `interface.Handler` for the requests of this implementation.
 Handler = Callable[[HttpRequest], Awaitable[object]]
 
@@ -136,7 +137,7 @@ class Connection(RequestProtocol):
         in_head = incoming.is_eof()  # the data begins within a head
         had_bytes = 0 if in_head else incoming.total_bytes
         is_behind = self.task is not None and (in_head or len(self.waiting) > (self._current is None))
-        messages: Sequence[tuple[RawRequestMessage | MalformedRequest, StreamReader]]
+        messages: _Messages
         try:
             messages, self._stopped, _ = self.feed(data)  # `_stopped`: the caller asks for another protocol
         except HttpProcessingError as error:
@@ -147,69 +148,58 @@ class Connection(RequestProtocol):
                 return
             malformed = MalformedRequest(error, head_too_large=is_head_too_large(error))
             messages = [(malformed, EMPTY_PAYLOAD)]
-        if in_head and self._is_head_too_large(messages, len(data)):
-            self._stopped = True
-            messages = [(MalformedRequest(None, head_too_large=True), EMPTY_PAYLOAD)]
+        body_bytes = 0 if in_head else incoming.total_bytes - had_bytes
         size = len(data)
+        for message, content in messages:
+            if not isinstance(message, MalformedRequest):
+                size += accepting.HEADER_BYTES * len(message.headers)
+                self._chunked = message.chunked
+            if content is not EMPTY_PAYLOAD:
+                body_bytes += content.total_bytes
+        if len(data) - body_bytes > _USUAL_HEAD_BYTES or (in_head and not messages):
+            messages = self._look_at_heads(messages, len(data) - body_bytes, body_bytes, in_head=in_head)
+        elif messages:
+            self._head_bytes = 0
         if messages:
-            message, self._incoming = messages[-1]
-            self._chunked = not isinstance(message, MalformedRequest) and message.chunked
+            self._incoming = messages[-1][1]
             self.waiting.extend(messages)
             self._counted_before.extend([self._counted_bytes] * len(messages))
             if len(self.waiting) >= self._max_pipelined:
                 self.pause_while_full()
             if self.task is None:
                 self.task = self.loop.create_task(self._answer_all())
-            for message, _ in messages:
-                if not isinstance(message, MalformedRequest):
-                    size += accepting.HEADER_BYTES * len(message.headers)
         self._listener.budget.add(self, size)
-        if self._chunked and len(data) >= _MANY_BYTES:
-            self._check_chunks(len(data), 0 if messages else had_bytes)
-        if self._incoming.is_eof() and (messages or not in_head):
-            self._head_bytes = self._bytes_behind(messages, len(data), incoming, had_bytes)
         if is_behind or len(self.waiting) > (self._current is None):
             self._count_pipelined(size)
         elif self._head_bytes and self.task is not None:
             self._count_pipelined(self._head_bytes)
 
-    def _check_chunks(self, size: int, had_bytes: int) -> None:
-        """Refuse a body in tiny chunks: to parse 256 kB of one-byte chunks takes 25 ms."""
-        if (self._incoming.total_bytes - had_bytes) * 4 < size:
-            self._stopped = True
-            self._incoming.set_exception(tiny_chunks())
+    def _look_at_heads(self, messages: _Messages, beside_bytes: int, body_bytes: int, *, in_head: bool) -> _Messages:
+        """Look closer at data of which many bytes are in no body. Return its messages, or the error that ends them.
 
-    def _bytes_behind(
-        self,
-        messages: Sequence[tuple[RawRequestMessage | MalformedRequest, StreamReader]],
-        size: int,
-        incoming: StreamReader,
-        had_bytes: int,
-    ) -> int:
-        """Return how many of the last `size` bytes belong to a head that is not complete.
-
-        `messages` were completed by them, and `incoming` is the body before, which had `had_bytes`. Lines can end in
-        several ways, so fewer than `_USUAL_HEAD_BYTES` count as nothing.
+        Measure the part of a head at its end. Lines can end in several ways, so less than a usual head counts as none.
         """
-        behind = size - (0 if incoming is EMPTY_PAYLOAD else incoming.total_bytes - had_bytes)
-        for message, content in messages:
+        heads = []
+        for message, _ in messages:
             if isinstance(message, MalformedRequest):
-                return 0
-            behind -= 0 if content is EMPTY_PAYLOAD else content.total_bytes
-            if behind > _USUAL_HEAD_BYTES:
-                behind -= accepting.head_size(message.headers) + len(message.path)
-        return behind if behind > _USUAL_HEAD_BYTES else 0
-
-    def _is_head_too_large(
-        self, messages: Sequence[tuple[RawRequestMessage | MalformedRequest, StreamReader]], size_bytes: int
-    ) -> bool:
-        """Return whether a head that arrives is over the bound; `messages` are those that the last data completed."""
-        self._head_bytes = 0 if messages else self._head_bytes + size_bytes
-        if size_bytes > accepting.MAX_HEAD_BYTES:
-            heads = (message.headers for message, _ in messages if not isinstance(message, MalformedRequest))
-            if any(accepting.head_size(head) > accepting.MAX_HEAD_BYTES for head in heads):
-                return True
-        return self._head_bytes > accepting.MAX_HEAD_BYTES
+                return messages
+            heads.append(accepting.head_size(message.headers) + len(message.path) + len("POST  HTTP/1.1\r\n\r\n"))
+        last = messages[-1][1] if messages else self._incoming
+        is_cut = len(self.waiting) + len(messages) >= self._max_pipelined  # then the parser keeps the rest
+        behind_bytes = 0 if is_cut else beside_bytes - sum(heads)
+        if in_head and not messages:
+            self._head_bytes += beside_bytes
+        elif self._chunked:
+            self._head_bytes = 0
+            if behind_bytes > max(_MANY_BYTES, 3 * body_bytes):
+                self._stopped = True
+                last.set_exception(tiny_chunks())
+        else:
+            self._head_bytes = behind_bytes if last.is_eof() and behind_bytes > _USUAL_HEAD_BYTES else 0
+        if max(self._head_bytes, *heads, 0) > accepting.MAX_HEAD_BYTES:
+            self._stopped = True
+            return [(MalformedRequest(None, head_too_large=True), EMPTY_PAYLOAD)]
+        return messages
 
     def _count_pipelined(self, more_bytes: int) -> None:
         self._counted_bytes += more_bytes
