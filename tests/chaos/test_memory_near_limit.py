@@ -11,6 +11,8 @@ import aiohttp
 import pytest
 from running import BOUND, CHAT, IMAGE_URL, Process, chat
 
+from sidecar.admission.admission import BODIES_SHARE
+
 MIB = 1024 * 1024
 BODY = json.dumps(chat()).encode().replace(IMAGE_URL.encode(), IMAGE_URL.encode() + b"A" * (13 * MIB))
 HEAD = b"POST %b HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: %d\r\n\r\n"
@@ -121,11 +123,11 @@ async def test_the_sum_of_the_bodies_at_a_provider_that_never_answers_is_bounded
     async with Process(*options) as process, aiohttp.ClientSession() as client:
         limit_memory(process.process.pid, HEADROOM + QUEUE_BYTES)  # in flight, and waiting or being received
         asks = [asyncio.ensure_future(ask(client, process.url)) for _ in range(UPLOADS)]
-        fitting = QUEUE_BYTES // len(BODY)
+        waiting, in_flight = QUEUE_BYTES // len(BODY), int(BODIES_SHARE * QUEUE_BYTES) // len(BODY)
         async with asyncio.timeout(BOUND):
-            while len(upstream.seen) < fitting or sum(one.done() for one in asks) < UPLOADS - 2 * fitting:  # noqa: ASYNC110
+            while len(upstream.seen) < in_flight or sum(one.done() for one in asks) < UPLOADS - waiting - in_flight:  # noqa: ASYNC110
                 await asyncio.sleep(0.02)
-        assert len(upstream.seen) == fitting
+        assert len(upstream.seen) == in_flight
         async with client.get(f"{process.admin_url}/livez") as response:
             assert response.status == 200
         for one in asks:
