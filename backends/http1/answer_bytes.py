@@ -67,7 +67,8 @@ class AnswerBytes:
     def open(self, socket: UpstreamSocket) -> AnswerAccount:
         """Return a new account for the answer that will arrive on this socket. Close it when nothing is held."""
         account = AnswerAccount(self._budget, self._accounts, socket)
-        account.set_stopped(stopped=self._budget.stops(account))
+        if self._budget.is_full:
+            account.set_stopped(stopped=self._budget.stops(account))
         return account
 
 
@@ -140,7 +141,8 @@ class AnswerAccount:
 
     def complete(self) -> None:
         """Leave the socket, because the whole answer has arrived. What it has brought is still held."""
-        self.set_stopped(stopped=False)
+        if self.is_stopped:
+            self.set_stopped(stopped=False)
         self._socket = None
 
     def close(self) -> None:

@@ -344,7 +344,8 @@ class Connection(RequestProtocol):
                     self.behind_bytes = (
                         self._head_bytes if others_before is None else self._counted_bytes - others_before
                     )
-                self.let_go_of_request()
+                if self.held_bytes > self.behind_bytes:
+                    self.let_go_of_request()
         except (ConnectionError, asyncio.CancelledError):
             # The caller closed the connection. The error is dropped here: a task that ends with an exception keeps the
             # exception, and everything to which it refers, in memory.

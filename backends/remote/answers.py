@@ -267,6 +267,12 @@ class StreamWatch:
         return self._reader.open_bytes
 
     @property
+    def held_bytes(self) -> int:
+        """The bytes of the stream that this object keeps."""
+        failure = 0 if self.failure is None else len(self.failure.body)
+        return self._reader.open_bytes + len(self._last_usage) + failure
+
+    @property
     def usage(self) -> Usage | None:
         """The last usage in the stream. A native frame contains the usage so far; OpenAI sends it once, at the end."""
         return usage_of(lenient_json(self._last_usage)) if self._last_usage else None

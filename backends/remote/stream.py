@@ -160,7 +160,7 @@ class Stream:
     def _release(self) -> None:
         """Count only what is held of what was read."""
         if not self._keeps_all:
-            self._response.keep(0 if self._watch is None else self._watch.open_bytes)
+            self._response.keep(0 if self._watch is None else self._watch.held_bytes)
 
     # -- as an iterator, or with a callback ----------------------------------------------------------------------------
 
@@ -199,8 +199,8 @@ class Stream:
 
         def note_and_deliver(piece: bytes) -> bool:
             note(piece)
-            if watch is not None and watch.open_bytes:
-                self._response.keep(watch.open_bytes)
+            if watch is not None and (held_bytes := watch.held_bytes):
+                self._response.keep(held_bytes)
             return on_piece(piece)
 
         try:

@@ -59,6 +59,10 @@ _NAMED: dict[str, Dimension] = {
 _STREAM = StreamSettings()
 
 
+#: Bytes of the longest error body that is kept while a ticket waits for its next attempt.
+_MAX_WAITING_ERROR_BYTES = 16 * 1024
+
+
 class DeadlineExceeded(Exception):
     """The deadline passed while the upstream had the request."""
 
@@ -156,8 +160,8 @@ class Dispatcher:
                     failed_attempts = 0  # it counts attempts in a row at one upstream that answers other requests
                 self._metrics.retry(upstream.name, failure)
                 is_fault = outcome != "refused" and not undecided
-                failure.__traceback__ = None
                 last_failure = failure if is_fault else None
+                _drop_memory(failure)
 
     def _decide(
         self, ticket: Ticket, upstream: Upstream, outcome: VerdictOutcome, failed_attempts: int, *, is_out: bool
@@ -376,3 +380,13 @@ class Dispatcher:
         if started is not None:
             ticket.stopwatch.switch("first_byte", started)
             ticket.stopwatch.switch("body", timings.first_byte or now)
+
+
+def _drop_memory(failure: Exception) -> None:
+    """Drop what an error must not keep while its ticket waits: a long body, and the frames of the attempt.
+
+    A frame can contain most of an answer that broke.
+    """
+    failure.__traceback__ = failure.__cause__ = failure.__context__ = None
+    if isinstance(failure, BackendError) and len(failure.body) > _MAX_WAITING_ERROR_BYTES:
+        failure.body = b""

@@ -79,7 +79,7 @@ async def test_the_sum_of_the_bodies_at_a_provider_that_never_answers_is_bounded
     async with Process(*options) as process, aiohttp.ClientSession() as client:
         limit_memory(process.process.pid, HEADROOM)
         asks = [asyncio.ensure_future(ask(client, process.url)) for _ in range(UPLOADS)]
-        fitting = QUEUE_BYTES * 3 // 4 // len(BODY)  # the last quarter is for answers
+        fitting = QUEUE_BYTES * 3 // 4 // len(BODY)  # in flight; the last quarter is for answers. As many wait
         async with asyncio.timeout(BOUND):
             while len(upstream.seen) < fitting or sum(one.done() for one in asks) < UPLOADS - 2 * fitting:  # noqa: ASYNC110
                 await asyncio.sleep(0.02)

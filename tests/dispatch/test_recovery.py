@@ -1,6 +1,7 @@
 """The load after something went wrong, on virtual time: providers that a script describes, one real dispatcher."""
 
 import asyncio
+import weakref
 from collections import Counter
 from random import Random
 
@@ -283,3 +284,35 @@ def test_no_further_attempt_goes_to_a_provider_whose_circuit_the_first_attempt_h
         assert first.calls - calls <= 12  # the calls in flight, then single probes
 
     clock.run(main())
+
+
+class Part:
+    """What has arrived of an answer."""
+
+
+def broken(parts):
+    part = Part()
+    parts.append(weakref.ref(part))
+    raise ConnectionResetError  # its traceback refers to `part`
+
+
+def test_a_request_that_waits_for_its_next_attempt_keeps_nothing_of_the_answer_that_broke():
+    parts, failures, kept = [], [], []
+
+    async def answer(_now):
+        if failures:
+            kept.append((parts[0]() is not None, len(failures[0].body)))
+            return
+        try:
+            broken(parts)
+        except ConnectionResetError as error:
+            failures.append(ServerFailed("the connection broke", body=b"x" * 1_000_000))
+            raise failures[0] from error
+
+    async def main():
+        load = Load(Scripted("a", answer))
+        await load.ask()
+        assert load.answered.total() == 1
+
+    clock.run(main())
+    assert kept == [(False, 0)]

@@ -117,7 +117,14 @@ async def test_half_an_event_counts_until_its_end_and_a_whole_one_does_not(conne
     received = bytearray()
     reading = asyncio.ensure_future(reply.deliver(lambda piece: not received.extend(piece)))
     await until(lambda: received == EVENT)
-    for data, held in ((b"data: " + b"x" * 100_000, 100_006), (b"\n\n" + EVENT, 0), (EVENT * 1000, 0)):
+    usage = b'{"usage":{"prompt_tokens":1,"completion_tokens":1},"x":"%b"}' % (b"x" * 100_000)
+    begun = b"data: " + b"x" * 100_000
+    for data, held in (
+        (begun, len(begun)),
+        (b"\n\n" + EVENT, 0),
+        (EVENT * 1000, 0),
+        (b"data: %b\n\n" % usage, len(usage)),  # kept until the end of the stream
+    ):
         expected = len(received) + len(data)
         await steps.put(data)
         await until(lambda expected=expected: len(received) == expected)
