@@ -7,7 +7,6 @@ import hmac
 import logging
 import re
 from collections.abc import Awaitable, Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NoReturn, get_args
 from urllib.parse import unquote
@@ -18,6 +17,7 @@ from sidecar.admission import Draining
 from sidecar.api import native, openai, uploads
 from sidecar.api.call import TRACE, Call, CallSettings
 from sidecar.api.errors import Api, InvalidRequest, problem_of
+from sidecar.api.parse_turns import ParseTurns
 from sidecar.api.passthrough import NATIVE_BASE, passthrough
 from sidecar.api.trio import endpoints as trio
 from sidecar.dispatch.dispatcher import Dispatcher
@@ -83,7 +83,7 @@ class DataServer:
         self._models = models
         self._detector = detector
         self._foreign_pages = foreign_pages
-        self._parser = ThreadPoolExecutor(1, "parse")  # one thread: large bodies take turns, and never all processors
+        self._parse_turns = ParseTurns()
         self.configure(settings, api_key=api_key, access_log=access_log)
         self._tasks: set[asyncio.Task[Any]] = set()
         self._aborted = False
@@ -122,8 +122,9 @@ class DataServer:
             endpoint = _redirect_of(path) or self._passthrough_endpoint(path)
         api = endpoint.api if endpoint else _api_of(path)
         call = Call(
-            http, api, self._dispatcher, self._settings, self._models, detector=self._detector, parser=self._parser
-        )
+            http, api, self._dispatcher, self._settings, self._models, detector=self._detector,
+            parse_turns=self._parse_turns,
+        )  # fmt: skip
         task = http.task
         assert task is not None  # noqa: S101  this code runs in that task
         self._tasks.add(task)

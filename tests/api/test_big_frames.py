@@ -65,7 +65,7 @@ async def test_a_body_that_is_being_parsed_counts_as_waiting(serving, scripted):
     sidecar = await serving(dashscope_url=f"{upstream.origin}/v1", queue_bytes=3 * MB, deadline=15)
     body = json.dumps({"model": "m", "messages": [{"role": "user", "content": "x" * 2 * MB}]}).encode()
     may_parse = threading.Event()
-    sidecar.sidecar.data._parser.submit(may_parse.wait)
+    sidecar.sidecar.data._parse_turns.thread.submit(may_parse.wait)
 
     async def ask() -> int:
         async with sidecar.client.post(sidecar.url + CHAT, data=body) as response:
