@@ -21,7 +21,8 @@ class Held:
     """Turns whose thread is held until everything has arrived, and the order in which the bodies are parsed."""
 
     def __init__(self) -> None:
-        self.turns, self.order = ParseTurns(), []
+        self.turns = ParseTurns()
+        self.order: list[str] = []
         self.go = threading.Event()
         self.tasks: list[asyncio.Task] = []
 
