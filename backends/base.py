@@ -222,15 +222,17 @@ class Backend(Protocol):
 class BackendError(Exception):
     """An attempt failed.
 
-    `message` is the sidecar's own sentence with the provider's code: it may be shown to everybody, in `/status` and in
-    the log. `body` and `quote` come from the provider and may quote the request, so that only the caller of this
-    request may see them.
+    `message` is the sidecar's own sentence with `public_code`: it may be shown to everybody, in `/status` and in the
+    log. `body`, `quote`, `code` and `upstream_request_id` come from the provider and may quote the request, so that
+    only the caller of this request may see them.
     """
 
     quote = ""
     """The provider's own message on one line; empty if it sent none."""
     upstream_request_id = ""
     """The provider's own id of this request; empty if it named none. Its support asks for this id."""
+    public_code = ""
+    """The provider's code if everybody may see it: it consists of known words. Else it is empty."""
     words_known = True
     """False if no rule knew the provider's code or words, so that the error was read by its status alone."""
     limits: tuple[ReportedLimit, ...] = ()

@@ -34,6 +34,11 @@ _USUAL_REQUEST_IDS = _REQUEST_IDS[:5]
 #: The name under which callers get that id: `X-Request-Id` is the caller's own.
 UPSTREAM_REQUEST_ID = "X-Upstream-Request-Id"
 _ID = re.compile(r"[A-Za-z0-9_.:/+=-]{1,128}")
+#: An id of hexadecimal digits, such as a UUID, perhaps behind a known word: `req_011f…`, `chatcmpl-9a…`.
+_HEX_ID = re.compile(r"(?:(?:req|chatcmpl|cmpl|gen|resp|msg)[_-])?([0-9a-f-]{1,64})")
+#: Bytes in a row that are letters, digits or punctuation. A random UUID has so many in one case of 300; text in
+#: hexadecimal has more.
+_TEXT_IN_HEX = re.compile(rb"[ -~]{8}")
 
 
 def to_provider(headers: Mapping[str, str]) -> dict[str, str]:
@@ -65,6 +70,17 @@ def upstream_request_id(headers: Mapping[str, str]) -> str:
     """Return the provider's own id of the request; empty if it sent none that is a plain token."""
     ids = {name: value for given, value in headers.items() if (name := given.lower()) in _REQUEST_IDS}
     return next((value for name in _REQUEST_IDS if _ID.fullmatch(value := ids.get(name, ""))), "")
+
+
+def is_public_id(request_id: str) -> bool:
+    """Return whether a provider's request id may be logged: it is hexadecimal and contains no text."""
+    found = _HEX_ID.fullmatch(request_id)
+    if found is None:
+        return False
+    digits = found[1].replace("-", "")
+    return not any(
+        _TEXT_IN_HEX.search(bytes.fromhex(digits[start:][: (len(digits) - start) // 2 * 2])) for start in (0, 1)
+    )
 
 
 @lru_cache(512)

@@ -35,8 +35,8 @@ VERSION = 1
 SAVE_EVERY_SECONDS = 30.0
 #: Seconds between two log lines about the same problem.
 WARN_EVERY_SECONDS = 3600.0
-#: Maximum number of limits in the file: the most recently learned ones. The bound is needed because callers can name
-#: any number of models.
+#: Maximum number of limits in the file: those of the models in use, then the most recently learned ones. The bound is
+#: needed because callers can name any number of models.
 MAX_LIMITS = 256
 #: Maximum size in bytes of a file that is read. `MAX_LIMITS` limits need at most about 100 kB.
 MAX_BYTES = 1024 * 1024
@@ -127,7 +127,7 @@ class StateFile:
             return None
         self._known |= {key: (now, learned) for key, learned in changed.items()}
         usable = [item for item in self._known.items() if _share(now - item[1][0])]
-        self._known = dict(sorted(usable, key=lambda item: item[1][0])[-MAX_LIMITS:])
+        self._known = dict(sorted(usable, key=lambda item: (item[0] in current, item[1][0]))[-MAX_LIMITS:])
         wall = time.time()
         limits = [
             {"account": account, "model": model, "learned_at": wall - (now - at), **learned}

@@ -38,16 +38,18 @@ Behaviours that the code relies on, and that aiohttp does not document:
   parsed. This decides whether a POST is sent again: see `broke_before_answer`.
 * `TCPConnector.connect` adds `Proxy-Authorization` to the request's headers, from the proxy's URL.
 * If a piece of data contains an error, `feed_data` returns none of its messages, not even the valid messages before the
-  error.
+  error. With `max_msg_queue_size=1` it stops after each message, and the next call continues: see
+  `RequestProtocol.feed`.
 * `message_consumed` removes a message from the parser's count only if the body of the message has arrived. If it is
   called earlier, the message stays in the count for ever. When the count reaches `max_msg_queue_size`, the parser
-  stops: see `RequestProtocol.request_done`.
+  stops.
 * A `StreamReader` calls `resume_reading` after every read, and `resume_reading` can call `data_received`: see
   `RequestProtocol.resume_reading` and `_Delivery.on_data`.
 
 Behaviours of aiohttp that the code corrects (each also has a test; remove a correction that is no longer needed):
 
-* The parser adds the trailers after a chunked body to the headers of the next request: see `ParsedRequest`.
+* The parser adds the trailers after a chunked body to the headers of the next request: see
+  `RequestProtocol.without_trailers`.
 * After a cancellation `_drain_helper` leaves the cancelled future in `_drain_waiter`. The next task that waits for it
   is then cancelled too: see `RequestProtocol.drain`.
 * aiohttp does not report the error of a broken connection to the reader of the body. So if a reset cuts off an answer
@@ -158,10 +160,17 @@ def _do_nothing() -> None:
     pass
 
 
+#: The end of a chunked body without trailers, as clients write it.
+_LAST_CHUNK = b"\r\n0\r\n\r\n"
+
+
 class RequestProtocol(BaseProtocol):
     """A caller's connection: the parser and the flow control of aiohttp, and a bounded queue of parsed requests."""
 
-    __slots__ = ("_max_pipelined", "_message_consumed", "body_bytes", "feed", "is_stopped", "loop", "task", "waiting")
+    __slots__ = (
+        "_body", "_failure", "_feed", "_last_bytes", "_max_pipelined", "_message_consumed", "body_bytes", "is_stopped",
+        "loop", "task", "waiting", "without_trailers",
+    )  # fmt: skip
 
     def __init__(self, loop: asyncio.AbstractEventLoop, *, buffer_bytes: int, max_pipelined: int) -> None:
         parser = HttpRequestParser(
@@ -170,14 +179,19 @@ class RequestProtocol(BaseProtocol):
             buffer_bytes,
             payload_exception=aiohttp.ClientPayloadError,
             auto_decompress=False,
-            max_msg_queue_size=1 + max_pipelined,  # one more: the request that is being answered
+            max_msg_queue_size=1,  # it stops after each message: see `feed`
         )
         super().__init__(loop, parser)
         self.loop = loop
         self.task: asyncio.Task[None] | None = None
         """The task that answers the requests that have arrived; None if no request has arrived."""
-        self.feed = parser.feed_data
-        """Parses data. Returns messages with their bodies, whether another protocol follows, and the unparsed rest."""
+        self._feed = parser.feed_data
+        self._body: StreamReader = EMPTY_PAYLOAD  # the body of the last message
+        self._failure: HttpProcessingError | None = None  # the error behind the messages that were returned
+        self._last_bytes: bytes | None = None  # the last bytes received of a chunked body; None if none is received
+        self.without_trailers: StreamReader | None = None
+        """The last chunked body behind which no trailers came, and no other data with it. Otherwise the next request
+        could contain trailers as headers."""
         self.waiting: deque[tuple[RawRequestMessage | MalformedRequest, StreamReader]] = deque()
         """Parsed requests whose answer has not begun.
 
@@ -195,6 +209,56 @@ class RequestProtocol(BaseProtocol):
         super().connection_made(transport)
         assert self.transport is not None  # noqa: S101  it has just been set
         self.transport.set_write_buffer_limits(high=0)
+
+    def feed(self, data: bytes) -> tuple[list[tuple[RawRequestMessage, StreamReader]], bool, bytes]:
+        """Parse data. Return messages with their bodies, whether another protocol follows, and the unparsed rest.
+
+        The parser stops after each message, so that messages before an error are returned. Then the next call raises
+        the error, and `request_done` makes this call. At most `max_pipelined` messages wait; the parser keeps the data
+        behind them. Raises `HttpProcessingError`.
+        """
+        if self._failure is not None:
+            raise self._failure
+        messages: list[tuple[RawRequestMessage, StreamReader]] = []
+        received, is_complete, drained = data, self._body.is_eof(), False
+        try:
+            while True:
+                found, stopped, rest = self._feed(data)
+                if found:
+                    messages += found
+                    self._body = found[-1][1]
+                elif is_complete:
+                    drained = True
+                    break
+                if not self._body.is_eof():
+                    break
+                self._message_consumed()
+                if stopped or len(self.waiting) + len(messages) >= self._max_pipelined:
+                    break
+                data, is_complete = b"", True
+        except HttpProcessingError as error:
+            if not messages:
+                raise
+            self._failure, stopped, rest = error, False, b""
+        if self._last_bytes is not None or (messages and messages[-1][0].chunked):
+            self._look_for_trailers(messages, received, drained=drained)
+        return messages, stopped, rest
+
+    def _look_for_trailers(
+        self, messages: list[tuple[RawRequestMessage, StreamReader]], received: bytes, *, drained: bool
+    ) -> None:
+        """Set `without_trailers` if a chunked body has ended, and its end is the end of everything that was received.
+
+        No trailer can end in these bytes, because each one contains a colon.
+        """
+        if messages:
+            self._last_bytes = b"" if messages[-1][0].chunked else None
+        if self._last_bytes is not None:
+            self._last_bytes = (self._last_bytes + received[-len(_LAST_CHUNK) :])[-len(_LAST_CHUNK) :]
+            if self._body.is_eof():
+                if drained and self._last_bytes == _LAST_CHUNK:
+                    self.without_trailers = self._body
+                self._last_bytes = None
 
     def resume_reading(self, resume_parser: bool = True) -> None:
         """Resume reading after a pause.
@@ -216,11 +280,9 @@ class RequestProtocol(BaseProtocol):
             self._pause_reading_for_buffer()
 
     def request_done(self) -> None:
-        """Notify the parser that one request is answered. The parser continues if it had stopped at its limit.
-
-        Must be called only after the body of the request has arrived: see `message_consumed` in the module's docstring.
-        """
-        self._message_consumed()
+        """Parse what follows if one request is answered, and the parser had stopped at its limit or at an error."""
+        if self._failure is not None:
+            self.data_received(b"")
         if self._buffer_paused and len(self.waiting) <= self._max_pipelined // 2:
             self.data_received(b"")  # parse the buffered data before reading resumes: this can fill the queue again
             self.read_unless_full()
@@ -232,7 +294,7 @@ class RequestProtocol(BaseProtocol):
         make this collection hold the event loop for longer than 50 ms.
         """
         self._parser = None
-        self.feed = cast("Any", _parse_nothing)
+        self._feed = cast("Any", _parse_nothing)
         self._message_consumed = _do_nothing
 
     def read_unless_full(self) -> None:
@@ -277,7 +339,10 @@ class RequestProtocol(BaseProtocol):
 class ParsedRequest:
     """The head of a request, and the part of its body that has arrived."""
 
-    __slots__ = ("connection", "content", "has_begun", "headers", "keep_alive", "method", "raw_path", "task", "version")
+    __slots__ = (
+        "_chunked", "_keep_alive", "connection", "content", "has_begun", "headers", "method", "raw_path", "task",
+        "version",
+    )  # fmt: skip
 
     def __init__(self, message: RawRequestMessage, content: StreamReader, connection: RequestProtocol) -> None:
         self.method = message.method
@@ -287,11 +352,18 @@ class ParsedRequest:
         self.content = content
         self.connection = connection
         self.task = connection.task
-        # The parser adds the trailers after a chunked body to the headers of the next request on the connection.
-        self.keep_alive = not (message.should_close or message.chunked)
-        """Whether the connection can take another request after this one. The handler may set it to False."""
+        self._keep_alive, self._chunked = not message.should_close, message.chunked
         self.has_begun = False
         """Whether a part of the answer was written."""
+
+    @property
+    def keep_alive(self) -> bool:
+        """Whether the connection can take another request after this one. The handler may set it to False."""
+        return self._keep_alive and (not self._chunked or self.connection.without_trailers is self.content)
+
+    @keep_alive.setter
+    def keep_alive(self, value: bool) -> None:
+        self._keep_alive = value
 
 
 # -- the client's side -------------------------------------------------------------------------------------------------

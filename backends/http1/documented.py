@@ -73,7 +73,9 @@ class Answer:
             raise ValueError("a line break in a header would begin another one")
         self.status, self._request, self._kept, self._ended = status, http.request, b"", False
         self.response = web.StreamResponse(status=status, headers={"Server": "vlm-sidecar", **headers})
-        self._bodiless = http.method == "HEAD" or status in (204, 304)
+        self._bodiless = http.method == "HEAD" or status in (204, 205, 304)
+        if status == 205:  # it must say that it has no body
+            length = 0
         if length is not None:
             self.response.content_length = length
         if not http.keep_alive or (length is None and self._request.version < aiohttp.HttpVersion11):

@@ -13,6 +13,8 @@ from backends.http1.headers import head_of
 
 _REASONS = {status.value: status.phrase for status in HTTPStatus}
 _WITHOUT_BODY = (204, 304)
+#: The status whose answer must say that it has no body: RFC 9110, section 15.3.6. A provider's body is left out.
+RESET_CONTENT = 205
 
 
 @lru_cache(64)
@@ -37,7 +39,9 @@ class Answer:
         version = http.version
         self.status = status
         self._http = http
-        self._bodiless = http.method == "HEAD" or status in _WITHOUT_BODY
+        self._bodiless = http.method == "HEAD" or status in _WITHOUT_BODY or status == RESET_CONTENT
+        if status == RESET_CONTENT:
+            length = 0
         self._chunked = length is None and not self._bodiless and version >= HttpVersion11
         self._ended = False
         self._long = b""

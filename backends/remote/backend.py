@@ -6,7 +6,6 @@ import asyncio
 import hashlib
 import io
 import logging
-import re
 import time
 import zlib
 from collections.abc import Awaitable, Callable
@@ -40,8 +39,10 @@ from backends.remote.answers import (
 )
 from backends.remote.error_bodies import lenient_json
 from backends.remote.events import begins_like_events
+from backends.remote.key_traces import has_traces
 from backends.remote.limit_headers import LimitReader, arrived_at
 from backends.remote.native import GENERATION_PATH, send_native
+from backends.remote.public_words import public_media_type
 from backends.remote.refusals import classify, error_of, read
 from backends.remote.stream import HOLD_SECONDS, Stream
 
@@ -57,7 +58,8 @@ _ERROR_BODY_LIMIT = 1024 * 1024
 _LIST_LIMIT = 4 * 1024 * 1024
 #: Paths whose answers are chat completions, in OpenAI's or the native format.
 _CHAT_PATHS = frozenset({"/chat/completions", GENERATION_PATH, "/services/aigc/text-generation/generation"})
-_MEDIA_TYPE = re.compile(r"[a-z]{1,20}/[a-z0-9.+-]{1,60}")
+#: Bytes of the longest error body in which the key is looked for on the event loop; a longer one takes milliseconds.
+_QUICKLY_MASKED = 16 * 1024
 _COMPATIBLE_PATH, _NATIVE_PATH = "/compatible-mode/v1", "/api/v1"
 #: DashScope's bounds for the header `X-DashScope-Wait-Timeout`, in seconds.
 _MIN_WAIT_SECONDS, _MAX_WAIT_SECONDS = 3, 120
@@ -203,20 +205,12 @@ class DashScopeBackend:
             if isinstance(error, HttpError):
                 raise self._explained(error) from error
             if isinstance(error, BackendError):
-                self._mask(error)
+                if len(error.body) > _QUICKLY_MASKED:
+                    await asyncio.to_thread(_mask, error, key)
+                else:
+                    _mask(error, key)
                 self._add_limits(error, response, timings)
             raise
-
-    def _mask(self, error: BackendError) -> None:
-        """Replace the key in an error: if the provider quotes it, neither the caller nor the log may contain it."""
-        if key := self._key():
-            error.message = error.message.replace(key, "***")
-            error.quote = error.quote.replace(key, "***")
-            error.code = error.code.replace(key, "***")
-            error.upstream_request_id = error.upstream_request_id.replace(key, "***")
-            error.body = error.body.replace(key.encode(), b"***")
-            error.headers = {name: value.replace(key, "***") for name, value in error.headers.items()}
-            error.args = (error.message,)
 
     async def _refusal(self, response: Response, request_body: bytes, request_id: str | None) -> BackendError:
         """Read an answer without a 2xx status and return the error that it means.
@@ -341,7 +335,7 @@ class DashScopeBackend:
         """Return the error of this project for an error after `send` has returned, without the key."""
         if isinstance(error, HttpError):
             return self._explained(error)
-        self._mask(error)
+        _mask(error, self._key())
         return error
 
     def _explained(self, error: HttpError) -> BackendError:
@@ -368,6 +362,28 @@ class DashScopeBackend:
                 return Unreachable(f"the connection to {host} broke before the answer: {reason}")
 
 
+def _mask(error: BackendError, key: str | None) -> None:
+    """Remove the key from an error: if the provider quotes it, neither the caller nor the log may contain it.
+
+    A text that contains it in another form, or a part of it, is left out completely.
+    """
+    if not key:
+        return
+
+    def masked(text: str) -> str:
+        text = text.replace(key, "***")
+        return "" if has_traces(key, text) else text
+
+    error.quote, error.code = masked(error.quote), masked(error.code)
+    error.upstream_request_id = masked(error.upstream_request_id)
+    error.body = error.body.replace(key.encode(), b"***")
+    if has_traces(key, error.body.decode("utf-8", "replace")):
+        error.body = b""
+    error.headers = {
+        name: text for name, value in error.headers.items() if not has_traces(key, name) and (text := masked(value))
+    }
+
+
 def _is_chat(request: Request) -> bool:
     """Return whether the answer is a chat completion, in OpenAI's or the native format."""
     return request.path in _CHAT_PATHS
@@ -376,7 +392,7 @@ def _is_chat(request: Request) -> bool:
 def _checked(url: str) -> str:
     parsed_url = URL(url)
     if parsed_url.scheme not in ("http", "https") or not parsed_url.host:
-        raise ValueError(f"{url!r} is no http:// or https:// URL")
+        raise ValueError("must be an http:// or https:// URL")  # without the URL, which may contain a password
     if "?" in url or "#" in url:
         raise ValueError("a base URL has no query and no fragment: paths are put behind it")
     return url.rstrip("/")
@@ -433,8 +449,7 @@ def _too_long(limit: int) -> ServerFailed:
 
 
 def _not_json(response: Response) -> ServerFailed:
-    # Everybody may see the message, so no other text of the provider may be in it.
-    kind = response.content_type if _MEDIA_TYPE.fullmatch(response.content_type) else "an unreadable Content-Type"
+    kind = public_media_type(response.content_type)
     error = ServerFailed(f"the provider answered {response.status} with {kind}, which is not JSON")
     error.may_resend = False  # a complete 200 was charged
     return error

@@ -65,7 +65,7 @@ _INNER_MESSAGE = re.compile(
 #: The texts of one error in which inner messages are looked for, and how many are taken from each.
 _OUTER_TEXTS, _INNER_MESSAGES = 2, 2
 _LINE_OF_TEXT = re.compile(r"\s+")
-#: A request id is shown and logged, so only a token is accepted.
+#: A request id is sent to the caller in a header, so only a token is accepted.
 _TOKEN = re.compile(r"[A-Za-z0-9_.:/-]{1,64}")
 _ID_KEYS = ("request_id", "requestId", "RequestId", "requestID", "sid")
 
@@ -103,8 +103,8 @@ class ErrorFacts:
         return _LINE_OF_TEXT.sub(" ", " ".join(dict.fromkeys(self.texts)))[:_TEXT_LIMIT].strip()
 
     @property
-    def shown_code(self) -> str:
-        """The code that may be shown: the first one that is a token and not a sentence; empty if there is none."""
+    def code_for_caller(self) -> str:
+        """The code for the caller: the first one that is a token and not a sentence; empty if there is none."""
         first = next((code for code in self.codes if _TOKEN.fullmatch(code)), "")
         return first or next((str(number) for _, number in self.numbers), "")
 

@@ -14,6 +14,7 @@ from math import inf
 from typing import Literal, NamedTuple
 
 from backends.base import ReportedLimit
+from backends.remote.public_words import public_header
 from backends.remote.waits import date_header, seconds_until
 
 #: A limit outside of these numbers is no limit.
@@ -85,7 +86,8 @@ class _Name(NamedTuple):
     """What a header's name says."""
 
     series: str
-    """The name with `limit` for its role: it is the same for the headers that belong together."""
+    """The name with `limit` for its role: it is the same for the headers that belong together. `/status` shows it, so
+    each part that is no known word is a hash."""
     role: int
     tokens: bool
     window: float | None
@@ -235,7 +237,7 @@ def _name_of(given: str) -> _Name | None:
             return _Name("ratelimit", _POLICIES if parts["policy"] is not None else _VALUE, False, None, row)
         role, kind, unit = parts["role"], parts.get("kind"), parts.get("window")
         window = _WINDOWS[unit] * float(parts.get("count") or 1) if unit else float(parts.get("seconds") or 0)
-        series = f"{lower[: match.start('role')]}limit{lower[match.end('role') :]}"
+        series = public_header(f"{lower[: match.start('role')]}limit{lower[match.end('role') :]}")
         return _Name(series, _ROLES[role], kind == "tokens" if kind else row.tokens, window or None, row)
     return None
 

@@ -99,6 +99,8 @@ _CODES: tuple[tuple[str, Meaning], ...] = (
     ("overloaded", "capacity"),  # TGI
 )  # fmt: skip
 CODES: dict[str, Meaning] = {plain(code): meaning for code, meaning in _CODES}
+#: The same codes as the providers spell them.
+CODE_SPELLINGS = tuple(code for code, _ in _CODES)
 
 #: Codes that are numbers, by the name of their field (`base_resp`: MiniMax; `text`: a number in parentheses inside a
 #: message). Numbers of the field `code` are unique enough to be used for every provider.

@@ -32,6 +32,7 @@ from backends.base import (
 )
 from backends.forwarded_headers import UPSTREAM_REQUEST_ID, to_caller, upstream_request_id
 from backends.remote.error_bodies import ErrorFacts, read_error
+from backends.remote.public_words import is_public_code
 from backends.remote.refusal_rules import Rules, without_quotes
 from backends.remote.refusal_table import ABOUT_THE_REQUEST, Meaning
 from backends.remote.waits import retry_after
@@ -78,6 +79,9 @@ class Reading:
     status: int
     """The HTTP status, or the status that an error inside a 200 stands for."""
     code: str
+    """The provider's code, for the caller of the request; empty if it sent none."""
+    public_code: str
+    """The first code that consists of known words, for everybody; empty if there is none."""
     wait: float | None
     facts: ErrorFacts
     words_known: bool
@@ -113,8 +117,11 @@ def read(
         status = 413
     if meaning == "quota_period" and wait is not None and wait < _SHORTEST_PERIOD_WAIT:
         wait = None
-    code = facts.shown_code or next((str(number) for number in rules.numbers_in_words), "")
-    return Reading(meaning, rule, status, code, wait, facts, rules.words_known)
+    number_in_words = next((str(number) for number in rules.numbers_in_words), "")
+    code = facts.code_for_caller or number_in_words
+    codes = (*facts.codes, *(str(number) for _, number in facts.numbers), number_in_words)
+    public_code = next(filter(is_public_code, codes), "")
+    return Reading(meaning, rule, status, code, public_code, wait, facts, rules.words_known)
 
 
 def classify(
@@ -122,8 +129,8 @@ def classify(
 ) -> BackendError:
     """Return the exception for a provider's error, see `read`.
 
-    Its message is our own sentence with the provider's code. The provider's text and body are for the caller of the
-    request only.
+    Its message is our own sentence with the provider's code, if that consists of known words. The provider's text, id
+    and body, and any other code, are for the caller of the request only.
     """
     return error_of(read(status, headers, body, request_body=request_body, payload=payload), status, headers, body)
 
@@ -142,10 +149,9 @@ def error_of(reading: Reading, status: int, headers: Mapping[str, str], body: by
         "server": ServerFailed,
     }.get(meaning, Throttled)
     shown = status if status >= 400 else reading.status
-    code = f" ({reading.code})" if reading.code else ""
+    code = f" ({reading.public_code})" if reading.public_code else ""
     request_id = upstream_request_id(headers) or reading.facts.request_id
-    name = f"; its request id is {request_id}" if request_id else ""
-    message = f"the provider answered {shown}{code}: {_SENTENCES[meaning]}{name}"
+    message = f"the provider answered {shown}{code}: {_SENTENCES[meaning]}"
     passed = to_caller(headers)
     if request_id:
         passed[UPSTREAM_REQUEST_ID] = request_id
@@ -166,5 +172,5 @@ def error_of(reading: Reading, status: int, headers: Mapping[str, str], body: by
         error.above_limit = meaning == "too_large" and status != 400
     error.quote = " ".join(reading.facts.text[: 4 * _QUOTE_LIMIT].split())[:_QUOTE_LIMIT]
     error.upstream_request_id = request_id
-    error.words_known = reading.words_known
+    error.words_known, error.public_code = reading.words_known, reading.public_code
     return error

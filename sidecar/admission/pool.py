@@ -122,12 +122,19 @@ class Pool:
         return f"<Pool {id(self):#x} {names} waiting={len(self.waiting)} cause={self.waiting.cause}>"
 
     @property
-    def worth(self) -> tuple[bool, bool]:
-        """What would be lost with this pool: whether a limit is known of an upstream that only this pool uses, and
-        whether such an upstream refuses or fails every request at present.
+    def worth(self) -> tuple[bool, bool, bool]:
+        """What would be lost with this pool, of the upstreams that only this pool uses: whether one has ever given an
+        answer, whether a limit of it is known, and whether it refuses or fails every request at present.
+
+        Callers can name any number of models, and each can get refusals. But only a model that exists answers.
         """
-        own = [upstream for upstream in self.upstreams if len(upstream.on_end) == 1]
-        return any(upstream.learned() for upstream in own), any(upstream.circuit.state for upstream in own)
+        exists = learned = is_open = False
+        for upstream in self.upstreams:  # a plain loop, because a new name compares all pools
+            if len(upstream.on_end) == 1:
+                exists |= upstream.exists
+                learned |= upstream.has_learned
+                is_open |= upstream.circuit.state is not None
+        return exists, learned, is_open
 
     # -- a ticket enters and leaves ------------------------------------------------------------------------------------
 

@@ -199,6 +199,8 @@ class Upstream:
         self._latencies: deque[float] = deque(maxlen=64)
         self._answers = 0
         self._accepted_at = -inf  # time of the latest accepted verdict
+        self.exists = False
+        """Whether a request got an answer, and not only an error about the request: then the model exists."""
         self.last_good = -inf
         """Send time of the newest accepted attempt, as loop time; -inf: none yet."""
         self._p90 = self._p99 = 0.0  # percentiles of `_latencies`; the 99th percentile is their maximum
@@ -443,6 +445,7 @@ class Upstream:
         if self.wordless.awake:
             self.wordless.accepted(permit.ticket)
         self.last_good = max(self.last_good, permit.sent_at)
+        self.exists = self.exists or not verdict.reason
         if permit.number > self._started_before:
             self._refused_in_row = 0
         if self._paced and verdict.usage is not None:
@@ -541,6 +544,11 @@ class Upstream:
         return min(pace, requests, self.tokens.learner.pace(now) / self.cost(ticket), self.growth.allowed(now))
 
     # -- state file and operators --------------------------------------------------------------------------------------
+
+    @property
+    def has_learned(self) -> bool:
+        """Whether a limit is known: whether `learned` returns any."""
+        return min(self.requests.learner.limit, self.tokens.learner.limit, self.concurrency.learned) < inf
 
     def learned(self) -> dict[str, dict[str, float]]:
         """Return the learned limits to save for a restart, by dimension. Rates are per second.

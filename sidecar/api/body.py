@@ -33,10 +33,10 @@ _KEPT_IMAGE_CHARS = (512, 8192)
 #: The number of values of one body that are looked at: its messages, their parts, and what is in these. More would
 #: block the event loop for longer than a few milliseconds. The rest costs nothing.
 _MAX_VALUES = 20_000
-#: Bytes of a body, without its images, that are parsed in the event loop. Parsing more could block it for longer than
-#: 10 ms, so it is done in a thread. The same for a body with its images: an image can prove to be none, and then the
-#: whole body is parsed.
-_LOOP_BYTES, _LOOP_BYTES_WITH_IMAGES = 256 * 1024, 4 * 1024 * 1024
+#: Bytes of a body, without its images, that are parsed in the event loop: at most 1 ms (256 kB would take 8 ms), so
+#: that many such bodies delay nobody for long. A larger one is parsed in a thread. The same for a body with its images:
+#: an image can prove to be none, and then the whole body is parsed.
+_LOOP_BYTES, _LOOP_BYTES_WITH_IMAGES = 64 * 1024, 4 * 1024 * 1024
 #: Characters of the longest name of a model.
 _MAX_MODEL_CHARS = 256
 #: The number of media of one body whose headers are read. Each further one costs `UNKNOWN_MEDIUM_TOKENS`.

@@ -6,7 +6,6 @@ import asyncio
 import random
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
 from functools import partial
 from math import inf, isfinite
@@ -20,6 +19,7 @@ from sidecar.admission import Priority, Ticket
 from sidecar.api.body import ParsedBody, is_quick, with_model
 from sidecar.api.errors import Api, InvalidRequest, Problem, body_of, headers_of
 from sidecar.api.key import fair_queue_key
+from sidecar.api.parse_turns import ParseTurns
 from sidecar.dispatch.dispatcher import Dispatcher
 from sidecar.dispatch.model_list import ModelList
 from sidecar.dispatch.stream_bounds import StreamSettings
@@ -78,14 +78,13 @@ class Call:
         models: ModelList,
         *,
         detector: Dispatcher | None,
-        parser: Executor,
+        parse_turns: ParseTurns,
     ) -> None:
-        """`parser` is one thread that parses large bodies, one after the other."""
         self.http = http
         self.api: Api = api
         self.settings = settings
         self.detector = detector
-        self.parser = parser
+        self._parse_turns = parse_turns
         self.outcome: RequestOutcome = "error"
         self.ticket: Ticket | None = None
         self.request_id = ""
@@ -145,9 +144,12 @@ class Call:
 
     async def parse(self, body: bytes, parse: Callable[[bytes], _T]) -> _T:
         """Return what `parse` finds in the body. A large body is parsed in a thread. Raises `InvalidRequest`."""
-        if is_quick(body):
-            return parse(body)
-        return await asyncio.get_running_loop().run_in_executor(self.parser, parse, body)
+        return parse(body) if is_quick(body) else await self.parse_in_turn(body, parse)
+
+    async def parse_in_turn(self, body: bytes, parse: Callable[[bytes], _T]) -> _T:
+        """Return what `parse` finds in the body, in a thread. Cameras take turns, and without a key connections do."""
+        source = self.http.headers.get(self.settings.key_header) or id(self.http.task)  # the task of the connection
+        return await self._parse_turns.run(source, len(body), partial(parse, body))
 
     async def with_model(self, body: bytes, parsed: ParsedBody) -> tuple[bytes, str]:
         """Return the body and its model. A body that names none gets the default."""

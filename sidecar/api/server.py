@@ -5,22 +5,25 @@ from __future__ import annotations
 import asyncio
 import hmac
 import logging
+import re
 from collections.abc import Awaitable, Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NoReturn, get_args
 from urllib.parse import unquote
 
+from backends.forwarded_headers import is_public_id
 from backends.http1.interface import Answer, HttpRequest
 from sidecar.admission import Draining
 from sidecar.api import native, openai, uploads
 from sidecar.api.call import TRACE, Call, CallSettings
 from sidecar.api.errors import Api, InvalidRequest, problem_of
+from sidecar.api.parse_turns import ParseTurns
 from sidecar.api.passthrough import NATIVE_BASE, passthrough
 from sidecar.api.trio import endpoints as trio
 from sidecar.dispatch.dispatcher import Dispatcher
 from sidecar.dispatch.model_list import ModelList
 from sidecar.foreign_pages import ForeignPages
+from sidecar.observe.format import shown_name
 
 log = logging.getLogger("sidecar.access")
 
@@ -54,6 +57,9 @@ _DRAIN_TIMEOUT_TEXT = (
     "the sidecar is shutting down and could not finish this in the time it was given: try again in 1 s, "
     "or raise SIDECAR_DRAIN_TIMEOUT"
 )
+#: A part of a path that is neither plain words nor a version.
+_NOT_PLAIN = re.compile(r"(?<=/)(?!(?:v\d|[a-z][a-z_-]{0,23})(?:/|$))[^/]+")
+_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 #: Base path -> the endpoint of every other path below it, if `SIDECAR_PASSTHROUGH` is set.
 _PASSTHROUGH = {f"{base}/": Endpoint("openai", passthrough) for base in openai.BASES}
 _PASSTHROUGH[f"{NATIVE_BASE}/"] = Endpoint("native", passthrough)
@@ -77,7 +83,7 @@ class DataServer:
         self._models = models
         self._detector = detector
         self._foreign_pages = foreign_pages
-        self._parser = ThreadPoolExecutor(1, "parse")  # one thread: large bodies take turns, and never all processors
+        self._parse_turns = ParseTurns()
         self.configure(settings, api_key=api_key, access_log=access_log)
         self._tasks: set[asyncio.Task[Any]] = set()
         self._aborted = False
@@ -116,8 +122,9 @@ class DataServer:
             endpoint = _redirect_of(path) or self._passthrough_endpoint(path)
         api = endpoint.api if endpoint else _api_of(path)
         call = Call(
-            http, api, self._dispatcher, self._settings, self._models, detector=self._detector, parser=self._parser
-        )
+            http, api, self._dispatcher, self._settings, self._models, detector=self._detector,
+            parse_turns=self._parse_turns,
+        )  # fmt: skip
         task = http.task
         assert task is not None  # noqa: S101  this code runs in that task
         self._tasks.add(task)
@@ -228,20 +235,27 @@ def _refuse_path(path: str, method: str, methods: dict[str, Endpoint] | None) ->
 
 
 def _log_access(call: Call, path: str) -> None:
-    """Log one line for each request, with its waits in seconds, and never its body."""
+    """Log one line for each request, with its waits in seconds, and never its body.
+
+    Of a method and of a path that are not ours, only plain words are logged: the rest may be any text of the caller.
+    """
+    if path not in ENDPOINTS:
+        path = _NOT_PLAIN.sub("*", path[:200])
     ticket = call.ticket
     status = call.response.status if call.response is not None else 0
     details: dict[str, Any] = {"outcome": call.outcome, **_ids(call)}
-    if call.upstream_request_id:
+    if is_public_id(call.upstream_request_id):
         details["upstream_request_id"] = call.upstream_request_id
     if ticket is not None:
         seconds = ticket.stopwatch.seconds
-        details |= {"key": ticket.key, "priority": ticket.priority.name.lower(), "model": ticket.model}
+        details |= {"key": shown_name(ticket.key), "model": shown_name(ticket.model)}
+        details["priority"] = ticket.priority.name.lower()
         details |= {"attempts": ticket.attempts, "total_seconds": round(sum(seconds.values()), 4)}
         parts = {f"{part}_seconds": spent for part, spent in seconds.items()}
         causes = {f"{cause}_seconds": spent for cause, spent in (ticket.cause_seconds or {}).items() if spent}
         details |= {name: round(spent, 4) for name, spent in (parts | causes).items()}
-    log.info("%s %s %d", call.http.method, path[:200], status, extra=details)
+    method = call.http.method if call.http.method in _METHODS else "*"
+    log.info("%s %s %d", method, path, status, extra=details)
 
 
 def _ids(call: Call) -> dict[str, str]:

@@ -57,7 +57,7 @@ def second_reading(permit: Permit, failure: Exception, now: float, *, elsewhere:
 
 def _with_answer_of(failure: BackendError, error: BackendError) -> BackendError:
     """Return `error` with the provider's answer that `failure` holds."""
-    error.body, error.headers = failure.body, failure.headers
+    error.body, error.headers, error.public_code = failure.body, failure.headers, failure.public_code
     error.quote, error.upstream_request_id = failure.quote, failure.upstream_request_id
     error.limits, error.counted_at = failure.limits, failure.counted_at
     return error

@@ -63,7 +63,12 @@ class LogWriter:
         self._not_queued += 1
 
     def close(self) -> None:
-        """Write the lines that wait, for at most 2 x `FLUSH_SECONDS`. A later line starts a new thread."""
+        """Write the lines that wait, and how many were lost, for at most 2 x `FLUSH_SECONDS`.
+
+        A later line starts a new thread.
+        """
+        if self._thread is not None:
+            self._report_lost()
         thread, self._thread = self._thread, None
         if thread is not None:
             with contextlib.suppress(queue.Full):
@@ -77,9 +82,13 @@ class LogWriter:
             except OSError:  # a closed pipe, a full disk
                 self._not_written += 1
             else:
-                if self._reported != self.dropped and self._queue.empty():
-                    self._reported, since = self.dropped, self._reported
-                    log.warning("log lines that stderr did not accept and that are lost: %d", self._reported - since)
+                if self._queue.empty():
+                    self._report_lost()
+
+    def _report_lost(self) -> None:
+        if self._reported != self.dropped:
+            self._reported, since = self.dropped, self._reported
+            log.warning("log lines that stderr did not accept and that are lost: %d", self._reported - since)
 
     def _write(self, data: bytes) -> None:
         if self.descriptor is None:

@@ -31,6 +31,7 @@ from opentelemetry.trace import (
 
 from sidecar import __version__
 from sidecar.admission import Ticket
+from sidecar.observe.format import shown_name
 from sidecar.observe.trace import TracingStopwatch
 
 #: Seconds to send the last spans when the process ends. A collector that hangs must not delay the end of the drain.
@@ -87,7 +88,7 @@ class Spans:
                 "sidecar.outcome": outcome,
                 "sidecar.priority": ticket.priority.name.lower(),
                 "sidecar.attempts": ticket.attempts,
-                "gen_ai.request.model": ticket.model,
+                "gen_ai.request.model": shown_name(ticket.model),
             },
             start_time=wall(trace.arrived),
         )

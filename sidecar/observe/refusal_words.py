@@ -22,7 +22,7 @@ class UnknownRefusal:
     at: float
     status: int
     code: str
-    """The provider's code; empty if it sent none. It is a single token, so it holds no text of a caller."""
+    """The provider's code; empty if it sent none that everybody may see."""
 
 
 class RefusalWords:
@@ -45,11 +45,11 @@ class RefusalWords:
             self.known[upstream] += isinstance(failure, _REFUSALS)
             return
         self.unknown[upstream] += 1
-        self.last_unknown[upstream] = UnknownRefusal(now, failure.status, failure.code)
-        if (upstream, failure.code) not in self._logged and len(self._logged) < _MAX_LOGGED:
-            self._logged.add((upstream, failure.code))
+        self.last_unknown[upstream] = UnknownRefusal(now, failure.status, failure.public_code)
+        if (upstream, failure.public_code) not in self._logged and len(self._logged) < _MAX_LOGGED:
+            self._logged.add((upstream, failure.public_code))
             log.warning(
-                "%s refused a request in words that this version does not know: status %d, code %.64r. Save such an "
+                "%s refused a request in words that this version does not know: status %d, code %s. Save such an "
                 "answer with `curl -i` and report what `vlm-sidecar check --answer FILE` says about it",
-                upstream, failure.status, failure.code,
+                upstream, failure.status, failure.public_code or "not shown, because it may quote the caller",
             )  # fmt: skip

@@ -3,9 +3,9 @@
 `notices` finds names that have no effect, and signs that a real backend was intended.
 """
 
-from sidecar.settings.fields import FOREIGN_NAMES, NOT_YET, PREFIX, SECRETS, Settings
+from sidecar.settings.fields import FOREIGN_NAMES, NOT_YET, PASSWORD, PREFIX, SECRETS, Settings
 from sidecar.settings.notices import missing_folder, notices, open_to_all, refuse_unintended_simulation
-from sidecar.settings.sources import PASSWORD, SettingsError, load, option_name, with_unusable_ports_removed
+from sidecar.settings.sources import SettingsError, load, option_name, with_unusable_ports_removed
 from sidecar.settings.values import METAVARS, seconds_of
 
 __all__ = [

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import re
+from collections.abc import Iterator
+from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
@@ -24,6 +26,8 @@ FOREIGN_NAMES: dict[str, str] = {
     "DASHSCOPE_API_KEY": "dashscope_api_key",
 }
 
+#: The user name and password in a URL. An error, `check` and `repr` do not show them.
+PASSWORD = re.compile(r"(?<=://)[^\s]*(?=@)|^(?!\w+://)[^\s/]*:[^\s]*(?=@)")
 SECRETS = frozenset({"dashscope_api_key", "api_key"})
 
 #: Settings whose feature does not exist yet, by field, and what this version does instead. If an operator sets such a
@@ -129,6 +133,10 @@ class Settings(BaseModel):
     access_log: values.Flag = Field(False, description="one log line a request, with its waits")
     log_format: values.LogFormat = Field(None, description="json or human. Default: human on a terminal, else json")
     log_level: values.LogLevel = Field("info", description="least severe line to log")
+
+    def __repr_args__(self) -> Iterator[tuple[str | None, Any]]:
+        for name, value in super().__repr_args__():
+            yield name, PASSWORD.sub("***", value) if isinstance(value, str) else value
 
     @property
     def quarter_of_queue_bytes(self) -> int:

@@ -14,14 +14,12 @@ from typing import Any, NoReturn
 from pydantic import ValidationError
 
 from backends.registry import NAMES
-from sidecar.settings.fields import FOREIGN_NAMES, NOT_YET, PREFIX, SECRETS, Settings
+from sidecar.settings.fields import FOREIGN_NAMES, NOT_YET, PASSWORD, PREFIX, SECRETS, Settings
 
 #: Bytes of the longest file with settings. A longer file is a mistake in its name.
 _MAX_FILE_BYTES = 1 << 20
 #: Characters of a value that an error shows.
 _SHOWN_CHARACTERS = 80
-#: The user name and password in a URL. An error and `check` do not show them.
-PASSWORD = re.compile(r"(?<=://)[^\s]*(?=@)|^(?!\w+://)[^\s/]*:[^\s]*(?=@)")
 #: The value of a variable that Kubernetes creates for a service, for example `SIDECAR_PORT` for a service `sidecar`.
 SERVICE_LINK = re.compile(r"(?:tcp|udp|sctp)://\S+", re.IGNORECASE)
 #: A secret, or the file of a secret. Blank values are errors: otherwise an empty variable would open the listener.

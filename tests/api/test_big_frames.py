@@ -66,7 +66,7 @@ async def test_a_body_that_is_being_parsed_is_counted_so_that_others_are_not_rea
     listener = sidecar.sidecar._data_listener
     body = json.dumps({"model": "m", "messages": [{"role": "user", "content": "x" * 2 * MB}]}).encode()
     may_parse = threading.Event()
-    sidecar.sidecar.data._parser.submit(may_parse.wait)
+    sidecar.sidecar.data._parse_turns.thread.submit(may_parse.wait)
 
     async def ask() -> int:
         async with sidecar.client.post(sidecar.url + CHAT, data=body) as response:

@@ -51,6 +51,20 @@ def test_lines_for_which_there_is_no_room_are_counted_and_the_log_says_so_later(
     assert caplog.text.count(f"are lost: {lost}") == 1
 
 
+def test_a_writer_that_is_closed_while_lines_wait_says_how_many_were_lost(pipe, monkeypatch, caplog):
+    monkeypatch.setattr(log_writer, "MAX_LINES", 10)
+    _, write = pipe
+    fill(write)
+    writer = LogWriter(write)
+    for number in range(30):
+        writer.put(f"line {number}")
+    lost = writer.dropped
+    writer.close()
+    assert caplog.text.count(f"are lost: {lost}") == 1
+    writer.close()
+    assert caplog.text.count("are lost") == 1
+
+
 def test_a_writer_whose_reader_has_stopped_ends_within_two_seconds(pipe):
     _, write = pipe
     fill(write)

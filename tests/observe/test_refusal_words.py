@@ -65,8 +65,8 @@ async def status_of(sidecar):
 async def test_status_and_log_show_the_code_and_never_the_words(serving, scripted, caplog):
     answers = [
         ({"error": {"code": "limit_requests", "message": "slow down"}}, 429),
-        ({"error": {"code": "KETTLE_ON", "message": "The kettle of sk-1 is on: what is in the yard?"}}, 429),
-        ({"error": {"code": "KETTLE_ON", "message": "The kettle of sk-1 is on: what is in the yard?"}}, 429),
+        ({"error": {"code": "ZONE_FROZEN_9", "message": "The kettle of sk-1 is on: what is in the yard?"}}, 429),
+        ({"error": {"code": "ZONE_FROZEN_9", "message": "The kettle of sk-1 is on: what is in the yard?"}}, 429),
     ]
 
     async def script(link, seen):
@@ -82,10 +82,10 @@ async def test_status_and_log_show_the_code_and_never_the_words(serving, scripte
     found, text = await status_of(sidecar)
     last = found.pop("last_unknown")
     assert found == {"known": 1, "unknown": 2}
-    assert (last["status"], last["code"]) == (429, "KETTLE_ON")
+    assert (last["status"], last["code"]) == (429, "ZONE_FROZEN_9")
     assert 0 <= last["seconds_ago"] < 20
     [line] = [record.getMessage() for record in caplog.records if "does not know" in record.getMessage()]
-    assert "KETTLE_ON" in line
+    assert "ZONE_FROZEN_9" in line
     assert "vlm-sidecar check --answer FILE" in line
     assert "yard" not in text + caplog.text
     assert "sk-1" not in text + caplog.text
@@ -94,9 +94,28 @@ async def test_status_and_log_show_the_code_and_never_the_words(serving, scripte
 def test_a_provider_with_a_new_code_each_time_does_not_fill_the_log(caplog):
     words = RefusalWords()
     for number in range(500):
-        error = Throttled("refused", kind="unknown", code=f"code-{number}")
+        error = Throttled("refused", kind="unknown")
+        error.public_code = f"code-{number}"
         error.words_known = False
         words.count(1.0, "dashscope", error)
     assert words.unknown["dashscope"] == 500
     assert words.last_unknown["dashscope"].code == "code-499"
     assert len(caplog.records) == 20
+
+
+async def test_a_code_that_is_not_made_of_known_words_is_counted_and_not_shown(serving, scripted, caplog):
+    answers = [({"error": {"code": "WhatIsInTheYard", "message": "x"}}, 429)]
+
+    async def script(link, seen):
+        body, status = answers.pop(0) if answers else ({"choices": [{"message": {"content": "A gate."}}]}, 200)
+        await link.answer(body, status=status)
+
+    upstream = await scripted(script)
+    sidecar = await serving(dashscope_url=f"{upstream.origin}/v1")
+    with caplog.at_level(logging.WARNING):
+        async with sidecar.post(chat("what is in the yard?")) as response:
+            assert response.status == 200
+    found, text = await status_of(sidecar)
+    assert (found["unknown"], found["last_unknown"]["code"]) == (1, "")
+    assert "code not shown" in caplog.text
+    assert "yard" not in (text + caplog.text).lower()

@@ -163,7 +163,7 @@ async def test_a_camera_name_that_is_not_utf_8_is_shown_and_logged(provider):
         assert await process.ended() == 0
     assert simulated.counts.ended["answered"] == 2
     lines = [json.loads(line) for line in process.log.splitlines()]
-    assert [line["key"] for line in lines if line["logger"] == "sidecar.access"] == ["gate \udcff"] * 2
+    assert [line["key"] for line in lines if line["logger"] == "sidecar.access"] == ["gate \\udcff"] * 2
 
 
 async def test_a_closed_live_view_logs_nothing(serving, caplog):

@@ -38,6 +38,7 @@ class Verdict(NamedTuple):
     retry_after: float | None = None
     """The provider's Retry-After in seconds."""
     reason: str = ""
+    """Why the attempt got no answer. Empty: it got one, or its caller left."""
     limits: tuple[ReportedLimit, ...] = ()
     """The limits that the answer's headers report."""
     counted_at: float | None = None

@@ -24,13 +24,11 @@ from sidecar.api.key import fair_queue_key
 from sidecar.api.trio.chat import answer_text, chat_body
 from sidecar.api.trio.crops import scene_prompt
 from sidecar.api.trio.image import compose, media_type, not_an_image
-from sidecar.api.trio.schema import CropDescribeRequest, DescribeRequest, DetectRequest, parse_request
+from sidecar.api.trio.schema import CropDescribeRequest, DescribeRequest, DetectRequest, is_quick, parse_request
 from sidecar.api.trio.text import crop_descriptions, describe_scene, strip_thinking
 
 _RequestT = TypeVar("_RequestT", DescribeRequest, CropDescribeRequest, DetectRequest)
 
-#: Bytes. Larger bodies are checked in a thread, because checking 10 MB takes 10 ms and would block the event loop.
-_THREAD_BYTES = 1 << 20
 #: The classes that trio-core counts as vehicles. A bicycle is not one of them.
 _VEHICLES = ("car", "bus", "truck", "motorcycle")
 _LOADED = time.monotonic()
@@ -120,10 +118,8 @@ async def health(call: Call) -> Answer:
 
 async def _read(call: Call, kind: type[_RequestT]) -> tuple[_RequestT, memoryview]:
     body, content_type = await call.read(), call.http.headers.get("Content-Type", "")
-    if len(body) > _THREAD_BYTES:
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(call.parser, parse_request, kind, body, content_type)
-    return parse_request(kind, body, content_type)
+    parse = partial(parse_request, kind, content_type=content_type)
+    return parse(body) if is_quick(body) else await call.parse_in_turn(body, parse)
 
 
 def _question(

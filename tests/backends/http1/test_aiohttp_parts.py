@@ -314,8 +314,17 @@ async def test_behaviour_feed_data_gives_no_message_of_data_with_an_error():
         made.feed_data(HEAD + b"Content-Length: 0\r\n\r\nno HTTP at all\r\n\r\n")
 
 
+async def test_behaviour_feed_data_stops_after_each_message_so_that_an_error_behind_it_takes_none_away():
+    made, _ = parser(max_msg_queue_size=1)
+    messages, _, _ = made.feed_data(HEAD + b"Content-Length: 0\r\n\r\nno HTTP at all\r\n\r\n")
+    assert len(messages) == 1
+    made.message_consumed()
+    with pytest.raises(http.HttpProcessingError):
+        made.feed_data(b"")
+
+
 async def test_behaviour_a_message_that_is_consumed_before_its_body_counts_for_ever():
-    """If this fails, `RequestProtocol.request_done` need not wait for the body."""
+    """If this fails, `RequestProtocol.feed` need not wait for the body before it continues."""
     for early, parsed in ((False, 2), (True, 1)):
         made, _ = parser(max_msg_queue_size=2)
         made.feed_data(HEAD + b"Content-Length: 1\r\n\r\n")

@@ -79,6 +79,20 @@ async def test_an_answer_without_a_body_sends_none(wire, method, path, length):
     assert (b"Content-Length: 5\r\n" in received) is length
 
 
+async def test_a_205_says_that_it_has_no_body_and_the_next_answer_is_read(wire):
+    async def in_pieces(http):
+        answer = http.answer(205, {}, length=None)
+        answer.write(b"hello")
+        answer.write_eof()
+        await answer.drain()
+        return answer
+
+    for handler in (whole, in_pieces):
+        received = await wire(handler, request("GET", "/205"), request("GET", "/205", headers=LAST))
+        assert received.count(b"HTTP/1.1 205 ") == received.count(b"Content-Length: 0\r\n") == 2
+        assert b"hello" not in received and b"chunked" not in received
+
+
 async def test_pieces_are_sent_as_chunks_and_the_connection_stays_open(wire):
     received = await wire(pieces, request("GET", "/"), request("GET", "/", headers=LAST))
     assert received.count(b"Transfer-Encoding: chunked\r\n") == 2

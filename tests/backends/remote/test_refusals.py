@@ -172,9 +172,8 @@ def test_an_error_inside_a_stream_has_the_same_meaning_and_gets_a_status(status,
 
 def test_the_message_has_the_code_and_our_own_sentence_and_the_quote_is_one_bounded_line():
     error = classify(400, {}, openai_shape("InvalidParameter", "first\nsecond\r\n" + "x" * 10_000))
-    assert error.message == (
-        "the provider answered 400 (InvalidParameter): it does not accept this request; its request id is r-1"
-    )
+    assert error.message == "the provider answered 400 (InvalidParameter): it does not accept this request"
+    assert error.upstream_request_id == "r-1"
     assert error.quote.startswith("first second x")
     assert len(error.quote) <= 300
 

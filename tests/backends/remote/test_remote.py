@@ -344,7 +344,7 @@ async def test_tcp_keepalive_probes_the_connection_during_the_wait_for_an_answer
 
 @pytest.mark.parametrize("url", ["dashscope.aliyuncs.com", "ftp://host/v1", "http://", ""])
 def test_an_invalid_base_url_is_refused_and_named(url):
-    with pytest.raises(ValueError, match=r"is no http:// or https:// URL"):
+    with pytest.raises(ValueError, match=r"must be an http:// or https:// URL"):
         DashScopeBackend(base_url=url)
 
 
