@@ -5,6 +5,7 @@ follows from their header. These are not:
 
 * AVIF: the header's size says nothing about the size of the AV1 frames in it.
 * JPEG 2000: as AVIF. And Pillow decodes it with Python's interpreter locked: the event loop would stand still.
+* GIF: Pillow keeps an object for each block of a comment, and a block may have one byte.
 * lossless WebP, and WebP with an alpha channel: its Huffman tables may take hundreds of megabytes.
 * TIFF with a codec that has tables or a picture of its own (JPEG, LZMA, Zstandard), and what Pillow decodes in Python
   (run-length BMP, PPM as text), which would take the processor from the event loop for seconds.
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from PIL import Image, ImageFile
 
 #: The formats that are decoded. Pillow knows many more, which no camera uses; each is code that a caller could attack.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM")
 #: Pixels. It bounds the time: the largest JPEG is decoded at a fraction of its size in half a second.
 MAX_PIXELS = 50_000_000
 #: Pixels of the longest side, which is JPEG's own bound. Some of Pillow's memory goes with a side, not with the pixels.
@@ -37,7 +38,7 @@ _MAX_SIDE = 65_535
 #: A picture that is too large for the memory is decoded or converted at one of these fractions of its width and height.
 SHRINKS = (1, 2, 4, 8)
 #: Pillow's decoders whose memory is computed here. All run without Python's interpreter lock.
-_CODECS = {"jpeg", "zip", "gif", "raw", "libtiff"}
+_CODECS = {"jpeg", "zip", "raw", "libtiff"}
 #: Compressions of TIFF that need no memory but for one strip or tile.
 _TIFF_COMPRESSIONS = {"raw", "packbits", "tiff_lzw", "tiff_deflate", "tiff_adobe_deflate"}
 #: Bytes per pixel in Pillow's memory. Every other mode takes 4.
@@ -48,6 +49,8 @@ _WEBP_BYTES = 13
 _ROW_BYTES = 128
 #: Bytes that each entry of Pillow's lists takes: a TIFF file has one for each strip, and EXIF data for every 12 bytes.
 _ENTRY_BYTES = 400
+#: The most segments or chunks of a file. Pillow keeps an object for each; a 10 MB PNG with small chunks has a thousand.
+_MAX_PIECES = 10_000
 #: The most scans of a JPEG. Pictures from cameras have 1, progressive ones 10. Each scan walks over all pixels, so that
 #: a file of thousands would take minutes.
 _MAX_SCANS = 32
@@ -81,13 +84,14 @@ def decode(data: bytes) -> Frame:
     from PIL import Image  # noqa: PLC0415  only callers with crops or a detector need Pillow
 
     _set_up_pillow()
-    _check_before_opening(data)
+    before = _bytes_before_loading(data)
+    _hold(len(data) + before, *(image_size(data) or (0, 0)))
     try:
         opened = Image.open(BytesIO(data), formats=FORMATS)
     except Image.DecompressionBombError as error:
         raise PictureTooLarge(f"has far too many pixels; at most {MAX_PIXELS} can be shown") from error
     try:
-        pixels, (width, height), orientation = _loaded(opened, data)
+        pixels, (width, height), orientation = _loaded(opened, data, before)
     finally:
         opened.close()  # some of Pillow's objects refer to each other: they would keep their memory for a while
     del opened, data
@@ -96,14 +100,14 @@ def decode(data: bytes) -> Frame:
     return Frame(image, *((height, width) if orientation >= 5 else (width, height)))
 
 
-def _loaded(opened: ImageFile.ImageFile, data: bytes) -> tuple[Image.Image, tuple[int, int], int]:
+def _loaded(opened: ImageFile.ImageFile, data: bytes, before: int) -> tuple[Image.Image, tuple[int, int], int]:
     """Load the pixels within the bound. Return them and nothing else of the file; its size; how they must be turned."""
     width, height = opened.size
     if width * height > MAX_PIXELS or max(width, height) > _MAX_SIDE:
         raise PictureTooLarge(
             f"has {width} x {height} pixels; at most {MAX_PIXELS} can be shown, and {_MAX_SIDE} in a row or column"
         )
-    beside = len(data) + _loading_bytes(opened, data)
+    beside = len(data) + before + _loading_bytes(opened)
     for shrink in SHRINKS if _is_jpeg(data) else SHRINKS[:1]:
         size = -(-width // shrink), -(-height // shrink)
         needed = beside + image_bytes(*size, opened.mode)
@@ -146,49 +150,69 @@ def _hold(needed: int, width: int, height: int) -> None:
         raise PictureTooLarge(f"has {width} x {height} pixels and {error}") from error
 
 
-def _check_before_opening(data: bytes) -> None:
-    """Raise an exception if Pillow would take too much memory already when it opens the file."""
+def _bytes_before_loading(data: bytes) -> int:
+    """Return the bytes that Pillow and libjpeg take beside the file and the pixels, as far as the file's parts tell.
+
+    Raises `ValueError` if the file must not be opened.
+    """
+    if _is_jpeg(data):
+        return _jpeg_bytes(data)
+    if data[:4] == b"\x89PNG":
+        at, pieces, texts = 8, 0, 0
+        while at + 8 <= len(data):
+            length, kind = int.from_bytes(data[at : at + 4]), data[at + 4 : at + 8]
+            texts += length if kind != b"IDAT" else 0
+            at, pieces = at + 12 + length, _one_more(pieces)
+        return texts + _ENTRY_BYTES * pieces
     if data[:4] != b"RIFF":
-        return
-    if any(chunk in data for chunk in (b"VP8L", b"ALPH", b"ANMF")):
-        raise ValueError("only lossy WebP without transparency is decoded")
+        return 0
+    at, pieces = 12, 0
+    while at + 8 <= len(data):
+        if data[at : at + 4] in (b"VP8L", b"ALPH", b"ANMF"):
+            raise ValueError("only lossy WebP without transparency is decoded")
+        length = int.from_bytes(data[at + 4 : at + 8], "little")
+        at, pieces = at + 8 + length + length % 2, _one_more(pieces)
     size = image_size(data)
     if size is None:
         raise ValueError("the WebP has no size")
-    width, height = size
-    _hold(2 * len(data) + (_WEBP_BYTES + 4) * width * height, width, height)
+    frame = (_WEBP_BYTES + 4) * size[0] * size[1]
+    _hold(2 * len(data) + frame, *size)
+    return len(data) + _WEBP_BYTES * size[0] * size[1] + _ENTRY_BYTES * pieces
+
+
+def _one_more(pieces: int) -> int:
+    if pieces == _MAX_PIECES:
+        raise ValueError(f"the file has more than {_MAX_PIECES} parts")
+    return pieces + 1
 
 
 def _is_jpeg(data: bytes) -> bool:
     return data[:2] == b"\xff\xd8"
 
 
-def _loading_bytes(opened: ImageFile.ImageFile, data: bytes) -> int:
-    """Return the bytes that loading takes beside the file and the pixels. Raises `ValueError` if they are unknown."""
+def _loading_bytes(opened: ImageFile.ImageFile) -> int:
+    """Return the bytes that loading takes beside those, and the pixels. Raises `ValueError` if they are unknown."""
     if not {tile[0] for tile in opened.tile} <= _CODECS:
         raise ValueError("this kind of file is not decoded")
     width, height = int(opened.width), int(opened.height)
-    extra: int = _ROW_BYTES * width + _ENTRY_BYTES * len(opened.tile)
-    if _is_jpeg(data):
-        exif: bytes = opened.info.get("exif", b"")
-        return extra + _jpeg_bytes(data) + len(exif) * _ENTRY_BYTES // 12
-    if opened.format == "WEBP":
-        return extra + len(data) + _WEBP_BYTES * width * height
+    exif: bytes = opened.info.get("exif", b"")
+    entries = min(len(exif) // 12, 1 << 16)  # a directory of EXIF data has no more
+    extra: int = _ROW_BYTES * width + _ENTRY_BYTES * (len(opened.tile) + entries)
     if opened.format == "TIFF":
         return extra + _tiff_bytes(opened)
-    frames: int = 2 if getattr(opened, "is_animated", False) else 0
-    return extra + len(data) + frames * image_bytes(width, height, opened.mode)
+    frames = 2 if getattr(opened, "is_animated", False) else 0
+    return extra + frames * image_bytes(width, height, opened.mode)
 
 
 def _jpeg_bytes(data: bytes) -> int:
     """Return the bytes of the metadata, and of the coefficients that libjpeg holds if the file has several scans."""
-    at, samples, components, progressive = 2, 0, 0, False
+    at, pieces, samples, components, progressive = 2, 0, 0, 0, False
     while True:
         if data[at] != 0xFF:
             raise ValueError("between the segments of the JPEG stands something else")
         marker = data[at + 1]
         if marker == 0xFF:  # a fill byte before the marker
-            at += 1
+            at, pieces = at + 1, _one_more(pieces)
             continue
         if marker == _JPEG_SCAN:
             break
@@ -201,8 +225,8 @@ def _jpeg_bytes(data: bytes) -> int:
             across, down = max(h for h, _ in sampling), max(v for _, v in sampling)
             units = -(-width // (8 * across)) * -(-height // (8 * down))
             samples = units * 64 * sum(h * v for h, v in sampling)
-        at += 2 + int.from_bytes(data[at + 2 : at + 4])
-    metadata = 4 * at  # Pillow holds each segment up to four times
+        at, pieces = at + 2 + int.from_bytes(data[at + 2 : at + 4]), _one_more(pieces)
+    metadata = 4 * at + _ENTRY_BYTES * pieces  # Pillow holds each segment up to four times
     if not progressive and data[at + 4] == components:
         return metadata
     if data.count(b"\xff\xda", at) > _MAX_SCANS:
