@@ -102,6 +102,22 @@ async def test_the_steps_of_a_request_are_one_trace_that_the_provider_can_contin
         assert secret not in collector.raw
 
 
+async def test_no_word_of_the_provider_is_in_a_span(serving, scripted, collector):
+    async def quotes(link, _):
+        error = {"code": "SecretPrompt", "message": "SECRET PROMPT", "type": "sk-provider-secret"}
+        await link.answer({"error": error}, status=429, headers="X-Request-Id: sk-provider-secret\r\n")
+
+    upstream = await scripted(quotes)
+    sidecar = await serving(dashscope_url=f"{upstream.origin}/v1", dashscope_api_key="sk-provider-secret")
+    async with sidecar.post(chat("SECRET PROMPT"), headers=KEPT | {"X-Request-Timeout": "0.3"}) as response:
+        assert response.status == 503
+    await sidecar.until(sidecar.at_rest)
+    await sidecar.sidecar.close()
+    assert {span.name for span in collector.spans} >= {"request", "upstream"}
+    for secret in (b"secret", b"prompt", b"sk-provider"):
+        assert secret not in collector.raw.lower()
+
+
 async def test_the_spans_have_the_durations_of_server_timing(serving, provider, collector):
     url, _ = await provider(latency_seconds=0.1)
     sidecar = await serving(dashscope_url=url, max_concurrency=1)
