@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
+import aiohttp
 import pytest
 from scripted_upstream import BOUND
 from test_aiohttp_parts import Transport
@@ -222,3 +223,53 @@ async def test_a_caller_has_little_time_only_while_memory_is_short(monkeypatch):
     elsewhere = 80
     await until(lambda: closed == [reader])
     assert slow.bytes == 0
+
+
+class Socket:
+    """The connection on which an answer arrives."""
+
+    stopped = given_up = False
+
+    def set_stopped(self, *, stopped):
+        self.stopped = stopped
+
+    def give_up(self):
+        self.given_up = True
+
+
+async def test_a_socket_that_is_opened_at_the_bound_is_stopped_and_a_complete_one_is_free():
+    answers, first, second = AnswerBytes(10_000), Socket(), Socket()
+    one = answers.open(first)
+    one.uncounted_bytes = 20_000
+    one.count()
+    assert not first.stopped  # it is the oldest
+    two = answers.open(second)
+    assert second.stopped
+    two.complete()
+    assert not second.stopped
+    two.give_up()
+    assert not second.given_up  # another request may be on the connection
+    assert answers.answer_bytes == 20_000
+    one.close()
+    two.close()
+    assert (answers.answer_bytes, answers._accounts) == (0, {})
+
+
+async def test_an_answer_without_a_length_that_is_given_up_is_no_whole_answer():
+    protocol = responding()
+    protocol.data_received(b"HTTP/1.1 200 OK\r\n\r\nhalf")
+    _, content = await protocol.read()
+    protocol.give_up()
+    protocol.connection_lost(None)
+    with pytest.raises(aiohttp.ClientPayloadError):
+        await content.readany()
+
+
+async def test_every_byte_that_a_caller_has_not_read_is_reported():
+    from backends.http1.aiohttp_parts import RequestProtocol  # noqa: PLC0415  older releases lack what it imports
+
+    limits = {}
+    transport = Transport()
+    transport.set_write_buffer_limits = limits.update
+    RequestProtocol(asyncio.get_running_loop(), buffer_bytes=1, max_pipelined=1).connection_made(transport)
+    assert limits == {"high": 0}
