@@ -293,7 +293,8 @@ class RequestProtocol(BaseProtocol):
         Otherwise each closed connection would stay in memory until the next garbage collection, and many of them would
         make this collection hold the event loop for longer than 50 ms.
         """
-        self._parser = None
+        self._parser = self.without_trailers = None
+        self._body = EMPTY_PAYLOAD
         self._feed = cast("Any", _parse_nothing)
         self._message_consumed = _do_nothing
 
