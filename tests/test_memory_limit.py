@@ -8,10 +8,11 @@ import pytest
 from pod_values import shipped
 from real_parts import ROOT
 
+from backends.picture_memory import MAX_PICTURE_BYTES
 from sidecar.settings import Settings, load
-from sidecar.settings.memory import BASE_BYTES, MIB, PICTURE_BYTES, memory_limit
+from sidecar.settings.memory import BASE_BYTES, MIB, memory_limit
 
-FORMULA = f"{BASE_BYTES // MIB} MiB + 2 × `SIDECAR_QUEUE_BYTES` + {PICTURE_BYTES // MIB} MiB"  # noqa: RUF001
+FORMULA = f"{BASE_BYTES // MIB} MiB + 2 × `SIDECAR_QUEUE_BYTES` + {MAX_PICTURE_BYTES // MIB} MiB"  # noqa: RUF001
 KUBERNETES = (ROOT / "docs" / "kubernetes.md").read_text()
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from backends.picture_memory import MAX_PICTURE_BYTES
+
 MIB = 1024 * 1024
 #: Bytes of everything except bodies, answers and pictures: interpreter, code, connections and their buffers. An idle
 #: process has 50 MiB (docs/performance.md); the rest is fragmentation. Source: `tests/chaos/test_pod_memory.py`.
 BASE_BYTES = 96 * MIB
-#: Bytes of pictures that are decoded at the same time.
-PICTURE_BYTES = 64 * MIB
 
 
 def memory_limit(queue_bytes: int) -> int:
@@ -16,4 +16,4 @@ def memory_limit(queue_bytes: int) -> int:
     The setting counts twice: for the bodies that are received or wait, and for those in flight and the answers to them.
     A model in the process needs its own memory in addition.
     """
-    return BASE_BYTES + 2 * queue_bytes + PICTURE_BYTES
+    return BASE_BYTES + 2 * queue_bytes + MAX_PICTURE_BYTES
