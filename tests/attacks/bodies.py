@@ -70,7 +70,7 @@ def png(side: int) -> bytes:
 
 
 @functools.cache
-def crops(side: int = 7000) -> bytes:
+def crops(side: int) -> bytes:
     box = {"class": "person", "confidence": 0.9, "bbox": [100, 100, side - 100, side - 100]}
     picture = base64.b64encode(png(side)).decode()
     return json.dumps({"model": MODEL, "crops": [box] * 3, "image_b64": picture}).encode()
