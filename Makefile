@@ -146,6 +146,9 @@ clients: .venv/.group-test .venv-clients/.ready ## the documented examples of ou
 soak: .venv/.group-test ## three minutes under everything at once; growing memory fails it (SECONDS=3600: an hour)
 	@PYTHONPATH=tests $(RUN)python bench/soak.py --seconds $(or $(SECONDS),180)
 
+harm: .venv/.group-test ## what attackers change for everybody else: 4 minutes (HARM="--short --factor 3": 40 s, as .ci/run)
+	@PYTHONPATH=tests $(RUN)python bench/harm.py $(HARM)
+
 live: .venv/.group-test ## seven of the scenarios over real sockets, shortened: a minute and a half
 	$(RUN)python bench/live.py
 
