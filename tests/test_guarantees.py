@@ -10,7 +10,6 @@ from real_parts import ROOT
 
 from backends.http1 import accepting, descriptors
 from backends.json_values import MAX_VALUES
-from sidecar.api import call
 
 TESTS = ROOT / "tests"
 GUARANTEES = (ROOT / "docs" / "guarantees.md").read_text()
@@ -104,7 +103,7 @@ def test_every_chaos_test_file_is_named_by_a_guarantee():
     [
         f"no complete head within {accepting.FIRST_REQUEST_SECONDS:g} s",
         f"{accepting.MAX_PIPELINED_BYTES // 1024} KiB of them at one connection",
-        f"waited {call.SLOW_READER_SECONDS:g} s in all",
+        f"waited {accepting.SLOW_READER_SECONDS:g} s in all",
         f"more than {MAX_VALUES:,} values",
         f"at most {descriptors.MAX_DATA_CONNECTIONS} connections",
         f"at most {descriptors.MAX_ADMIN_CONNECTIONS} connections",
