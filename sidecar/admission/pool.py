@@ -243,10 +243,14 @@ class Pool:
             self._release_later(now)
         claimed: tuple[Upstream, ...] = ()
         look_at = inf
-        for untried, queue in (*waiting.restricted.items(), (self.upstreams, waiting.queue)):
+        queues = [*waiting.restricted.items(), (self.upstreams, waiting.queue)]
+        if waiting.set_back.tickets:
+            is_last = any(one.goes_last(now) for one in self.upstreams)
+            queues.insert(len(queues) - (not is_last), (self.upstreams, waiting.set_back))
+        for untried, queue in queues:
             claimed, opens_at = self._admit_from(now, queue, untried, claimed)
             look_at = min(look_at, opens_at)
-            if not queue.tickets and queue is not waiting.queue:
+            if not queue.tickets and waiting.restricted.get(untried) is queue:
                 del waiting.restricted[untried]
         if look_at < inf:
             look_at = min(look_at, now + LOOK_AGAIN_SECONDS)

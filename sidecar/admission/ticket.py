@@ -80,6 +80,7 @@ class Ticket:
         "promised",
         "repeated",
         "requeued",
+        "setbacks",
         "size_bytes",
         "stopwatch",
         "streaming",
@@ -123,6 +124,9 @@ class Ticket:
         """The name of the backend of the last attempt."""
         self.requeued = False
         """True: an attempt brought no answer and the ticket is queued again, at the head of its key's queue."""
+        self.setbacks = 0
+        """Number of its attempts that failed, or that were refused although others were accepted or as probes. Such a
+        ticket is no good probe, because it may itself be the cause."""
         self.has_paid = False
         """True: its key was charged for an attempt that a limit refused, so the next attempt is free."""
         self.doubted = False

@@ -24,6 +24,7 @@ from sidecar.admission.learning.reported import ReportedLimit
 from sidecar.admission.learning.tuning import ESTIMATE_UNSUREST
 from sidecar.admission.learning.wordless import Load, Reading, WordlessLimit
 from sidecar.admission.own_fault import OwnFault
+from sidecar.admission.suspects import Suspects
 from sidecar.admission.ticket import Cause, Ticket
 
 #: After an outage the pace begins at this share of the learned limit.
@@ -57,7 +58,7 @@ class Permit:
     received it.
     """
 
-    __slots__ = ("_on_end", "_reservations", "load", "number", "reading", "sent_at", "ticket", "upstream")
+    __slots__ = ("_on_end", "_reservations", "load", "number", "own_fault", "reading", "sent_at", "ticket", "upstream")
 
     def __init__(
         self,
@@ -76,6 +77,8 @@ class Permit:
         """The load at the start, recorded only while failures could be refusals without words."""
         self.reading: Reading | None = None
         """How the attempt's 5xx was read; None if there was none, or if it named its reason."""
+        self.own_fault = False
+        """True: the attempt failed or was refused because of its request or its key, as the answers to others show."""
         self._reservations: tuple[Any, ...] | None = reservations
         self._on_end = on_end
 
@@ -217,6 +220,7 @@ class Upstream:
         self._first_sent_at = inf
         self._refused_in_row = 0
         self._own_fault = OwnFault(now)
+        self._suspects = Suspects()
 
     def __repr__(self) -> str:
         learners = f"{self.requests.learner!r} {self.tokens.learner!r}"
@@ -245,6 +249,13 @@ class Upstream:
                 if at > now:
                     return at, gate.name
         return now, None
+
+    def goes_last(self, now: float) -> bool:
+        """Return True if another ticket shows more about the provider than one that had a setback.
+
+        While the load rises, they take turns.
+        """
+        return self.circuit.state is not None or (not self.rise.dormant and self.started % 4 > 0)
 
     def note_delay(self, cause: Cause | None) -> None:
         """Note the gate that delays the next attempt; None: no ticket waits for this upstream."""
@@ -325,6 +336,16 @@ class Upstream:
             self._note_counted(permit, reservations, verdict.counted_at - permit.sent_at)
         if verdict.limits and self._paced:
             self._note_limits(now, reservations, verdict.limits)
+        may_be_limit = permit.reading == "undecided" and self.wordless.is_likely
+        if verdict.outcome in ("failed", "refused", "account") and not may_be_limit:
+            named = permit.reading is None and verdict.outcome != "failed"
+            if self._suspects.unanswered(now, ticket, self.started, refused=named):
+                permit.own_fault = permit.reading in (None, "failed")
+                verdict = verdict._replace(outcome="abandoned")
+                if self._suspects.is_only_teacher(now, ticket.key):
+                    self._forget_limits(now)
+            elif verdict.outcome == "refused" and verdict.named != "capacity":
+                self._suspects.taught(ticket.key)
         if not self.rise.dormant:
             self.rise.settle(now, ticket, verdict, blamed=None)
         if verdict.outcome == "accepted":
@@ -356,6 +377,13 @@ class Upstream:
             self.circuit.open(now, CircuitState.BLACKOUT, verdict.reason, verdict.retry_after)
         if verdict.limits and self.circuit.state is CircuitState.BLACKOUT:
             self._delay_probe(now)
+
+    def _forget_limits(self, now: float) -> None:
+        """Forget all learned limits, because the refusals that taught them had another cause."""
+        self.concurrency.forget(now)
+        for gate in (self.requests, self.tokens):
+            if gate.learner.limit < inf:
+                gate.resume(now, UNKNOWN)
 
     def _note_counted(self, permit: Permit, reservations: tuple[Any, ...], seconds: float) -> None:
         """Note that the provider counted an attempt `seconds` after it was sent.
@@ -442,6 +470,7 @@ class Upstream:
 
     def _answered(self, now: float, permit: Permit, verdict: Verdict) -> None:
         self._accepted_at = now
+        self._suspects.accepted(now, permit.ticket, permit.number)
         if self.wordless.awake:
             self.wordless.accepted(permit.ticket)
         self.last_good = max(self.last_good, permit.sent_at)

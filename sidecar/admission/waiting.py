@@ -50,7 +50,7 @@ class Later:
 
 
 class Waiting:
-    """The waiting tickets. Each is in exactly one queue: `queue`, one of `restricted`, or `later`."""
+    """The waiting tickets. Each is in exactly one queue: `queue`, `set_back`, one of `restricted`, or `later`."""
 
     def __init__(self, now: float) -> None:
         self.tickets: dict[Ticket, FairQueue | Later] = {}
@@ -63,6 +63,8 @@ class Waiting:
         """The tickets that may go to every upstream."""
         self.restricted: dict[tuple[Upstream, ...], FairQueue] = {}
         """The tickets that have tried some upstreams: one queue for each set of untried upstreams."""
+        self.set_back = FairQueue()
+        """The tickets that may go to every upstream and had a setback: probes are made with others first."""
         self.later = Later()
         """The retries that may not be sent yet."""
         self._latest: dict[str, Ticket] = {}  # by key: the ticket that a newer frame supersedes
@@ -101,7 +103,10 @@ class Waiting:
         else:
             self._book(now)
             ticket.enter_queue(self._seconds)
-            queue = self.queue if untried is None else self.restricted.setdefault(untried, FairQueue())
+            if untried is not None:
+                queue = self.restricted.setdefault(untried, FairQueue())
+            else:
+                queue = self.set_back if ticket.setbacks else self.queue
         queue.add(ticket)
         self.tickets[ticket] = queue
         self.bytes += ticket.size_bytes

@@ -37,6 +37,7 @@ from sidecar.admission import (
     Verdict,
 )
 from sidecar.admission.gates.base import VerdictOutcome
+from sidecar.admission.gates.circuit import CircuitState
 from sidecar.dispatch.deadlines import Deadlines
 from sidecar.dispatch.retry_policy import (
     MAX_FAILED_ATTEMPTS,
@@ -151,22 +152,22 @@ class Dispatcher:
                 outcome, upstream = self._outcome_of(failure), permit.upstream
                 failed_attempts += outcome == "failed"
                 undecided = permit.reading == "undecided"
+                is_fault = outcome != "refused" and not undecided
                 is_out = self._is_out(upstream, permit.sent_at if failed_at is None else failed_at)
                 failed_at = self.now()
-                action = self._decide(ticket, upstream, outcome, failed_attempts, is_out=is_out or undecided)
+                ticket.setbacks += is_fault or permit.own_fault or upstream.circuit.state is not None
+                action = self._decide(permit, outcome, failed_attempts, is_out=is_out or undecided)
                 if action == "fail":
                     raise
                 if action == "elsewhere" or is_out:
                     failed_attempts = 0  # it counts attempts in a row at one upstream that answers other requests
                 self._metrics.retry(upstream.name, failure)
-                is_fault = outcome != "refused" and not undecided
                 last_failure = failure if is_fault else None
                 _drop_memory(failure)
 
-    def _decide(
-        self, ticket: Ticket, upstream: Upstream, outcome: VerdictOutcome, failed_attempts: int, *, is_out: bool
-    ) -> Action:
+    def _decide(self, permit: Permit, outcome: VerdictOutcome, failed_attempts: int, *, is_out: bool) -> Action:
         """Decide what to do after a failed attempt, and store on the ticket where and when it may be retried."""
+        ticket, upstream = permit.ticket, permit.upstream
         now, pool = self.now(), self.admission.pool(ticket.model)
         situation = Situation(
             outcome,
@@ -174,16 +175,23 @@ class Dispatcher:
             failing=is_out,
             has_answered=upstream.has_answered,
             failed_attempts=failed_attempts,
-            certain=ticket.doubted or upstream.circuit.refuses_account,
+            certain=ticket.doubted
+            or permit.own_fault
+            or upstream.circuit.refuses_account
+            or upstream.circuit.state is CircuitState.QUOTA,
         )
         action = self._policies[upstream.name].decide(now, situation)
         if action == "fail":
             return action
-        ticket.requeued, ticket.has_paid = True, outcome == "refused"  # a failed attempt took somebody's turn
+        ticket.requeued = True
+        # An attempt that failed, was refused as a probe or was refused once more took somebody's turn.
+        ticket.has_paid = outcome == "refused" and upstream.circuit.state is None and ticket.attempts == 1
         ticket.not_before, ticket.only_while_failing = max(now, ticket.not_before), None
         if upstream.unavailable and not situation.elsewhere:
             ticket.tried = ()  # it was a probe, and no other upstream is left: it waits among all other tickets again
         times = min(upstream.wordless.times_failed(ticket), MAX_FAILED_ATTEMPTS)
+        if permit.own_fault:
+            times = ticket.setbacks + 1
         if action == "again" and times > 1:
             # The others go first: if they are answered, this request itself is the cause.
             ticket.not_before += jitter(self._random, times - 1, ticket.deadline - now)

@@ -36,9 +36,9 @@ def make_rise(*, cold=False, others_fail=False):
     return rise
 
 
-def probe(circuit, now, verdict):
+def probe(circuit, now, verdict, ticket=TICKET):
     """Send the half-open probe and settle it immediately."""
-    circuit.settle(now, circuit.reserve(now, TICKET, 0.0, held=False), verdict, blamed=None)
+    circuit.settle(now, circuit.reserve(now, ticket, 0.0, held=False), verdict, blamed=None)
 
 
 def attempt_beside(gate, sent_at, others, *, held=False):

@@ -719,7 +719,8 @@ async def test_while_every_account_is_refused_every_waiting_ticket_is_refused_an
     await close_account(bench, a)
     assert not anywhere.done()
     assert not only_b.done()
-    bench.report(b, "account", named="quota_period", reason="no money at b")
+    bench.fail("b", CircuitState.BILLING)
+    bench.report(b, "abandoned")
     for entry in (anywhere, only_b, later):
         with pytest.raises(AccountClosed, match="no money"):
             await entry
@@ -865,7 +866,9 @@ async def test_an_older_frame_stays_in_its_place_whatever_goes_wrong_with_the_ne
 @virtual
 async def test_while_a_quota_is_used_up_a_ticket_is_refused_with_the_true_time(ends_in, retry_after):
     bench = Bench(UpstreamSettings("a"))
-    bench.report(bench.at_once(), "account", named="quota_period", retry_after=ends_in, reason="no more today")
+    for key in ("first", "second"):
+        permit = bench.at_once(key=key)
+        bench.report(permit, "account", named="quota_period", retry_after=ends_in, reason="no more today")
     await asyncio.sleep(40.0 if ends_in is None else 100.0)
     if ends_in is not None:  # a probe was due after a minute, and was refused
         assert bench.upstreams["a"].circuit.may_probe(bench.loop.time())
@@ -879,7 +882,8 @@ async def test_while_a_quota_is_used_up_a_ticket_is_refused_with_the_true_time(e
 @virtual
 async def test_another_upstream_takes_the_tickets_while_a_quota_is_used_up():
     bench = Bench(UpstreamSettings("a"), UpstreamSettings("b", tier=2))
-    bench.report(bench.at_once(), "account", named="quota_period", retry_after=7200.0)
+    for key in ("first", "second"):
+        bench.report(bench.at_once(key=key), "account", named="quota_period", retry_after=7200.0)
     for _ in range(3):
         permit = bench.at_once()
         assert permit.upstream.name == "b"

@@ -92,8 +92,9 @@ async def test_requests_without_a_model_use_no_place_of_a_backend_in_this_proces
 async def test_a_flood_of_names_does_not_make_the_sidecar_forget_an_account_without_quota():
     admission, _ = listing(backend("dashscope", down))
     now = admission.loop.time()
-    permit = await admission.permit(Ticket(now=now, deadline=now + 1.0, model="in use"))
-    permit.report(Verdict("account", now, "quota_period", reason="the day's quota is used up"))
+    for key in ("first", "second"):
+        permit = await admission.permit(Ticket(now=now, deadline=now + 1.0, model="in use", key=key))
+        permit.report(Verdict("account", now, "quota_period", reason="the day's quota is used up"))
     for number in range(3 * MAX_POOLS):
         with await admission.permit(Ticket(now=now, deadline=now + 1.0, model=f"m-{number}")):
             pass

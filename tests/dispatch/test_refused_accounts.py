@@ -184,7 +184,8 @@ def test_a_camera_whose_requests_are_always_refused_disturbs_no_other(kind):
         assert errors(results) == []
         assert max(seconds for _, seconds in results[20:]) <= 4.0
         assert {error for error, _ in bad} == {REFUSALS[kind]}
-        assert len([1 for _, camera in backend.calls if camera == "poison"]) == 2 * len(bad)
+        calls = len([1 for _, camera in backend.calls if camera == "poison"])
+        assert calls <= len(bad) + 4  # once others are answered, one refusal is enough
 
     clock.run(main())
 

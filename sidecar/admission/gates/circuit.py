@@ -87,6 +87,7 @@ class Circuit:
 
     __slots__ = (
         "_account_step",
+        "_doubted_key",
         "_failed",
         "_failures",
         "_longest_failed_wait",
@@ -149,6 +150,9 @@ class Circuit:
         self._failed: set[Ticket] = set()
         self._step = FIRST_STEP
         self._account_step = 0.0  # seconds between two probes while the account is refused; 0: the next request probes
+        self._doubted_key: str | None = (
+            None  # the key whose refusal opened the circuit; None: the next refusal confirms
+        )
         self._longest_failed_wait = 0.0  # the longest wait in seconds after which a probe was refused again
         self._waits = ReportedWaits()
 
@@ -224,7 +228,10 @@ class Circuit:
             state = CircuitState.OUTAGE if down else FIRST_MOVES.get(event)
             # The second refusal of one request, between accepted calls of others, is the request's own fault.
             if state is not None and not (event == "account" and reservation.doubted):
+                self._doubted_key = reservation.key
                 self.open(now, state, verdict.reason, verdict.retry_after)
+        elif probed_at is not None and event == "quota" and self._is_in_doubt_of(now, reservation.key):
+            self.next_probe, self._step = now + self._step, GROWTH * self._step
         elif probed_at is not None:
             self._probed(now, self.state, probed_at, event, verdict)
         elif event == "quota" and self.state is not CircuitState.QUOTA:
@@ -233,6 +240,14 @@ class Circuit:
             self._close(now, None)
         elif verdict.outcome == "refused":
             self._heed(now, verdict.retry_after)
+
+    def _is_in_doubt_of(self, now: float, key: str) -> bool:
+        """Return True if only this key was refused because of a quota, and a request of another key must confirm it.
+
+        After MAX_STEP seconds, the same key confirms it too: perhaps there is no other.
+        """
+        is_unsure = self.state is CircuitState.QUOTA and not self._account_step
+        return is_unsure and key == self._doubted_key and now < self.since + MAX_STEP
 
     def _count(self, outcome: VerdictOutcome, ticket: Ticket) -> bool:
         """Count the failures in a row. Return True if the provider is down."""
@@ -328,8 +343,11 @@ class Circuit:
             if before is state:
                 self._account_step = min(max(2.0 * self._account_step, first), longest)
             else:
-                # One request was refused twice. If this is its own fault, the next request shows it at once.
-                is_unsure = state is CircuitState.UNAUTHORIZED and before is CircuitState.DOUBT
+                # Only one request was refused. If this is its own fault, the next request shows it at once.
+                is_unsure = (before, state) in (
+                    (None, CircuitState.QUOTA),
+                    (CircuitState.DOUBT, CircuitState.UNAUTHORIZED),
+                )
                 self._account_step = 0.0 if is_unsure else first
             step = self._account_step * jitter
         if 0.0 < expected - now < 2.0 * step:

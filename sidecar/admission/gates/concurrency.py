@@ -148,8 +148,12 @@ class ConcurrencyGate:
     def forget_guess(self, now: float) -> None:
         """Forget a limit that is only a guess."""
         if self.guessed:
-            self._set(now, inf, "it was a guess, from refusals of every call")
-            self.guessed, self.step = False, 0
+            self.forget(now)
+
+    def forget(self, now: float) -> None:
+        """Forget the learned limit."""
+        self._set(now, inf, "the refusals had another cause")
+        self.guessed, self.step = False, 0
 
     def _set(self, now: float, limit: float, why: str) -> None:
         old, self.learned = self.learned, limit

@@ -87,8 +87,9 @@ class RiseGate:
         """See `Gate`. Call it only if not `dormant`.
 
         An answered attempt counts towards the next doubling. After a refusal for capacity, or failures of two requests
-        with no answer between them, start again at 1. (One failure is not enough: its request may be the cause.) After
-        any other refusal, stop limiting: the gate that learns from that refusal sets the pace.
+        with no answer between them, start again at 1. (One failure is not enough: its request may be the cause. For the
+        same reason, the later failures of a request do not count.) After any other refusal, stop limiting: the gate
+        that learns from that refusal sets the pace.
         """
         sent_at = self._unanswered.pop(reservation, None)
         outcome = verdict.outcome
@@ -107,7 +108,9 @@ class RiseGate:
                 self._count_answer()
         elif learned:
             self._set(0)
-        elif outcome == "refused" or (outcome == "failed" and self._others_fail(reservation)):
+        elif outcome == "refused" or (
+            outcome == "failed" and reservation.attempts <= 1 and self._others_fail(reservation)
+        ):
             self._set(1)
 
     def seconds_for(self, now: float, ahead: Ahead, *, guess: bool) -> float:

@@ -48,6 +48,7 @@ class WordlessLimit:
         "_evidence",
         "_failed_at",
         "_failures",
+        "_in_vain",
         "_last_failed",
         "_loads",
         "_passed",
@@ -64,6 +65,7 @@ class WordlessLimit:
         """True: the fast failures are refusals by a limit."""
         self._failed_at = -inf
         self._failures = 0  # fast failures so far
+        self._in_vain = 0  # fast failures since the last accepted attempt, one for each burst
         self._requests = self._passed = 0  # requests that failed fast while awake, and those that were accepted later
         self._sent: deque[float] = deque(maxlen=WORDLESS_RECENT)  # send times of the attempts that have not failed fast
         self._loads: deque[Load] = deque(maxlen=WORDLESS_RECENT)  # the loads of such attempts
@@ -75,6 +77,11 @@ class WordlessLimit:
     def __repr__(self) -> str:
         evidence = " ".join(f"{sum_:.1f}" for sum_ in self._evidence)
         return f"<WordlessLimit awake={self.awake} sure={self.sure} evidence={evidence}>"
+
+    @property
+    def is_likely(self) -> bool:
+        """True: half of the evidence that is needed speaks for a limit."""
+        return max(self._evidence) > WORDLESS_SURE / 2
 
     def sent(self, now: float, in_flight: int) -> Load | None:
         """Record an attempt that is sent now beside so many others. Call it only while `awake`."""
@@ -95,6 +102,7 @@ class WordlessLimit:
 
     def accepted(self, ticket: Ticket) -> None:
         """Note an accepted attempt. Call it only while `awake`."""
+        self._in_vain = 0
         if self._last_failed.pop(ticket, None) is not None:
             self._passed += 1
 
@@ -117,6 +125,7 @@ class WordlessLimit:
         if now - sent_at >= WORDLESS_FAST * answer_seconds:
             return "failed"
         self.awake = True
+        self._in_vain += sent_at >= self._failed_at
         self._failed_at = now
         self._failures += 1
         if sent_at in self._sent:
@@ -126,8 +135,8 @@ class WordlessLimit:
         if self._is_own_fault(ticket, answers):
             return "failed"
         if load is None or len(self._loads) < WORDLESS_MIN_KNOWN:
-            if self.sure:
-                return "refused"
+            if self.sure:  # after a quiet time: a limit soon accepts an attempt again, an outage does not
+                return "refused" if self._in_vain <= WORDLESS_OTHERS else "failed"
             return "undecided" if self.times_failed(ticket) <= WORDLESS_UNKNOWN else "failed"
         if load[0] < min(other[0] for other in self._loads):
             return "failed"  # for longer than ever, nothing was accepted: an outage, which shows nothing of a limit

@@ -234,10 +234,44 @@ def account(at, retry_after=None, named="quota_period"):
     return Verdict("account", at, named, retry_after=retry_after, reason="no more today")
 
 
+def confirm_quota(circuit, refusal):
+    """Refuse a request, and then the probe of another key."""
+    circuit.settle(refusal.at, TICKET, refusal, blamed=None)
+    probe(circuit, refusal.at, refusal, Ticket(now=0.0, deadline=60.0, key="other"))
+
+
+def test_the_first_refusal_for_a_used_up_quota_is_believed_after_a_refusal_of_another_key():
+    circuit = make_circuit()
+    circuit.settle(1.0, TICKET, account(1.0, retry_after=7200.0), blamed=None)
+    assert (circuit.state, circuit.refuses_account, circuit.next_probe) == (CircuitState.QUOTA, False, 1.0)
+    probe(circuit, 1.0, account(1.1), Ticket(now=0.0, deadline=60.0, key=TICKET.key))
+    assert (circuit.refuses_account, circuit.next_probe) == (False, 1.0 + FIRST_STEP)
+    probe(circuit, 1.5, account(1.3, retry_after=7200.0), Ticket(now=0.0, deadline=60.0, key="other"))
+    assert circuit.refuses_account
+
+
+def test_an_answer_to_another_request_disproves_a_used_up_quota_at_once():
+    circuit = make_circuit()
+    circuit.settle(1.0, TICKET, account(1.0, retry_after=7200.0), blamed=None)
+    probe(circuit, 1.0, accepted(1.3))
+    assert circuit.state is None
+
+
+def test_with_only_one_key_a_used_up_quota_is_confirmed_after_few_calls():
+    circuit, probes = make_circuit(), 0
+    circuit.settle(1.0, TICKET, account(1.0), blamed=None)
+    while not circuit.refuses_account:
+        probes += 1
+        now = circuit.next_probe
+        probe(circuit, now, account(now))
+    assert probes <= 5
+    assert now <= 1.0 + 2.0 * MAX_STEP
+
+
 def test_a_used_up_quota_is_probed_after_1_2_4_and_at_most_30_minutes():
     circuit = make_circuit()
     now, waits = 0.0, []
-    circuit.settle(now, TICKET, account(now), blamed=None)
+    confirm_quota(circuit, account(now))
     assert (circuit.state, circuit.refuses_account) == (CircuitState.QUOTA, True)
     for _ in range(7):
         waits.append(circuit.next_probe - now)
@@ -250,7 +284,7 @@ def test_a_used_up_quota_is_probed_after_1_2_4_and_at_most_30_minutes():
 
 def test_a_used_up_quota_is_probed_when_the_reported_end_has_come():
     circuit = make_circuit()
-    circuit.settle(0.0, TICKET, account(0.0, retry_after=45.0), blamed=None)
+    confirm_quota(circuit, account(0.0, retry_after=45.0))
     assert (circuit.next_probe, circuit.ends_at) == (45.0, 45.0)
     probe(circuit, 45.0, account(45.0, retry_after=7200.0))
     assert (circuit.next_probe, circuit.ends_at) == (45.0 + 120.0, 45.0 + 7200.0)
@@ -258,7 +292,7 @@ def test_a_used_up_quota_is_probed_when_the_reported_end_has_come():
 
 def test_an_end_that_comes_again_and_again_is_no_reason_for_many_probes():
     circuit, now = make_circuit(), 0.0
-    circuit.settle(now, TICKET, account(now, retry_after=2.0), blamed=None)
+    confirm_quota(circuit, account(now, retry_after=2.0))
     probes = 0
     while now < 3600.0:
         now = circuit.next_probe
@@ -269,7 +303,7 @@ def test_an_end_that_comes_again_and_again_is_no_reason_for_many_probes():
 
 def quota_used_up(ends_in=7200.0):
     circuit = make_circuit()
-    circuit.settle(0.0, TICKET, account(0.0, retry_after=ends_in), blamed=None)
+    confirm_quota(circuit, account(0.0, retry_after=ends_in))
     return circuit
 
 
@@ -296,8 +330,8 @@ def test_a_probe_that_fails_says_nothing_about_a_used_up_quota(outcome):
 
 
 def test_the_refusals_of_calls_that_were_in_flight_do_not_prolong_a_used_up_quota():
-    circuit = make_circuit()
-    for at in (0.0, 0.1, 0.2):
+    circuit = quota_used_up(None)
+    for at in (0.1, 0.2):
         circuit.settle(at, Ticket(now=0.0, deadline=60.0), account(at), blamed=None)
     assert circuit.next_probe == 60.0
 
@@ -369,7 +403,8 @@ def test_the_next_probe_stays_within_bounds_whatever_the_provider_asks(refusals,
         circuit.open(now, state, "busy", retry_after)
         wait = circuit.next_probe - now
         longest = max(MAX_STEP, ACCOUNT_STEPS.get(circuit.state, (0.0, 0.0))[1]) * (1.0 + 0.2 * jitter)
-        shortest = 0.0 if circuit.state is CircuitState.UNAUTHORIZED else FIRST_STEP * 0.99
+        is_sure = circuit.state not in (CircuitState.UNAUTHORIZED, CircuitState.QUOTA)
+        shortest = FIRST_STEP * 0.99 if is_sure else 0.0
         assert shortest <= wait <= max(trusted, longest) + 1e-6
         now = circuit.next_probe + pause
         if is_accepted:

@@ -66,6 +66,14 @@ def test_a_failure_begins_again_only_if_other_requests_fail_too(others_fail, all
     assert len(round_of(rise, 2.0)[0]) == allowed
 
 
+def test_the_second_failure_of_a_request_does_not_begin_the_rise_again():
+    rise = make_rise(others_fail=True)
+    ticket = send(rise, 1.0)
+    ticket.attempts = 2
+    settle(rise, 1.1, ticket, Verdict("failed", 1.1))
+    assert len(round_of(rise, 2.0)[0]) == 2
+
+
 @pytest.mark.parametrize(("seconds", "counted"), [(0.1, False), (0.6, True)])
 def test_an_abandoned_attempt_counts_as_answered_if_a_refusal_would_have_come(seconds, counted):
     rise = make_rise()

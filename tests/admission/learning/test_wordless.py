@@ -156,3 +156,19 @@ def test_it_remembers_a_bounded_number_and_nothing_while_nothing_fails():
     assert not world.limit.awake
     assert not (world.limit._sent or world.limit._loads or world.limit._last_failed)
     assert world.limit.sure
+
+
+def test_after_a_quiet_time_a_sure_limit_is_doubted_if_every_attempt_fails():
+    world = World(limited, 15.0).run(10.0)
+    assert world.limit.sure
+    world.now += 2.0 * WORDLESS_SLEEP_SECONDS
+    readings = []
+    for _ in range(2 * WORDLESS_OTHERS):
+        world.now += 1.0
+        readings.append(world.send(fails=True))
+    assert readings[0] == "refused"
+    assert set(readings[WORDLESS_OTHERS:]) == {"failed"}
+    world.now += 1.0
+    assert world.send(fails=False) is None
+    world.now += 1.0
+    assert world.send(fails=True) == "refused"
