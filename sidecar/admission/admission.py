@@ -12,7 +12,7 @@ from typing import Any
 
 from sidecar.admission.errors import Draining, QueueFull, Superseded
 from sidecar.admission.gates.base import Change
-from sidecar.admission.pool import KEPT_SHARE, BodiesInFlight, Pool
+from sidecar.admission.pool import KEPT_SHARE, LARGE_SHARE, SMALL_BYTES, BodiesInFlight, Pool
 from sidecar.admission.ticket import Cause, Priority, Ticket
 from sidecar.admission.upstream import Permit, Upstream, UpstreamStatus
 
@@ -230,15 +230,16 @@ class Admission:
             return  # if nothing waits, one request always fits, whatever its size
         waiting, size = self.waiting(), ticket.size_bytes
         now = self.loop.time()
-        room = max(min(self._queue_size, self._queue_bytes // max(size, 1)), 1)
+        most_bytes = self._queue_bytes * (LARGE_SHARE if size > SMALL_BYTES else 1)
+        room = max(min(self._queue_size, int(most_bytes // max(size, 1))), 1)
         kept = min(pool.kept(now, ticket), int(KEPT_SHARE * room)) if waiting else 0
         if waiting + kept >= self._queue_size and not replaces:
             about_to_come = f" and {kept} are about to come back as they were told" if kept else ""
             why = f"{waiting} requests are waiting{about_to_come}, as many as SIDECAR_QUEUE_SIZE allows"
             advice = "ask less often"
-        elif (waiting_bytes := self.waiting_bytes()) + size > self._queue_bytes and waiting_bytes:
+        elif (waiting_bytes := self.waiting_bytes()) + size > most_bytes and waiting_bytes:
             why = (
-                f"{waiting_bytes} bytes are waiting and {size} more do not fit into the {self._queue_bytes} that "
+                f"{waiting_bytes} bytes are waiting and {size} more do not fit into the {most_bytes:.0f} that "
                 "SIDECAR_QUEUE_BYTES leaves them"
             )
             advice = "send smaller images"

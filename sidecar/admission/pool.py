@@ -46,27 +46,46 @@ _WAY_OUT = (
 )
 
 
+#: Bytes. A body with a usual frame, and its head, are smaller.
+SMALL_BYTES = 1024 * 1024
+#: The share of each bound on bytes that larger bodies may use. The rest is for usual frames, of any camera.
+LARGE_SHARE = 2 / 3
+
+
 class BodiesInFlight:
     """The bytes of the bodies of all attempts in flight, in all pools, and their bound. One body always fits.
 
-    At the bound, the pools take turns: small bodies of other pools do not pass a large one.
+    Large bodies may use only a part of the bound, so that they never keep usual frames waiting. The pools take turns
+    with their large bodies.
     """
 
-    __slots__ = ("_blocked", "_elsewhere", "_max_bytes", "bytes")
+    __slots__ = ("_blocked", "_elsewhere", "_large_bytes", "_max_bytes", "bytes")
 
     def __init__(self, max_bytes: float = inf, elsewhere: Callable[[], int] = int) -> None:
         """`elsewhere` returns other bytes that share the bound."""
         self.bytes = 0
+        self._large_bytes = 0
         self._max_bytes = max_bytes
         self._elsewhere = elsewhere
         self._blocked: dict[Pool, None] = {}
-        """Pools whose next ticket does not fit, in the order in which they get their turn."""
+        """Pools with a ticket that does not fit, in the order in which they get their turn."""
+
+    def add(self, size_bytes: int) -> None:
+        """Count the body of an attempt that starts. A negative size: it ends."""
+        self.bytes += size_bytes
+        if abs(size_bytes) > SMALL_BYTES:
+            self._large_bytes += size_bytes
 
     def fits(self, pool: Pool, ticket: Ticket) -> bool:
         """Return whether an attempt of this ticket may start."""
+        size = ticket.size_bytes
+        if size <= SMALL_BYTES:
+            return not self.bytes or self.bytes + size + self._elsewhere() <= self._max_bytes
         if self._blocked and next(iter(self._blocked)) is not pool:
             return False
-        return not self.bytes or self.bytes + ticket.size_bytes + self._elsewhere() <= self._max_bytes
+        if not self._large_bytes:
+            return True
+        return self._large_bytes + size + self._elsewhere() <= LARGE_SHARE * self._max_bytes
 
     def block(self, pool: Pool) -> None:
         """Let the pool wait for its turn."""
@@ -78,7 +97,9 @@ class BodiesInFlight:
 
     def admit_next(self, now: float) -> None:
         """Give free bytes to the pools that wait for them."""
-        while self._blocked:
+        for _ in range(len(self._blocked)):
+            if not self._blocked:
+                return
             first = next(iter(self._blocked))
             first.admit(now)
             if next(iter(self._blocked), None) is first:
@@ -241,8 +262,12 @@ class Pool:
         waiting.set_cause(now, "turn")
         if waiting.later.tickets:
             self._release_later(now)
-        claimed: tuple[Upstream, ...] = ()
         look_at = inf
+        if (large := waiting.parked.head()) is not None:
+            look_at = now + LOOK_AGAIN_SECONDS
+            if self._bodies.fits(self, large):
+                waiting.unpark(large)
+        claimed: tuple[Upstream, ...] = ()
         queues = [*waiting.restricted.items(), (self.upstreams, waiting.queue)]
         if waiting.set_back.tickets:
             is_last = any(one.goes_last(now) for one in self.upstreams)
@@ -279,8 +304,12 @@ class Pool:
             if not self._bodies.fits(self, ticket):
                 self._bodies.block(self)
                 self.waiting.set_cause(now, "concurrency")
+                if ticket.size_bytes > SMALL_BYTES and untried is self.upstreams:
+                    self.waiting.park(ticket)  # so that it does not delay the others
+                    continue
                 return claimed + allowed, now + LOOK_AGAIN_SECONDS  # poll: no event shows that answers were read
-            self._bodies.unblock(self)
+            if not self.waiting.parked.tickets:
+                self._bodies.unblock(self)
             unclaimed = tuple(upstream for upstream in allowed if upstream not in claimed) if claimed else allowed
             upstream, opens_at, delays = self._choose(now, ticket, unclaimed)
             if upstream is None:
@@ -343,14 +372,14 @@ class Pool:
     def _start(self, upstream: Upstream, ticket: Ticket, now: float) -> Permit:
         ticket.backend = upstream.name or ticket.backend
         self.in_flight += 1
-        self._bodies.bytes += ticket.size_bytes
+        self._bodies.add(ticket.size_bytes)
         return upstream.start(now, ticket, self._ended)
 
     def _ended(self, permit: Permit) -> None:
         """Give the free permit to the next ticket, in this pool or in a pool that shares the upstream."""
         now = self.last_used = self._loop.time()
         self.in_flight -= 1
-        self._bodies.bytes -= permit.ticket.size_bytes
+        self._bodies.add(-permit.ticket.size_bytes)
         self._bodies.admit_next(now)
         upstream = permit.upstream
         pools = upstream.on_end

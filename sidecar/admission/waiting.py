@@ -50,7 +50,7 @@ class Later:
 
 
 class Waiting:
-    """The waiting tickets. Each is in exactly one queue: `queue`, `set_back`, one of `restricted`, or `later`."""
+    """The waiting tickets. Each is in one queue: `queue`, `set_back`, one of `restricted`, `parked` or `later`."""
 
     def __init__(self, now: float) -> None:
         self.tickets: dict[Ticket, FairQueue | Later] = {}
@@ -65,6 +65,8 @@ class Waiting:
         """The tickets that have tried some upstreams: one queue for each set of untried upstreams."""
         self.set_back = FairQueue()
         """The tickets that may go to every upstream and had a setback: probes are made with others first."""
+        self.parked = FairQueue()
+        """Large bodies for which there is no room. They delay no other ticket, and return to their queue later."""
         self.later = Later()
         """The retries that may not be sent yet."""
         self._latest: dict[str, Ticket] = {}  # by key: the ticket that a newer frame supersedes
@@ -113,6 +115,19 @@ class Waiting:
         self.lengths[ticket.priority] += 1
         if ticket.latest:
             self._latest[ticket.key] = ticket
+
+    def park(self, ticket: Ticket) -> None:
+        """Move a ticket that may go to every upstream out of its queue; see `parked`."""
+        self._move(ticket, self.parked)
+
+    def unpark(self, ticket: Ticket) -> None:
+        """Return a ticket to its queue."""
+        self._move(ticket, self.set_back if ticket.setbacks else self.queue)
+
+    def _move(self, ticket: Ticket, queue: FairQueue) -> None:
+        self.tickets[ticket].remove(ticket)
+        queue.add(ticket)
+        self.tickets[ticket] = queue
 
     def remove(self, now: float, ticket: Ticket, *, served: bool = False) -> None:
         """Remove a ticket that waits, and add the seconds of its wait to their causes.

@@ -912,49 +912,92 @@ async def test_a_body_that_is_larger_than_the_bound_is_sent_alone():
     bench.at_once(size_bytes=500).release(bench.loop.time())
 
 
-async def test_a_large_body_waits_until_there_is_room_and_smaller_ones_do_not_pass_it():
-    bench = Bench(UpstreamSettings("a", paced=False), queue_bytes=1000, bytes_in_flight=100)
-    small = bench.at_once(size_bytes=20)
-    large = bench.enter(size_bytes=90)
+MIB = 1024 * 1024
+
+
+def bench_with_room_for_60_mib_of_large_bodies():
+    return Bench(UpstreamSettings("a", paced=False), queue_bytes=1000 * MIB, bytes_in_flight=90 * MIB)
+
+
+async def test_a_large_body_for_which_there_is_no_room_delays_no_frame():
+    bench = bench_with_room_for_60_mib_of_large_bodies()
+    first = bench.at_once(size_bytes=40 * MIB)
+    large = bench.enter(size_bytes=30 * MIB)
+    frames = [bench.enter(size_bytes=MIB, key=f"camera {number}") for number in range(45)]
+    assert all(frame.done() for frame in frames)
     assert not large.done()
-    behind = bench.enter(size_bytes=10, key="another camera")
-    assert not behind.done()  # else a stream of small bodies could hold a large one back for ever
-    small.report(Verdict("accepted", bench.loop.time()))
-    (await behind).release(bench.loop.time())
-    (await large).release(bench.loop.time())
-
-
-async def test_small_bodies_of_other_models_do_not_pass_a_large_one():
-    bench = Bench(UpstreamSettings("a", paced=False), queue_bytes=1000, bytes_in_flight=100)
-    first, second = (bench.at_once(size_bytes=50) for _ in range(2))
-    large = bench.enter(size_bytes=90)
-    small = [bench.enter(model=f"model-{number}", size_bytes=10) for number in range(3)]
+    assert bench.admission.bytes_in_flight() == 85 * MIB
+    waits = [bench.enter(size_bytes=MIB, key=f"camera {number}") for number in range(6)]
+    assert [frame.done() for frame in waits] == [True] * 5 + [False]
+    frames[0].result().release(bench.loop.time())
+    assert waits[5].done()
     first.report(Verdict("accepted", bench.loop.time()))
-    assert not (large.done() or any(one.done() for one in small))  # 50 bytes are free, and belong to the large one
+    (await large).release(bench.loop.time())
+    for frame in (*frames[1:], *waits):
+        frame.result().release(bench.loop.time())
+    assert bench.at_rest()
+    assert bench.admission.bytes_in_flight() == 0
+
+
+async def test_frames_cannot_hold_a_large_body_back_for_ever():
+    bench = bench_with_room_for_60_mib_of_large_bodies()
+    first = bench.at_once(size_bytes=60 * MIB)
+    large = bench.enter(size_bytes=50 * MIB)
+    frames = [bench.at_once(size_bytes=MIB, key="another") for _ in range(30)]
+    first.report(Verdict("accepted", bench.loop.time()))
+    assert large.done()  # the frames use the other part
+    for permit in (large.result(), *frames):
+        permit.release(bench.loop.time())
+
+
+async def test_the_models_take_turns_with_their_large_bodies():
+    bench = bench_with_room_for_60_mib_of_large_bodies()
+    first, second = (bench.at_once(size_bytes=30 * MIB) for _ in range(2))
+    largest = bench.enter(size_bytes=50 * MIB)
+    others = [bench.enter(model=f"model-{number}", size_bytes=10 * MIB) for number in range(3)]
+    first.report(Verdict("accepted", bench.loop.time()))
+    assert not (largest.done() or any(one.done() for one in others))  # 30 MiB are free, and belong to the largest one
     second.report(Verdict("accepted", bench.loop.time()))
-    assert large.done()
-    assert [one.done() for one in small] == [True, False, False]
-    large.result().report(Verdict("accepted", bench.loop.time()))
-    assert all(one.done() for one in small)  # without waiting for the next look
-    for one in small:
+    assert largest.done()
+    assert [one.done() for one in others] == [True, False, False]
+    largest.result().report(Verdict("accepted", bench.loop.time()))
+    assert all(one.done() for one in others)  # without waiting for the next look
+    for one in others:
         one.result().release(bench.loop.time())
     assert bench.admission.bytes_in_flight() == 0
 
 
 async def test_other_models_do_not_wait_for_a_large_body_whose_caller_has_left():
-    bench = Bench(UpstreamSettings("a", paced=False), queue_bytes=1000, bytes_in_flight=100)
-    first = bench.at_once(size_bytes=60)
-    large = bench.ticket(size_bytes=90)
+    bench = bench_with_room_for_60_mib_of_large_bodies()
+    first = bench.at_once(size_bytes=40 * MIB)
+    large = bench.ticket(size_bytes=50 * MIB)
     waits = asyncio.ensure_future(bench.admission.permit(large))
     await asyncio.sleep(0)
-    small = bench.enter(model="other", size_bytes=10)
+    other = bench.enter(model="other", size_bytes=10 * MIB)
+    assert not other.done()
     waits.cancel()
     with contextlib.suppress(asyncio.CancelledError):
         await waits
-    assert small.done()
-    bench.at_once(model="another", size_bytes=10).release(bench.loop.time())
-    for permit in (first, small.result()):
+    assert other.done()
+    bench.at_once(model="another", size_bytes=10 * MIB).release(bench.loop.time())
+    for permit in (first, other.result()):
         permit.release(bench.loop.time())
+
+
+async def test_large_bodies_that_wait_leave_room_for_frames():
+    bench = Bench(UpstreamSettings("a", concurrency=1), queue_bytes=30 * MIB)
+    occupied = bench.at_once()
+    waits = [bench.enter(size_bytes=10 * MIB) for _ in range(2)]
+    with pytest.raises(QueueFull, match="10485760 more do not fit into the 20971520"):
+        bench.enter(size_bytes=10 * MIB)
+    frames = [bench.enter(size_bytes=MIB, key="camera") for _ in range(10)]
+    with pytest.raises(QueueFull):
+        bench.enter(size_bytes=MIB, key="camera")
+    occupied.release(bench.loop.time())
+    for _ in range(12):
+        done = next(one for one in (*waits, *frames) if one.done())
+        (waits if done in waits else frames).remove(done)
+        done.result().release(bench.loop.time())
 
 
 async def test_an_attempt_starts_only_while_answers_and_slow_readers_leave_room():
