@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable
+from operator import attrgetter
 from typing import Protocol
 
 #: Seconds. Near the bound, a socket that is read and brings fewer than `SMALL_BYTES` in this time is given up, because
@@ -16,6 +17,9 @@ STALLED_SECONDS = 5.0
 #: Bytes. A message with a usual frame is smaller. A body of 14 MB that is slower than this in `STALLED_SECONDS` would
 #: miss the default deadline of 60 s anyway; and with single bytes, a peer could keep its place for ever.
 SMALL_BYTES = 1024 * 1024
+#: Seconds. A small message usually arrives at once. When small messages have used up their part too, those that are
+#: incomplete for longer than this are given up, so that new ones can pass.
+FRESH_SECONDS = 1.0
 #: Seconds between two looks while the bound is reached: other places free their bytes without a message.
 _LOOK_SECONDS = 0.05
 
@@ -36,7 +40,7 @@ class Socket(Protocol):
 
     @property
     def is_incomplete(self) -> bool:
-        """Whether more data must arrive before somebody takes what is held."""
+        """Whether something is held that nobody can take yet."""
         ...
 
     def set_stopped(self, *, stopped: bool) -> None:
@@ -66,6 +70,7 @@ class ByteBudget:
         self._reads_small = True  # while `is_full`: whether small messages are read
         self._max_bytes = max_bytes
         self._reserve_bytes = reserve_bytes
+        self._small_bytes = min(SMALL_BYTES, reserve_bytes)
         self._sockets = sockets
         self._elsewhere = elsewhere
         self._loop = asyncio.get_running_loop()
@@ -99,7 +104,7 @@ class ByteBudget:
         """Return whether a socket may not be read at present."""
         if not self.is_full or socket is self._read_on:
             return False
-        return not (self._reads_small and socket.held_bytes < SMALL_BYTES)
+        return not (self._reads_small and socket.held_bytes < self._small_bytes)
 
     def remove(self, socket: Socket, fewer_bytes: int) -> None:
         """Stop counting bytes that somebody has taken, or that are dropped."""
@@ -126,11 +131,26 @@ class ByteBudget:
         self._read_on, self._looked_at = None, now
         if self.is_full:
             self._reads_small = left >= self._reserve_bytes
+            if not self._reads_small:
+                self._give_up_stale(sockets, now, self._reserve_bytes - left)
             self._read_on = _oldest(sockets, now)
             self._room = left - self._reserve_bytes if self._reads_small else SMALL_BYTES
             self._timer = self._loop.call_later(_LOOK_SECONDS, self._look)
         for socket in sockets:
             socket.set_stopped(stopped=self.stops(socket))
+
+    def _give_up_stale(self, sockets: Iterable[Socket], now: float, wanted_bytes: float) -> None:
+        """Give up small messages that are no longer fresh, the slowest first, until as many bytes become free."""
+        stale = (
+            one
+            for one in sockets
+            if 0 < one.held_bytes < self._small_bytes and one.is_incomplete and now - one.slow_since >= FRESH_SECONDS
+        )
+        for socket in sorted(stale, key=attrgetter("slow_since")):
+            if wanted_bytes <= 0:
+                break
+            wanted_bytes -= socket.held_bytes
+            socket.give_up()
 
 
 def _oldest(sockets: Iterable[Socket], now: float) -> Socket | None:

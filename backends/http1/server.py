@@ -220,7 +220,7 @@ class Connection(RequestProtocol):
     @property
     def is_incomplete(self) -> bool:
         """See `byte_budget.Socket`."""
-        return self.task is None or not self._incoming.is_eof()
+        return self.task is None or not self._incoming.is_eof() or self.behind_bytes > 0
 
     @property
     def is_stalled(self) -> bool:
@@ -242,7 +242,7 @@ class Connection(RequestProtocol):
             self._stopped = True
             self._incoming.set_exception(stalled_body())
         elif self.transport is not None:
-            self.transport.abort()  # a part of a head
+            self.transport.abort()  # a part of a head, or requests behind one that is being answered
 
     def pause_reading(self) -> None:
         """Stop reading the socket: a body is read too slowly."""
