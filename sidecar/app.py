@@ -116,7 +116,6 @@ class Sidecar:
             max_connections=_max_data_connections(limit),
             on_full=partial(exhausted, "data_connections"),
             max_held_bytes=settings.quarter_of_queue_bytes,
-            reserve_bytes=settings.quarter_of_queue_bytes // 4,
             answers=self.parts.answers,
         )
         self.parts.held_bytes.sources.append(self._data_listener.held_bytes)

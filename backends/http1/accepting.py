@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import fcntl
 import os
 import socket
+import sys
+import termios
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, cast
@@ -15,7 +18,7 @@ import orjson
 from aiohttp import HttpVersion, HttpVersion11
 from multidict import CIMultiDictProxy
 
-from backends.byte_budget import STALLED_SECONDS, ByteBudget
+from backends.byte_budget import STALLED_SECONDS, CallersBudget
 from backends.http1.connections import Connections
 
 #: Seconds. A connection is closed when it was idle for this time, or when the caller has read nothing of its answer for
@@ -107,6 +110,18 @@ def has_ended(transport: asyncio.Transport) -> bool:
 def head_size(headers: CIMultiDictProxy[str]) -> int:
     """Return the bytes of a head's headers, with `: ` and the end of each line."""
     return sum(len(name) + len(value) + 4 for name, value in headers.items())
+
+
+def unread_bytes(transport: asyncio.Transport) -> int:
+    """Return how many bytes the operating system has received for this connection and the process has not read.
+
+    Where it cannot say so (other than Linux and macOS), return a large number.
+    """
+    try:
+        answer = fcntl.ioctl(transport.get_extra_info("socket").fileno(), termios.FIONREAD, bytes(4))
+    except (AttributeError, OSError, ValueError):  # uvloop: ValueError once it is closed
+        return sys.maxsize
+    return int.from_bytes(answer, sys.byteorder)
 
 
 class RequestHead:
@@ -244,14 +259,15 @@ class Counted(asyncio.Protocol):
         inner: asyncio.Protocol,
         connections: Connections[Counted],
         by_transport: dict[asyncio.BaseTransport, Counted],
-        budget: ByteBudget,
+        budget: CallersBudget,
     ) -> None:
         """The object is in `connections` and in `by_transport` while the connection is open."""
         self._inner, self._connections, self._by_transport, self._budget = inner, connections, by_transport, budget
         self.is_busy, self.idle_since = False, asyncio.get_running_loop().time()
         self.held_bytes = self.bytes_then = 0
         self.holds_since = self.slow_since = 0.0
-        self.is_incomplete, self.is_stopped = True, False
+        self.is_incomplete, self.is_stopped, self.is_large = True, False, False
+        self.announced_bytes, self.is_idle = 0, False  # unknown here
         for name in ("eof_received", "pause_writing", "resume_writing"):
             setattr(self, name, getattr(inner, name))
 

@@ -31,7 +31,7 @@ import aiohttp
 from aiohttp import web
 from yarl import URL
 
-from backends.byte_budget import ByteBudget
+from backends.byte_budget import CallersBudget
 from backends.http1 import accepting, connecting, proxies
 from backends.http1.answer_bytes import AnswerBytes
 from backends.http1.connections import Connections, OnFull
@@ -120,7 +120,6 @@ class Listener:
         closes_busy: bool = False,
         on_full: OnFull | None = None,
         max_held_bytes: float = inf,
-        reserve_bytes: int = 0,
         answers: AnswerBytes | None = None,
     ) -> None:
         del answers
@@ -129,7 +128,7 @@ class Listener:
             max_connections, closes_busy=closes_busy, on_full=on_full
         )
         self.close_idle = self.connections.close_idle
-        self.budget = ByteBudget(max_held_bytes, self.connections, reserve_bytes=reserve_bytes)
+        self.budget = CallersBudget(max_held_bytes, self.connections)
         self._by_transport: dict[asyncio.BaseTransport, accepting.Counted] = {}
         self.server = web.Server(
             self._handle, handler_cancellation=True, access_log=None, logger=_silent, auto_decompress=False,

@@ -14,7 +14,7 @@ from typing import Any, Literal, Protocol
 
 from multidict import CIMultiDictProxy
 
-from backends.byte_budget import ByteBudget
+from backends.byte_budget import CallersBudget
 from backends.http1.answer_bytes import AnswerBytes
 from backends.http1.connections import OnFull
 
@@ -173,7 +173,7 @@ class Listener(Protocol):
         """Listen on a unix socket too, and replace a stale one. Raises `OSError`."""
         ...
 
-    budget: ByteBudget
+    budget: CallersBudget
     """The bytes that the connections hold: what has arrived and was not handed over by `HttpRequest.hand_over`."""
 
     def held_bytes(self) -> dict[str, int]:
@@ -200,7 +200,6 @@ class MakeListener(Protocol):
         closes_busy: bool = False,
         on_full: OnFull | None = None,
         max_held_bytes: float = inf,
-        reserve_bytes: int = 0,
         answers: AnswerBytes | None = None,
     ) -> Listener:
         """Return a listener for this handler.
@@ -209,7 +208,7 @@ class MakeListener(Protocol):
         `on_full` and closes the connection that has been idle for the longest time, or the new one if none is idle.
         With `closes_busy` it closes the one whose last answer or beginning is the longest time ago.
 
-        The connections hold `max_held_bytes` at most: see `byte_budget.ByteBudget`, also for `reserve_bytes`. `answers`
+        The connections hold `max_held_bytes` at most: see `byte_budget.CallersBudget`. `answers`
         counts what callers do not read.
         """
         ...

@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from http import HTTPStatus
 from math import inf
 
-from backends.byte_budget import STALLED_SECONDS, ByteBudget
+from backends.byte_budget import STALLED_SECONDS, CallersBudget
 from backends.http1 import accepting
 from backends.http1.aiohttp_parts import (
     EMPTY_PAYLOAD,
@@ -78,9 +78,9 @@ class Connection(RequestProtocol):
     """
 
     __slots__ = (
-        "_chunked", "_closes_at", "_counted_before", "_counted_bytes", "_current", "_end_timer", "_head_bytes",
-        "_incoming", "_listener", "_stopped", "_timer", "behind_bytes", "bytes_then", "caller_has_left", "held_bytes",
-        "holds_since", "idle_since", "slow_since",
+        "_announced_bytes", "_chunked", "_closes_at", "_counted_before", "_counted_bytes", "_current", "_end_timer",
+        "_head_bytes", "_incoming", "_listener", "_stopped", "_timer", "behind_bytes", "bytes_then", "caller_has_left",
+        "held_bytes", "holds_since", "idle_since", "is_large", "slow_since",
     )  # fmt: skip
 
     def __init__(self, listener: Listener, loop: asyncio.AbstractEventLoop) -> None:
@@ -90,7 +90,8 @@ class Connection(RequestProtocol):
         self._chunked = False  # whether `_incoming` arrives in chunks
         self._stopped = False  # if True, the data that follows is not parsed
         self._current: HttpRequest | None = None  # the request that is being answered
-        self.held_bytes = self.bytes_then = 0
+        self.held_bytes = self.bytes_then = self._announced_bytes = 0
+        self.is_large = False
         self.holds_since = self.slow_since = 0.0
         self._head_bytes = 0  # bytes received of a head that is not complete
         self.behind_bytes = 0
@@ -127,6 +128,7 @@ class Connection(RequestProtocol):
         if self.task is not None:
             self.task.cancel()
         self._stopped, self._incoming = True, EMPTY_PAYLOAD
+        self.waiting.clear()
         self.forget_parser()
 
     def data_received(self, data: bytes) -> None:
@@ -161,7 +163,10 @@ class Connection(RequestProtocol):
         elif messages:
             self._head_bytes = 0
         if messages:
-            self._incoming = messages[-1][1]
+            last, self._incoming = messages[-1]
+            self._announced_bytes = 0
+            if not (isinstance(last, MalformedRequest) or self._incoming.is_eof()):
+                self._announced_bytes = int(last.headers.get("Content-Length", 0))
             self.waiting.extend(messages)
             self._counted_before.extend([self._counted_bytes] * len(messages))
             if len(self.waiting) >= self._max_pipelined:
@@ -223,6 +228,24 @@ class Connection(RequestProtocol):
         return self.task is None or not self._incoming.is_eof() or self.behind_bytes > 0
 
     @property
+    def announced_bytes(self) -> int:
+        """See `byte_budget.Caller`."""
+        return self._announced_bytes
+
+    @property
+    def is_idle(self) -> bool:
+        """See `byte_budget.Caller`. Its peer goes on sending if the kernel holds much, or all that is missing.
+
+        Requests behind one that is being answered hinder themselves.
+        """
+        if self.transport is None or self.behind_bytes:
+            return True
+        missing_bytes = _MANY_BYTES
+        if self.task is not None and self._announced_bytes:
+            missing_bytes = min(self._announced_bytes - self._incoming.total_bytes, missing_bytes)
+        return accepting.unread_bytes(self.transport) < missing_bytes
+
+    @property
     def is_stalled(self) -> bool:
         """See `connections.Held`."""
         return self.is_incomplete and self.loop.time() - self.slow_since >= STALLED_SECONDS
@@ -238,7 +261,7 @@ class Connection(RequestProtocol):
 
     def give_up(self) -> None:
         """See `byte_budget.Socket`. The handler that reads the body writes the answer."""
-        if not self._incoming.is_eof():
+        if not (self._incoming.is_eof() or self.behind_bytes):
             self._stopped = True
             self._incoming.set_exception(stalled_body())
         elif self.transport is not None:
@@ -403,7 +426,8 @@ class Connection(RequestProtocol):
         """Discard what follows on a connection whose data is no longer parsed. The caller's end cancels this."""
         self.let_go(self.held_bytes)
         if self.transport is not None:
-            self.transport.write_eof()
+            with contextlib.suppress(OSError):  # the caller has just left
+                self.transport.write_eof()
             await asyncio.sleep(accepting.LINGER_SECONDS)
 
     # -- out -----------------------------------------------------------------------------------------------------------
@@ -424,7 +448,6 @@ class Listener:
         closes_busy: bool = False,
         on_full: OnFull | None = None,
         max_held_bytes: float = inf,
-        reserve_bytes: int = 0,
         answers: AnswerBytes | None = None,
     ) -> None:
         self.handler = handler
@@ -434,7 +457,7 @@ class Listener:
             max_connections, closes_busy=closes_busy, on_full=on_full
         )
         self.close_idle = self.connections.close_idle
-        self.budget = ByteBudget(max_held_bytes, self.connections, reserve_bytes=reserve_bytes)
+        self.budget = CallersBudget(max_held_bytes, self.connections)
         self.is_open = True
         self._addresses = accepting.Addresses(lambda: Connection(self, self.loop))
         self.open, self.open_unix = self._addresses.open, self._addresses.open_unix

@@ -105,7 +105,7 @@ async def test_a_lost_connection_holds_nothing(listening):
 
 async def test_at_the_bound_one_body_after_the_other_is_received_and_none_is_refused(listening, http):
     bodies = Bodies()
-    listener, connect = await listening(bodies, max_held_bytes=5 * MB, reserve_bytes=MB)
+    listener, connect = await listening(bodies, max_held_bytes=5 * MB)
     callers = [await connect() for _ in range(8)]
     most = 0
 
@@ -214,7 +214,7 @@ async def _send_slowly(writer):
 async def test_small_bodies_pass_while_large_ones_have_filled_their_part(listening):
     bodies = Bodies()
     bodies.may_answer.set()
-    listener, connect = await listening(bodies, max_held_bytes=8 * MB, reserve_bytes=2 * MB)
+    listener, connect = await listening(bodies, max_held_bytes=8 * MB)
     large = [await connect() for _ in range(3)]
     for _, writer in large:
         writer.write(head(10 * MB) + b"x" * (2 * MB))
