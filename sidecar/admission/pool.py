@@ -290,6 +290,7 @@ class Pool:
                     delayed.note_delay(cause)
                 return claimed + allowed, opens_at
             self._remove(now, ticket, served=True)
+            ticket.permit = None  # the permit refers to its ticket: a reference cycle would stay in memory
             permit.set_result(self._start(upstream, ticket, now))
         return claimed, inf
 

@@ -9,6 +9,7 @@ from math import ceil, inf
 from random import Random
 from types import TracebackType
 from typing import Any
+from weakref import proxy
 
 from sidecar.admission.gates.base import Ahead, Change, Gate, GateStatus, Verdict
 from sidecar.admission.gates.circuit import Circuit, CircuitState
@@ -184,21 +185,25 @@ class Upstream:
             on_change,
         )
         self.growth = GrowthGate(on_change)
+        # No gate refers to its upstream. A reference cycle would keep a forgotten model in memory until the garbage
+        # collector stops the event loop for it.
+        rates = (self.requests, self.tokens)
+        upstream = proxy(self)
         self.circuit = Circuit(
-            on_close=self._on_circuit_closed,
-            window_ends=self._window_ends,
-            refusal_seconds=lambda: self.requests.learner.refusal_seconds,
+            on_close=lambda *what: upstream._on_circuit_closed(*what),  # noqa: PLW0108  its method would be strong
+            window_ends=lambda now: _window_ends(now, rates),
+            refusal_seconds=lambda: rates[0].learner.refusal_seconds,
             random=(random or Random()).random,  # noqa: S311  jitter, not a secret
             on_change=on_change,
         )
         self.rise = RiseGate(
             cold=paced, refusal_seconds=self.circuit.refusal_seconds, others_fail=self.circuit.others_fail
         )
-        rates: list[Gate] = [self.requests, self.growth, self.tokens] if paced else []
-        self._gates: list[Gate] = [self.concurrency, *rates]
+        paces: list[Gate] = [self.requests, self.growth, self.tokens] if paced else []
+        self._gates: list[Gate] = [self.concurrency, *paces]
         self.wordless = WordlessLimit()
         self._limit_without_words = False  # True: the learned request rate comes only from refusals without words
-        self._paces: list[Gate] = [self.rise, *rates]  # the gates that `opening` asks last, in this order
+        self._paces: list[Gate] = [self.rise, *paces]  # the gates that `opening` asks last, in this order
         self._latencies: deque[float] = deque(maxlen=64)
         self._answers = 0
         self._accepted_at = -inf  # time of the latest accepted verdict
@@ -406,13 +411,6 @@ class Upstream:
                 if isinstance(gate, RateGate) and gate.name == limit.dimension:
                     gate.note_limit(now, reservation, limit)
 
-    def _window_ends(self, now: float) -> float:
-        """Return the best loop time for the next probe of a used-up window; `now` if no window is used up."""
-        for gate in (self.requests, self.tokens):
-            if gate.reported is not None and (ends_at := gate.reported.ends_at(now)) > now:
-                return ends_at
-        return self.requests.learner.window_ends(now)
-
     def _delay_probe(self, now: float) -> None:
         """Let the next probe wait for the end of a window that is used up, as trusted headers report it."""
         for gate in (self.requests, self.tokens):
@@ -618,3 +616,11 @@ class Upstream:
             self.circuit.probing,
             self.latency,
         )
+
+
+def _window_ends(now: float, rates: tuple[RateGate, RateGate]) -> float:
+    """Return the best loop time for the next probe of a used-up window; `now` if no window is used up."""
+    for gate in rates:
+        if gate.reported is not None and (ends_at := gate.reported.ends_at(now)) > now:
+            return ends_at
+    return rates[0].learner.window_ends(now)
