@@ -185,6 +185,7 @@ class Upstream:
             on_change,
         )
         self.growth = GrowthGate(on_change)
+        self._suspects = Suspects()
         # No gate refers to its upstream. A reference cycle would keep a forgotten model in memory until the garbage
         # collector stops the event loop for it.
         rates = (self.requests, self.tokens)
@@ -195,6 +196,7 @@ class Upstream:
             refusal_seconds=lambda: rates[0].learner.refusal_seconds,
             random=(random or Random()).random,  # noqa: S311  jitter, not a secret
             on_change=on_change,
+            refused_before=self._suspects.refused_before,
         )
         self.rise = RiseGate(
             cold=paced, refusal_seconds=self.circuit.refusal_seconds, others_fail=self.circuit.others_fail
@@ -225,7 +227,6 @@ class Upstream:
         self._first_sent_at = inf
         self._refused_in_row = 0
         self._own_fault = OwnFault(now)
-        self._suspects = Suspects()
 
     def __repr__(self) -> str:
         learners = f"{self.requests.learner!r} {self.tokens.learner!r}"
@@ -242,7 +243,7 @@ class Upstream:
         if circuit.state is not None:
             circuit.advance(now)  # may close the circuit
         if circuit.state is not None:
-            at = max(circuit.opens_at(now, 0.0), self.requests.probe_opens_at(now))
+            at = max(circuit.opens_for(now, ticket.key), self.requests.probe_opens_at(now))
             return (at, "hold") if at > now else (now, None)  # the probe passes every other gate
         permits = self.concurrency  # its `opens_at`, copied here: several full upstreams are asked for each ticket
         if permits.in_flight >= permits.size or permits.in_flight >= permits.learned + permits.step:
@@ -261,6 +262,10 @@ class Upstream:
         While the load rises, they take turns.
         """
         return self.circuit.state is not None or (not self.rise.dormant and self.started % 4 > 0)
+
+    def is_suspect(self, now: float, key: str) -> bool:
+        """Return True if a request of this key was refused or failed before, and none was accepted since."""
+        return self._suspects.refused_before(key, now)
 
     def note_delay(self, cause: Cause | None) -> None:
         """Note the gate that delays the next attempt; None: no ticket waits for this upstream."""
@@ -557,7 +562,7 @@ class Upstream:
 
     def next_probe_in(self, now: float) -> float:
         """Return the seconds until the next probe; no attempt can start earlier. 0 while the circuit is closed."""
-        return max(self.circuit.next_probe - now, 0.0)
+        return 0.0 if self.circuit.refuses_few_keys else max(self.circuit.next_probe - now, 0.0)
 
     def throughput(self, now: float, ticket: Ticket) -> float:
         """Return how many attempts with the cost of this ticket can certainly start in one second."""
