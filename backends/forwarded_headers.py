@@ -15,9 +15,14 @@ from backends.http1.headers import canonical_name
 
 #: `HTTP-Referer` and `X-Title` name the caller's program at OpenRouter.
 _TO_PROVIDER = frozenset({"traceparent", "tracestate", "http-referer", "x-title"})
-#: Names of parameters in a URL that hold a key. The provider's key comes from the settings, never from a caller.
-_CREDENTIALS = frozenset(
-    {"key", "api_key", "api-key", "apikey", "access_token", "access-token", "token", "subscription-key"}
+#: Where a word begins inside a name: `apiKey`, `APIKey`, `X-Api-Key`, `api_key`.
+_WORD_BEGINS = re.compile(r"[^A-Za-z0-9]+|(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
+#: Names, as lower-case words with hyphens, that hold a secret. Those of the first line may also be the end of a word
+#: (`apikey`, `idtoken`). `session` alone or with an id is a secret, `session-cache` is not.
+_SECRET_NAME = re.compile(
+    r"(?:key|token|(?:secret|passw(?:or)?d|passphrase|cookie|credential|signature)s?|auth|jwt)\d*(?:-|$)"
+    r"|(?:^|-)(?:authorization|authentication|sig|pwd|pass)\d*(?:-|$)"
+    r"|session(?:-?id)?$"
 )
 _TO_PROVIDER_PREFIXES = ("x-dashscope-",)
 _TO_CALLER = frozenset({"content-type", "content-language", "request-id", "traceparent", "retry-after"})
@@ -47,14 +52,23 @@ def to_provider(headers: Mapping[str, str]) -> dict[str, str]:
 
 
 def query_to_provider(query: str) -> str:
-    """Return the query of the caller's URL without parameters that hold a key, for example `api-version=2024-10-21`."""
+    """Return the query of the caller's URL without parameters that hold a secret, for example `api-version=2024-10-21`.
+
+    `;` separates parameters like `&`, because some servers read it so.
+    """
     if not query:
         return ""
-    return "&".join(pair for pair in query.split("&") if _parameter_name(pair) not in _CREDENTIALS)
+    parts = (";".join(one for one in part.split(";") if not _is_secret(one)) for part in query.split("&"))
+    return "&".join(part for part in parts if part)
 
 
-def _parameter_name(pair: str) -> str:
-    return unquote_plus(pair.partition("=")[0]).strip().lower()
+def _is_secret(parameter: str) -> bool:
+    return holds_secret(unquote_plus(parameter.partition("=")[0]))
+
+
+def holds_secret(name: str) -> bool:
+    """Return whether a header or a parameter of a URL with this name holds a secret, such as `X-Api-Key` or `sig`."""
+    return _SECRET_NAME.search(_WORD_BEGINS.sub("-", name).strip("-").lower()) is not None
 
 
 def to_caller(headers: Mapping[str, str]) -> dict[str, str]:
@@ -85,8 +99,7 @@ def is_public_id(request_id: str) -> bool:
 
 @lru_cache(512)
 def _goes_to_provider(name: str) -> bool:
-    name = name.lower()
-    return name in _TO_PROVIDER or name.startswith(_TO_PROVIDER_PREFIXES)
+    return name.lower() in _TO_PROVIDER or (name.lower().startswith(_TO_PROVIDER_PREFIXES) and not holds_secret(name))
 
 
 @lru_cache(512)

@@ -113,7 +113,12 @@ class Connection(RequestProtocol):
         self._closes_at = self.idle_since + accepting.FIRST_REQUEST_SECONDS
         self._timer = self.loop.call_at(self._closes_at, self._close_if_idle)
         self._listener.connections.add(self)
-        self.set_stopped(stopped=self._listener.budget.stops(self))
+        if self._listener.budget.stops(self):
+            self.loop.call_soon(self._stop_if_full)  # uvloop reads a socket that is stopped in this callback
+
+    def _stop_if_full(self) -> None:
+        if self.transport is not None:
+            self.set_stopped(stopped=self._listener.budget.stops(self))
 
     def connection_lost(self, exc: BaseException | None) -> None:
         """Cancel the handler, because nobody can receive its answer."""

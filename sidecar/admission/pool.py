@@ -170,7 +170,7 @@ class Pool:
         may_start = not self.waiting.tickets and ticket.not_before <= now and self._bodies.fits(self, ticket)
         if may_start and only is not None and only.opening(now, ticket)[1] is None:
             return self._start(only, ticket, now)  # the usual case
-        if (circuit := self._refusing(now)) is not None:
+        if (circuit := self._refusing(now, ticket.key)) is not None:
             raise _account_closed(now, circuit)
         if may_start and only is None:
             upstream, _, _ = self._choose(now, ticket, self._allowed(now, self._untried_by(ticket)))
@@ -262,6 +262,9 @@ class Pool:
         waiting.set_cause(now, "turn")
         if waiting.later.tickets:
             self._release_later(now)
+        for upstream in self.upstreams:
+            if upstream.circuit.refused_keys and waiting.tickets and not upstream.circuit.probing:
+                self._probe_with_another_key(now, upstream)
         look_at = inf
         if (large := waiting.parked.head()) is not None:
             look_at = now + LOOK_AGAIN_SECONDS
@@ -319,8 +322,32 @@ class Pool:
                     delayed.note_delay(cause)
                 return claimed + allowed, opens_at
             self._remove(now, ticket, served=True)
+            ticket.permit = None  # the permit refers to its ticket: a reference cycle would stay in memory
             permit.set_result(self._start(upstream, ticket, now))
         return claimed, inf
+
+    def _probe_with_another_key(self, now: float, upstream: Upstream) -> None:
+        """Send a waiting ticket of another key than those to which the upstream refused the account, if it may probe.
+
+        It passes the queue: its answer shows at once whether the account is refused to everybody.
+        """
+        others = [
+            ticket
+            for ticket, queue in self.waiting.tickets.items()
+            if ticket.key not in upstream.circuit.refused_keys
+            and queue is not self.waiting.later
+            and upstream in self._untried_by(ticket)
+        ]
+        others.sort(key=lambda ticket: upstream.is_suspect(now, ticket.key))
+        for ticket in others:
+            if not self._bodies.fits(self, ticket) or self._choose(now, ticket, (upstream,))[0] is None:
+                return
+            permit = ticket.permit
+            self._remove(now, ticket)
+            if permit is not None and not permit.done():  # else its caller left in this loop iteration
+                ticket.permit = None
+                permit.set_result(self._start(upstream, ticket, now))
+                return
 
     def _allowed(self, now: float, untried: tuple[Upstream, ...]) -> tuple[Upstream, ...]:
         """Return the upstreams to which a ticket may go now if it has not tried the upstreams in `untried`.
@@ -395,9 +422,10 @@ class Pool:
 
     def _on_end(self, now: float) -> None:
         if self.waiting.tickets:
-            if (circuit := self._refusing(now)) is not None:
+            if any(upstream.circuit.refuses_account for upstream in self.upstreams):
                 for ticket in list(self.waiting.tickets):
-                    self.refuse(ticket, _account_closed(now, circuit))
+                    if (circuit := self._refusing(now, ticket.key)) is not None:
+                        self.refuse(ticket, _account_closed(now, circuit))
             self.admit(now)
 
     def close(self) -> None:
@@ -411,15 +439,15 @@ class Pool:
 
     # -- accounts that are refused -------------------------------------------------------------------------------------
 
-    def _refusing(self, now: float) -> Circuit | None:
-        """If all upstreams refuse the account and none may get a probe now, return a circuit of one of them, else None.
+    def _refusing(self, now: float, key: str) -> Circuit | None:
+        """If all upstreams refuse the account and this key may probe none now, return a circuit of one, else None.
 
         Upstreams that are not ready are ignored, except if the pool has only one upstream.
         """
         refusing: Circuit | None = None
         for upstream in self.upstreams:
             circuit = upstream.circuit
-            if circuit.refuses_account and not circuit.may_probe(now):
+            if circuit.refuses(now, key):
                 refusing = refusing or circuit
             elif self._only_upstream is not None or upstream.unready_reason() is None:
                 return None

@@ -210,6 +210,8 @@ class FairQueue:
         if not queue:
             self._sort(key)
         if not self.tickets:
+            for other in self._keys.values():
+                other.queues.clear()  # they refer to their key: a reference cycle would stay in memory
             self._keys.clear()
             self._turns.clear()
             self._now = self._progress = 0.0

@@ -24,8 +24,12 @@ MAX_REMEMBERED = 256
 
 
 class _First(NamedTuple):
-    """The numbers of attempts that were started, accepted and refused before the first one without an answer."""
+    """The loop time of the first attempt without an answer, and the numbers of attempts before it.
 
+    These attempts were started, accepted or refused.
+    """
+
+    at: float
     started: int
     accepted: int
     refused: int
@@ -69,10 +73,14 @@ class Suspects:
                 if len(self._firsts) >= MAX_REMEMBERED:
                     oldest = next(iter(self._firsts))
                     del self._firsts[oldest], self._own[oldest]
-                self._firsts[who], self._own[who] = _First(started, self._accepted, self._refused - refused), 0
+                self._firsts[who], self._own[who] = _First(now, started, self._accepted, self._refused - refused), 0
             self._own[who] += refused
             is_cause = is_cause or self._is_cause(now, who)
         return is_cause
+
+    def refused_before(self, key: str, at: float) -> bool:
+        """Return True if this key failed or was refused before a loop time, and was not accepted since."""
+        return key in self._firsts and self._firsts[key].at < at
 
     def taught(self, key: str) -> None:
         """Note that a limit is learned from a refusal of this key."""

@@ -9,6 +9,7 @@ from math import ceil, inf
 from random import Random
 from types import TracebackType
 from typing import Any
+from weakref import proxy
 
 from sidecar.admission.gates.base import Ahead, Change, Gate, GateStatus, Verdict
 from sidecar.admission.gates.circuit import Circuit, CircuitState
@@ -184,21 +185,27 @@ class Upstream:
             on_change,
         )
         self.growth = GrowthGate(on_change)
+        self._suspects = Suspects()
+        # No gate refers to its upstream. A reference cycle would keep a forgotten model in memory until the garbage
+        # collector stops the event loop for it.
+        rates = (self.requests, self.tokens)
+        upstream = proxy(self)
         self.circuit = Circuit(
-            on_close=self._on_circuit_closed,
-            window_ends=self._window_ends,
-            refusal_seconds=lambda: self.requests.learner.refusal_seconds,
+            on_close=lambda *what: upstream._on_circuit_closed(*what),  # noqa: PLW0108  its method would be strong
+            window_ends=lambda now: _window_ends(now, rates),
+            refusal_seconds=lambda: rates[0].learner.refusal_seconds,
             random=(random or Random()).random,  # noqa: S311  jitter, not a secret
             on_change=on_change,
+            refused_before=self._suspects.refused_before,
         )
         self.rise = RiseGate(
             cold=paced, refusal_seconds=self.circuit.refusal_seconds, others_fail=self.circuit.others_fail
         )
-        rates: list[Gate] = [self.requests, self.growth, self.tokens] if paced else []
-        self._gates: list[Gate] = [self.concurrency, *rates]
+        paces: list[Gate] = [self.requests, self.growth, self.tokens] if paced else []
+        self._gates: list[Gate] = [self.concurrency, *paces]
         self.wordless = WordlessLimit()
         self._limit_without_words = False  # True: the learned request rate comes only from refusals without words
-        self._paces: list[Gate] = [self.rise, *rates]  # the gates that `opening` asks last, in this order
+        self._paces: list[Gate] = [self.rise, *paces]  # the gates that `opening` asks last, in this order
         self._latencies: deque[float] = deque(maxlen=64)
         self._answers = 0
         self._accepted_at = -inf  # time of the latest accepted verdict
@@ -220,7 +227,6 @@ class Upstream:
         self._first_sent_at = inf
         self._refused_in_row = 0
         self._own_fault = OwnFault(now)
-        self._suspects = Suspects()
 
     def __repr__(self) -> str:
         learners = f"{self.requests.learner!r} {self.tokens.learner!r}"
@@ -237,7 +243,7 @@ class Upstream:
         if circuit.state is not None:
             circuit.advance(now)  # may close the circuit
         if circuit.state is not None:
-            at = max(circuit.opens_at(now, 0.0), self.requests.probe_opens_at(now))
+            at = max(circuit.opens_for(now, ticket.key), self.requests.probe_opens_at(now))
             return (at, "hold") if at > now else (now, None)  # the probe passes every other gate
         permits = self.concurrency  # its `opens_at`, copied here: several full upstreams are asked for each ticket
         if permits.in_flight >= permits.size or permits.in_flight >= permits.learned + permits.step:
@@ -256,6 +262,10 @@ class Upstream:
         While the load rises, they take turns.
         """
         return self.circuit.state is not None or (not self.rise.dormant and self.started % 4 > 0)
+
+    def is_suspect(self, now: float, key: str) -> bool:
+        """Return True if a request of this key was refused or failed before, and none was accepted since."""
+        return self._suspects.refused_before(key, now)
 
     def note_delay(self, cause: Cause | None) -> None:
         """Note the gate that delays the next attempt; None: no ticket waits for this upstream."""
@@ -406,13 +416,6 @@ class Upstream:
                 if isinstance(gate, RateGate) and gate.name == limit.dimension:
                     gate.note_limit(now, reservation, limit)
 
-    def _window_ends(self, now: float) -> float:
-        """Return the best loop time for the next probe of a used-up window; `now` if no window is used up."""
-        for gate in (self.requests, self.tokens):
-            if gate.reported is not None and (ends_at := gate.reported.ends_at(now)) > now:
-                return ends_at
-        return self.requests.learner.window_ends(now)
-
     def _delay_probe(self, now: float) -> None:
         """Let the next probe wait for the end of a window that is used up, as trusted headers report it."""
         for gate in (self.requests, self.tokens):
@@ -559,7 +562,7 @@ class Upstream:
 
     def next_probe_in(self, now: float) -> float:
         """Return the seconds until the next probe; no attempt can start earlier. 0 while the circuit is closed."""
-        return max(self.circuit.next_probe - now, 0.0)
+        return 0.0 if self.circuit.refuses_few_keys else max(self.circuit.next_probe - now, 0.0)
 
     def throughput(self, now: float, ticket: Ticket) -> float:
         """Return how many attempts with the cost of this ticket can certainly start in one second."""
@@ -618,3 +621,11 @@ class Upstream:
             self.circuit.probing,
             self.latency,
         )
+
+
+def _window_ends(now: float, rates: tuple[RateGate, RateGate]) -> float:
+    """Return the best loop time for the next probe of a used-up window; `now` if no window is used up."""
+    for gate in rates:
+        if gate.reported is not None and (ends_at := gate.reported.ends_at(now)) > now:
+            return ends_at
+    return rates[0].learner.window_ends(now)

@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import re
 import secrets
 from collections.abc import Mapping
 from functools import lru_cache
 
+from backends.forwarded_headers import holds_secret
 from sidecar.api.errors import InvalidRequest
 
 #: Characters of the longest key. A longer one is a mistake.
 MAX_KEY_CHARS = 256
-#: Names of headers that hold a secret. Their values are never kept or shown: a short hash takes their place.
-_SECRET_NAME = re.compile(
-    r"auth|cookie|token|secret|passw|credential|session|signature|jwt|(?:api|access|private|subscription)-?key",
-    re.IGNORECASE,
-)
 #: Makes the hashes of this process different from those of any other, so that nobody can try passwords against a hash.
 _SALT = secrets.token_bytes(16)
 
@@ -29,7 +24,7 @@ def fair_queue_key(headers: Mapping[str, str], header: str) -> str:
     runs.
     """
     key = headers.get(header, "")
-    if key and holds_secret(header):
+    if key and _is_hashed(header):
         return f"hash-{_short_hash(key)}"
     if len(key) > MAX_KEY_CHARS:
         raise InvalidRequest(f"{header} must be at most {MAX_KEY_CHARS} characters, not {len(key)}", field=header)
@@ -37,9 +32,8 @@ def fair_queue_key(headers: Mapping[str, str], header: str) -> str:
 
 
 @lru_cache(16)
-def holds_secret(header: str) -> bool:
-    """Return whether the values of a header with this name are secrets."""
-    return _SECRET_NAME.search(header) is not None
+def _is_hashed(header: str) -> bool:
+    return holds_secret(header)
 
 
 def _short_hash(value: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from math import inf
 
 import orjson
@@ -91,6 +92,27 @@ def test_thousands_of_names_take_the_memory_of_a_few():
             pool.last_used = admission.loop.time()
         assert state(admission, "used") == before
         assert len(admission._pools) == len(admission._upstreams) == MAX_POOLS
+
+    clock.run(main())
+
+
+@pytest.mark.parametrize("said", [(), *ABOUT_UNKNOWN_MODELS.values()], ids=["200", *ABOUT_UNKNOWN_MODELS])
+def test_a_forgotten_model_leaves_nothing_to_the_garbage_collector(said):
+    """A collection of thousands of objects would stop the event loop."""
+
+    async def main():
+        admission = Admission()
+        for number in range(MAX_POOLS):
+            await ask(admission, f"old-{number}")
+        gc.collect()
+        gc.disable()
+        try:
+            for number in range(100):
+                await ask(admission, f"no-model-{number}", *[said] * 3 if said else ())
+            assert len(admission._pools) == MAX_POOLS
+            assert gc.collect() == 0
+        finally:
+            gc.enable()
 
     clock.run(main())
 

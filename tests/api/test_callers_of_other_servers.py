@@ -9,6 +9,7 @@ import logging
 import openai
 import pytest
 from running import CHAT, IMAGE_URL, chat
+from yarl import URL
 
 GENERATION = "/api/v1/services/aigc/multimodal-generation/generation"
 DESCRIBE = "/api/inference/describe"
@@ -192,6 +193,49 @@ async def test_the_query_and_the_headers_of_openrouter_are_passed_on_but_no_key_
         assert (seen.headers["http-referer"], seen.headers["x-title"]) == ("https://cameras.example", "Yard cameras")
         assert seen.headers["authorization"] == "Bearer sk-ours"
         assert "sk-callers" not in f"{seen}"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "sig", "auth", "password", "id_token", "X-Api-Key", "client_secret", "apiKey", "APIKey", "apikey", "api%2Dkey",
+        "%6bey", "authorization", "jwt", "X-Amz-Signature", "X-Amz-Credential", "sessionid", "session_id", "user[pwd]",
+        "auth_token2", "Ocp-Apim-Subscription-Key",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("before", ["?", "?a=1&", "?a=1;"])
+async def test_no_parameter_that_is_named_like_a_secret_reaches_the_provider(serving, scripted, name, before):
+    upstream = await scripted()
+    sidecar = await serving(dashscope_url=f"{upstream.origin}/v1")
+    url = URL(f"{sidecar.url}{CHAT}{before}{name}=sk-callers", encoded=True)
+    async with sidecar.client.post(url, json=chat()) as response:
+        assert response.status == 200, await response.text()
+    assert upstream.seen[-1].path == f"/v1/chat/completions{before.rstrip('?&;')}"
+
+
+HARMLESS = "api-version=2024-10-21&deployment=a%20b&max_tokens=5&keywords=x;y&keyframe=1&author=me&design=z"
+
+
+async def test_other_parameters_pass_unchanged(serving, scripted):
+    upstream = await scripted()
+    sidecar = await serving(dashscope_url=f"{upstream.origin}/v1")
+    url = URL(f"{sidecar.url}{CHAT}?{HARMLESS}", encoded=True)
+    async with sidecar.client.post(url, json=chat()) as response:
+        assert response.status == 200, await response.text()
+    assert upstream.seen[-1].path == f"/v1/chat/completions?{HARMLESS}"
+
+
+async def test_of_the_headers_of_dashscope_those_named_like_a_secret_are_not_passed_on(serving, scripted):
+    upstream = await scripted()
+    sidecar = await serving(dashscope_url=f"{upstream.origin}/v1")
+    secret = ("X-DashScope-Api-Key", "x-dashscope-apikey", "X-DashScope-Authorization", "X-DashScope-Security-Token")
+    passed = ("x-dashscope-workspace", "x-dashscope-datainspection", "x-dashscope-session-cache")
+    headers = dict.fromkeys(secret, "sk-callers") | dict.fromkeys(passed, "enable")
+    async with sidecar.post(headers=headers) as response:
+        assert response.status == 200, await response.text()
+    seen = upstream.seen[-1]
+    assert "sk-callers" not in f"{seen}"
+    assert {name for name in seen.headers if name.startswith("x-dashscope-")} == set(passed)
 
 
 async def test_a_native_request_that_is_translated_keeps_its_query(serving, scripted):

@@ -117,7 +117,7 @@ def test_one_refusal_of_the_account_is_seen_by_no_caller(kind):
     clock.run(main())
 
 
-def test_while_the_account_is_in_doubt_the_refused_request_is_the_only_probe(kind):
+def test_while_the_account_is_in_doubt_a_request_of_another_camera_is_the_only_probe(kind):
     async def main():
         backend = Scripted("a", lambda camera, at: REFUSALS[kind] if at < 5.2 and camera == "first" else None)
         world = World(backend)
@@ -128,9 +128,19 @@ def test_while_the_account_is_in_doubt_the_refused_request_is_the_only_probe(kin
         assert world.circuit.state.value == "account_doubt"
         others = [asyncio.create_task(world.ask(f"other {number}")) for number in range(10)]
         assert errors(await asyncio.gather(first, *others)) == []
-        assert [camera for _, camera in backend.calls[1:3]] == ["first", "first"]
+        assert [camera for _, camera in backend.calls[1:4]] == ["first", "other 0", "first"]
         second, third = (at for at, _ in backend.calls[2:4])
         assert third >= second + 0.299  # after the answer to the probe
+
+    clock.run(main())
+
+
+def test_while_no_other_camera_asks_the_refused_request_is_the_probe(kind):
+    async def main():
+        backend = Scripted("a", lambda camera, at: REFUSALS[kind] if at < 0.2 else None)
+        world = World(backend)
+        assert (await world.ask("only"))[0] is None
+        assert [camera for _, camera in backend.calls] == ["only", "only"]
 
     clock.run(main())
 
@@ -139,11 +149,12 @@ def test_two_refusals_of_the_account_open_the_circuit_for_all_and_an_accepted_pr
     async def main():
         backend = Scripted("a", lambda camera, at: REFUSALS[kind] if 5.0 <= at < 40.0 else None)
         world = World(backend)
-        results = await world.arrive(10.0, 60.0)
+        results = await world.arrive(10.0, 80.0)
         seen = errors(results)
         assert {type(error) for error in seen} == {type(REFUSALS[kind]), CLOSED[kind]}
         assert sum(isinstance(error, BackendError) for error in seen) <= 15  # the probes, and what was in flight
-        assert errors(results[480:]) == []  # 8 s after the provider accepts calls again
+        longest = {"money": 30.0, "key": 5.0}[kind]  # between two probes, plus a jitter of 20 %, plus the probe
+        assert errors(results[int(10.0 * (40.0 + 1.2 * longest + 1.0)) :]) == []
         refused = sum(5.0 <= at < 40.0 for at, _ in backend.calls)
         assert refused <= 15
         assert world.at_rest()
@@ -186,6 +197,39 @@ def test_a_camera_whose_requests_are_always_refused_disturbs_no_other(kind):
         assert {error for error, _ in bad} == {REFUSALS[kind]}
         calls = len([1 for _, camera in backend.calls if camera == "poison"])
         assert calls <= len(bad) + 4  # once others are answered, one refusal is enough
+
+    clock.run(main())
+
+
+@pytest.mark.parametrize(("poisoned", "cadence"), [(1, 0.5), (1, 8.0), (2, 0.5), (2, 2.0)])
+@pytest.mark.parametrize("starts_at", [0.0, 5.0])
+@pytest.mark.parametrize("pause", [0.05, 1.0])
+def test_cameras_that_are_always_refused_and_ask_all_the_time_cost_the_others_few_answers(
+    kind, pause, poisoned, starts_at, cadence
+):
+    """`cadence`: seconds between two requests of one of three other cameras. Those wait for 4 s at most."""
+
+    async def main():
+        backend = Scripted("a", lambda camera, at: REFUSALS[kind] if camera.startswith("poison") else None)
+        world = World(backend)
+
+        async def ask(camera, pause):
+            results = []
+            while world.loop.time() < world.began + 120.0:
+                results.append(await world.ask(camera, 4.0))
+                await asyncio.sleep(pause)
+            return results
+
+        good = [asyncio.create_task(ask(f"camera-{number}", cadence)) for number in range(3)]
+        await asyncio.sleep(starts_at)
+        bad = [asyncio.create_task(ask(f"poison-{number % poisoned}", pause)) for number in range(5)]
+        results = [one for of_camera in await asyncio.gather(*good) for one in of_camera]
+        seen = {type(error) for of_camera in await asyncio.gather(*bad) for error, _ in of_camera}
+        assert seen <= {type(REFUSALS[kind]), CLOSED[kind]}
+        if poisoned == 1:
+            assert errors(results) == []
+        else:  # one of them confirms the refusal of the other, until the first probe
+            assert len(errors(results)) <= 0.1 * len(results)
 
     clock.run(main())
 

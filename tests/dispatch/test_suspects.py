@@ -113,10 +113,14 @@ def test_a_quota_that_is_used_up_for_all_costs_few_calls():
 
 DAY = json.dumps({"error": {"message": "Rate limit reached for requests per day (RPD)", "code": "rate_limit_exceeded"}})
 OVERLOADED = json.dumps({"error": {"message": "The model is overloaded", "code": "overloaded"}})
+ARREARS = json.dumps({"error": {"message": "Insufficient balance", "code": "Arrearage"}})
+WRONG_KEY = json.dumps({"error": {"message": "no", "code": "invalid_api_key"}})
 CRASH = json.dumps({"error": {"message": "internal error", "type": "server_error"}})
 
 
-@pytest.mark.parametrize(("status", "refusal"), [(429, DAY), (503, OVERLOADED), (500, CRASH)])
+@pytest.mark.parametrize(
+    ("status", "refusal"), [(429, DAY), (503, OVERLOADED), (500, CRASH), (400, ARREARS), (401, WRONG_KEY)]
+)
 async def test_over_sockets_one_camera_that_is_never_answered_takes_no_answer_from_the_others(status, refusal):
     async def script(link, request):
         if b"poison" in request.body:

@@ -21,8 +21,8 @@ class CircuitState(StrEnum):
     BLACKOUT = "blackout"
     """A limit refuses every call: the quota of a window is used up, or the provider punishes calls above the limit."""
     DOUBT = "account_doubt"
-    """One call was refused because of the account or the key. The same request is sent again before any other, so that
-    one wrong answer, or one request with a fault of its own, closes nothing."""
+    """One call was refused because of the account or the key. A request of another key is the next probe. If none
+    waits, the same request is sent again. So one wrong answer, or one refused request or key, closes nothing."""
     BILLING = "billing"
     UNAUTHORIZED = "unauthorized"
     """The provider refuses the sidecar's key."""
@@ -47,6 +47,16 @@ ACCOUNT_STEPS: dict[CircuitState, tuple[float, float]] = {
     CircuitState.UNAUTHORIZED: (5.0, 5.0),  # a new key is used soon
     CircuitState.QUOTA: (60.0, 1800.0),
 }
+#: These circuits open because of refusals of the account or the key, or of a used-up quota of a long period.
+ACCOUNT_STATES = frozenset({CircuitState.DOUBT, *ACCOUNT_STEPS})
+#: The account is refused to every key if it was refused to ENOUGH_KEYS that were not refused before the circuit opened,
+#: or to MANY_KEYS of any kind. Until then, a request of a key that was not refused yet is a probe at once.
+ENOUGH_KEYS, MANY_KEYS = 2, 8
+#: Number of refused keys that are remembered. Bounds the memory.
+MAX_REFUSED_KEYS = 256
+#: While the account is refused, a key that was not refused yet may probe earlier by this share of the time between two
+#: probes, and at most by MAX_STEP. Otherwise a refused key that asks all the time would always be the probe.
+EARLIER_SHARE = 0.5
 #: Seconds. The circuit is expected to stay open for as long as it has been open already. This is the maximum of that
 #: estimate.
 MAX_GUESS = 60.0
@@ -87,18 +97,20 @@ class Circuit:
 
     __slots__ = (
         "_account_step",
-        "_doubted_key",
         "_failed",
         "_failures",
         "_longest_failed_wait",
         "_on_change",
         "_on_close",
+        "_others_at",
         "_probed_at",
         "_probes",
         "_random",
         "_refusal_seconds",
+        "_refused_before",
         "_silent",
         "_step",
+        "_unsuspected",
         "_waits",
         "_window_ends",
         "ends_at",
@@ -108,6 +120,7 @@ class Circuit:
         "name",
         "next_probe",
         "reason",
+        "refused_keys",
         "since",
         "state",
     )  # fmt: skip
@@ -120,11 +133,13 @@ class Circuit:
         refusal_seconds: Callable[[], float],
         random: Callable[[], float],
         on_change: Callable[[Change], None] = lambda _: None,
+        refused_before: Callable[[str, float], bool] = lambda key, at: False,
     ) -> None:
         """`on_close` is called when a probe was accepted, with the state that ends; `on_change` with every new state.
 
         `window_ends` and `refusal_seconds` are functions of the learner of the request rate. `random` returns the
-        jitter, from 0 to 1.
+        jitter, from 0 to 1. `refused_before` returns whether a key was refused before a loop time, and not accepted
+        since.
         """
         self.name: Cause = "hold"
         self.state: CircuitState | None = None
@@ -144,15 +159,17 @@ class Circuit:
         self._refusal_seconds = refusal_seconds
         self._random = random
         self._on_change = on_change
+        self._refused_before = refused_before
         self._probes: dict[Ticket, float] = {}  # in flight: send times. More than one only if an answer is slow
         self._probed_at = -inf  # send time of the latest probe
         self._failures = self._silent = 0
         self._failed: set[Ticket] = set()
         self._step = FIRST_STEP
         self._account_step = 0.0  # seconds between two probes while the account is refused; 0: the next request probes
-        self._doubted_key: str | None = (
-            None  # the key whose refusal opened the circuit; None: the next refusal confirms
-        )
+        self.refused_keys: set[str] = set()
+        """The keys that were refused because of the account since the circuit opened for this reason."""
+        self._unsuspected = 0  # how many of them were not refused before it opened
+        self._others_at = -inf  # loop time from which another key may probe while only these are refused
         self._longest_failed_wait = 0.0  # the longest wait in seconds after which a probe was refused again
         self._waits = ReportedWaits()
 
@@ -182,12 +199,35 @@ class Circuit:
         """Return True if other requests than this one failed since the last answer."""
         return bool(self._failed - {ticket})
 
-    def may_probe(self, now: float) -> bool:
-        """Return True if a probe may be sent now, while the circuit is open.
+    @property
+    def refuses_few_keys(self) -> bool:
+        """True if only the keys in `refused_keys` may be refused. A request of another key is a probe at once."""
+        return (
+            self._unsuspected < ENOUGH_KEYS and 0 < len(self.refused_keys) < MANY_KEYS and self.state in ACCOUNT_STATES
+        )
+
+    def refuses(self, now: float, key: str) -> bool:
+        """Return True if a request of this key need not wait, because the account is refused and no probe is due."""
+        if not self.refuses_account or (self.refuses_few_keys and key not in self.refused_keys):
+            return False
+        return not self.may_probe(now, key)
+
+    def may_probe(self, now: float, key: str | None = None) -> bool:
+        """Return True if a probe may be sent now, while the circuit is open. None: of any key.
 
         A probe without a verdict delays the next probe by at most MAX_STEP seconds.
         """
-        return now >= self.next_probe and (not self._probes or now >= self._probed_at + MAX_STEP)
+        return now >= self._next_probe_of(key) and (not self._probes or now >= self._probed_at + MAX_STEP)
+
+    def _next_probe_of(self, key: str | None) -> float:
+        """Return the loop time before which this key may not probe."""
+        if key is None or not self.refused_keys or key in self.refused_keys or self.state not in ACCOUNT_STATES:
+            return self.next_probe
+        if self.refuses_few_keys:
+            return self._others_at
+        if self.state is CircuitState.QUOTA and self.ends_at < inf:
+            return self.next_probe
+        return self.next_probe - min(EARLIER_SHARE * self._account_step, MAX_STEP)
 
     # -- the gate ------------------------------------------------------------------------------------------------------
 
@@ -203,11 +243,16 @@ class Circuit:
 
     def opens_at(self, now: float, cost: float) -> float:
         """See `Gate`. While the circuit is open, the result is `now` if the half-open probe may be sent now."""
+        return self.opens_for(now, None)
+
+    def opens_for(self, now: float, key: str | None) -> float:
+        """Return the loop time at which a ticket of this key may start (None: of any key)."""
         if self.state is None:
             return now
+        at = max(now, self._next_probe_of(key))
         if not self._probes:
-            return max(now, self.next_probe)
-        return min(now + self._probe_passes_in(now), max(now, self.next_probe, self._probed_at + MAX_STEP))
+            return at
+        return min(now + self._probe_passes_in(now), max(at, self._probed_at + MAX_STEP))
 
     def reserve(self, now: float, ticket: Ticket, cost: float, *, held: bool) -> Ticket:
         """See `Gate`. While the circuit is open, this attempt is the probe."""
@@ -228,15 +273,18 @@ class Circuit:
             state = CircuitState.OUTAGE if down else FIRST_MOVES.get(event)
             # The second refusal of one request, between accepted calls of others, is the request's own fault.
             if state is not None and not (event == "account" and reservation.doubted):
-                self._doubted_key = reservation.key
+                self._note_refused(now, event, reservation.key)
                 self.open(now, state, verdict.reason, verdict.retry_after)
         elif probed_at is not None and event == "quota" and self._is_in_doubt_of(now, reservation.key):
             self.next_probe, self._step = now + self._step, GROWTH * self._step
         elif probed_at is not None:
+            self._note_refused(now, event, reservation.key)
             self._probed(now, self.state, probed_at, event, verdict)
         elif event == "quota" and self.state is not CircuitState.QUOTA:
             self.open(now, CircuitState.QUOTA, verdict.reason, verdict.retry_after)
-        elif event == "accepted" and self.state is CircuitState.DOUBT:
+        elif event == "accepted" and (
+            self.state is CircuitState.DOUBT or (self.refuses_few_keys and reservation.key not in self.refused_keys)
+        ):
             self._close(now, None)
         elif verdict.outcome == "refused":
             self._heed(now, verdict.retry_after)
@@ -247,7 +295,17 @@ class Circuit:
         After MAX_STEP seconds, the same key confirms it too: perhaps there is no other.
         """
         is_unsure = self.state is CircuitState.QUOTA and not self._account_step
-        return is_unsure and key == self._doubted_key and now < self.since + MAX_STEP
+        return is_unsure and self.refused_keys == {key} and now < self.since + MAX_STEP
+
+    def _note_refused(self, now: float, event: Event, key: str) -> None:
+        if event in ("account", "quota") and key not in self.refused_keys and len(self.refused_keys) < MAX_REFUSED_KEYS:
+            self.refused_keys.add(key)
+            opened_at = now if self.state not in ACCOUNT_STATES else self.since
+            self._unsuspected += not self._refused_before(key, opened_at)
+
+    def _forget_refused(self) -> None:
+        self.refused_keys.clear()
+        self._unsuspected = 0
 
     def _count(self, outcome: VerdictOutcome, ticket: Ticket) -> bool:
         """Count the failures in a row. Return True if the provider is down."""
@@ -278,6 +336,7 @@ class Circuit:
             elif state in ACCOUNT_STEPS:  # a long step would let callers that leave keep the circuit open
                 step = MAX_STEP
             self.next_probe = max(self.next_probe, probed_at + step)
+            self._others_at = probed_at + FIRST_STEP
         else:
             if move == "again":
                 move = state
@@ -294,9 +353,10 @@ class Circuit:
 
         The estimate is the time for which the circuit has been open, at most MAX_GUESS: for an event of unknown length,
         the median remaining time equals the elapsed time (Gott, 1993). It is at least the time until the next probe.
-        In a blackout, it is also at least the time until `gap` seconds after the last refusal.
+        In a blackout, it is also at least the time until `gap` seconds after the last refusal. 0 while few keys were
+        refused because of the account, because a request of another key need not wait.
         """
-        if self.state is None:
+        if self.state is None or self.refuses_few_keys:
             return 0.0
         until = self.next_probe
         if self.state is CircuitState.BLACKOUT:
@@ -334,6 +394,10 @@ class Circuit:
             reason = f"{reason}; for {QUOTA_SECONDS:.0f} s it has named the same end for every call"
         before, self.state = self.state, state
         self.reason = reason
+        if state not in ACCOUNT_STATES:
+            self._forget_refused()
+        if before not in ACCOUNT_STATES:
+            self._others_at = -inf
         self.last_refused = now
         if state is not before:
             self._on_change(Change(now, "hold", 0.0, 0.0, state.value, reason))
@@ -344,7 +408,7 @@ class Circuit:
                 self._account_step = min(max(2.0 * self._account_step, first), longest)
             else:
                 # Only one request was refused. If this is its own fault, the next request shows it at once.
-                is_unsure = (before, state) in (
+                is_unsure = self._unsuspected < ENOUGH_KEYS and (before, state) in (
                     (None, CircuitState.QUOTA),
                     (CircuitState.DOUBT, CircuitState.UNAUTHORIZED),
                 )
@@ -377,6 +441,7 @@ class Circuit:
         self.reason = ""
         self.next_probe = -inf
         self._probes.clear()
+        self._forget_refused()
         why = "a probe" if probed_at is not None else "another call"
         self._on_change(Change(now, "hold", 0.0, 0.0, "", f"{why} was accepted after {now - self.since:.1f} s"))
 
