@@ -19,9 +19,9 @@ STALLED_SECONDS = 5.0
 SMALL_BYTES = 1024 * 1024
 #: Seconds. A small message whose peer sends nothing for this time is given up first. A caller that has a whole message
 #: sends it without a pause.
-IDLE_SECONDS = 0.1
+IDLE_SECONDS = 0.05
 #: Seconds between two looks while the bound is reached: other places free their bytes without a message.
-_LOOK_SECONDS = 0.05
+_LOOK_SECONDS = 0.03
 
 
 class Socket(Protocol):
