@@ -7,7 +7,7 @@ import os
 import resource
 
 #: Maximum number of connections: of callers, and of the admin listener, which other pods can reach.
-MAX_DATA_CONNECTIONS = 4096
+MAX_DATA_CONNECTIONS = 2048
 MAX_ADMIN_CONNECTIONS = 128
 #: Connections of the admin listener that even the smallest limit leaves: probes, Prometheus and a few viewers.
 MIN_ADMIN_CONNECTIONS = 16
