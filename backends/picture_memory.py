@@ -20,9 +20,9 @@ _T = TypeVar("_T")
 #: A 4K frame takes 32 MiB (Pillow holds 4 bytes per pixel); the rest is for its file, 10 MiB at most, and for what is
 #: made of it. Source: tests/api/trio/test_picture_memory.py measures each kind of picture.
 MAX_PICTURE_BYTES = 64 << 20
-#: Bytes of a piece of memory that glibc does not keep after it was freed. Pillow's pieces have up to 16 MiB; frames in
-#: transit, which are freed thousands of times an hour, are smaller.
-_LARGE_BYTES = 4 << 20
+#: Bytes of a piece of memory that glibc does not keep after it was freed. Pictures, large bodies and answers are larger;
+#: usual frames, which are freed thousands of times an hour, are smaller.
+_LARGE_BYTES = 1 << 20
 #: glibc's numbers of the two parameters (malloc.h).
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
@@ -61,7 +61,7 @@ class PictureMemory:
             return await asyncio.get_running_loop().run_in_executor(self._thread, self._run, job)
 
     def _run(self, job: Callable[[], _T]) -> _T:
-        _give_large_pieces_back()
+        give_large_pieces_back()
         try:
             return job()
         except BaseException as error:
@@ -83,7 +83,7 @@ def _forget_pictures(error: BaseException | None) -> None:
 
 
 @cache
-def _give_large_pieces_back() -> None:
+def give_large_pieces_back() -> None:
     """Fix the size from which glibc takes memory from the system and gives it back at once.
 
     Otherwise that size grows with the largest piece that was freed, up to 32 MiB, and the thread keeps a whole frame.

@@ -14,6 +14,7 @@ from backends.base import BackendError
 from backends.http1 import descriptors
 from backends.http1.implementation import choose
 from backends.http1.interface import Listener
+from backends.picture_memory import give_large_pieces_back
 from sidecar import __version__
 from sidecar.assembly import StartError, assemble
 from sidecar.config_file import ConfigFile, Source
@@ -89,6 +90,7 @@ class Sidecar:
     async def start(self) -> None:
         """Open the admin listener, then the backends, then the data listener, so that probes can see each step."""
         settings = self.settings
+        give_large_pieces_back()
         for number in (signal.SIGTERM, signal.SIGINT):
             self._loop.add_signal_handler(number, self._on_signal)
         if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # `nohup` starts a process that ignores it

@@ -12,7 +12,7 @@ from backends.picture_memory import MAX_PICTURE_BYTES
 from sidecar.settings import Settings, load
 from sidecar.settings.memory import BASE_BYTES, MIB, memory_limit
 
-FORMULA = f"({BASE_BYTES // MIB} MiB + 2 × `SIDECAR_QUEUE_BYTES` + {MAX_PICTURE_BYTES // MIB} MiB) × 4/3"  # noqa: RUF001
+FORMULA = f"({BASE_BYTES // MIB} MiB + 2 × `SIDECAR_QUEUE_BYTES` + {MAX_PICTURE_BYTES // MIB} MiB) × 16/9"  # noqa: RUF001
 KUBERNETES = (ROOT / "docs" / "kubernetes.md").read_text()
 
 

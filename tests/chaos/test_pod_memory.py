@@ -108,6 +108,7 @@ async def test_all_attacks_at_once_in_a_pod():
             assert peak < limit
             assert "MemoryError" not in process.log
             assert "defect" not in process.log
-    assert 0 < most["of callers"] <= given.queue_bytes + given.max_body_bytes
-    assert 0 < most["of answers"] <= given.queue_bytes + MAX_ANSWER_BYTES
+    # The oldest message can always be completed, and another one may be taken in the same moment.
+    assert 0 < most["of callers"] <= given.queue_bytes + 2 * given.max_body_bytes
+    assert 0 < most["of answers"] <= given.queue_bytes + 2 * MAX_ANSWER_BYTES
     assert most["of pictures"] <= MAX_PICTURE_BYTES
