@@ -20,8 +20,8 @@ _T = TypeVar("_T")
 #: A 4K frame takes 32 MiB (Pillow holds 4 bytes per pixel); the rest is for its file, 10 MiB at most, and for what is
 #: made of it. Source: tests/api/trio/test_picture_memory.py measures each kind of picture.
 MAX_PICTURE_BYTES = 64 << 20
-#: Bytes of a piece of memory that glibc does not keep after it was freed. Pictures, large bodies and answers are larger;
-#: usual frames, which are freed thousands of times an hour, are smaller.
+#: Bytes of a piece of memory that glibc does not keep after it was freed. Pictures, large bodies and large answers have
+#: more; usual frames, which are freed thousands of times an hour, have less.
 _LARGE_BYTES = 1 << 20
 #: glibc's numbers of the two parameters (malloc.h).
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3

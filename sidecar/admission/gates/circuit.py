@@ -275,8 +275,6 @@ class Circuit:
             if state is not None and not (event == "account" and reservation.doubted):
                 self._note_refused(now, event, reservation.key)
                 self.open(now, state, verdict.reason, verdict.retry_after)
-        elif probed_at is not None and event == "quota" and self._is_in_doubt_of(now, reservation.key):
-            self.next_probe, self._step = now + self._step, GROWTH * self._step
         elif probed_at is not None:
             self._note_refused(now, event, reservation.key)
             self._probed(now, self.state, probed_at, event, verdict)
@@ -288,14 +286,6 @@ class Circuit:
             self._close(now, None)
         elif verdict.outcome == "refused":
             self._heed(now, verdict.retry_after)
-
-    def _is_in_doubt_of(self, now: float, key: str) -> bool:
-        """Return True if only this key was refused because of a quota, and a request of another key must confirm it.
-
-        After MAX_STEP seconds, the same key confirms it too: perhaps there is no other.
-        """
-        is_unsure = self.state is CircuitState.QUOTA and not self._account_step
-        return is_unsure and self.refused_keys == {key} and now < self.since + MAX_STEP
 
     def _note_refused(self, now: float, event: Event, key: str) -> None:
         if event in ("account", "quota") and key not in self.refused_keys and len(self.refused_keys) < MAX_REFUSED_KEYS:
@@ -405,12 +395,13 @@ class Circuit:
         if state in ACCOUNT_STEPS:
             first, longest = ACCOUNT_STEPS[state]
             if before is state:
-                self._account_step = min(max(2.0 * self._account_step, first), longest)
+                if now >= self.next_probe - MAX_STEP:  # else another key confirms the first refusal
+                    self._account_step = min(max(2.0 * self._account_step, first), longest)
             else:
                 # Only one request was refused. If this is its own fault, the next request shows it at once.
-                is_unsure = self._unsuspected < ENOUGH_KEYS and (before, state) in (
-                    (None, CircuitState.QUOTA),
-                    (CircuitState.DOUBT, CircuitState.UNAUTHORIZED),
+                is_unsure = self._unsuspected < ENOUGH_KEYS and (before, state) == (
+                    CircuitState.DOUBT,
+                    CircuitState.UNAUTHORIZED,
                 )
                 self._account_step = 0.0 if is_unsure else first
             step = self._account_step * jitter

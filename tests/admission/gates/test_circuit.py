@@ -240,14 +240,15 @@ def confirm_quota(circuit, refusal):
     probe(circuit, refusal.at, refusal, Ticket(now=0.0, deadline=60.0, key="other"))
 
 
-def test_the_first_refusal_for_a_used_up_quota_is_believed_after_a_refusal_of_another_key():
+def test_the_first_refusal_for_a_used_up_quota_closes_the_circuit_for_its_key_and_another_key_is_the_probe():
     circuit = make_circuit()
     circuit.settle(1.0, TICKET, account(1.0, retry_after=7200.0), blamed=None)
-    assert (circuit.state, circuit.refuses_account, circuit.next_probe) == (CircuitState.QUOTA, False, 1.0)
-    probe(circuit, 1.0, account(1.1), Ticket(now=0.0, deadline=60.0, key=TICKET.key))
-    assert (circuit.refuses_account, circuit.next_probe) == (False, 1.0 + FIRST_STEP)
-    probe(circuit, 1.5, account(1.3, retry_after=7200.0), Ticket(now=0.0, deadline=60.0, key="other"))
-    assert circuit.refuses_account
+    assert (circuit.state, circuit.next_probe) == (CircuitState.QUOTA, 61.0)
+    assert circuit.refuses(1.0, TICKET.key)
+    assert not circuit.refuses(1.0, "other")
+    probe(circuit, 1.0, account(1.1, retry_after=7200.0), Ticket(now=0.0, deadline=60.0, key="other"))
+    assert circuit.refuses(1.1, "a third one")
+    assert circuit.next_probe == 61.0  # the confirmation is no later probe, so it does not double the wait
 
 
 def test_an_answer_to_another_request_disproves_a_used_up_quota_at_once():
@@ -255,17 +256,6 @@ def test_an_answer_to_another_request_disproves_a_used_up_quota_at_once():
     circuit.settle(1.0, TICKET, account(1.0, retry_after=7200.0), blamed=None)
     probe(circuit, 1.0, accepted(1.3))
     assert circuit.state is None
-
-
-def test_with_only_one_key_a_used_up_quota_is_confirmed_after_few_calls():
-    circuit, probes = make_circuit(), 0
-    circuit.settle(1.0, TICKET, account(1.0), blamed=None)
-    while not circuit.refuses_account:
-        probes += 1
-        now = circuit.next_probe
-        probe(circuit, now, account(now))
-    assert probes <= 5
-    assert now <= 1.0 + 2.0 * MAX_STEP
 
 
 def test_a_used_up_quota_is_probed_after_1_2_4_and_at_most_30_minutes():
