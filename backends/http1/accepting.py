@@ -45,6 +45,9 @@ READ_BUFFER_BYTES = 256 * 1024
 #: reading from the socket until the answer is complete. Hardly any client sends a request before it has the answer to
 #: the previous one.
 MAX_PIPELINED_BYTES = 64 * 1024
+#: Bytes of such requests on all connections of a listener together, and their share of what the connections may hold.
+#: They delay nobody else: the connection that exceeds this bound is closed.
+MAX_PIPELINED_IN_ALL_BYTES, PIPELINED_SHARE = 16 * 1024 * 1024, 1 / 8
 #: Bytes of a request's head at most. Real heads have about 1 kB; aiohttp alone would take 128 headers of 8 kB.
 MAX_HEAD_BYTES = 64 * 1024
 #: Bytes of memory that each header counts in addition to its text: without them, many heads of 128 short headers would

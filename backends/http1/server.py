@@ -127,13 +127,14 @@ class Connection(RequestProtocol):
         self._listener.slow_readers.discard(self)
         if self._end_timer is not None:
             self._end_timer.cancel()
-        self.behind_bytes = 0
+        self._set_behind(0)
         self.let_go(self.held_bytes)
         self._listener.connections.discard(self)
         if self.task is not None:
             self.task.cancel()
         self._stopped, self._incoming = True, EMPTY_PAYLOAD
         self.waiting.clear()
+        self._counted_before.clear()
         self.forget_parser()
 
     def data_received(self, data: bytes) -> None:
@@ -213,9 +214,15 @@ class Connection(RequestProtocol):
 
     def _count_pipelined(self, more_bytes: int) -> None:
         self._counted_bytes += more_bytes
-        self.behind_bytes += more_bytes
-        if self.behind_bytes > accepting.MAX_PIPELINED_BYTES:
+        self._set_behind(self.behind_bytes + more_bytes)
+        if self._listener.pipelined_bytes > self._listener.max_pipelined_bytes and self.transport is not None:
+            self.transport.abort()
+        elif self.behind_bytes > accepting.MAX_PIPELINED_BYTES:
             self.pause_while_full()
+
+    def _set_behind(self, behind_bytes: int) -> None:
+        self._listener.pipelined_bytes += behind_bytes - self.behind_bytes
+        self.behind_bytes = behind_bytes
 
     def let_go_of_request(self) -> int:
         """Stop counting the request that is being answered. Return its bytes."""
@@ -365,13 +372,11 @@ class Connection(RequestProtocol):
                 keeps_alive = False
                 message, counted_before = self.waiting.popleft(), self._counted_before.popleft()
                 if self.behind_bytes:  # what arrived before this request is answered
-                    self.behind_bytes = self._counted_bytes - counted_before if self.waiting else self._head_bytes
+                    self._set_behind(self._counted_bytes - counted_before if self.waiting else self._head_bytes)
                 keeps_alive = await self._answer_one(*message)
                 if self.behind_bytes:
                     others_before = self._counted_before[0] if self._counted_before else None
-                    self.behind_bytes = (
-                        self._head_bytes if others_before is None else self._counted_bytes - others_before
-                    )
+                    self._set_behind(self._head_bytes if others_before is None else self._counted_bytes - others_before)
                 if self.held_bytes > self.behind_bytes:
                     self.let_go_of_request()
         except (ConnectionError, asyncio.CancelledError):
@@ -463,6 +468,9 @@ class Listener:
         )
         self.close_idle = self.connections.close_idle
         self.budget = CallersBudget(max_held_bytes, self.connections)
+        self.pipelined_bytes = 0
+        """Bytes of requests behind those that are being answered. The connection that exceeds their bound is closed."""
+        self.max_pipelined_bytes = min(accepting.PIPELINED_SHARE * max_held_bytes, accepting.MAX_PIPELINED_IN_ALL_BYTES)
         self.is_open = True
         self._addresses = accepting.Addresses(lambda: Connection(self, self.loop))
         self.open, self.open_unix = self._addresses.open, self._addresses.open_unix

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 
 import pytest
@@ -191,7 +192,7 @@ async def test_a_caller_that_always_has_a_request_behind_is_not_charged_for_answ
     turns.release()
     turns.release()
     await caller.answers(2)
-    await until(lambda: caller.listener.budget.held_bytes == 0)
+    await until(lambda: caller.listener.budget.held_bytes == 0 == caller.listener.pipelined_bytes)
 
 
 @pytest.mark.internal_http
@@ -208,6 +209,18 @@ async def test_a_request_behind_the_first_one_is_counted_if_both_arrive_together
     may_answer.set()
     assert [body for _, body in await caller.answers(2)] == [b"/first", b"/second"]
     assert caller.listener.held_bytes()["pipelined"] == 0
+
+
+@pytest.mark.internal_http
+async def test_requests_behind_others_are_bounded_on_all_connections_together(line, monkeypatch):
+    monkeypatch.setattr(accepting, "MAX_PIPELINED_IN_ALL_BYTES", 1000)
+    caller, _, cancelled = await never_answered(line)
+    caller.writer.write(request("/second", body=b"x" * 2000))
+    with contextlib.suppress(ConnectionError):
+        assert await caller.closed() == b""
+    async with asyncio.timeout(BOUND):
+        await cancelled.wait()
+    await until(lambda: caller.listener.pipelined_bytes == 0 == caller.listener.budget.held_bytes)
 
 
 @pytest.mark.internal_http
