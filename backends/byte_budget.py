@@ -177,6 +177,10 @@ class Caller(Socket, Protocol):
         """Size of the body that arrives; 0 if unknown."""
         ...
 
+    def refuse(self) -> None:
+        """End a large message that has just begun: there are too many."""
+        ...
+
     @property
     def is_idle(self) -> bool:
         """Whether its peer does not go on sending its message at present, although nothing hinders it."""
@@ -189,6 +193,8 @@ class CallersBudget:
     def __init__(self, max_bytes: float, connections: Iterable[Caller]) -> None:
         """Create it in the event loop. At most `max_bytes`, and one message of any size more, are held."""
         half = max_bytes / 2
+        self._most_large = 0.75 * max_bytes
+        """Above this, no further large message may begin: the first bytes of so many would stop the small ones."""
         large, small = (_Class(connections, is_large=is_large) for is_large in (True, False))
         self._large = ByteBudget(half, large, reserve_bytes=half / 2)
         # The first bytes of a large message come before it is known to be one, so many of them can exceed their half.
@@ -228,6 +234,8 @@ class CallersBudget:
                 caller.holds_since = since
         self._large.add(caller, more_bytes)
         caller.set_stopped(stopped=self._large.stops(caller))
+        if self._large.held_bytes > self._most_large and caller.held_bytes == more_bytes and caller.is_stopped:
+            caller.refuse()
 
     def remove(self, caller: Caller, fewer_bytes: int) -> None:
         """See `ByteBudget.remove`."""

@@ -316,7 +316,7 @@ class Counted(asyncio.Protocol):
         """Close the connection at once."""
         self._transport.abort()
 
-    give_up = abort
+    give_up = refuse = abort
 
     def hand_over(self) -> int:
         """See `interface.HttpRequest`."""

@@ -44,9 +44,14 @@ class MalformedRequest(Exception):
 class RefusedBody(Exception):
     """The listener does not receive the rest of a body. The message names the reason and the way out."""
 
-    def __init__(self, message: str, status: Literal[400, 408], code: Literal["invalid_request", "request_timeout"]):
-        self.status: Literal[400, 408] = status
-        self.code: Literal["invalid_request", "request_timeout"] = code
+    def __init__(
+        self,
+        message: str,
+        status: Literal[400, 408, 503],
+        code: Literal["invalid_request", "request_timeout", "queue_full"],
+    ) -> None:
+        self.status: Literal[400, 408, 503] = status
+        self.code: Literal["invalid_request", "request_timeout", "queue_full"] = code
         super().__init__(message)
 
 
@@ -57,6 +62,16 @@ def stalled_body() -> RefusedBody:
         "because the bytes for bodies that arrive are in use: send it without a pause, or raise SIDECAR_QUEUE_BYTES",
         408,
         "request_timeout",
+    )
+
+
+def too_many_bodies() -> RefusedBody:
+    """Return the error for a large body that begins while too many others have begun."""
+    return RefusedBody(
+        "so many large bodies arrive that their first bytes alone do not fit into SIDECAR_QUEUE_BYTES: try again after "
+        "1 s, send fewer at the same time, or raise it",
+        503,
+        "queue_full",
     )
 
 

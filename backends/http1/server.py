@@ -28,7 +28,7 @@ from backends.http1.aiohttp_parts import (
 )
 from backends.http1.answer_bytes import AnswerBytes
 from backends.http1.connections import Connections, OnFull
-from backends.http1.errors import MalformedRequest, RefusedBody, stalled_body, tiny_chunks
+from backends.http1.errors import MalformedRequest, RefusedBody, stalled_body, tiny_chunks, too_many_bodies
 from backends.http1.headers import head_of
 from backends.http1.response import Answer
 
@@ -274,10 +274,18 @@ class Connection(RequestProtocol):
     def give_up(self) -> None:
         """See `byte_budget.Socket`. The handler that reads the body writes the answer."""
         if not (self._incoming.is_eof() or self.behind_bytes):
-            self._stopped = True
-            self._incoming.set_exception(stalled_body())
+            self._refuse_body(stalled_body())
         elif self.transport is not None:
             self.transport.abort()  # a part of a head, or requests behind one that is being answered
+
+    def refuse(self) -> None:
+        """See `byte_budget.Caller`."""
+        if not self._incoming.is_eof():
+            self._refuse_body(too_many_bodies())
+
+    def _refuse_body(self, why: RefusedBody) -> None:
+        self._stopped = True
+        self._incoming.set_exception(why)
 
     def pause_reading(self) -> None:
         """Stop reading the socket: a body is read too slowly."""

@@ -125,6 +125,8 @@ def _problem_of(error: Exception, api: Api) -> Problem:
                 detail=error.detail,
                 allow=error.allow,
             )
+        case RefusedBody(status=503):
+            return Problem(503, error.code, str(error), "shed", retry_after=1.0)
         case MalformedRequest() | RefusedBody():  # while a body was received
             return Problem(error.status, error.code, str(error), "invalid")
         case BillingRefused():

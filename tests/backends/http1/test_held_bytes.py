@@ -38,6 +38,7 @@ class Bodies:
         self.complete = 0
         self.handed_over = 0
         self.stalled = 0
+        self.statuses = set()
 
     async def __call__(self, http):
         body = bytearray()
@@ -50,6 +51,7 @@ class Bodies:
             await self.may_answer.wait()
         except RefusedBody as error:
             self.stalled += 1
+            self.statuses.add(error.status)
             status = error.status
         answer = http.answer(status, {}, length=0)
         answer.write_whole(b"")
@@ -312,3 +314,19 @@ async def test_a_closed_connection_leaves_no_reference_cycle(listening):
         await until(lambda: not [one for one in gc.get_objects() if isinstance(one, Connection)])
     finally:
         gc.enable()
+
+
+@pytest.mark.internal_http
+async def test_large_bodies_that_begin_all_at_once_do_not_stop_the_small_ones(listening):
+    bodies = Bodies()
+    bodies.may_answer.set()
+    listener, connect = await listening(bodies, max_held_bytes=4 * MB)
+    large = [await connect() for _ in range(150)]
+    for _, writer in large:
+        writer.write(head(10 * MB) + b"x" * ONE_READ)
+    await until(lambda: bodies.stalled >= 20)  # refused with a 503: their first bytes alone are over the bound
+    assert listener.budget.held_bytes < 4 * MB + ONE_READ
+    reader, writer = await connect()
+    writer.write(head(1000) + b"x" * 1000)
+    assert (await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), BOUND)).startswith(b"HTTP/1.1 200")
+    assert bodies.statuses == {503}
