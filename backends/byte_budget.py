@@ -124,7 +124,8 @@ class ByteBudget:
         now = self._loop.time()
         stopped_seconds = now - self._looked_at if self.is_full else 0.0
         left = self._max_bytes - self.held_bytes - self._elsewhere()
-        was_full, self.is_full = self.is_full, left < self._reserve_bytes
+        # If the sockets hold nothing, what is held elsewhere may wait for them: for example bodies for their answers.
+        was_full, self.is_full = self.is_full, left < self._reserve_bytes and self.held_bytes > 0
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None

@@ -83,9 +83,10 @@ class BodiesInFlight:
             return not self.bytes or self.bytes + size + self._elsewhere() <= self._max_bytes
         if self._blocked and next(iter(self._blocked)) is not pool:
             return False
-        if not self._large_bytes:
-            return True
-        return self._large_bytes + size + self._elsewhere() <= LARGE_SHARE * self._max_bytes
+        elsewhere = self._elsewhere()
+        if self.bytes and self.bytes + size + elsewhere > self._max_bytes:
+            return False
+        return not self._large_bytes or self._large_bytes + size + elsewhere <= LARGE_SHARE * self._max_bytes
 
     def block(self, pool: Pool) -> None:
         """Let the pool wait for its turn."""
@@ -280,7 +281,7 @@ class Pool:
             look_at = min(look_at, opens_at)
             if not queue.tickets and waiting.restricted.get(untried) is queue:
                 del waiting.restricted[untried]
-        if look_at < inf:
+        if look_at < inf or waiting.parked.tickets:
             look_at = min(look_at, now + LOOK_AGAIN_SECONDS)
         if (later := waiting.later.head()) is not None:
             look_at = min(look_at, later.not_before)
@@ -310,7 +311,9 @@ class Pool:
                 if ticket.size_bytes > SMALL_BYTES and untried is self.upstreams:
                     self.waiting.park(ticket)  # so that it does not delay the others
                     continue
-                return claimed + allowed, now + LOOK_AGAIN_SECONDS  # poll: no event shows that answers were read
+                if ticket.size_bytes <= SMALL_BYTES:  # a large one reserves no upstream, so it delays no frame
+                    claimed += allowed
+                return claimed, now + LOOK_AGAIN_SECONDS  # poll: no event shows that answers were read
             if not self.waiting.parked.tickets:
                 self._bodies.unblock(self)
             unclaimed = tuple(upstream for upstream in allowed if upstream not in claimed) if claimed else allowed
