@@ -135,6 +135,7 @@ class Pool:
         """Loop time at which the last ticket arrived or the last attempt ended."""
         self.in_flight = 0
         """Attempts of this pool's tickets that are in flight."""
+        self._unparked: Ticket | None = None  # the large ticket whose turn it is: later ones do not pass it
         self._urgent: set[Ticket] = set()  # tickets that wait too long; while there are any, higher tiers take tickets
         for upstream in upstreams:
             upstream.on_end.append(self._on_end)
@@ -271,6 +272,7 @@ class Pool:
             look_at = now + LOOK_AGAIN_SECONDS
             if self._bodies.fits(self, large):
                 waiting.unpark(large)
+                self._unparked = large
         claimed: tuple[Upstream, ...] = ()
         queues = [*waiting.restricted.items(), (self.upstreams, waiting.queue)]
         if waiting.set_back.tickets:
@@ -286,6 +288,7 @@ class Pool:
         if (later := waiting.later.head()) is not None:
             look_at = min(look_at, later.not_before)
         elif not waiting.tickets:
+            self._unparked = None
             for upstream in self.upstreams:
                 upstream.note_delay(None)  # no ticket is delayed any more
         if look_at < inf:
@@ -305,7 +308,8 @@ class Pool:
                 self._remove(now, ticket)
                 continue
             allowed = untried if untried is self.upstreams else self._allowed(now, untried)
-            if not self._bodies.fits(self, ticket):
+            is_behind = ticket.size_bytes > SMALL_BYTES and self.waiting.parked.tickets and ticket is not self._unparked
+            if is_behind or not self._bodies.fits(self, ticket):
                 self._bodies.block(self)
                 self.waiting.set_cause(now, "concurrency")
                 if ticket.size_bytes > SMALL_BYTES and untried is self.upstreams:

@@ -955,6 +955,32 @@ async def test_frames_cannot_hold_a_large_body_back_for_ever():
         permit.release(bench.loop.time())
 
 
+async def test_smaller_large_bodies_do_not_pass_a_parked_one_for_ever():
+    bench = bench_with_room_for_60_mib_of_large_bodies()
+    flying = [bench.at_once(size_bytes=10 * MIB) for _ in range(6)]
+    largest = bench.enter(size_bytes=50 * MIB, key="camera")
+    for number in range(20):
+        behind = bench.enter(size_bytes=10 * MIB, key=f"other {number}")
+        if largest.done():
+            break
+        flying.pop(0).release(bench.loop.time())
+        if behind.done():
+            flying.append(behind.result())
+        if not flying:
+            break
+    assert largest.done()
+
+
+async def test_a_parked_body_starts_when_the_pool_before_it_needs_no_bytes_any_more():
+    bench = bench_with_room_for_60_mib_of_large_bodies()
+    first = bench.at_once(size_bytes=60 * MIB)
+    other = bench.enter(model="other", size_bytes=6 * MIB)
+    assert not other.done()
+    first.report(Verdict("failed", bench.loop.time()))
+    async with asyncio.timeout(5.0):
+        (await other).release(bench.loop.time())
+
+
 async def test_the_models_take_turns_with_their_large_bodies():
     bench = bench_with_room_for_60_mib_of_large_bodies()
     first, second = (bench.at_once(size_bytes=30 * MIB) for _ in range(2))
