@@ -88,7 +88,7 @@ class AnswerAccount:
         "uncounted_bytes",
     )  # fmt: skip
 
-    def __init__(self, budget: ByteBudget, accounts: dict[AnswerAccount, None], socket: UpstreamSocket | None) -> None:
+    def __init__(self, budget: ByteBudget, accounts: dict[AnswerAccount, None], socket: UpstreamSocket) -> None:
         self.held_bytes = self.bytes_then = 0
         self.holds_since = self.slow_since = 0.0
         self.is_stopped = False
@@ -97,7 +97,7 @@ class AnswerAccount:
         self._head_bytes = 0
         self._budget = budget
         self._accounts = accounts
-        self._socket = socket
+        self._socket: UpstreamSocket | None = socket  # None after the whole answer has arrived
         accounts[self] = None
 
     def __repr__(self) -> str:

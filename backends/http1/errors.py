@@ -10,7 +10,6 @@ from typing import Literal, NamedTuple
 
 import aiohttp
 
-from backends.byte_budget import SMALL_BYTES, STALLED_SECONDS
 from backends.http1 import connecting, descriptors
 
 #: The base of every error that `Origin.request` and the reading of an answer raise.
@@ -58,8 +57,8 @@ class RefusedBody(Exception):
 def stalled_body() -> RefusedBody:
     """Return the error for a body that is not sent steadily while other requests need its place."""
     return RefusedBody(
-        f"fewer than {SMALL_BYTES // 1024} kB of the body came in {STALLED_SECONDS:g} s, and others need its place, "
-        "because the bytes for bodies that arrive are in use: send it without a pause, or raise SIDECAR_QUEUE_BYTES",
+        "the body paused or came too slowly, and others need its place, because the bytes for bodies that arrive are "
+        "in use: send it without a pause, or raise SIDECAR_QUEUE_BYTES",
         408,
         "request_timeout",
     )
